@@ -1,0 +1,21 @@
+"""Checkpoints: saved in the background, restored on any mesh, checked for damage, parameters loadable alone.
+
+A run's folder holds
+
+    config.json          the resolved config of the run, to be read by people and by evaluation
+    500/, 1000/, ...     one folder per saved step, written by Orbax
+
+and each step three parts: `params` (nested dict of arrays), `training` (everything else that the next
+step depends on) and `contents` (JSON: where the data stands; shape, dtype and checksum of every array). A
+step appears under its own name only when all of them are complete, so a killed job leaves the steps before
+it intact.
+
+Orbax notices neither flipped nor zeroed bytes, so the checksums are this package's own. They are
+computed where the arrays live (see `contents.py`), go into the same atomic step and are compared after
+every restore.
+"""
+
+from fam_jax.checkpoint.folder import MAY_CHANGE, CheckpointError, read_config
+from fam_jax.checkpoint.steps import Checkpoints, load_params
+
+__all__ = ["MAY_CHANGE", "CheckpointError", "Checkpoints", "load_params", "read_config"]

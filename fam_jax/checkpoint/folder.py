@@ -1,0 +1,114 @@
+"""The folder of a run: its path, its `config.json`, the steps that it holds."""
+
+import dataclasses
+import fnmatch
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from fam_jax.config import Config, UserError
+
+CONFIG_FILE = "config.json"
+
+MAY_CHANGE = (
+    "train.steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "evaluate.*",
+    "mesh.*",
+    "model.attention",
+    "model.remat",
+)
+"""Fields (patterns) that say how long, how often and on what a run executes, not what it computes."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or does not belong to this run; the message says what to do."""
+
+
+def absolute(folder: str | os.PathLike[str]) -> epath.Path:
+    """Path of `folder`, made absolute unless it names a bucket (`gs://...`)."""
+    text = os.fspath(folder)
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
+def saved_steps(folder: epath.Path) -> list[int]:
+    """Completed steps in `folder`, rising; what a killed job left half-written is not among them."""
+    names = ocp.path.step.standard_name_format()
+    return sorted(found.step for found in names.find_all(folder)) if folder.is_dir() else []
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config of the run in `folder`, as nested dict; `fam_jax.config.resolve` takes it.
+
+    Raises:
+      CheckpointError: there is no such folder, or its config is missing or unreadable.
+    """
+    path = absolute(folder) / CONFIG_FILE
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path.parent}: no such folder; give the workdir of a training run")
+    if not path.exists():
+        raise CheckpointError(f"{path.parent}: holds no {CONFIG_FILE}; give the workdir of a training run")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); repair it from a copy") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected groups of fields; repair it from a copy")
+    return config
+
+
+def settle_config(folder: epath.Path, config: Mapping[str, Any], may_change: Sequence[str]) -> None:
+    """Writes `config` to a new folder, or checks that it continues the run that the folder holds.
+
+    Fields that match a pattern of `may_change` may differ; the file then takes their new values.
+
+    Raises:
+      CheckpointError: other fields differ (the message lists them with both values), or the folder
+        cannot be written.
+    """
+    new = json.loads(json.dumps(config))  # tuples become lists, as in the file
+    if (folder / CONFIG_FILE).exists():
+        old = read_config(folder)
+        _check_same_run(folder, old, new, may_change)
+        if old == new:
+            return
+    if jax.process_index() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = folder / f"{CONFIG_FILE}.tmp"
+            unfinished.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
+            unfinished.replace(folder / CONFIG_FILE)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be written ({error}); give another workdir") from error
+
+
+def _check_same_run(
+    folder: epath.Path, old: dict[str, Any], new: dict[str, Any], may_change: Sequence[str]
+) -> None:
+    # A field that came after the run began stands at its default.
+    defaults = _flat(json.loads(json.dumps(dataclasses.asdict(Config()))))
+    before, now = defaults | _flat(old), defaults | _flat(new)
+    differing = [
+        f"{field} was {json.dumps(before.get(field))}, is {json.dumps(now.get(field))}"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field) and not any(fnmatch.fnmatch(field, p) for p in may_change)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder}: holds a run with another config ({'; '.join(differing)}); "
+            "set these fields back to continue it, or give a new workdir"
+        )
+
+
+def _flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in group.items():
+        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return fields

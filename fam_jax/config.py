@@ -1,0 +1,292 @@
+"""Experiment configuration: frozen dataclasses, built from an ml-collections ConfigDict.
+
+A config file (`configs/*.py`) edits the ConfigDict that :func:`default_config` returns; flags edit it
+further (`--config.model.num_layers=4`). :func:`resolve` then turns it into the frozen :class:`Config`
+that the library takes. Every unknown field, wrong type or impossible combination raises
+:class:`ConfigError`, whose message is one line that names the field.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from typing import Any
+
+import ml_collections
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line; entry points print it and exit with code 2."""
+
+
+class ConfigError(UserError):
+    """A field of a config is unknown, of the wrong type, or cannot be combined with another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. Letters are those of the shape legend in `fam_jax/model/__init__.py`."""
+
+    vocab_size: int = 64  # V
+    num_layers: int = 3  # L
+    model_dim: int = 96  # D
+    num_heads: int = 4  # H
+    num_kv_heads: int = 4  # K: H is MHA, 1 is MQA, between them GQA
+    head_dim: int = 24  # hd, even (RoPE rotates pairs)
+    ff_dim: int = 384  # F
+    activation: str = "swiglu"  # swiglu | geglu | gelu
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_epsilon: float = 1e-6
+    tie_embeddings: bool = True
+    scale_embeddings: bool = False  # multiply embeddings by sqrt(D) on their way in
+    rope_base: float = 10_000.0
+    dtype: str = "float32"  # of activations; parameters are always float32
+    # Block Sliding Window Attention (section 2.1 of the paper).
+    block_size: int = 32  # C
+    memory_segments: int = 1  # m: past blocks that stay visible; 0 is allowed
+    stop_gradient: bool = False  # no gradient into cached keys and values (Transformer-XL)
+    window: int = 0  # if > 0, keys further back than window - 1 tokens are hidden too
+    # Feedback Attention Memory (section 2.2). fam_length 0 is plain BSWA.
+    fam_length: int = 8  # M
+    fam_init: str = "prompt"  # prompt | prefix (appendix B.1)
+    fam_positions: str = "last"  # last | float | zero (appendix B.2.1)
+    fam_previous_blocks: int = 1  # FAMs of how many past blocks a token sees (appendix B.4.2)
+    # Execution.
+    attention: str = "auto"  # auto | reference | xla
+    remat: str = "none"  # none | dots | full: what a layer keeps for its backward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adafactor with the paper's betas (section 3.1), or AdamW."""
+
+    name: str = "adafactor"  # adafactor | adamw
+    learning_rate: float = 1e-4
+    schedule: str = "constant"  # constant | cosine (to zero at train.steps); both after the warm-up
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    beta2_schedule: str = "constant"  # constant (debiased) | power: 1 - t^-beta2_power
+    beta2_power: float = 0.8
+    parameter_scaling: bool = False  # multiply updates by the RMS of the parameter (Adafactor only)
+    block_rms_clip: float = 1.0  # RMS of a parameter's update is clipped to this (Adafactor only); 0 = off
+    min_factored_dim: int = 128  # second moments are factored where both dimensions reach this
+    epsilon: float = 1e-30  # Adafactor: added to squared gradients; AdamW: 1e-8 is usual
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # of the global gradient norm; 0 = off
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """PassKey examples (section 3.2): a key, filler, the question; lengths in blocks of the model."""
+
+    vocabulary: str = "passkey"  # passkey (ships with the package) | bytes | path of a SentencePiece model
+    digits: int = 5
+    stage_blocks: tuple[int, ...] = (2, 3, 4, 6, 9, 13, 18)  # filler length of each curriculum stage
+    min_filler_blocks: int = 1  # filler of the first stage starts above this; of later ones, above the stage before
+    advance_accuracy: float = 0.8  # running exact match at which the next stage begins
+    max_stage_steps: int = 0  # the next stage begins after so many steps all the same; 0 = never
+    longest_fraction: float = 0.5  # of batches at the current stage; the rest from earlier stages
+    prompt_weight: float = 0.01  # loss weight of all tokens but the answer, whose weight is 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = 1000
+    batch_size: int = 16
+    accumulation: int = 1  # micro-batches per step; divides batch_size
+    seed: int = 0
+    loss_chunk: int = 4096  # tokens whose logits exist at one time
+    z_loss: float = 0.0
+    random_state_passing: float = 0.0  # probability of starting from the saved FAM (0.8 in the paper)
+    random_state_passing_from: int = 0  # first step at which it is on
+    random_position_offset: bool = False  # appendix B.2.2
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """PassKey retrieval by generation from streamed memory."""
+
+    every: int = 0  # training steps between evaluations; 0 = only by launch/evaluate.py
+    filler_blocks: tuple[int, ...] = (4, 9, 18, 36)
+    keys: int = 64  # examples per length
+    batch_size: int = 64
+    seed: int = 1_000_003
+    chunk_blocks: int = 16  # blocks that prefill takes at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; data = 0 takes the devices that the others leave."""
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All fields at their defaults, ready to be edited by a config file."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def resolve(values: Any) -> Config:
+    """Builds and validates a :class:`Config` from a ConfigDict or nested dict.
+
+    Raises:
+      ConfigError: a field is unknown, of the wrong type, or impossible beside another.
+    """
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    config = _build(Config, values, "config")
+    validate(config)
+    return config
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as indented JSON; :func:`resolve` of its parse gives it back."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a group of fields, got {values!r}")
+    types = typing.get_type_hints(cls)
+    for name in values:
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(types)}"
+            raise ConfigError(f"{path}.{name}: no such field{hint}")
+    return cls(**{name: _convert(types[name], value, f"{path}.{name}") for name, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, path)
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        if not isinstance(value, tuple | list):
+            raise ConfigError(f"{path}: expected a list of {item.__name__}, got {value!r}")
+        return tuple(_convert(item, v, path) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{path}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+CHOICES = {
+    "model.activation": ("swiglu", "geglu", "gelu"),
+    "model.norm": ("rmsnorm", "layernorm"),
+    "model.dtype": ("float32", "bfloat16", "float64"),
+    "model.fam_init": ("prompt", "prefix"),
+    "model.fam_positions": ("last", "float", "zero"),
+    "model.attention": ("auto", "reference", "xla"),
+    "model.remat": ("none", "dots", "full"),
+    "optimizer.name": ("adafactor", "adamw"),
+    "optimizer.schedule": ("constant", "cosine"),
+    "optimizer.beta2_schedule": ("constant", "power"),
+}
+
+# (field, lowest allowed value)
+MINIMA = {
+    **dict.fromkeys(
+        ("model.vocab_size", "model.num_layers", "model.model_dim", "model.num_heads", "model.num_kv_heads",
+         "model.head_dim", "model.ff_dim", "model.block_size", "model.fam_previous_blocks", "data.digits",
+         "train.steps", "train.batch_size", "train.accumulation", "train.loss_chunk", "train.log_every",
+         "train.checkpoint_every", "train.keep_checkpoints", "evaluate.keys", "evaluate.batch_size",
+         "evaluate.chunk_blocks", "optimizer.min_factored_dim", "mesh.fsdp", "mesh.tensor"), 1),
+    **dict.fromkeys(
+        ("model.memory_segments", "model.window", "model.fam_length", "optimizer.warmup_steps",
+         "optimizer.block_rms_clip", "optimizer.epsilon", "optimizer.weight_decay", "optimizer.clip_norm",
+         "optimizer.learning_rate", "data.min_filler_blocks", "data.max_stage_steps", "data.prompt_weight",
+         "train.seed", "train.z_loss", "train.random_state_passing_from", "evaluate.every", "evaluate.seed",
+         "mesh.data"), 0),
+}  # fmt: skip
+
+FRACTIONS = (
+    "optimizer.beta1", "optimizer.beta2", "data.advance_accuracy", "data.longest_fraction",
+    "train.random_state_passing",
+)  # fmt: skip
+
+
+def validate(config: Config) -> None:
+    """Raises :class:`ConfigError` if the values of `config` are out of range or contradict each other."""
+
+    def get(field: str) -> Any:
+        group, name = field.split(".")
+        return getattr(getattr(config, group), name)
+
+    for field, choices in CHOICES.items():
+        if get(field) not in choices:
+            raise ConfigError(f"config.{field}: expected one of {', '.join(choices)}, got {get(field)!r}")
+    for field, lowest in MINIMA.items():
+        if get(field) < lowest:
+            raise ConfigError(f"config.{field}: must be at least {lowest}, got {get(field)}")
+    for field in FRACTIONS:
+        if not 0 <= get(field) <= 1:
+            raise ConfigError(f"config.{field}: must be between 0 and 1, got {get(field)}")
+    _validate_model(config.model)
+    _validate_rest(config)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _validate_model(model: ModelConfig) -> None:
+    _require(
+        model.num_heads % model.num_kv_heads == 0,
+        f"config.model.num_kv_heads: {model.num_kv_heads} does not divide num_heads {model.num_heads}",
+    )
+    _require(model.head_dim % 2 == 0, f"config.model.head_dim: must be even for RoPE, got {model.head_dim}")
+    _require(
+        model.fam_length <= model.block_size,
+        f"config.model.fam_length: {model.fam_length} is longer than block_size {model.block_size}",
+    )
+    _require(model.norm_epsilon > 0, f"config.model.norm_epsilon: must be positive, got {model.norm_epsilon}")
+    _require(model.rope_base > 1, f"config.model.rope_base: must be above 1, got {model.rope_base}")
+    reach = model.memory_segments * model.block_size + 1
+    _require(
+        model.window <= reach,
+        f"config.model.window: {model.window} is further back than every token can see, which is "
+        f"memory_segments * block_size + 1 = {reach}",
+    )
+
+
+def _validate_rest(config: Config) -> None:
+    train, data, evaluate = config.train, config.data, config.evaluate
+    _require(
+        train.batch_size % train.accumulation == 0,
+        f"config.train.accumulation: {train.accumulation} does not divide batch_size {train.batch_size}",
+    )
+    _require(
+        train.random_state_passing == 0 or config.model.fam_length > 0,
+        "config.train.random_state_passing: needs a FAM, but model.fam_length is 0",
+    )
+    stages = data.stage_blocks
+    _require(len(stages) > 0, "config.data.stage_blocks: must name at least one length")
+    _require(
+        all(a < b for a, b in zip((data.min_filler_blocks, *stages), stages, strict=False)),
+        f"config.data.stage_blocks: must rise and lie above min_filler_blocks {data.min_filler_blocks}, got {stages}",
+    )
+    _require(
+        len(evaluate.filler_blocks) > 0 and min(evaluate.filler_blocks) > 0,
+        f"config.evaluate.filler_blocks: must be positive lengths, got {evaluate.filler_blocks}",
+    )
+    _require(data.digits <= 9, f"config.data.digits: at most 9, got {data.digits}")

@@ -1,0 +1,47 @@
+"""seqio and TensorFlow, imported without their noise and kept off the accelerators.
+
+Modules of this package take `seqio` and `tf` from here. TensorFlow's C++ side writes to file descriptor 2
+before any Python setting can stop it, and would otherwise reserve the memory of every GPU that JAX needs.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def _stderr_held_back() -> Iterator[None]:
+    """Drops what is written to file descriptor 2 meanwhile, unless an exception leaves: then it is shown."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            held.seek(0)
+            with os.fdopen(os.dup(2), "wb") as stderr:
+                shutil.copyfileobj(held, stderr)
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # information and warnings of later calls
+with _stderr_held_back():
+    import seqio
+    import tensorflow as tf
+
+    for _kind in ("GPU", "TPU"):
+        # A host program that already runs TensorFlow has made this choice itself.
+        with contextlib.suppress(RuntimeError):
+            tf.config.set_visible_devices([], _kind)
+
+__all__ = ["seqio", "tf"]

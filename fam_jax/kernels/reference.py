@@ -1,0 +1,74 @@
+"""Block attention with the mask written out over all pairs: slow, quadratic, and easy to check by eye."""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from fam_jax.kernels.joint import accumulation_dtype
+
+if TYPE_CHECKING:
+    from fam_jax.kernels.block_attention import BlockShape
+
+
+def reference_block_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    fam_k: jax.Array,
+    fam_v: jax.Array,
+    past_length: jax.Array,
+    fam_count: jax.Array,
+    shape: "BlockShape",
+) -> jax.Array:
+    """The definition of :func:`fam_jax.kernels.block_attention`; arguments as there."""
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    dtype = accumulation_dtype(q.dtype)
+    past = shape.memory_segments * shape.block_size
+
+    query_position = jnp.arange(length)[:, None]  # (T, 1); the past has negative positions
+    key_position = jnp.arange(-past, length)[None, :]  # (1, S)
+    distance = query_position - key_position
+    query_block = query_position // shape.block_size
+    key_block = key_position // shape.block_size
+    same_block = query_block == key_block  # (T, S)
+    visible = (distance >= 0) & (query_block - key_block <= shape.memory_segments)
+    if shape.window:
+        visible &= distance < shape.window
+    exists = key_position >= -past_length[:, None]  # (B, S)
+    token_mask = visible[None] & exists[:, None]  # (B, T, S)
+
+    fam_blocks, fam_slots = fam_k.shape[1:3]
+    fam_mask = (jnp.arange(fam_slots) < fam_count[..., None])[:, None]  # (B, 1, N, S')
+    fam_mask = fam_mask & (query_block == jnp.arange(fam_blocks))[None, :, :, None]  # (B, T, N, S')
+    fam_mask = fam_mask.reshape(batch, length, fam_blocks * fam_slots)
+
+    def scores(keys: jax.Array) -> jax.Array:
+        grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+        products = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=dtype)
+        return products * head_dim**-0.5
+
+    def weighted(p: jax.Array, values: jax.Array) -> jax.Array:
+        return jnp.einsum("bkgts,bskd->btkgd", p.astype(values.dtype), values, preferred_element_type=dtype)
+
+    token_scores = scores(k)
+    if shape.stop_gradient:
+        token_scores = jnp.where(same_block, token_scores, scores(jax.lax.stop_gradient(k)))
+    fam_scores = scores(fam_k.reshape(batch, -1, kv_heads, head_dim))
+    all_scores = jnp.concatenate(
+        [
+            jnp.where(fam_mask[:, None, None], fam_scores, -jnp.inf),
+            jnp.where(token_mask[:, None, None], token_scores, -jnp.inf),
+        ],
+        axis=-1,
+    )
+    p = jax.nn.softmax(all_scores, axis=-1)
+    fam_p, token_p = jnp.split(p, [fam_blocks * fam_slots], axis=-1)
+    out = weighted(fam_p, fam_v.reshape(batch, -1, kv_heads, head_dim))
+    if shape.stop_gradient:
+        out += weighted(jnp.where(same_block, token_p, 0), v)
+        out += weighted(jnp.where(same_block, 0, token_p), jax.lax.stop_gradient(v))
+    else:
+        out += weighted(token_p, v)
+    return out.reshape(q.shape).astype(q.dtype)

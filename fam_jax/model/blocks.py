@@ -1,0 +1,183 @@
+"""A layer over whole blocks: all tokens at once, the FAM chain, all tokens at once (training and prefill)."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fam_jax.config import ModelConfig
+from fam_jax.kernels import block_attention
+from fam_jax.model.fam import BlockInputs, local_rotation, run_chain
+from fam_jax.model.layers import DecoderLayer
+from fam_jax.model.memory import LayerMemory, Memory
+from fam_jax.model.rope import Rope, Rotation, rotate
+
+
+class ChunkFrames(NamedTuple):
+    """Positions and counts of a chunk that starts at a block border: the same for every layer.
+
+    The frame of the chunk has its zero at the chunk's first token, or `offset` tokens before it.
+    """
+
+    tokens: Rotation  # (B or 1, T, 1, hd/2)
+    past: Rotation  # (B or 1, m, 1, 1, hd/2), from each cached block's own frame
+    fams: Rotation  # (B or 1, R + full blocks, 1, 1, hd/2), from the own frame of F_{-R} .. F_last
+    own_tokens: Rotation  # (C, 1, hd/2), in the block's own frame
+    own_fam: Rotation  # (M, 1, hd/2), in the own frame of a FAM
+    past_length: jax.Array  # (B,) existing tokens of the memory segment
+    fam_count: jax.Array  # (B, N) existing feedback keys
+    carries_context: jax.Array  # (B,) bool
+
+
+def chunk_frames(
+    config: ModelConfig, rope: Rope, memory: Memory, length: int, offset: jax.Array | None
+) -> ChunkFrames:
+    """Frames of a chunk of `length` tokens; `offset` is (B,) int32, the random position offset, or None."""
+    size, segments, previous = config.block_size, config.memory_segments, config.fam_previous_blocks
+    full, blocks = length // size, -(-length // size)
+    shift = jnp.zeros(1, jnp.int32) if offset is None else offset
+    fam_blocks = np.arange(-(previous - 1), full + 1)  # the block that follows each FAM
+    if config.fam_positions == "zero":
+        # Position zero of the stream lies as many blocks before the chunk as the row has read.
+        fams = rope.at(-memory.blocks, unit=size)[:, None, None]
+        fams = Rotation(*(jnp.broadcast_to(x, (x.shape[0], len(fam_blocks), *x.shape[2:])) for x in fams))
+    else:
+        fams = rope.at(shift[:, None] + size * fam_blocks)[:, :, None]
+    existing = jnp.minimum(memory.blocks[:, None] + np.arange(1, blocks + 1), previous)
+    return ChunkFrames(
+        tokens=rope.at(shift[:, None] + np.arange(length)),
+        past=rope.at(shift[:, None] + size * np.arange(-segments, 0))[:, :, None],
+        fams=fams,
+        own_tokens=rope.static(np.arange(size)),
+        own_fam=local_rotation(config, rope),
+        past_length=jnp.minimum(memory.blocks, segments) * size,
+        fam_count=existing * config.fam_length,
+        carries_context=memory.carries_context,
+    )
+
+
+def read_blocks(
+    layer: DecoderLayer,
+    config: ModelConfig,
+    x: jax.Array,
+    memory: LayerMemory,
+    start_fam: jax.Array,
+    frames: ChunkFrames,
+) -> tuple[jax.Array, LayerMemory]:
+    """One layer over a chunk whose first token begins a block (algorithm 2 of the paper, rearranged).
+
+    Args:
+      layer: the layer's parameters.
+      config: the model's.
+      x: (B, T, D) activations; T need not be a multiple of C.
+      memory: this layer's, of streams that all stand at a block border.
+      start_fam: (B, M, D) FAM before the first block.
+      frames: of the chunk.
+
+    Returns:
+      (B, T, D) activations for the next layer, and the layer's memory after the chunk.
+    """
+    batch, length, _ = x.shape
+    size, segments = config.block_size, config.memory_segments
+    q, k, v = layer.project(x)
+    rotated = rotate(k, frames.tokens)
+
+    fam, fam_k, fam_v, memory = _read_fam(layer, config, rotated, v, memory, start_fam, frames)
+
+    past_k = rotate(memory.keys, frames.past).reshape(batch, segments * size, *k.shape[2:])
+    past_v = memory.values.reshape(past_k.shape)
+    attended = block_attention(
+        rotate(q, frames.tokens),
+        jnp.concatenate([past_k, rotated], axis=1),
+        jnp.concatenate([past_v, v], axis=1),
+        fam_k,
+        fam_v,
+        frames.past_length,
+        frames.fam_count,
+        block_size=size,
+        memory_segments=segments,
+        window=config.window,
+        stop_gradient=config.stop_gradient,
+        implementation=config.attention,
+    )
+    return layer.finish(attended, x), _remember(config, dataclasses.replace(memory, fam=fam), k, v, frames)
+
+
+def _read_fam(
+    layer: DecoderLayer,
+    config: ModelConfig,
+    k: jax.Array,
+    v: jax.Array,
+    memory: LayerMemory,
+    start_fam: jax.Array,
+    frames: ChunkFrames,
+) -> tuple[jax.Array, jax.Array, jax.Array, LayerMemory]:
+    """The FAM chain over the complete blocks of rotated keys and values (B, T, K, hd).
+
+    Returns:
+      The last FAM; the feedback keys (rotated) and values (B, N, R * M, K, hd) that each block sees, newest FAM first;
+      the memory with the last R of them.
+    """
+    batch, length, kv_heads, head_dim = k.shape
+    size, previous = config.block_size, config.fam_previous_blocks
+    full, blocks = length // size, -(-length // size)
+    if config.fam_length == 0:
+        nothing = jnp.zeros((batch, blocks, 0, kv_heads, head_dim), k.dtype)
+        return start_fam, nothing, nothing, memory
+
+    def by_block(a: jax.Array) -> jax.Array:  # (N, B, C, K, hd), complete blocks only
+        return a[:, : full * size].reshape(batch, full, size, kv_heads, head_dim).swapaxes(0, 1)
+
+    # The rotation of the FAM before each block: its own, then that of its frame in the chunk.
+    rotation = frames.own_fam.after(frames.fams[:, previous - 1 : previous - 1 + full])  # (B or 1, N, M, 1, hd/2)
+    keep = frames.carries_context[None] | (np.arange(full) > 0)[:, None]
+    chain = BlockInputs(
+        by_block(k), by_block(v), Rotation(*(r.swapaxes(0, 1) for r in rotation)), jnp.broadcast_to(keep, (full, batch))
+    )
+    fam, (chain_k, chain_v) = run_chain(layer, start_fam, chain)
+    _, last_k, last_v = layer.project(fam)
+
+    # All FAMs in order of time, in their own frames: older ones from memory, those before each block, the last.
+    def in_order(older: jax.Array, chained: jax.Array, last: jax.Array) -> jax.Array:
+        return jnp.concatenate([older[:, :0:-1], chained.swapaxes(0, 1), last[:, None]], axis=1)
+
+    fresh_k = rotate(jnp.concatenate([chain_k, last_k[None]]), frames.own_fam)
+    keys = in_order(memory.fam_keys, fresh_k[:-1], fresh_k[-1])  # (B, R + full, M, K, hd)
+    values = in_order(memory.fam_values, chain_v, last_v)
+
+    def seen(a: jax.Array) -> jax.Array:
+        """(B, N, R * M, K, hd): for each block the R FAMs before it, newest first."""
+        return jnp.concatenate([a[:, i : i + blocks] for i in range(previous - 1, -1, -1)], axis=2)
+
+    newest = slice(-1, -previous - 1, -1)
+    memory = dataclasses.replace(memory, fam_keys=keys[:, newest], fam_values=values[:, newest])
+    return fam, seen(rotate(keys, frames.fams)), seen(values), memory
+
+
+def _remember(
+    config: ModelConfig, memory: LayerMemory, k: jax.Array, v: jax.Array, frames: ChunkFrames
+) -> LayerMemory:
+    """Caches the last m complete blocks and the unfinished one, of unrotated keys and values (B, T, K, hd)."""
+    batch, length, *heads = k.shape
+    size, segments = config.block_size, config.memory_segments
+    full = length // size
+    kept = min(full, segments)  # complete blocks of this chunk that stay visible
+    recent, rest = slice((full - kept) * size, full * size), slice(full * size, length)
+
+    def complete(cached: jax.Array, fresh: jax.Array) -> jax.Array:
+        return jnp.concatenate([cached[:, kept:], fresh], axis=1)
+
+    def unfinished(fresh: jax.Array) -> jax.Array:
+        return jnp.pad(fresh, ((0, 0), (0, size - fresh.shape[1]), (0, 0), (0, 0)))
+
+    blocked_k = rotate(k[:, recent].reshape(batch, kept, size, *heads), frames.own_tokens)
+    own_rest = Rotation(*(r[: length - full * size] for r in frames.own_tokens))
+    return dataclasses.replace(
+        memory,
+        keys=complete(memory.keys, blocked_k),
+        values=complete(memory.values, v[:, recent].reshape(batch, kept, size, *heads)),
+        block_keys=unfinished(rotate(k[:, rest], own_rest)),
+        block_values=unfinished(v[:, rest]),
+    )

@@ -1,0 +1,174 @@
+"""Feedback Attention Memory: one update, the chain of updates over blocks, and the initial FAM.
+
+The recurrence of FAM stays within a layer and passes through M vectors per block, so it is the only sequential part:
+`lax.scan` over blocks, M / C of the tokens' work. Its backward pass is arranged so that the weights' gradients are
+formed once, over all blocks, and not added up block by block: see :func:`scan_updates`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fam_jax.config import ModelConfig
+from fam_jax.kernels import Part, joint_attention
+from fam_jax.model.layers import Apply, DecoderLayer, Linear, apply_linear, contract
+from fam_jax.model.rope import Rope, Rotation, rotate
+
+
+def local_rotation(config: ModelConfig, rope: Rope) -> Rotation:
+    """Rotation (M, 1, hd/2) of F_{tau-1} in the frame of block tau, which follows it (appendix B.2.1).
+
+    "last": the positions of the last M tokens before the block. "float": spread evenly between the last token before
+    the block and its first. "zero": none; the frame of such a FAM is the whole stream's.
+    """
+    index = np.arange(config.fam_length)
+    if config.fam_positions == "last":
+        return rope.static(index - config.fam_length)
+    if config.fam_positions == "float":
+        return rope.static((index + 1) / (config.fam_length + 1) - 1)
+    return rope.static(0 * index)
+
+
+class BlockInputs(NamedTuple):
+    """What one FAM update reads beside the FAM; in a chain every array has a leading N axis."""
+
+    keys: jax.Array  # (B, C, K, hd) of the block's tokens, rotated
+    values: jax.Array  # (B, C, K, hd)
+    rotation: Rotation  # (B or 1, M, 1, hd/2) of the FAM, in the frame of the keys
+    keep: jax.Array  # (B,) bool: the FAM carries context, so the update has its residual
+
+
+def update_fam(
+    layer: DecoderLayer, fam: jax.Array, block: BlockInputs, apply: Apply = apply_linear
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """F_tau from F_{tau-1} (B, M, D) and block tau: the FAM path of algorithm 2.
+
+    Returns:
+      F_tau, and the unrotated keys and values (B, M, K, hd) of F_{tau-1}, which the tokens of the block see.
+    """
+    q, k, v = layer.project(fam, apply)
+    q = rotate(q, block.rotation)
+    attended = joint_attention(
+        [Part(q, rotate(k, block.rotation), v), Part(q, block.keys, block.values)],
+    )
+    residual = jnp.where(block.keep[:, None, None], fam, 0)
+    return layer.finish(attended, residual, apply), (k, v)
+
+
+def run_chain(
+    layer: DecoderLayer, fam: jax.Array, blocks: BlockInputs
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Updates `fam` (B, M, D) over N blocks.
+
+    Returns:
+      The last FAM, and the unrotated keys and values (N, B, M, K, hd) of the FAM *before* each block.
+    """
+    is_kernel = nnx.PathContains("kernel")
+    graphdef, kernels, rest = nnx.split(layer, is_kernel, ...)
+    # The step reads its projections through `apply` alone, so the merged layer gets scalars in their place.
+    hollow = jax.tree.map(lambda _: np.float32(0), kernels)
+
+    def step(apply: Apply, rest: nnx.State, fam: jax.Array, block: BlockInputs) -> tuple[jax.Array, Any]:
+        return update_fam(nnx.merge(graphdef, hollow, rest), fam, block, apply)
+
+    weights = {name: linear.kernel[...] for name, linear in layer.linears().items()}
+    return scan_updates(step, weights, rest, fam, blocks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan_updates(step: Callable, weights: dict[str, jax.Array], rest: Any, fam: jax.Array, blocks: Any) -> Any:
+    """`lax.scan` of `step` whose backward pass forms each weight gradient once, over all blocks.
+
+    Differentiated as it stands, a scan adds the gradient of every weight to an accumulator at every step: N times the
+    traffic of all the layer's weights. Here the backward scan yields only the cotangents of the projections' outputs;
+    after it, each weight's gradient is one product of the stacked inputs and the stacked cotangents.
+
+    Args:
+      step: (apply, rest, carry, x) -> (carry, y); it applies each projection once, as `apply(linear, h)`.
+      weights: kernels by `Linear.name`.
+      rest: the other parameters, differentiated the usual way.
+      fam: carry.
+      blocks: xs of the scan.
+
+    Returns:
+      (carry, stacked ys), as `lax.scan`.
+    """
+    weights = jax.tree.map(lambda w: w.astype(fam.dtype), weights)
+
+    def body(fam: jax.Array, block: Any) -> tuple[jax.Array, Any]:
+        return step(lambda linear, h: contract(h, weights[linear.name], linear.in_axes), rest, fam, block)
+
+    return jax.lax.scan(body, fam, blocks)
+
+
+def _scan_forward(step: Callable, weights: dict[str, jax.Array], rest: Any, fam: jax.Array, blocks: Any) -> Any:
+    cast = jax.tree.map(lambda w: w.astype(fam.dtype), weights)
+
+    def tapped(rest: Any, fam: jax.Array, blocks: Any, nudges: dict[str, jax.Array]) -> tuple[Any, Any]:
+        """The scan, with a zero added to every projection's output, to be differentiated by, and inputs recorded."""
+
+        def body(fam: jax.Array, x: Any) -> tuple[jax.Array, Any]:
+            block, nudge = x
+            inputs: dict[str, jax.Array] = {}
+
+            def apply(linear: Linear, h: jax.Array) -> jax.Array:
+                assert linear.name not in inputs, f"{linear.name} is applied twice in a step"
+                inputs[linear.name] = h
+                return contract(h, cast[linear.name], linear.in_axes) + nudge[linear.name]
+
+            fam, y = step(apply, rest, fam, block)
+            return fam, (y, inputs)
+
+        fam, (ys, inputs) = jax.lax.scan(body, fam, (blocks, nudges))
+        return (fam, ys), inputs
+
+    nudges = _zeros_like_outputs(step, cast, rest, fam, blocks)
+    out, pullback, inputs = jax.vjp(tapped, rest, fam, blocks, nudges, has_aux=True)
+    return out, (pullback, inputs, weights)
+
+
+def _scan_backward(step: Callable, residuals: Any, cotangents: Any) -> Any:
+    pullback, inputs, weights = residuals
+    d_rest, d_fam, d_blocks, d_outputs = pullback(cotangents)
+    d_weights = {}
+    for name, weight in weights.items():
+        x, dy = inputs[name], d_outputs[name]  # (N, B, M, *in), (N, B, M, *out)
+        d_weight = jnp.tensordot(x, dy, axes=((0, 1, 2), (0, 1, 2)), preferred_element_type=weight.dtype)
+        d_weights[name] = d_weight.astype(weight.dtype)
+    return d_weights, d_rest, d_fam, d_blocks
+
+
+scan_updates.defvjp(_scan_forward, _scan_backward)
+
+
+def _zeros_like_outputs(
+    step: Callable, weights: dict[str, jax.Array], rest: Any, fam: jax.Array, blocks: Any
+) -> dict[str, jax.Array]:
+    """Zeros (N, B, M, *out) for every projection."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def apply(linear: Linear, h: jax.Array) -> jax.Array:
+        y = contract(h, weights[linear.name], linear.in_axes)
+        shapes[linear.name] = y.shape
+        return y
+
+    first = jax.tree.map(lambda x: x[0], blocks)
+    jax.eval_shape(functools.partial(step, apply), rest, fam, first)
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    return {name: jnp.zeros((count, *shape), fam.dtype) for name, shape in shapes.items()}
+
+
+def prompt_step(layer: DecoderLayer, prompt: jax.Array, rotation: Rotation) -> jax.Array:
+    """Passes the prompt stream (M, D) up through a layer: full attention among itself, nothing else (appendix B.1).
+
+    It never sees tokens. Were it to, the tokens of the first block would see their own future one layer up.
+    """
+    stream = prompt[None]
+    q, k, v = layer.project(stream)
+    attended = joint_attention([Part(rotate(q, rotation), rotate(k, rotation), v)])
+    return layer.finish(attended, stream)[0]

@@ -1,0 +1,119 @@
+"""The parameters of a decoder layer and what each of them computes; no memory, no positions."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fam_jax.config import ModelConfig
+
+
+class Linear(nnx.Module):
+    """x (..., *in) @ kernel (*in, *out) -> (..., *out), without bias, in the dtype of x."""
+
+    def __init__(self, name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...], *, rngs: nnx.Rngs):
+        self.name = name
+        self.in_axes = len(in_shape)
+        kernel = jax.random.truncated_normal(rngs.params(), -2, 2, (*in_shape, *out_shape), jnp.float32)
+        # 0.8796 is the standard deviation of a unit normal cut off at 2.
+        self.kernel = nnx.Param(kernel * (math.prod(in_shape) ** -0.5 / 0.87962566))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return contract(x, self.kernel[...].astype(x.dtype), self.in_axes)
+
+
+def contract(x: jax.Array, kernel: jax.Array, in_axes: int) -> jax.Array:
+    """Sums the last `in_axes` axes of x against the first of kernel.
+
+    As one product of two matrices: XLA for CPU transposes the activations to form the weights' gradient otherwise.
+    """
+    batch, out = x.shape[: x.ndim - in_axes], kernel.shape[in_axes:]
+    rows = x.reshape(math.prod(batch), -1)
+    return (rows @ kernel.reshape(rows.shape[1], -1)).reshape(*batch, *out)
+
+
+# How a layer applies one of its projections. The FAM chain passes its own, to gather weight gradients.
+Apply = Callable[[Linear, jax.Array], jax.Array]
+
+
+def apply_linear(linear: Linear, x: jax.Array) -> jax.Array:
+    """The plain way."""
+    return linear(x)
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over D, computed in float32 at least."""
+
+    def __init__(self, config: ModelConfig):
+        self.epsilon = config.norm_epsilon
+        self.scale = nnx.Param(jnp.ones(config.model_dim, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(config.model_dim, jnp.float32)) if config.norm == "layernorm" else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.bias is not None:
+            wide = wide - wide.mean(axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
+        wide = wide * self.scale[...].astype(wide.dtype)
+        if self.bias is not None:
+            wide = wide + self.bias[...].astype(wide.dtype)
+        return wide.astype(x.dtype)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention projections and feed-forward; the same weights serve tokens and FAM (section 2.2)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        width, heads, kv_heads, head_dim = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.activation = config.activation
+        self.attention_norm = Norm(config)
+        self.query = Linear("query", (width,), (heads, head_dim), rngs=rngs)
+        self.key = Linear("key", (width,), (kv_heads, head_dim), rngs=rngs)
+        self.value = Linear("value", (width,), (kv_heads, head_dim), rngs=rngs)
+        self.output = Linear("output", (heads, head_dim), (width,), rngs=rngs)
+        self.ff_norm = Norm(config)
+        self.up = Linear("up", (width,), (config.ff_dim,), rngs=rngs)
+        gated = config.activation != "gelu"
+        self.gate = Linear("gate", (width,), (config.ff_dim,), rngs=rngs) if gated else None
+        self.down = Linear("down", (config.ff_dim,), (width,), rngs=rngs)
+        has_prefix = config.fam_length > 0 and config.fam_init == "prefix"
+        self.initial_fam = nnx.Param(initial_fam(config, rngs)) if has_prefix else None
+
+    def linears(self) -> dict[str, Linear]:
+        """Every projection of the layer by name."""
+        found = (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
+        return {linear.name: linear for linear in found if linear is not None}
+
+    def project(self, x: jax.Array, apply: Apply = apply_linear) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Norm, then queries (B, T, H, hd), keys and values (B, T, K, hd) of x (B, T, D); no RoPE yet."""
+        h = self.attention_norm(x)
+        return apply(self.query, h), apply(self.key, h), apply(self.value, h)
+
+    def finish(
+        self, attended: jax.Array, residual: jax.Array | None, apply: Apply = apply_linear
+    ) -> jax.Array:
+        """Output projection and residual (none = zero), then feed-forward and its residual; (B, T, D)."""
+        x = apply(self.output, attended)
+        if residual is not None:
+            x = x + residual
+        h = self.ff_norm(x)
+        up = apply(self.up, h)
+        if self.gate is None:
+            hidden = jax.nn.gelu(up)
+        else:
+            nonlinearity = jax.nn.silu if self.activation == "swiglu" else jax.nn.gelu
+            hidden = nonlinearity(apply(self.gate, h)) * up
+        return x + apply(self.down, hidden)
+
+
+def initial_fam(config: ModelConfig, rngs: nnx.Rngs) -> jax.Array:
+    """(M, D) learned vectors, at the scale of embeddings (appendix B.1)."""
+    shape = (config.fam_length, config.model_dim)
+    return jax.random.normal(rngs.params(), shape, jnp.float32) * embedding_stddev(config)
+
+
+def embedding_stddev(config: ModelConfig) -> float:
+    """Unit-variance logits from tied embeddings of a normalised vector."""
+    return config.model_dim**-0.5

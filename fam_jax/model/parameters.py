@@ -1,0 +1,43 @@
+"""Parameters as plain nested dicts of arrays, which is what checkpoints hold."""
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+def to_dict(state: nnx.State) -> dict[str, Any]:
+    """Nested dict of arrays, names as in the module tree."""
+    return nnx.to_pure_dict(state)
+
+
+def from_dict(like: nnx.State, values: dict[str, Any]) -> nnx.State:
+    """A state of the structure of `like` that holds `values`.
+
+    Raises:
+      ValueError: names or shapes differ; the message lists the first few.
+    """
+    flat_like, flat = _flatten(to_dict(like)), _flatten(values)
+    wrong = [f"{name} is missing" for name in flat_like if name not in flat]
+    wrong += [f"{name} is not expected" for name in flat if name not in flat_like]
+    wrong += [
+        f"{name} has shape {tuple(flat[name].shape)}, not {tuple(leaf.shape)}"
+        for name, leaf in flat_like.items()
+        if name in flat and tuple(flat[name].shape) != tuple(leaf.shape)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"parameters do not fit the model: {'; '.join(wrong[:3])}{more}")
+    state = jax.tree.map(lambda leaf: leaf, like)
+    nnx.replace_by_pure_dict(state, values)
+    return state
+
+
+def count_parameters(values: Any) -> int:
+    """Number of elements in all arrays of a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(values))
+
+
+def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}

@@ -1,0 +1,76 @@
+"""Rotary position embedding that stays exact at any position (Su et al. 2021; section B.2 of the paper).
+
+Queries and keys are rotated in *frames*: position zero of a frame is wherever it suits, because scores depend on
+differences only. Angles are never formed as a large product in float32: a position is split into base-256 digits
+whose rotations, tabulated in float64, are multiplied.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+DIGIT = 256
+LEVELS = 4  # covers int32
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of angles, (..., hd / 2), to be broadcast against (..., heads, hd)."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+    def __getitem__(self, index: object) -> "Rotation":  # type: ignore[override]
+        """Indexes both arrays alike."""
+        return Rotation(self.cos[index], self.sin[index])  # type: ignore[index]
+
+    def after(self, other: "Rotation") -> "Rotation":
+        """The rotation by the sum of both angles."""
+        return Rotation(
+            self.cos * other.cos - self.sin * other.sin,
+            self.sin * other.cos + self.cos * other.sin,
+        )
+
+    def inverse(self) -> "Rotation":
+        """The rotation by the negated angles."""
+        return Rotation(self.cos, -self.sin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """RoPE of one head width: feature pairs (i, i + hd/2) turn at base ** (-2i / hd) radians per position."""
+
+    head_dim: int
+    base: float
+    dtype: str  # of the cosines and sines
+
+    def frequencies(self) -> np.ndarray:
+        """(hd / 2,) radians per position, float64."""
+        return self.base ** (-np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
+
+    def static(self, positions: np.ndarray) -> Rotation:
+        """Rotation at positions known when tracing, whole or fractional; (...,) gives (..., 1, hd / 2)."""
+        angles = np.asarray(positions, np.float64)[..., None, None] * self.frequencies()
+        return Rotation(jnp.asarray(np.cos(angles), self.dtype), jnp.asarray(np.sin(angles), self.dtype))
+
+    def at(self, positions: jax.Array, *, unit: int = 1) -> Rotation:
+        """Rotation at positions * unit, with positions an int32 array; (...,) gives (..., 1, hd / 2)."""
+        magnitude = jnp.abs(positions)
+        result: Rotation | None = None
+        for level in range(LEVELS):
+            angles = np.outer(np.arange(DIGIT, dtype=np.float64) * float(DIGIT**level * unit), self.frequencies())
+            digit = (magnitude // DIGIT**level) % DIGIT
+            cos, sin = (jnp.asarray(table(angles), self.dtype)[digit] for table in (np.cos, np.sin))
+            result = Rotation(cos, sin) if result is None else Rotation(cos, sin).after(result)
+        assert result is not None
+        sign = jnp.where(positions < 0, -1, 1)[..., None].astype(self.dtype)
+        return Rotation(result.cos[..., None, :], (result.sin * sign)[..., None, :])
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates x (..., heads, hd) by `rotation` (..., 1, hd / 2)."""
+    first, second = jnp.split(x.astype(rotation.cos.dtype), 2, axis=-1)
+    turned = (first * rotation.cos - second * rotation.sin, second * rotation.cos + first * rotation.sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -1,0 +1,205 @@
+"""Where arrays live: the mesh, and the two tables that place every array on it.
+
+`AXES` says which mesh axes a logical axis is spread over, `PARAMETERS` which logical axes a parameter has.
+Batches are spread over data and fsdp; parameters and optimizer state over fsdp (their width) and tensor
+(their heads, feed-forward and vocabulary). Sharding is left to the compiler from there on (Auto axes).
+"""
+
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fam_jax.config import ConfigError, MeshConfig
+
+PyTree = Any
+MeshAxes = str | tuple[str, ...] | None
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes, and the config field that sets its size.
+AXES: dict[str, tuple[MeshAxes, str]] = {
+    "batch": (("data", "fsdp"), "train.batch_size"),
+    "layers": (None, "model.num_layers"),
+    "vocab": ("tensor", "model.vocab_size"),
+    "width": ("fsdp", "model.model_dim"),
+    "norm": (None, "model.model_dim"),
+    "heads": ("tensor", "model.num_heads"),
+    "kv_heads": ("tensor", "model.num_kv_heads"),
+    "head": (None, "model.head_dim"),
+    "ff": ("tensor", "model.ff_dim"),
+    "fam": (None, "model.fam_length"),
+}
+
+# Multi-query attention has fewer key/value heads than the tensor axis has devices: each keeps a copy.
+COPIED_IF_INDIVISIBLE = frozenset({"kv_heads"})
+
+# Pattern of the parameter's path -> its logical axes.
+PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("embedding/table", ("vocab", "width")),
+    ("unembedding/kernel", ("width", "vocab")),
+    ("final_norm/*", ("norm",)),
+    ("initial_fam", ("fam", "width")),
+    ("layers/*_norm/*", ("layers", "norm")),
+    ("layers/query/kernel", ("layers", "width", "heads", "head")),
+    ("layers/key/kernel", ("layers", "width", "kv_heads", "head")),
+    ("layers/value/kernel", ("layers", "width", "kv_heads", "head")),
+    ("layers/output/kernel", ("layers", "heads", "head", "width")),
+    ("layers/up/kernel", ("layers", "width", "ff")),
+    ("layers/gate/kernel", ("layers", "width", "ff")),
+    ("layers/down/kernel", ("layers", "ff", "width")),
+    ("layers/initial_fam", ("layers", "fam", "width")),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over `devices`, by default all of the job's.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, inner = len(devices), config.fsdp * config.tensor
+    if config.data == 0 and count % inner:
+        raise ConfigError(
+            f"config.mesh.fsdp: fsdp * tensor = {inner} does not divide the {count} devices that there are"
+        )
+    shape = (config.data or count // inner, config.fsdp, config.tensor)
+    if math.prod(shape) != count:
+        raise ConfigError(
+            f"config.mesh.data: data * fsdp * tensor = {math.prod(shape)}, but there are {count} devices; "
+            "data=0 takes what the others leave"
+        )
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """For arrays whose first axis is the batch."""
+    return NamedSharding(mesh, P(AXES["batch"][0]))
+
+
+def check_batch(mesh: Mesh, size: int, field: str) -> None:
+    """Raises :class:`ConfigError` naming `field` unless `mesh` divides a batch of `size` rows."""
+    ways = _ways(mesh, AXES["batch"][0])
+    if size % ways:
+        raise ConfigError(
+            f"config.{field}: {size} rows cannot be divided over mesh.data * mesh.fsdp = {ways} devices"
+        )
+
+
+def param_shardings(shapes: PyTree, mesh: Mesh) -> PyTree:
+    """A `NamedSharding` for every parameter.
+
+    Args:
+      shapes: The nested dict of parameters, as anything with `.shape`.
+      mesh: From :func:`make_mesh`.
+
+    Raises:
+      ConfigError: a mesh axis does not divide the axis of a parameter that it is to be spread over.
+      ValueError: a parameter is not in `PARAMETERS`.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, P(*_param_spec("/".join(_names(path)), leaf.shape, mesh))),
+        shapes,
+    )
+
+
+def state_shardings(shapes: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
+    """Shardings of whatever hangs together with the parameters: optimizer state, averages, themselves.
+
+    A leaf belongs to a parameter if its path ends in the parameter's. Of the same shape, it is placed as
+    the parameter is; `v_row` and `v_col` of a factored second moment (optax) as the parameter without
+    its largest, or second largest, dimension. State of the stacked layers may be made by `vmap` over L,
+    below a `layers` of its own: then largest means of one layer. All else is replicated.
+
+    Args:
+      shapes: The state, as anything with `.shape`.
+      params: The nested dict of parameters, likewise.
+      mesh: From :func:`make_mesh`.
+
+    Raises:
+      ConfigError, ValueError: as :func:`param_shardings`.
+    """
+    known = {
+        _names(path): (leaf.shape, _param_spec("/".join(_names(path)), leaf.shape, mesh))
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = _names(path)
+        for owner in _owners(names, known):
+            for shape, spec in _derived(names, *known[owner], stacked=owner[0] == "layers"):
+                if shape == leaf.shape:
+                    return NamedSharding(mesh, P(*spec))
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def _param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[MeshAxes, ...]:
+    logical = next((axes for pattern, axes in PARAMETERS if fnmatch.fnmatch(path, pattern)), None)
+    if logical is None or len(logical) != len(shape):
+        raise ValueError(f"parameter {path} of shape {shape} is not in fam_jax.sharding.PARAMETERS")
+    return tuple(_place_axis(axis, size, mesh) for axis, size in zip(logical, shape, strict=True))
+
+
+def _place_axis(axis: str, size: int, mesh: Mesh) -> MeshAxes:
+    mesh_axes, field = AXES[axis]
+    ways = _ways(mesh, mesh_axes)
+    if size % ways == 0:
+        return mesh_axes
+    if axis in COPIED_IF_INDIVISIBLE:
+        return None
+    raise ConfigError(f"config.mesh.{mesh_axes}: {ways} does not divide {field} {size}")
+
+
+def _ways(mesh: Mesh, mesh_axes: MeshAxes) -> int:
+    if mesh_axes is None:
+        return 1
+    return math.prod(mesh.shape[name] for name in ([mesh_axes] if isinstance(mesh_axes, str) else mesh_axes))
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _owners(names: tuple[str, ...], known: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Parameters whose path ends `names`, longest first; `layers` may stand further up in `names`."""
+
+    def owns(owner: tuple[str, ...]) -> bool:
+        if names[-len(owner) :] == owner:
+            return True
+        inner = owner[1:]
+        return owner[0] == "layers" and names[-len(inner) :] == inner and "layers" in names[: -len(inner)]
+
+    return sorted(filter(owns, known), key=len, reverse=True)
+
+
+def _derived(
+    names: tuple[str, ...], shape: tuple[int, ...], spec: tuple[MeshAxes, ...], stacked: bool
+) -> list[tuple[tuple[int, ...], tuple[MeshAxes, ...]]]:
+    """Shapes that state of a parameter can have, and their specs."""
+    rank = {"v_row": -1, "v_col": -2}
+    which = next((rank[name] for name in names if name in rank), None)
+    if which is None:
+        return [(shape, spec)]
+    factored = []
+    for lead in (1, 0) if stacked else (0,):
+        if len(shape) - lead >= 2:
+            dropped = lead + int(np.argsort(shape[lead:])[which])  # optax breaks ties by argsort too
+            factored.append((_without(shape, dropped), _without(spec, dropped)))
+    return factored
+
+
+def _without(items: tuple[Any, ...], index: int) -> tuple[Any, ...]:
+    return items[:index] + items[index + 1 :]

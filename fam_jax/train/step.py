@@ -1,0 +1,117 @@
+"""One training step: a pure function of state and batch."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from fam_jax.config import Config
+from fam_jax.model import empty_memory, from_dict, with_fam
+from fam_jax.train.losses import token_loss
+from fam_jax.train.optimizer import learning_rate
+from fam_jax.train.state import TrainState, model_structure
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Draws(NamedTuple):
+    """What a step draws at random, per example."""
+
+    from_saved: jax.Array  # (B,) bool: starts from the saved FAM (random state passing, appendix B.2.3)
+    offset: jax.Array | None  # (B,) int32 random position offset (appendix B.2.2)
+
+
+def make_train_step(
+    config: Config, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds `train_step(state, batch) -> (state, metrics)`; jit it with the state donated.
+
+    A batch has inputs and targets (B, T) int32, weights (B, T) float32, answer (B, T) bool. The loss is the weighted
+    mean over the whole batch, however many micro-batches it is taken in.
+    """
+    graphdef, abstract = model_structure(config)
+    train = config.train
+    schedule = learning_rate(config.optimizer, train.steps)
+
+    def loss(params: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array) -> tuple[jax.Array, Any]:
+        model = nnx.merge(graphdef, from_dict(abstract, params))
+        memory = empty_memory(config.model, batch["inputs"].shape[0])
+        if train.random_state_passing:
+            memory = with_fam(memory, state.saved_fam, draws.from_saved)
+        hidden, memory = model.hidden(batch["inputs"], memory, aligned=True, position_offset=draws.offset)
+        result = token_loss(
+            model, hidden, batch["targets"], batch["weights"], chunk=train.loss_chunk, z_loss=train.z_loss
+        )
+        scores = {
+            "loss": result.cross_entropy / total,
+            "answer_correct": (result.correct & batch["answer"]).sum(),
+            "answers": batch["answer"].sum(),
+            "exact_match": (result.correct | ~batch["answer"]).all(axis=1).sum(),
+        }
+        return result.loss / total, (scores, jax.lax.stop_gradient(memory.layers.fam[:, 0]))
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        draws = _draw(config, state, batch["inputs"].shape[0])
+        total = jnp.maximum(batch["weights"].sum(), 1e-6)
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (value, (scores, fam)), grads = _accumulate(
+            lambda part, d: gradient(state.params, state, part, d, total), batch, draws, train.accumulation
+        )
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        new_state = TrainState(
+            params=optax.apply_updates(state.params, updates),
+            optimizer=optimizer_state,
+            step=state.step + 1,
+            key=state.key,
+            saved_fam=fam.astype(state.saved_fam.dtype),
+            has_saved_fam=jnp.ones((), bool),
+        )
+        metrics = {
+            "loss": scores["loss"],
+            "objective": value,
+            "answer_accuracy": scores["answer_correct"] / jnp.maximum(scores["answers"], 1),
+            "exact_match": scores["exact_match"] / batch["inputs"].shape[0],
+            "gradient_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "from_saved_fam": draws.from_saved.mean(),
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def _draw(config: Config, state: TrainState, batch_size: int) -> Draws:
+    train = config.train
+    saved_key, zero_key, offset_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+    active = state.has_saved_fam & (state.step >= train.random_state_passing_from)
+    from_saved = jax.random.bernoulli(saved_key, train.random_state_passing, (batch_size,)) & active
+    offset = None
+    if train.random_position_offset:
+        wavelength = round(2 * math.pi * config.model.rope_base)
+        offset = jax.random.randint(offset_key, (batch_size,), 0, wavelength)
+        offset = jnp.where(jax.random.bernoulli(zero_key, 0.5, (batch_size,)), 0, offset)
+    return Draws(from_saved, offset)
+
+
+def _accumulate(gradient: Callable, batch: Batch, draws: Draws, parts: int) -> Any:
+    """Sums loss, scores and gradients over micro-batches; the FAM is that of the first example of all."""
+    if parts == 1:
+        return gradient(batch, draws)
+    # Rows are dealt out in turn, so that a batch sharded over devices is in equal shares on all of them.
+    dealt = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, draws))
+
+    def body(total: Any, part: Any) -> tuple[Any, jax.Array]:
+        (value, (scores, fam)), grads = gradient(*part)
+        return jax.tree.map(jnp.add, total, (value, scores, grads)), fam
+
+    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], dealt))
+    (value, (scores, _)), grads = shapes
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (value, scores, grads))
+    (value, scores, grads), fams = jax.lax.scan(body, zeros, dealt)
+    return (value, (scores, fams[0])), grads

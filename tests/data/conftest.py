@@ -1,0 +1,49 @@
+"""Vocabularies to try the data code with, beside the two that ship."""
+
+import io
+import random
+
+import pytest
+import sentencepiece
+
+from fam_jax.data.passkey_text import example_text
+
+VOCABULARIES = ("passkey", "bytes", "merged_digits", "unnormalised")
+
+
+def _train(**options: object) -> bytes:
+    numbers = random.Random(0)
+    text = [" ".join(example_text(str(numbers.randrange(10, 99999)), 1)) for _ in range(200)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, minloglevel=2, num_threads=1, **options
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def vocabulary_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Name or path for `load_vocabulary`, by the names in VOCABULARIES."""
+    folder = tmp_path_factory.mktemp("vocabularies")
+    # Several digits in one piece: answers of different lengths.
+    (folder / "merged_digits.model").write_bytes(
+        _train(vocab_size=200, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, split_digits=False)
+    )
+    # As open checkpoints have it: no padding id, spaces kept, bytes for unknown letters.
+    (folder / "unnormalised.model").write_bytes(
+        _train(
+            vocab_size=400,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+        )
+    )
+    trained = {name: str(folder / f"{name}.model") for name in ("merged_digits", "unnormalised")}
+    return {"passkey": "passkey", "bytes": "bytes", **trained}
+
+
+@pytest.fixture(params=VOCABULARIES)
+def vocabulary_name(request: pytest.FixtureRequest, vocabulary_names: dict[str, str]) -> str:
+    return vocabulary_names[request.param]

@@ -1,0 +1,204 @@
+"""Gradients: against finite differences of the oracle, between ways of computing them, and where they must be zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fam_jax.model import empty_memory, fam, with_fam
+from tests.model.tiny import build, params_of, quick_jit, some_tokens, variant
+from tests.oracle.naive import naive_forward, random_params
+
+LENGTH = 14
+WIDE = variant(dtype="float64", memory_segments=1)
+TOKENS = some_tokens(2, LENGTH)
+# Any smooth function of the logits will do.
+PROJECTION = np.random.default_rng(9).normal(size=(2, LENGTH, WIDE.vocab_size))
+
+
+def score(logits):
+    return (PROJECTION[:, : logits.shape[1]] * logits).sum() + 0.1 * (logits**2).sum()
+
+
+def gradients(config, *, aligned=True, tokens=TOKENS):
+    """d score / d parameters, nested dict, through a call from an empty memory."""
+
+    def loss(params):
+        model = build(config, params)
+        return score(model(jnp.asarray(tokens), model.init_memory(len(tokens)), aligned=aligned)[0])
+
+    return quick_jit(jax.grad(loss))(params_of(config))
+
+
+def assert_same(got, want, **tolerance):
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, **tolerance), got, want)
+
+
+EXACT = {"rtol": 1e-9, "atol": 1e-10}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fam_previous_blocks": 2},
+        {
+            "fam_init": "prefix",
+            "norm": "layernorm",
+            "activation": "gelu",
+            "tie_embeddings": False,
+            "num_kv_heads": 1,
+        },
+        {
+            "fam_positions": "zero",
+            "activation": "geglu",
+            "window": 3,
+            "scale_embeddings": True,
+            "num_kv_heads": 4,
+        },
+    ],
+    ids=["prompt", "prefix, layernorm, gelu, untied", "zero positions, geglu, window"],
+)
+def test_every_parameter_against_finite_differences_of_the_oracle(changes):
+    """Along a random direction of each parameter, central differences of the token-by-token forward."""
+    config = variant(dtype="float64", **changes)
+    params = random_params(config, 0)
+    with jax.enable_x64(True):
+        got = jax.tree.map(np.asarray, gradients(config))
+    leaves, structure = jax.tree.flatten(params)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    rng = np.random.default_rng(0)
+    for i, (name, leaf, gradient) in enumerate(zip(names, leaves, jax.tree.leaves(got), strict=True)):
+        direction, step = rng.normal(size=leaf.shape), 1e-5
+
+        def at(distance, i=i, leaf=leaf, direction=direction):
+            moved = jax.tree.unflatten(
+                structure, [*leaves[:i], leaf + distance * direction, *leaves[i + 1 :]]
+            )
+            return score(naive_forward(moved, config, TOKENS).logits)
+
+        difference = (at(step) - at(-step)) / (2 * step)
+        slope = (gradient * direction).sum()
+        assert abs(slope) > 1e-3, f"{name}: this direction shows nothing"
+        np.testing.assert_allclose(slope, difference, rtol=1e-6, err_msg=name)
+
+
+def plain_scan(step, weights, rest, start, blocks):
+    """`scan_updates` as `lax.scan` differentiates it."""
+
+    def body(carry, block):
+        return step(
+            lambda linear, h: jnp.tensordot(h, weights[linear.name], axes=linear.in_axes), rest, carry, block
+        )
+
+    return jax.lax.scan(body, start, blocks)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm": "layernorm", "activation": "gelu", "num_kv_heads": 1}], ids=str
+)
+def test_deferred_weight_gradients_are_those_of_a_plain_scan(changes, monkeypatch):
+    config = variant(dtype="float64", fam_previous_blocks=2, **changes)
+    with jax.enable_x64(True):
+        deferred = gradients(config)
+        calls = []
+        monkeypatch.setattr(fam, "scan_updates", lambda *args: calls.append(1) or plain_scan(*args))
+        plain = gradients(config)
+    assert calls
+    assert_same(deferred, plain, **EXACT)
+
+
+@pytest.mark.parametrize("changes", [{}, {"stop_gradient": True}, {"fam_length": 0, "window": 3}], ids=str)
+def test_parallel_and_piecewise_gradients_are_equal(changes):
+    config = variant(dtype="float64", memory_segments=2, **changes)
+    with jax.enable_x64(True):
+        assert_same(gradients(config), gradients(config, aligned=False), **EXACT)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_gradient(remat):
+    with jax.enable_x64(True):
+        assert_same(gradients(variant(dtype="float64", remat=remat)), gradients(WIDE), **EXACT)
+
+
+def test_less_than_a_block_has_gradients_too():
+    with jax.enable_x64(True):
+        short = TOKENS[:, :3]
+        assert_same(gradients(WIDE, tokens=short), gradients(WIDE, tokens=short, aligned=False), **EXACT)
+
+
+def test_gradient_reaches_a_saved_fam_and_not_the_initial_one_beside_it():
+    tokens = jnp.asarray(TOKENS)
+    saved = jnp.asarray(np.random.default_rng(5).normal(size=(2, 2, 8)))  # L, M, D
+
+    def loss(params, saved, rows):
+        memory = with_fam(empty_memory(WIDE, 2), saved, rows)
+        return score(build(WIDE, params)(tokens, memory, aligned=True)[0])
+
+    with jax.enable_x64(True):
+        slope = quick_jit(jax.grad(loss, argnums=(0, 1)))
+        for rows in (jnp.array([True, True]), jnp.array([False, False])):
+            params, start = slope(params_of(WIDE), saved, rows)
+            used, unused = (start, params["initial_fam"]) if rows[0] else (params["initial_fam"], start)
+            assert np.abs(used).max() > 1e-3
+            np.testing.assert_array_equal(unused, 0)
+
+
+def test_bfloat16_activations_give_float32_gradients_near_the_float32_ones():
+    for changes in ({}, {"fam_init": "prefix", "remat": "full"}):
+        got = gradients(variant(dtype="bfloat16", **changes))
+        want = gradients(variant(**changes))
+        assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype("float32")}
+        flat, flat_want = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (got, want))
+        cosine = flat @ flat_want / np.linalg.norm(flat) / np.linalg.norm(flat_want)
+        assert cosine > 0.99, f"cosine {cosine}"
+
+
+BLOCKS, LAYERS = 5, 2
+
+
+def influence_of_first_block(config):
+    """(N,) largest gradient of the score of each block's logits to the embeddings of the first block's tokens.
+
+    The first block's tokens occur nowhere else, and embeddings are not tied, so their rows of the table are theirs.
+    """
+    size = config.block_size
+    tokens = np.concatenate([np.arange(size), np.full((BLOCKS - 1) * size, 10)])[None].astype(np.int32)
+
+    def scores(table, params):
+        params = {**params, "embedding": {"table": table}}
+        model = build(config, params)
+        logits, _ = model(jnp.asarray(tokens), model.init_memory(1), aligned=True)
+        return jnp.square(logits).reshape(BLOCKS, -1).sum(axis=1)
+
+    with jax.enable_x64(True):
+        params = params_of(config)
+        by_row = quick_jit(jax.jacrev(scores))(params["embedding"]["table"], params)  # (N, V, D)
+    return np.abs(np.asarray(by_row)[:, :size]).max(axis=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reached"),
+    [
+        # Without FAM, each layer looks back m blocks.
+        ({"fam_length": 0}, 1 + LAYERS),
+        ({"fam_length": 0, "memory_segments": 0}, 1),
+        ({"fam_length": 0, "memory_segments": 2}, BLOCKS),
+        # A window of w keys reaches w - 1 tokens back per layer: from the first token of a block, 3 of 4.
+        ({"fam_length": 0, "window": 2}, 2),
+        ({"fam_length": 0, "num_layers": 1}, 2),
+        # Stop-gradient leaves a block its own tokens.
+        ({"fam_length": 0, "stop_gradient": True}, 1),
+        # FAM carries gradient on for ever, whatever the segment.
+        ({}, BLOCKS),
+        ({"memory_segments": 0}, BLOCKS),
+        ({"stop_gradient": True}, BLOCKS),
+        ({"num_layers": 1, "memory_segments": 0}, BLOCKS),
+    ],
+    ids=str,
+)
+def test_receptive_field(changes, reached):
+    """Figure 3a: beyond its receptive field, BSWA cannot learn from the first block; with FAM it can."""
+    config = variant(dtype="float64", tie_embeddings=False, **{"num_layers": LAYERS, **changes})
+    influence = influence_of_first_block(config)
+    assert (influence[:reached] > 1e-6).all(), influence
+    np.testing.assert_array_equal(influence[reached:], 0)

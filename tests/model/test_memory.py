@@ -1,0 +1,242 @@
+"""The memory as a value: its shapes, its constancy, and what may be done with it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fam_jax.config import ModelConfig
+from fam_jax.model import Memory, Transformer, count_parameters, empty_memory, from_dict, to_dict, with_fam
+from tests.model.tiny import Reader, build, params_of, quick_jit, some_tokens, variant
+from tests.oracle.naive import random_params
+
+
+def struct(tree):
+    return jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), tree)
+
+
+CONFIGS = [
+    {}, {"fam_init": "prefix"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "fam_init": "prefix"},
+    {"dtype": "bfloat16", "norm": "layernorm", "fam_positions": "zero"}, {"fam_length": 0}, {"memory_segments": 0},
+    {"dtype": "bfloat16", "fam_length": 0, "memory_segments": 0}, {"fam_previous_blocks": 3, "memory_segments": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CONFIGS, ids=str)
+def test_memory_never_changes_its_shape_or_dtype(changes):
+    config = variant(**changes)
+    params = params_of(config)
+    want = struct(empty_memory(config, 3))
+
+    def start():
+        return build(config, params).init_memory(3)
+
+    assert struct(jax.eval_shape(start)) == want
+    for length, how in ((3, {}), (1, {}), (9, {}), (9, {"aligned": True}), (2, {"aligned": True})):
+
+        def call(memory, length=length, how=how):
+            return build(config, params)(jnp.zeros((3, length), jnp.int32), memory, **how)
+
+        logits, memory = jax.eval_shape(call, empty_memory(config, 3))
+        assert struct(memory) == want, (length, how)
+        assert logits.shape == (3, length, config.vocab_size) and logits.dtype == jnp.float32
+
+
+def test_memory_does_not_grow_with_what_is_read():
+    """By definition of the shapes: C, m, M, R and the batch, never T."""
+    config = variant(memory_segments=3, fam_previous_blocks=2)
+    kv = config.num_kv_heads * config.head_dim
+    per_row = config.num_layers * (
+        2 * (config.memory_segments + 1) * config.block_size * kv
+        + config.fam_length * config.model_dim
+        + 2 * config.fam_previous_blocks * config.fam_length * kv
+    )
+    assert count_parameters(empty_memory(config, 5)) == 5 * (per_row + 3)
+
+
+def test_memory_is_a_pytree():
+    memory = empty_memory(variant(), 2)
+    leaves, structure = jax.tree.flatten(memory)
+    assert isinstance(jax.tree.unflatten(structure, leaves), Memory)
+    assert len(leaves) == 10
+    # A row of a batch of memories: all arrays agree on where the batch axis is.
+    assert {x.shape[1] for x in jax.tree.leaves(memory.layers)} == {2}
+    assert {memory.carries_context.shape, memory.blocks.shape, memory.filled.shape} == {(2,)}
+
+
+def test_an_old_memory_can_be_read_on_from_again():
+    """Reading changes nothing in the memory that went in: streams can fork."""
+    config = variant()
+    reader = Reader(config, params_of(config), 2)
+    reader.read(some_tokens(2, 6))
+    fork = reader.memory
+    first = reader.read(some_tokens(2, 6, seed=1))
+    reader.memory = fork
+    other = reader.read(some_tokens(2, 6, seed=2))
+    reader.memory = fork
+    np.testing.assert_array_equal(reader.read(some_tokens(2, 6, seed=1)), first)
+    assert np.abs(first - other).max() > 1e-3
+
+
+def test_counters():
+    config = variant()
+    reader = Reader(config, params_of(config), 3)
+    reader.read(some_tokens(3, 9), lengths=[9, 4, 3])
+    memory = reader.memory
+    assert memory.blocks.tolist() == [2, 1, 0] and memory.filled.tolist() == [1, 0, 3]
+    assert memory.carries_context.tolist() == [True, True, False]
+    plain = Reader(variant(fam_length=0), params_of(variant(fam_length=0)), 1)
+    plain.read(some_tokens(1, 8), aligned=True)
+    assert not plain.memory.carries_context.any()  # there is no FAM that could
+
+
+def test_with_fam_touches_the_chosen_rows_only():
+    memory = empty_memory(variant(), 3)
+    fam = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 8)), jnp.float32)
+    after = with_fam(memory, fam, jnp.array([True, False, True]))
+    np.testing.assert_array_equal(after.layers.fam[:, 0], fam)
+    np.testing.assert_array_equal(after.layers.fam[:, 1], 0)
+    assert after.carries_context.tolist() == [True, False, True]
+    assert struct(after) == struct(memory)
+
+
+@pytest.mark.parametrize(
+    ("length", "how", "message"),
+    [
+        (0, {}, "no tokens"),
+        (4, {"aligned": True, "lengths": jnp.array([1, 2])}, "takes no lengths"),
+        (4, {"position_offset": jnp.array([1, 2])}, "position offset"),
+    ],
+)
+def test_calls_that_make_no_sense_are_refused(length, how, message):
+    config = variant()
+    with pytest.raises(ValueError, match=message):
+        build(config, params_of(config))(jnp.zeros((2, length), jnp.int32), empty_memory(config, 2), **how)
+
+
+def test_bfloat16_activations_read_nearly_alike():
+    tokens = some_tokens(2, 17)
+
+    def loss(config):
+        logits = Reader(config, params_of(config), 2).read(tokens[:, :-1], aligned=True)
+        assert logits.dtype == np.float32
+        log_p = jax.nn.log_softmax(logits)
+        return -float(np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], axis=-1).mean())
+
+    for changes in ({}, {"fam_init": "prefix", "norm": "layernorm"}):
+        # Each activation is rounded to 2^-8 of itself; the mean over 32 tokens is good to a few times that.
+        assert abs(loss(variant(dtype="bfloat16", **changes)) - loss(variant(**changes))) < 4 * 2**-8
+
+
+# ---- parameters
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": "layernorm", "tie_embeddings": False, "activation": "gelu"},
+        {"fam_init": "prefix"},
+        {"fam_length": 0},
+    ],
+    ids=str,
+)
+def test_parameters_have_the_names_and_shapes_of_the_format(changes):
+    config = variant(**changes)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    values = to_dict(nnx.state(model))
+    assert jax.tree.map(jnp.shape, values) == jax.tree.map(np.shape, random_params(config, 0))
+    assert {x.dtype for x in jax.tree.leaves(values)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_parameters_are_float32_whatever_the_activations(dtype):
+    model = nnx.eval_shape(lambda: Transformer(variant(dtype=dtype), rngs=nnx.Rngs(0)))
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+
+
+def test_a_new_model_guesses_evenly():
+    config = variant(model_dim=64, num_heads=4, head_dim=16, ff_dim=128)
+    params = to_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(0))))
+    log_p = jax.nn.log_softmax(Reader(config, params, 4).read(some_tokens(4, 64), aligned=True))
+    loss = -np.take_along_axis(np.asarray(log_p), some_tokens(4, 64, seed=1)[..., None], axis=-1).mean()
+    assert abs(loss - np.log(config.vocab_size)) < 1.0
+    layers = params["layers"]["query"]["kernel"]
+    assert np.abs(layers[0] - layers[1]).max() > 0.01  # layers do not start alike
+    other = to_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(1))))
+    assert np.abs(layers - other["layers"]["query"]["kernel"]).max() > 0.01
+
+
+def test_parameters_go_to_a_dict_and_back():
+    config = variant()
+    graphdef, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
+    again = from_dict(state, to_dict(state))
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    nnx.merge(graphdef, again)
+    doubled = from_dict(state, jax.tree.map(lambda x: 2 * x, to_dict(state)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), doubled, state)
+    jax.tree.map(np.testing.assert_array_equal, again, state)  # the pattern was not written to
+
+
+def test_parameters_that_do_not_fit_are_named():
+    config = variant()
+    state = nnx.state(Transformer(config, rngs=nnx.Rngs(0)))
+    good = to_dict(state)
+    cases = {
+        "final_norm/scale is missing": {k: v for k, v in good.items() if k != "final_norm"},
+        "extra is not expected": {**good, "extra": jnp.zeros(1)},
+        r"initial_fam has shape \(3, 8\), not \(2, 8\)": {**good, "initial_fam": jnp.zeros((3, 8))},
+    }
+    for message, values in cases.items():
+        with pytest.raises(ValueError, match=message):
+            from_dict(state, values)
+
+
+# ---- size
+
+
+def paper_size(layers, width, multiplier, heads, kv_heads):
+    return ModelConfig(
+        vocab_size=256_000, num_layers=layers, model_dim=width, num_heads=heads, num_kv_heads=kv_heads, head_dim=128,
+        ff_dim=width * multiplier, block_size=1024, memory_segments=3, fam_length=64, dtype="bfloat16", remat="full",
+    )  # fmt: skip
+
+
+SIZES = {
+    "1B": (paper_size(18, 1536, 8, 12, 12), 1.19e9),
+    "8B": (paper_size(32, 4096, 4, 32, 32), 8.6e9),
+    "24B": (paper_size(56, 4096, 8, 32, 1), 24.5e9),
+}
+
+
+@pytest.mark.parametrize(("config", "parameters"), SIZES.values(), ids=SIZES)
+def test_the_paper_s_models(config, parameters):
+    """Table 3, which leaves out the embedding table, traced at 8k tokens; nothing is computed."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    count = count_parameters(state) - config.vocab_size * config.model_dim
+    assert count == pytest.approx(parameters, rel=0.01)
+
+    def loss(state, tokens):
+        hidden, memory = nnx.merge(graphdef, state).hidden(tokens, empty_memory(config, 2), aligned=True)
+        return hidden.astype(jnp.float32).sum(), memory
+
+    tokens = jax.ShapeDtypeStruct((2, 8192), jnp.int32)
+    gradients, memory = jax.eval_shape(jax.grad(loss, has_aux=True), state, tokens)
+    assert struct(gradients) == struct(state)
+    assert struct(memory) == struct(jax.eval_shape(lambda: empty_memory(config, 2)))
+
+
+def test_the_program_does_not_grow_with_depth():
+    def size(num_layers, aligned):
+        config = variant(num_layers=num_layers)
+        params = params_of(config)
+        tokens = jnp.zeros((1, 8), jnp.int32)
+
+        def loss(params):
+            return build(config, params)(tokens, empty_memory(config, 1), aligned=aligned)[0].sum()
+
+        return quick_jit(jax.grad(loss)).lower(params).as_text().count("\n")
+
+    for aligned in (True, False):
+        assert size(2, aligned) == size(12, aligned)

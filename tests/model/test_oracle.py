@@ -1,0 +1,218 @@
+"""The decoder in float64 against the oracle, which goes token by token: every option, any way of reading."""
+
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fam_jax.config import ModelConfig
+from fam_jax.model import empty_memory, with_fam
+from tests.model.tiny import Reader, params_of, some_tokens, variant
+from tests.oracle.naive import initial_fams, naive_forward, random_params
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+LENGTH = 14  # three blocks of the tiny model and a half
+
+CONFIGS = {
+    "tiny": {},
+    "layernorm, gelu, untied, multi-query, no segments": {
+        "norm": "layernorm", "activation": "gelu", "tie_embeddings": False, "num_kv_heads": 1, "memory_segments": 0,
+        "fam_previous_blocks": 2, "fam_init": "prefix",
+    },
+    "geglu, scaled, multi-head, float positions": {
+        "activation": "geglu", "scale_embeddings": True, "num_kv_heads": 4, "fam_positions": "float",
+        "memory_segments": 2, "fam_previous_blocks": 3,
+    },
+    "zero positions, window, three layers": {
+        "fam_positions": "zero", "window": 6, "num_layers": 3, "memory_segments": 2, "fam_init": "prefix",
+        "fam_previous_blocks": 2,
+    },
+    "zero positions, prompt, other constants": {
+        "fam_positions": "zero", "fam_previous_blocks": 3, "rope_base": 500.0, "norm_epsilon": 0.1, "fam_length": 3,
+    },
+    "Transformer-XL, FAM as long as a block, one layer": {"window": 5, "fam_length": 4, "num_layers": 1},
+    "BSWA": {"fam_length": 0, "memory_segments": 2},
+    "BSWA, window within a block": {"fam_length": 0, "window": 3},
+    "BSWA, no segments": {"fam_length": 0, "memory_segments": 0},
+    "blocks of one token": {"block_size": 1, "fam_length": 1, "memory_segments": 3, "fam_previous_blocks": 2},
+    "segments and FAMs beyond the sequence": {"memory_segments": 5, "fam_previous_blocks": 6},
+    "one sequence in half a block": {"block_size": 32},
+    "reference attention": {"attention": "reference", "window": 4},
+    "xla attention, stop-gradient, remat": {"attention": "xla", "stop_gradient": True, "remat": "full"},
+}  # fmt: skip
+
+
+def wide(**changes) -> ModelConfig:
+    return variant(dtype="float64", **changes)
+
+
+def agrees(reader: Reader, logits, want):
+    np.testing.assert_allclose(logits, want.logits, **EXACT)
+    np.testing.assert_allclose(reader.fam, want.fam, **EXACT)
+
+
+def check_both_ways(config: ModelConfig, seed: int = 0):
+    """The parallel path and the piecewise path, from an empty memory."""
+    tokens = some_tokens(2, LENGTH, seed=seed)
+    want = naive_forward(random_params(config, seed), config, tokens)
+    with jax.enable_x64(True):
+        for how in ({"aligned": True}, {}):
+            reader = Reader(config, params_of(config, seed), 2)
+            agrees(reader, reader.read(tokens, **how), want)
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_every_option(changes):
+    check_both_ways(wide(**changes))
+
+
+@st.composite
+def configs(draw):
+    def pick(*values):
+        return draw(st.sampled_from(values))
+
+    size, segments = pick(2, 4, 5), pick(0, 1, 2)
+    return wide(
+        num_layers=pick(1, 2, 3), num_kv_heads=pick(1, 2, 4), norm=pick("rmsnorm", "layernorm"),
+        activation=pick("swiglu", "geglu", "gelu"), tie_embeddings=pick(True, False),
+        scale_embeddings=pick(True, False), block_size=size, memory_segments=segments,
+        window=draw(st.integers(0, segments * size + 1)), fam_length=draw(st.integers(0, size)),
+        fam_init=pick("prompt", "prefix"), fam_positions=pick("last", "float", "zero"),
+        fam_previous_blocks=pick(1, 2, 3), attention=pick("reference", "xla"),
+    )  # fmt: skip
+
+
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.given(config=configs(), seed=st.integers(0, 99))
+def test_options_together(config, seed):
+    check_both_ways(config, seed)
+
+
+ROWS, WIDTH = 3, 5
+STREAMS = {
+    "tiny": {"memory_segments": 2, "fam_previous_blocks": 2},
+    "zero positions in a window": {"fam_positions": "zero", "window": 4, "fam_previous_blocks": 2},
+    "BSWA": {"fam_length": 0},
+}
+
+
+@pytest.mark.parametrize("changes", STREAMS.values(), ids=STREAMS)
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.given(data=st.data())
+def test_any_chunks_with_every_row_at_its_own_place(changes, data):
+    """Rows of different lengths, each cut into pieces of its own, some of them empty."""
+    config = wide(**changes)
+    streams = [some_tokens(n, seed=n) for n in (22, 17, 9)]
+    counts = data.draw(st.lists(st.tuples(*[st.integers(0, WIDTH)] * ROWS), max_size=9))
+    read = [0] * ROWS
+    logits: list[list[np.ndarray]] = [[] for _ in streams]
+    with jax.enable_x64(True):
+        reader = Reader(config, params_of(config), ROWS)
+        for count in [*counts, *[(WIDTH,) * ROWS] * 5]:  # the last five finish what is left
+            pieces = [row[at : at + n] for row, at, n in zip(streams, read, count, strict=True)]
+            for b, piece in enumerate(reader.read_ragged(pieces, WIDTH)):
+                logits[b].append(piece)
+                read[b] += len(piece)
+        fam = reader.fam
+    for b, row in enumerate(streams):
+        want = naive_forward(random_params(config, 0), config, row[None])
+        np.testing.assert_allclose(np.concatenate(logits[b]), want.logits[0], **EXACT)
+        np.testing.assert_allclose(fam[:, b], want.fam[:, 0], **EXACT)
+
+
+# (tokens, whether all at once) that take a stream from one block border to another.
+STRIDES = {
+    "a block at once": [(4, True)],
+    "two blocks at once": [(8, True)],
+    "one and a half at once, then a half": [(6, True), (2, False)],
+    "in pieces across borders": [(7, False), (1, False)],
+    "token by token": [(1, False)] * 4,
+}
+
+
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.given(strides=st.lists(st.sampled_from(sorted(STRIDES)), min_size=2, max_size=4))
+def test_parallel_and_piecewise_calls_may_follow_each_other(strides):
+    config = wide(memory_segments=2, fam_previous_blocks=3, fam_positions="float")
+    calls = [call for name in strides for call in STRIDES[name]]
+    tokens = some_tokens(2, sum(n for n, _ in calls))
+    want = naive_forward(random_params(config, 0), config, tokens)
+    with jax.enable_x64(True):
+        reader = Reader(config, params_of(config), 2)
+        logits, at = [], 0
+        for n, aligned in calls:
+            logits.append(reader.read(tokens[:, at : at + n], aligned=aligned))
+            at += n
+        agrees(reader, np.concatenate(logits, axis=1), want)
+
+
+@pytest.mark.parametrize("fam_init", ["prompt", "prefix"])
+def test_starting_from_a_saved_fam(fam_init):
+    """Random state passing (appendix B.2.3): some rows start from it, and keep its residual; others afresh."""
+    config = wide(fam_init=fam_init, fam_previous_blocks=2)
+    tokens = some_tokens(3, LENGTH)
+    saved = np.random.default_rng(5).normal(size=(config.num_layers, config.fam_length, config.model_dim))
+    rows = np.array([True, False, True])
+    want = naive_forward(random_params(config, 0), config, tokens, start_fam=saved, carries_context=rows)
+    with jax.enable_x64(True):
+        memory = with_fam(empty_memory(config, 3), jnp.asarray(saved), jnp.asarray(rows))
+        reader = Reader(config, params_of(config), 3, memory)
+        logits = np.concatenate(
+            [reader.read(tokens[:, :8], aligned=True), reader.read(tokens[:, 8:])], axis=1
+        )
+        agrees(reader, logits, want)
+
+
+def test_first_update_keeps_the_residual_of_a_saved_fam_only():
+    """A saved FAM that equals the initial one reads alike, and differs after the first update."""
+    config = wide()
+    tokens = some_tokens(2, 4)
+    start = np.array(initial_fams(random_params(config, 0), config))
+    with jax.enable_x64(True):
+        memory = with_fam(empty_memory(config, 2), jnp.asarray(start), jnp.array([False, True]))
+        saved, fresh = Reader(config, params_of(config), 2, memory), Reader(config, params_of(config), 2)
+        logits = saved.read(tokens, aligned=True), fresh.read(tokens, aligned=True)
+        np.testing.assert_allclose(*logits, **EXACT)
+        np.testing.assert_array_equal(saved.fam[:, 0], fresh.fam[:, 0])
+        assert np.abs(saved.fam[:, 1] - fresh.fam[:, 1]).max() > 0.1
+
+
+@pytest.mark.parametrize("changes", [{}, {"fam_init": "prefix"}, {"fam_positions": "float"}], ids=str)
+def test_an_empty_memory_holds_the_initial_fam(changes):
+    config = wide(**changes)
+    with jax.enable_x64(True):
+        fam = Reader(config, params_of(config), 2).fam
+    want = np.array(initial_fams(random_params(config, 0), config))
+    for b in range(2):
+        np.testing.assert_allclose(fam[:, b], want, **EXACT)
+
+
+@pytest.mark.parametrize("fam_positions", ["last", "float", "zero"])
+def test_random_position_offset(fam_positions):
+    config = wide(fam_positions=fam_positions, fam_previous_blocks=2)
+    tokens, offset = some_tokens(2, LENGTH), np.array([0, 60_000], np.int32)
+    want = naive_forward(random_params(config, 0), config, tokens, offset=offset)
+    with jax.enable_x64(True):
+        reader = Reader(config, params_of(config), 2)
+        logits = reader.read(tokens[:, :8], aligned=True, position_offset=jnp.asarray(offset))
+        # The oracle's angles are products as large as 6e4, each with a rounding of 1e-11.
+        np.testing.assert_allclose(logits, want.logits[:, :8], rtol=1e-8, atol=1e-8)
+
+
+def test_positions_of_a_stream_that_has_run_for_long():
+    """`zero` is the one ablation in which the absolute position counts: FAM is left ever further behind."""
+    config = wide(fam_positions="zero", memory_segments=0)
+    tokens, position = some_tokens(2, LENGTH), 10**9
+    want = naive_forward(random_params(config, 0), config, tokens, position=position)
+    near = naive_forward(random_params(config, 0), config, tokens)
+    assert np.abs(want.logits - near.logits).max() > 1e-2
+    with jax.enable_x64(True):
+        for how in ({"aligned": True}, {}):
+            reader = Reader(config, params_of(config), 2)
+            blocks = jnp.full(2, position // config.block_size, jnp.int32)
+            reader.memory = dataclasses.replace(reader.memory, blocks=blocks)
+            np.testing.assert_allclose(reader.read(tokens, **how), want.logits, rtol=0, atol=1e-5)

@@ -1,0 +1,96 @@
+"""A model small enough to be compiled dozens of times in a test run, and compiled ways to call it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fam_jax.config import ModelConfig
+from fam_jax.model import Memory, Transformer, from_dict
+from tests.oracle.naive import random_params
+
+# Compiles a gradient of the tiny model some six times faster than the defaults do; no test runs long enough to miss
+# the optimisations.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+)
+
+TINY = ModelConfig(
+    vocab_size=11, num_layers=2, model_dim=8, num_heads=4, num_kv_heads=2, head_dim=4, ff_dim=12,
+    block_size=4, memory_segments=1, fam_length=2,
+)  # fmt: skip
+
+
+def variant(**changes: Any) -> ModelConfig:
+    """`TINY` with some fields changed."""
+    return dataclasses.replace(TINY, **changes)
+
+
+def some_tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, TINY.vocab_size, shape).astype(np.int32)
+
+
+def params_of(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
+    """The oracle's random parameters as the package takes them: float32, or float64 where the config is that."""
+    dtype = "float64" if config.dtype == "float64" else "float32"
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), random_params(config, seed))
+
+
+@functools.cache
+def _structure(config: ModelConfig) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+
+def build(config: ModelConfig, params: Any) -> Transformer:
+    """A model with given parameters."""
+    graphdef, state = _structure(config)
+    return nnx.merge(graphdef, from_dict(state, params))
+
+
+@functools.cache
+def _compiled(config: ModelConfig) -> Callable[..., tuple[jax.Array, Memory]]:
+    @functools.partial(quick_jit, static_argnames="aligned")
+    def call(params, tokens, memory, *, lengths=None, aligned=False, position_offset=None):
+        return build(config, params)(
+            tokens, memory, lengths=lengths, aligned=aligned, position_offset=position_offset
+        )
+
+    return call
+
+
+@functools.cache
+def _compiled_start(config: ModelConfig) -> Callable[[Any, int], Memory]:
+    return quick_jit(
+        lambda params, batch_size: build(config, params).init_memory(batch_size), static_argnums=1
+    )
+
+
+class Reader:
+    """Streams being read by a model: keeps the memory between calls. Compiled once per config and shape."""
+
+    def __init__(self, config: ModelConfig, params: Any, batch_size: int, memory: Memory | None = None):
+        self.config, self.params = config, params
+        self.memory = _compiled_start(config)(params, batch_size) if memory is None else memory
+
+    def read(self, tokens: np.ndarray, **how: Any) -> np.ndarray:
+        """Logits (B, T, V)."""
+        if "lengths" in how:
+            how["lengths"] = jnp.asarray(how["lengths"], jnp.int32)
+        logits, self.memory = _compiled(self.config)(self.params, jnp.asarray(tokens), self.memory, **how)
+        return np.asarray(logits)
+
+    def read_ragged(self, rows: list[np.ndarray], width: int) -> list[np.ndarray]:
+        """Each row's own next tokens, of any number up to `width`; logits (its number, V) of each."""
+        tokens = np.stack([np.pad(row, (0, width - len(row)), constant_values=10) for row in rows])
+        logits = self.read(tokens, lengths=[len(row) for row in rows])
+        return [logits[b, : len(row)] for b, row in enumerate(rows)]
+
+    @property
+    def fam(self) -> np.ndarray:
+        """(L, B, M, D)."""
+        return np.asarray(self.memory.layers.fam)

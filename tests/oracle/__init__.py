@@ -1,0 +1,1 @@
+"""Slow, plain NumPy implementations that the tests hold the package against."""

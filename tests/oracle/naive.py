@@ -1,0 +1,321 @@
+"""TransformerFAM in NumPy float64, one row, one token and one key at a time.
+
+Written from the paper, to be checked against it line by line, and for nothing else: every key is
+an entry of a Python list, every attention a Python loop, every number a float64. Section numbers
+are the paper's (arXiv 2404.09173). It shares no code with the package but the configuration.
+
+Shape letters: B batch, T tokens, C block, M FAM length, L layers, D width, H query heads, K key/value
+heads, G = H/K, hd head width, F feed-forward width, V vocabulary, m memory segments, R previous FAM blocks.
+`tau` counts blocks from 0; FAM `F_{-1}` is the one that a stream starts with.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fam_jax.config import ModelConfig
+
+Array = np.ndarray
+Params = Mapping[str, Any]
+
+
+class NaiveResult(NamedTuple):
+    logits: Array  # (B, T, V)
+    fam: Array  # (L, B, M, D): after the last complete block; the starting FAM if there is none
+
+
+@dataclasses.dataclass
+class _LayerState:
+    """What one layer of one row remembers. Nothing is ever dropped: visibility is decided on use."""
+
+    keys: list[list[Array]]  # keys[tau][i]: (K, hd), rotated, of token i of block tau
+    values: list[list[Array]]  # as keys, not rotated
+    fams: list[Array]  # fams[tau + 1] = F_tau: (M, D); fams[0] is the starting FAM
+    carries_context: bool  # whether the starting FAM does; all later ones do
+
+
+def naive_forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    *,
+    start_fam: Array | None = None,
+    carries_context: Array | None = None,
+    position: int = 0,
+    offset: Array | None = None,
+) -> NaiveResult:
+    """Runs the decoder over `tokens` from an empty memory.
+
+    Args:
+      params: nested dict of arrays, layer parameters stacked on a leading L axis.
+      config: the decoder; `dtype`, `attention`, `remat` and `stop_gradient` change no value here.
+      tokens: (B, T) integers; T need not be a multiple of the block size.
+      start_fam: (L, M, D), a FAM saved by an earlier step (appendix B.2.3); None starts every row afresh.
+      carries_context: (B,) bool, which rows start from `start_fam`; None is all of them if it is given.
+      position: absolute position of the first token, a multiple of the block size.
+      offset: (B,) random position offset of each row (appendix B.2.2).
+    """
+    batch = tokens.shape[0]
+    offsets = np.zeros(batch) if offset is None else offset
+    if start_fam is None:
+        carries_context = np.zeros(batch, bool)
+    elif carries_context is None:
+        carries_context = np.ones(batch, bool)
+    logits, fams = [], []
+    for b in range(batch):
+        origin = float(position) + float(offsets[b])
+        if carries_context[b]:
+            start = [np.asarray(f, np.float64) for f in start_fam]
+        else:
+            start = initial_fams(params, config, origin)
+        row_logits, row_fams = _row(params, config, tokens[b], start, bool(carries_context[b]), origin)
+        logits.append(row_logits)
+        fams.append(row_fams)
+    return NaiveResult(np.array(logits), np.stack(fams, axis=1))
+
+
+def initial_fams(params: Params, config: ModelConfig, origin: float = 0.0) -> list[Array]:
+    """The learned F_{-1} of every layer, (M, D) each (appendix B.1); the first token stands at `origin`."""
+    if config.fam_length == 0:
+        return [np.zeros((0, config.model_dim))] * config.num_layers
+    if config.fam_init == "prefix":
+        return [np.asarray(f, np.float64) for f in params["layers"]["initial_fam"]]
+    stream = np.asarray(params["initial_fam"], np.float64)
+    positions = fam_positions(config, -1, origin)
+    fams = []
+    for index in range(config.num_layers):
+        fams.append(stream)  # the value that *enters* the layer
+        layer = _layer_params(params, index)
+        q, k, v = _fam_qkv(layer, config, stream, positions)
+        new = []
+        for i in range(config.fam_length):  # every vector attends to all of them, to nothing else
+            a = _output(layer, _attend(q[i], k, v)) + stream[i]
+            new.append(_feed_forward(layer, config, a) + a)
+        stream = np.array(new)
+    return fams
+
+
+def fam_positions(config: ModelConfig, tau: int, origin: float) -> list[float]:
+    """Positions of the M vectors of F_tau (appendix B.2.1) in a stream whose first token is at `origin`."""
+    length = config.fam_length
+    end = origin + (tau + 1) * config.block_size  # where block tau + 1 begins
+    if config.fam_positions == "last":
+        return [end - length + i for i in range(length)]
+    if config.fam_positions == "float":
+        return [end - 1 + (i + 1) / (length + 1) for i in range(length)]
+    assert config.fam_positions == "zero"
+    return [0.0] * length
+
+
+def _row(
+    params: Params, config: ModelConfig, tokens: Array, start: list[Array], carries: bool, origin: float
+) -> tuple[Array, Array]:
+    """One row: (T, V) logits and the (L, M, D) last FAM."""
+    table = np.asarray(params["embedding"]["table"], np.float64)
+    unembedding = (
+        table.T if config.tie_embeddings else np.asarray(params["unembedding"]["kernel"], np.float64)
+    )
+    layers = [_layer_params(params, index) for index in range(config.num_layers)]
+    states = [_LayerState([], [], [fam], carries) for fam in start]
+    logits = []
+    for t, token in enumerate(tokens):
+        tau, within = divmod(t, config.block_size)
+        if within == 0:
+            for state in states:
+                state.keys.append([])
+                state.values.append([])
+        x = table[token]
+        if config.scale_embeddings:
+            x = x * math.sqrt(config.model_dim)
+        for layer, state in zip(layers, states, strict=True):
+            x = _token_step(layer, config, state, x, t, origin)
+        h = _norm(config, params["final_norm"], x)
+        logits.append(h @ unembedding)
+        if within == config.block_size - 1:
+            for layer, state in zip(layers, states, strict=True):
+                state.fams.append(_next_fam(layer, config, state, tau, origin))
+    return np.array(logits), np.array([state.fams[-1] for state in states])
+
+
+def _token_step(
+    layer: Params, config: ModelConfig, state: _LayerState, x: Array, t: int, origin: float
+) -> Array:
+    """Algorithm 2, token path: the layer's output (D,) for token t, whose key joins the state."""
+    tau = t // config.block_size
+    normed = _norm(config, layer["attention_norm"], x)
+    q = _rope(config, _project(normed, layer["query"]), origin + t)
+    state.keys[tau].append(_rope(config, _project(normed, layer["key"]), origin + t))
+    state.values[tau].append(_project(normed, layer["value"]))
+
+    keys: list[Array] = []
+    values: list[Array] = []
+    # Memory segment: all keys of blocks tau-m .. tau-1; then the own block, which ends with this token.
+    for block in range(max(0, tau - config.memory_segments), tau + 1):
+        for i, (k, v) in enumerate(zip(state.keys[block], state.values[block], strict=True)):
+            distance = t - (block * config.block_size + i)
+            if config.window == 0 or distance < config.window:
+                keys.append(k)
+                values.append(v)
+    # FAM of the blocks before: F_{tau-1}, F_{tau-2}, ... F_{tau-R}, as far back as F_{-1}.
+    for block in range(tau - 1, max(-1, tau - config.fam_previous_blocks) - 1, -1):
+        fam, positions = state.fams[block + 1], fam_positions(config, block, origin)
+        _, fam_keys, fam_values = _fam_qkv(layer, config, fam, positions)
+        keys += fam_keys
+        values += fam_values
+
+    a = _output(layer, _attend(q, keys, values)) + x
+    return _feed_forward(layer, config, a) + a
+
+
+def _next_fam(layer: Params, config: ModelConfig, state: _LayerState, tau: int, origin: float) -> Array:
+    """Algorithm 2, FAM path: F_tau (M, D) from F_{tau-1} and block `tau`, which is complete."""
+    previous = state.fams[tau]  # F_{tau-1}
+    carries = state.carries_context if tau == 0 else True
+    q, k, v = _fam_qkv(layer, config, previous, fam_positions(config, tau - 1, origin))
+    new = []
+    for i in range(config.fam_length):
+        a = _output(layer, _attend(q[i], k + state.keys[tau], v + state.values[tau]))
+        if carries:  # the "FAM copy"; the learned initial FAM has no context to copy (appendix B.1)
+            a = a + previous[i]
+        new.append(_feed_forward(layer, config, a) + a)
+    return np.reshape(new, previous.shape)
+
+
+def _fam_qkv(
+    layer: Params, config: ModelConfig, fam: Array, positions: list[float]
+) -> tuple[list[Array], list[Array], list[Array]]:
+    """QF (H, hd), KF and VF (K, hd) of each of the M vectors, by the weights of the tokens."""
+    q, k, v = [], [], []
+    for x, p in zip(fam, positions, strict=True):
+        normed = _norm(config, layer["attention_norm"], x)
+        q.append(_rope(config, _project(normed, layer["query"]), p))
+        k.append(_rope(config, _project(normed, layer["key"]), p))
+        v.append(_project(normed, layer["value"]))
+    return q, k, v
+
+
+def _attend(q: Array, keys: list[Array], values: list[Array]) -> Array:
+    """One query (H, hd) over a list of keys and values (K, hd); query head h reads kv head h // G."""
+    heads, width = q.shape
+    group = heads // keys[0].shape[0]
+    out = np.zeros_like(q)
+    for h in range(heads):
+        scores = np.array([q[h] @ k[h // group] / math.sqrt(width) for k in keys])
+        weights = np.exp(scores - scores.max())
+        weights /= weights.sum()
+        for weight, v in zip(weights, values, strict=True):
+            out[h] += weight * v[h // group]
+    return out
+
+
+def _rope(config: ModelConfig, x: Array, position: float) -> Array:
+    """Rotates the pairs (i, i + hd/2) of x (heads, hd) by position * base^(-2i/hd)."""
+    half = config.head_dim // 2
+    out = np.empty_like(x)
+    for i in range(half):
+        angle = position * config.rope_base ** (-2.0 * i / config.head_dim)
+        out[:, i] = x[:, i] * math.cos(angle) - x[:, i + half] * math.sin(angle)
+        out[:, i + half] = x[:, i] * math.sin(angle) + x[:, i + half] * math.cos(angle)
+    return out
+
+
+def _norm(config: ModelConfig, norm: Params, x: Array) -> Array:
+    if config.norm == "layernorm":
+        centred = x - x.mean()
+        normed = centred / math.sqrt((centred**2).mean() + config.norm_epsilon)
+        return normed * np.asarray(norm["scale"], np.float64) + np.asarray(norm["bias"], np.float64)
+    assert config.norm == "rmsnorm"
+    return x / math.sqrt((x**2).mean() + config.norm_epsilon) * np.asarray(norm["scale"], np.float64)
+
+
+def _project(x: Array, linear: Params) -> Array:
+    """(D,) by (D, heads, hd)."""
+    return np.einsum("d,dhk->hk", x, linear["kernel"])
+
+
+def _output(layer: Params, x: Array) -> Array:
+    """(H, hd) by (H, hd, D)."""
+    return np.einsum("hk,hkd->d", x, layer["output"]["kernel"])
+
+
+def _feed_forward(layer: Params, config: ModelConfig, x: Array) -> Array:
+    normed = _norm(config, layer["ff_norm"], x)
+    up = normed @ layer["up"]["kernel"]
+    if config.activation == "gelu":
+        hidden = _gelu(up)
+    else:
+        gate = normed @ layer["gate"]["kernel"]
+        hidden = {"swiglu": _silu, "geglu": _gelu}[config.activation](gate) * up
+    return hidden @ layer["down"]["kernel"]
+
+
+def _silu(x: Array) -> Array:
+    return x / (1.0 + np.exp(-x))
+
+
+def _gelu(x: Array) -> Array:
+    """The tanh approximation."""
+    return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _layer_params(params: Params, index: int) -> Params:
+    """Layer `index` of the stacked parameters, in float64."""
+
+    def pick(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {name: pick(child) for name, child in node.items()}
+        return np.asarray(node[index], np.float64)
+
+    return pick(params["layers"])
+
+
+def random_params(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """Random float64 parameters of every kind that `config` calls for.
+
+    Norm scales are away from 1, biases away from 0 and attention scores of the order of 1, so that a
+    forgotten scale, bias, rotation or mask changes the output. A parameter depends on its name, its shape and
+    `seed` alone, so two configs share those that they have in common.
+    """
+    count, width, ff = config.num_layers, config.model_dim, config.ff_dim
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+
+    def normal(name: str, *shape: int) -> Array:
+        return np.random.default_rng([seed, zlib.crc32(name.encode())]).normal(size=shape)
+
+    def kernel(name: str, *shape: int, fan_in: int) -> dict[str, Array]:
+        return {"kernel": normal(name, *shape) / math.sqrt(fan_in)}
+
+    def norm(name: str, *shape: int) -> dict[str, Array]:
+        out = {"scale": 1.0 + 0.3 * normal(name + "/scale", *shape)}
+        if config.norm == "layernorm":
+            out["bias"] = 0.3 * normal(name + "/bias", *shape)
+        return out
+
+    layers: dict[str, Any] = {
+        "attention_norm": norm("attention_norm", count, width),
+        "ff_norm": norm("ff_norm", count, width),
+        "query": kernel("query", count, width, heads, head_dim, fan_in=width),
+        "key": kernel("key", count, width, kv_heads, head_dim, fan_in=width),
+        "value": kernel("value", count, width, kv_heads, head_dim, fan_in=width),
+        "output": kernel("output", count, heads, head_dim, width, fan_in=heads * head_dim),
+        "up": kernel("up", count, width, ff, fan_in=width),
+        "down": kernel("down", count, ff, width, fan_in=ff),
+    }
+    if config.activation != "gelu":
+        layers["gate"] = kernel("gate", count, width, ff, fan_in=width)
+    params: dict[str, Any] = {
+        "embedding": {"table": normal("embedding", config.vocab_size, width) / math.sqrt(width)},
+        "final_norm": norm("final_norm", width),
+        "layers": layers,
+    }
+    if not config.tie_embeddings:
+        params["unembedding"] = kernel("unembedding", width, config.vocab_size, fan_in=width)
+    if config.fam_length > 0 and config.fam_init == "prompt":
+        params["initial_fam"] = normal("initial_fam", config.fam_length, width)
+    if config.fam_length > 0 and config.fam_init == "prefix":
+        layers["initial_fam"] = normal("layers/initial_fam", count, config.fam_length, width)
+    return params
