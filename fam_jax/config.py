@@ -162,15 +162,35 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
 
 
+def check_field(path: str) -> None:
+    """Raises :class:`ConfigError` unless `path`, such as "config.model.num_layers", names a field."""
+    parts = path.split(".")
+    kind: Any = Config
+    for end in range(1, len(parts)):
+        if not dataclasses.is_dataclass(kind):
+            raise ConfigError(f"{path}: {'.'.join(parts[:end])} is not a group of fields")
+        kind = _field_type(typing.cast(type, kind), parts[end], ".".join(parts[:end]))
+    if dataclasses.is_dataclass(kind):
+        raise ConfigError(f"{path}: is a group of fields; set one, such as {path}.{next(iter(_types(kind)))}")
+
+
+def _types(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _field_type(cls: type, name: str, path: str) -> Any:
+    types = _types(cls)
+    if name not in types:
+        near = difflib.get_close_matches(name, types, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"{path} has {', '.join(types)}"
+        raise ConfigError(f"{path}.{name}: no such field; {hint}")
+    return types[name]
+
+
 def _build(cls: type, values: Any, path: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a group of fields, got {values!r}")
-    types = typing.get_type_hints(cls)
-    for name in values:
-        if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(types)}"
-            raise ConfigError(f"{path}.{name}: no such field{hint}")
+    types = {name: _field_type(cls, name, path) for name in values}
     return cls(**{name: _convert(types[name], value, f"{path}.{name}") for name, value in values.items()})
 
 

@@ -116,6 +116,7 @@ class Checkpoints:
         arrays = {name: contents.by_name(part) for name, part in _split(state).items()}
         record = {name: contents.describe(part) for name, part in arrays.items()} | {"position": position}
         stored = {name: contents.nested(contents.raw(part)) for name, part in arrays.items()}
+        stored = {name: part for name, part in stored.items() if part}  # Orbax takes no empty trees
         stored["contents"] = contents.seal(record)
         with self._writing():
             # Without force Orbax may decide not to save, and say so only by returning None.
@@ -215,7 +216,6 @@ def _load(
         for part, like in parts.items():
             contents.check_fit(f"{path}: {part}", record[part], like)
         structs = {part: contents.abstract(like) for part, like in parts.items()}
-        # Orbax does not restore a part without arrays.
         loaded = _read(path, {part: contents.nested(leaves) for part, leaves in structs.items() if leaves})
         arrays = {part: contents.by_name(loaded.get(part, {})) for part in parts}
         for part in parts:

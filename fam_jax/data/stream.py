@@ -95,6 +95,11 @@ class PasskeyStream:
         return self.data.stage_blocks[self.stage]
 
     @property
+    def advancing(self) -> bool:
+        """Whether there are stages to come, which reports may bring."""
+        return self.stage + 1 < len(self.data.stage_blocks)
+
+    @property
     def accuracy(self) -> float:
         """Running exact match on the current stage; 0 before the first report."""
         progress = self._progress

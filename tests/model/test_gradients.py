@@ -1,5 +1,7 @@
 """Gradients: against finite differences of the oracle, between ways of computing them, and where they must be zero."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +22,10 @@ def score(logits):
     return (PROJECTION[:, : logits.shape[1]] * logits).sum() + 0.1 * (logits**2).sum()
 
 
-def gradients(config, *, aligned=True, tokens=TOKENS):
-    """d score / d parameters, nested dict, through a call from an empty memory."""
+@functools.cache
+def gradients(config, *, aligned=True, length=LENGTH):
+    """Of the score to every parameter, nested dict, through a call from an empty memory."""
+    tokens = TOKENS[:, :length]
 
     def loss(params):
         model = build(config, params)
@@ -68,7 +72,7 @@ def test_every_parameter_against_finite_differences_of_the_oracle(changes):
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     rng = np.random.default_rng(0)
     for i, (name, leaf, gradient) in enumerate(zip(names, leaves, jax.tree.leaves(got), strict=True)):
-        direction, step = rng.normal(size=leaf.shape), 1e-5
+        direction, h = rng.normal(size=leaf.shape), 1e-4
 
         def at(distance, i=i, leaf=leaf, direction=direction):
             moved = jax.tree.unflatten(
@@ -76,7 +80,7 @@ def test_every_parameter_against_finite_differences_of_the_oracle(changes):
             )
             return score(naive_forward(moved, config, TOKENS).logits)
 
-        difference = (at(step) - at(-step)) / (2 * step)
+        difference = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)  # error of order h^4
         slope = (gradient * direction).sum()
         assert abs(slope) > 1e-3, f"{name}: this direction shows nothing"
         np.testing.assert_allclose(slope, difference, rtol=1e-6, err_msg=name)
@@ -93,23 +97,20 @@ def plain_scan(step, weights, rest, start, blocks):
     return jax.lax.scan(body, start, blocks)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"norm": "layernorm", "activation": "gelu", "num_kv_heads": 1}], ids=str
-)
-def test_deferred_weight_gradients_are_those_of_a_plain_scan(changes, monkeypatch):
-    config = variant(dtype="float64", fam_previous_blocks=2, **changes)
+def test_deferred_weight_gradients_are_those_of_a_plain_scan(monkeypatch):
+    config = variant(dtype="float64", fam_previous_blocks=2)
     with jax.enable_x64(True):
         deferred = gradients(config)
         calls = []
         monkeypatch.setattr(fam, "scan_updates", lambda *args: calls.append(1) or plain_scan(*args))
-        plain = gradients(config)
+        plain = gradients.__wrapped__(config)
     assert calls
     assert_same(deferred, plain, **EXACT)
 
 
 @pytest.mark.parametrize("changes", [{}, {"stop_gradient": True}, {"fam_length": 0, "window": 3}], ids=str)
 def test_parallel_and_piecewise_gradients_are_equal(changes):
-    config = variant(dtype="float64", memory_segments=2, **changes)
+    config = variant(dtype="float64", **changes)
     with jax.enable_x64(True):
         assert_same(gradients(config), gradients(config, aligned=False), **EXACT)
 
@@ -122,8 +123,7 @@ def test_rematerialisation_changes_no_gradient(remat):
 
 def test_less_than_a_block_has_gradients_too():
     with jax.enable_x64(True):
-        short = TOKENS[:, :3]
-        assert_same(gradients(WIDE, tokens=short), gradients(WIDE, tokens=short, aligned=False), **EXACT)
+        assert_same(gradients(WIDE, length=3), gradients(WIDE, length=3, aligned=False), **EXACT)
 
 
 def test_gradient_reaches_a_saved_fam_and_not_the_initial_one_beside_it():
@@ -144,20 +144,20 @@ def test_gradient_reaches_a_saved_fam_and_not_the_initial_one_beside_it():
 
 
 def test_bfloat16_activations_give_float32_gradients_near_the_float32_ones():
-    for changes in ({}, {"fam_init": "prefix", "remat": "full"}):
-        got = gradients(variant(dtype="bfloat16", **changes))
-        want = gradients(variant(**changes))
-        assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype("float32")}
-        flat, flat_want = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (got, want))
-        cosine = flat @ flat_want / np.linalg.norm(flat) / np.linalg.norm(flat_want)
-        assert cosine > 0.99, f"cosine {cosine}"
+    got = gradients(variant(dtype="bfloat16", fam_init="prefix"))
+    want = gradients(variant(fam_init="prefix"))
+    assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype("float32")}
+    flat, flat_want = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (got, want))
+    error = np.linalg.norm(flat - flat_want) / np.linalg.norm(flat_want)
+    print("ERR", error)
+    assert error < 0.1
 
 
 BLOCKS, LAYERS = 5, 2
 
 
 def influence_of_first_block(config):
-    """(N,) largest gradient of the score of each block's logits to the embeddings of the first block's tokens.
+    """(N,) largest gradient of each block's logits, squared, to the embeddings of the first block's tokens.
 
     The first block's tokens occur nowhere else, and embeddings are not tied, so their rows of the table are theirs.
     """
@@ -190,7 +190,6 @@ def influence_of_first_block(config):
         ({"fam_length": 0, "stop_gradient": True}, 1),
         # FAM carries gradient on for ever, whatever the segment.
         ({}, BLOCKS),
-        ({"memory_segments": 0}, BLOCKS),
         ({"stop_gradient": True}, BLOCKS),
         ({"num_layers": 1, "memory_segments": 0}, BLOCKS),
     ],

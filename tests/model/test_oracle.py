@@ -86,7 +86,8 @@ def configs(draw):
     )  # fmt: skip
 
 
-@hypothesis.settings(max_examples=8, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@pytest.mark.slow
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 @hypothesis.given(config=configs(), seed=st.integers(0, 99))
 def test_options_together(config, seed):
     check_both_ways(config, seed)

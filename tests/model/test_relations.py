@@ -1,6 +1,7 @@
 """What must equal what, in float32 as it is used, and what must differ."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,12 @@ def test_parallel_is_block_by_block_is_token_by_token():
     for step, aligned in ((16, True), (4, True), (16, False), (1, False)):
         reader = Reader(BASE, params_of(BASE), 2)
         chunks = [reader.read(tokens[:, at : at + step], aligned=aligned) for at in range(0, 16, step)]
-        results.append((np.concatenate(chunks, axis=1), reader))
-    (want, want_reader), *others = results
-    for logits, reader in others:
-        np.testing.assert_allclose(logits, want, **SINGLE)
-        memories = reader.memory, want_reader.memory
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), *memories)
+        # The unfinished block is empty now, and what its unused slots hold is nobody's business.
+        used = dataclasses.replace(reader.memory.layers, block_keys=None, block_values=None)
+        results.append((np.concatenate(chunks, axis=1), dataclasses.replace(reader.memory, layers=used)))
+    want, *others = results
+    for got in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), got, want)
 
 
 def test_rows_at_different_positions_are_each_row_alone():
@@ -142,5 +143,5 @@ def test_fam_is_not_updated_before_its_block_is_complete():
     for at in range(9):
         reader.read(tokens[:, at : at + 1])
         seen.append(reader.fam)
-    changes = [bool((a != b).any()) for a, b in zip(seen, seen[1:], strict=False)]
+    changes = [bool((a != b).any()) for a, b in itertools.pairwise(seen)]
     assert changes == [False, False, True, False, False, False, True, False]

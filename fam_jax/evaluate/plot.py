@@ -1,0 +1,51 @@
+"""Pictures of evaluation results."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
+
+STYLES = {
+    "fam": ("FAM, no memory segment", "#c0392b", "o"),
+    "bswa_m1": ("BSWA, 1 memory segment", "#2c6fbb", "s"),
+    "bswa_m1_sg": ("BSWA, 1 memory segment, stop-gradient", "#7f8c8d", "^"),
+}
+
+
+def plot_passkey(
+    models: Mapping[str, Mapping[str, float]], path: str | Path, *, trained_blocks: int, title: str = ""
+) -> None:
+    """Accuracy against filler length, log scale, one line per model: figure 3a of the paper.
+
+    Args:
+      models: name -> {filler length in blocks -> accuracy between 0 and 1}.
+      path: of the picture; its suffix chooses the format.
+      trained_blocks: longest filler in training, marked by a vertical line.
+      title: above the axes.
+    """
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.0), layout="constrained")
+    lengths = sorted({int(length) for accuracies in models.values() for length in accuracies})
+    for name, accuracies in models.items():
+        label, color, marker = STYLES.get(name, (name, None, "o"))
+        blocks = sorted(int(length) for length in accuracies)
+        values = [100 * accuracies[str(length)] for length in blocks]
+        axes.plot(blocks, values, label=label, color=color, marker=marker, linewidth=2, markersize=6, clip_on=False)
+    axes.axvspan(lengths[0], trained_blocks, color="0.93", zorder=0)
+    axes.text(trained_blocks, 50, " trained up to here", rotation=90, va="center", ha="right", color="0.45", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlim(lengths[0], lengths[-1])
+    axes.set_ylim(0, 101)
+    axes.set_xlabel("filler between key and question (blocks)")
+    axes.set_ylabel("pass key retrieved (%)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="y", color="0.9")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.35), fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,195 @@
+"""The model's calls, compiled once per config, mesh and shape; every one takes the parameters as an argument."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fam_jax.config import ModelConfig
+from fam_jax.generate.sampling import Sampling, sample
+from fam_jax.model import Memory, Transformer, from_dict
+from fam_jax.sharding import AXES, batch_sharding, replicated
+
+Params = dict[str, Any]
+BATCH_AXES = AXES["batch"][0]
+
+
+class Calls(NamedTuple):
+    """Jitted functions. Those that take a memory consume it: its buffers become those of the memory returned."""
+
+    start: Callable[..., Memory]
+    read_blocks: Callable[..., tuple[jax.Array, Memory]]
+    read_piece: Callable[..., tuple[jax.Array, Memory]]
+    logits: Callable[..., jax.Array]
+    decode: Callable[..., tuple["Decoded", Memory]]
+    score: Callable[..., tuple["Scored", Memory]]
+
+
+class Decoded(NamedTuple):
+    """What one call of `Calls.decode` did; columns from `steps` on are unused."""
+
+    tokens: jax.Array  # (B, W) int32; 0 in rows that had stopped
+    logprobs: jax.Array  # (B, W)
+    counts: jax.Array  # (B,) int32 tokens of this call
+    stopped: jax.Array  # (B,) bool
+    steps: jax.Array  # () int32
+    logits: jax.Array  # (B, V) of each row's next token
+
+
+class Scored(NamedTuple):
+    """The model's view of given tokens; entries beyond a row's count mean nothing."""
+
+    likeliest: jax.Array  # (B, W) int32
+    logprobs: jax.Array  # (B, W)
+    logits: jax.Array  # (B, V) of each row's next token
+
+
+@functools.lru_cache
+def structure(config: ModelConfig) -> tuple[Any, Any]:
+    """Graph definition and abstract state of the model, to merge parameters into."""
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+
+def mesh_of(params: Params) -> Mesh | None:
+    """The mesh (of `fam_jax.sharding`) that the parameters are spread over; None if they are not."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and set(BATCH_AXES) <= set(sharding.mesh.axis_names):
+            return sharding.mesh
+    return None
+
+
+def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Of arrays (B, ...): over the batch axes where they divide the rows; else every device has all rows."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return batch_sharding(mesh) if rows % ways == 0 else replicated(mesh)
+
+
+def memory_sharding(mesh: Mesh, rows: int) -> Memory:
+    """A prefix of a memory's tree. The counts of every row are on every device, to be read from any process."""
+    everywhere = replicated(mesh)
+    layers: Any = NamedSharding(mesh, P(None, *rows_sharding(mesh, rows).spec))
+    return Memory(layers=layers, carries_context=everywhere, blocks=everywhere, filled=everywhere)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=32)
+def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
+    """The calls for batches of `rows` rows; compilation itself waits for the first call of each shape."""
+    graphdef, abstract = structure(config)
+
+    def model(params: Params) -> Transformer:
+        return nnx.merge(graphdef, from_dict(abstract, params))
+
+    def start(params: Params) -> Memory:
+        return model(params).init_memory(rows)
+
+    def read_blocks(params: Params, memory: Memory, tokens: jax.Array) -> tuple[jax.Array, Memory]:
+        hidden, memory = model(params).hidden(tokens, memory, aligned=True)
+        return hidden[:, -1], memory
+
+    def read_piece(
+        params: Params, memory: Memory, tokens: jax.Array, counts: jax.Array, last: jax.Array
+    ) -> tuple[jax.Array, Memory]:
+        hidden, memory = model(params).hidden(tokens, memory, lengths=counts)
+        newest = hidden[np.arange(rows), jnp.maximum(counts - 1, 0)]
+        return jnp.where(counts[:, None] > 0, newest, last), memory
+
+    def logits(params: Params, hidden: jax.Array) -> jax.Array:
+        return model(params).logits(hidden)
+
+    def decode(params: Params, memory: Memory, **kwargs: Any) -> tuple[Decoded, Memory]:
+        return _decode(model(params), memory, **kwargs)
+
+    def score(params: Params, memory: Memory, **kwargs: jax.Array) -> tuple[Scored, Memory]:
+        return _score(model(params), memory, **kwargs)
+
+    placed: dict[str, dict[str, Any]] = {"memory": {}, "both": {}, "one": {}}
+    if mesh is not None:
+        one, memory = replicated(mesh), memory_sharding(mesh, rows)
+        placed = {
+            name: {"out_shardings": out}
+            for name, out in {"memory": memory, "both": (one, memory), "one": one}.items()
+        }
+    consuming = functools.partial(jax.jit, donate_argnames="memory", **placed["both"])
+    return Calls(
+        start=jax.jit(start, **placed["memory"]),
+        read_blocks=consuming(read_blocks),
+        read_piece=consuming(read_piece),
+        logits=jax.jit(logits, **placed["one"]),
+        decode=consuming(decode, static_argnames=("sampling", "width")),
+        score=consuming(score),
+    )
+
+
+def _decode(
+    model: Transformer,
+    memory: Memory,
+    logits: jax.Array,
+    stopped: jax.Array,
+    key: jax.Array,
+    begin: jax.Array,
+    limit: jax.Array,
+    stop_tokens: jax.Array,
+    *,
+    sampling: Sampling,
+    width: int,
+) -> tuple[Decoded, Memory]:
+    """Up to min(limit, width) tokens; `begin` (), the number of tokens before, names the random stream of each."""
+    rows = logits.shape[0]
+    state = Decoded(
+        tokens=jnp.zeros((rows, width), jnp.int32),
+        logprobs=jnp.zeros((rows, width), logits.dtype),
+        counts=jnp.zeros(rows, jnp.int32),
+        stopped=stopped,
+        steps=jnp.zeros((), jnp.int32),
+        logits=logits,
+    )
+
+    def unfinished(carry: tuple[Decoded, Memory]) -> jax.Array:
+        return (carry[0].steps < jnp.minimum(limit, width)) & ~carry[0].stopped.all()
+
+    def step(carry: tuple[Decoded, Memory]) -> tuple[Decoded, Memory]:
+        state, memory = carry
+        active = ~state.stopped
+        token = sample(state.logits, jax.random.fold_in(key, begin + state.steps), sampling)
+        token = jnp.where(active, token, 0)
+        logprob = jnp.where(active, _logprob(state.logits, token), 0)
+        after, memory = model(token[:, None], memory, lengths=active.astype(jnp.int32))
+        state = Decoded(
+            tokens=state.tokens.at[:, state.steps].set(token),
+            logprobs=state.logprobs.at[:, state.steps].set(logprob),
+            counts=state.counts + active,
+            stopped=state.stopped | (active & (token[:, None] == stop_tokens).any(axis=1)),
+            steps=state.steps + 1,
+            logits=jnp.where(active[:, None], after[:, 0], state.logits),
+        )
+        return state, memory
+
+    return jax.lax.while_loop(unfinished, step, (state, memory))
+
+
+def _score(
+    model: Transformer, memory: Memory, logits: jax.Array, tokens: jax.Array, counts: jax.Array
+) -> tuple[Scored, Memory]:
+    """Reads the first `counts` (B,) tokens of each row of (B, W); logits of one token per row exist at a time."""
+    hidden, memory = model.hidden(tokens, memory, lengths=counts)
+
+    def step(logits: jax.Array, x: Any) -> tuple[jax.Array, Any]:
+        hidden, token, read = x
+        seen = jnp.argmax(logits, axis=-1).astype(jnp.int32), _logprob(logits, token)
+        return jnp.where(read[:, None], model.logits(hidden), logits), seen
+
+    read = np.arange(tokens.shape[1])[:, None] < counts
+    logits, (likeliest, logprobs) = jax.lax.scan(step, logits, (hidden.swapaxes(0, 1), tokens.T, read))
+    return Scored(likeliest.T, logprobs.T, logits), memory
+
+
+def _logprob(logits: jax.Array, token: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]

@@ -1,0 +1,69 @@
+"""How the next token is drawn from logits."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fam_jax.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """A way to draw tokens; the default is greedy. Filters apply in this order: temperature, top_k, top_p.
+
+    Raises:
+      UserError: a value is out of range, or a filter is set where greedy decoding would ignore it.
+    """
+
+    temperature: float = (
+        0.0  # logits are divided by it; 0 takes the likeliest token (of equals the lowest id)
+    )
+    top_k: int = 0  # draw among the k likeliest tokens only, of equals those of the lowest ids; 0 = off
+    top_p: float = 1.0  # draw among the fewest likeliest tokens whose probabilities add up to top_p; 1 = off
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise UserError(f"temperature: must be 0 (greedy) or a positive number, got {self.temperature}")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise UserError(f"top_k: must be 0 (off) or a number of tokens, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: must be above 0 and at most 1 (off), got {self.top_p}")
+        if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
+            raise UserError(
+                "temperature: 0 is greedy and ignores top_k and top_p; set it above 0 or leave them"
+            )
+
+
+GREEDY = Sampling()
+
+
+def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws a token for every row.
+
+    Args:
+      logits: (B, V); -inf forbids a token.
+      key: typed PRNG key; greedy decoding ignores it.
+      sampling: static under `jax.jit`.
+
+    Returns:
+      (B,) int32.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # The largest becomes zero first: no temperature, however small, then makes it overflow.
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
+    vocabulary = logits.shape[-1]
+    kept = min(sampling.top_k or vocabulary, vocabulary)
+    if kept == vocabulary and sampling.top_p == 1:
+        return jax.random.categorical(key, scaled).astype(jnp.int32)
+    scaled, ids = jax.lax.top_k(scaled, kept)  # falling; equals in the order of their ids
+    if sampling.top_p < 1:
+        probabilities = jax.nn.softmax(scaled)
+        likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
+        # The likeliest has nothing before it: it stays whatever rounding does.
+        outside = (likelier >= sampling.top_p).at[..., 0].set(False)
+        scaled = jnp.where(outside, -jnp.inf, scaled)
+    choice = jax.random.categorical(key, scaled)
+    return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)

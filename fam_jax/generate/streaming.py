@@ -1,0 +1,278 @@
+"""Reading any number of tokens through constant memory, and generating from it."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fam_jax.config import ModelConfig, UserError
+from fam_jax.generate.compiled import (
+    Calls,
+    compiled_calls,
+    memory_sharding,
+    mesh_of,
+    rows_sharding,
+    structure,
+)
+from fam_jax.generate.sampling import GREEDY, Sampling
+from fam_jax.model import Memory, from_dict, to_dict
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What :meth:`Streamer.generate` returns; to generate on, pass `logits` and `memory` to it again."""
+
+    tokens: np.ndarray  # (B, n) int32; each row's first `lengths` are generated, the others 0
+    lengths: np.ndarray  # (B,) int32; a stop token counts
+    logprobs: np.ndarray  # (B, n): log probability under the model itself, before temperature and filters
+    stopped: np.ndarray  # (B,) bool: ended by a stop token, not by max_tokens
+    logits: jax.Array  # (B, V) of each row's next token
+    memory: Memory  # after what was read before and all generated tokens
+
+
+class Streamer:
+    """A model that reads and writes streams. A memory passed in stays valid: continue it in as many ways as needed.
+
+    Parameters that are spread over a mesh of `fam_jax.sharding` keep their places, and batches are spread over the
+    mesh too. All instances of one config share what is compiled.
+    """
+
+    def __init__(self, config: ModelConfig, params: Any):
+        """Takes the parameters as the nested dict that checkpoints hold, or as `nnx.State`.
+
+        Raises:
+          UserError: the parameters are not those of a model of this config.
+        """
+        values = to_dict(params) if isinstance(params, nnx.State) else params
+        try:
+            from_dict(structure(config)[1], values)
+        except ValueError as error:
+            raise UserError(f"{error}; load them with the config that they were trained under") from error
+        self.config = config
+        self.params = jax.tree.map(jnp.asarray, values)
+        self._mesh = mesh_of(self.params)
+
+    def start(self, batch_size: int) -> Memory:
+        """The memory of `batch_size` streams that have read nothing."""
+        return self._calls(batch_size).start(self.params)
+
+    def read(
+        self,
+        prompts: Sequence[np.ndarray],
+        memory: Memory | None = None,
+        *,
+        chunk_blocks: int = 16,
+        on_progress: Progress | None = None,
+    ) -> tuple[jax.Array, Memory]:
+        """Reads every row's prompt; they may differ in length. Device memory does not depend on the lengths.
+
+        Args:
+          prompts: B arrays (tokens,) of token ids.
+          memory: of B streams to continue; None starts new ones.
+          chunk_blocks: blocks that go through the model at once, where all rows have as many: sets speed and device
+            memory, not the result.
+          on_progress: called with the number of tokens read and to be read, in all rows together.
+
+        Returns:
+          Logits (B, V) of the token that follows each prompt, and the memory.
+
+        Raises:
+          UserError: a prompt is empty or has ids outside the vocabulary; the memory is of another number of streams.
+        """
+        if chunk_blocks < 1:
+            raise UserError(f"chunk_blocks: must be at least 1, got {chunk_blocks}")
+        rows = self._checked(prompts, "prompt")
+        memory = self.start(len(rows)) if memory is None else self._copied(memory, len(rows))
+        calls = self._calls(len(rows))
+        last = jnp.zeros((len(rows), self.config.model_dim), self.config.dtype)
+        lengths = np.array([len(row) for row in rows])
+        done = np.zeros_like(lengths)
+        filled = np.asarray(memory.filled)
+        for counts, aligned in plan_reads(filled, lengths, self.config.block_size, chunk_blocks):
+            tokens = self._placed(_window(rows, done, counts, max(counts.max(), self.config.block_size)))
+            if aligned:
+                last, memory = calls.read_blocks(self.params, memory=memory, tokens=tokens)
+            else:
+                last, memory = calls.read_piece(
+                    self.params, memory=memory, tokens=tokens, counts=counts.astype(np.int32), last=last
+                )
+            done += counts
+            if on_progress is not None:
+                last.block_until_ready()  # calls are queued, and progress would run ahead of them
+                on_progress(int(done.sum()), int(lengths.sum()))
+        return calls.logits(self.params, last), memory
+
+    def generate(
+        self,
+        logits: jax.Array,
+        memory: Memory,
+        *,
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+        key: jax.Array | None = None,
+        stop_tokens: Sequence[int] = (),
+        on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
+        tokens_per_call: int = 16,
+    ) -> Generated:
+        """Generates token by token; each goes into the memory, a stop token too, and then the row rests.
+
+        Args:
+          logits: (B, V) of the next token, from :meth:`read` or an earlier generation.
+          memory: of the same B streams.
+          max_tokens: of each row.
+          sampling: how tokens are drawn.
+          key: typed PRNG key, needed unless greedy; token t of this call is drawn with `fold_in(key, t)`.
+          stop_tokens: ids that end a row.
+          on_tokens: called with the tokens (B, n) since the last call, and how many of them (B,) each row has.
+          tokens_per_call: tokens between these calls; they leave the device together.
+
+        Raises:
+          UserError: max_tokens is not positive, or there is no key to sample with.
+        """
+        if max_tokens < 1:
+            raise UserError(f"max_tokens: must be at least 1, got {max_tokens}")
+        if key is None and sampling.temperature > 0:
+            raise UserError("key: sampling at a temperature above 0 needs a random key")
+        key = jax.random.key(0) if key is None else key
+        batch = logits.shape[0]
+        memory = self._copied(memory, batch)
+        calls, stops = self._calls(batch), np.asarray([*stop_tokens], np.int32)
+        stopped: Any = np.zeros(batch, bool)
+        parts, generated = [], 0
+        while generated < max_tokens:
+            out, memory = calls.decode(
+                self.params, memory=memory, logits=logits, stopped=stopped, key=key, begin=np.int32(generated),
+                limit=np.int32(max_tokens - generated), stop_tokens=stops, sampling=sampling, width=tokens_per_call,
+            )  # fmt: skip
+            logits, stopped, steps = out.logits, out.stopped, int(out.steps)
+            part = [np.asarray(x) for x in (out.tokens[:, :steps], out.logprobs[:, :steps], out.counts)]
+            parts.append(part)
+            generated += steps
+            if on_tokens is not None:
+                on_tokens(part[0], part[2])
+            if np.asarray(stopped).all():
+                break
+        tokens, logprobs, counts = zip(*parts, strict=True)
+        return Generated(
+            tokens=np.concatenate(tokens, axis=1),
+            lengths=np.sum(counts, axis=0, dtype=np.int32),
+            logprobs=np.concatenate(logprobs, axis=1),
+            stopped=np.asarray(stopped),
+            logits=logits,
+            memory=memory,
+        )
+
+    def score(
+        self, continuations: Sequence[np.ndarray], logits: jax.Array, memory: Memory
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the model thinks of given continuations, each token after the true ones before it (teacher forcing).
+
+        Args:
+          continuations: B arrays (tokens,) of token ids.
+          logits: (B, V) of the next token, from :meth:`read` or :meth:`generate`.
+          memory: of the same B streams.
+
+        Returns:
+          For each row: the likeliest id in place of each token (int32), and the log probability of each token.
+
+        Raises:
+          UserError: as :meth:`read`.
+        """
+        rows = self._checked(continuations, "continuation")
+        memory = self._copied(memory, len(rows))
+        lengths = np.array([len(row) for row in rows])
+        # A power of two: few widths are compiled, whatever the lengths.
+        width = min(1 << int(lengths.max() - 1).bit_length(), self.config.block_size)
+        likeliest, logprobs = [], []
+        for begin in range(0, int(lengths.max()), width):
+            counts = np.clip(lengths - begin, 0, width)
+            tokens = self._placed(_window(rows, np.full_like(lengths, begin), counts, width))
+            out, memory = self._calls(len(rows)).score(
+                self.params, memory=memory, logits=logits, tokens=tokens, counts=counts.astype(np.int32)
+            )
+            logits = out.logits
+            likeliest.append(np.asarray(out.likeliest))
+            logprobs.append(np.asarray(out.logprobs))
+        ids, values = np.concatenate(likeliest, axis=1), np.concatenate(logprobs, axis=1)
+        return [(ids[b, :n], values[b, :n]) for b, n in enumerate(lengths)]
+
+    def _calls(self, rows: int) -> Calls:
+        return compiled_calls(self.config, self._mesh, rows)
+
+    def _placed(self, tokens: np.ndarray) -> Any:
+        return (
+            tokens if self._mesh is None else jax.device_put(tokens, rows_sharding(self._mesh, len(tokens)))
+        )
+
+    def _copied(self, memory: Memory, rows: int) -> Memory:
+        """A copy for the compiled calls to consume."""
+        if memory.filled.shape[0] != rows:
+            raise UserError(
+                f"memory: holds {memory.filled.shape[0]} streams, but {rows} rows are to continue them"
+            )
+        memory = jax.tree.map(lambda x: jnp.array(x, copy=True), memory)
+        return memory if self._mesh is None else jax.device_put(memory, memory_sharding(self._mesh, rows))
+
+    def _checked(self, texts: Sequence[np.ndarray], kind: str) -> list[np.ndarray]:
+        if len(texts) == 0:
+            raise UserError(f"there is no {kind} to read: give at least one")
+        rows = [np.asarray(text) for text in texts]
+        for number, row in enumerate(rows):
+            if row.size == 0:
+                raise UserError(
+                    f"{kind} {number} is empty: the model needs at least one token, such as a start token"
+                )
+            if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
+                raise UserError(
+                    f"{kind} {number}: expected a list of token ids, got {row.dtype} of shape {row.shape}"
+                )
+            low, high = row.min(), row.max()
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = low if low < 0 else high
+                raise UserError(
+                    f"{kind} {number}: token id {wrong} is outside the model's vocabulary of {self.config.vocab_size}; "
+                    "was it tokenized with another vocabulary?"
+                )
+        return [row.astype(np.int32) for row in rows]
+
+
+def plan_reads(
+    filled: np.ndarray, lengths: np.ndarray, block_size: int, chunk_blocks: int
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Divides rows of `lengths` (B,) tokens into calls, for streams with `filled` (B,) tokens in their open blocks.
+
+    Yields:
+      How many tokens (B,) each row reads next, and whether in whole blocks from a block border: then all read as many,
+      `chunk_blocks` blocks while they last, then ever fewer. Other calls read a block of tokens at most.
+    """
+    lead = -filled % block_size
+    whole = int(((lengths - lead) // block_size).min())  # whole blocks that every row has
+    remaining = lengths.copy()
+    if whole > 0:
+        if lead.any():
+            yield lead, False
+        left, blocks = whole, chunk_blocks
+        while left > 0:
+            while blocks > left:
+                blocks = max(blocks // 4, 1)  # by four: every size is a program to compile
+            yield np.full_like(lengths, blocks * block_size), True
+            left -= blocks
+        remaining -= lead + whole * block_size
+    while remaining.any():
+        counts = np.minimum(remaining, block_size)
+        yield counts, False
+        remaining -= counts
+
+
+def _window(rows: Sequence[np.ndarray], begin: np.ndarray, counts: np.ndarray, width: int) -> np.ndarray:
+    """(B, width): each row's `counts` tokens from `begin` on, then zeros."""
+    out = np.zeros((len(rows), width), np.int32)
+    for b, (row, first, count) in enumerate(zip(rows, begin, counts, strict=True)):
+        out[b, :count] = row[first : first + count]
+    return out

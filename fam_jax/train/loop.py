@@ -1,0 +1,234 @@
+"""The training loop: resumes where the folder left off, and can be stopped at any step without loss."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fam_jax import sharding
+from fam_jax.checkpoint import Checkpoints
+from fam_jax.config import Config, ConfigError, UserError
+from fam_jax.data.stream import PasskeyStream
+from fam_jax.model import count_parameters
+from fam_jax.train.metrics import MetricsWriter, ProgressReport
+from fam_jax.train.optimizer import make_optimizer
+from fam_jax.train.state import TrainState, init_state
+from fam_jax.train.step import make_train_step
+
+# (parameters, step) -> numbers; called every config.evaluate.every steps.
+Evaluate = Callable[[Any, int], dict[str, Any]]
+
+
+class Interrupted(Exception):  # noqa: N818  (it is not an error)
+    """Training was asked to stop (Ctrl-C, or SIGTERM on preemption); everything is saved."""
+
+    def __init__(self, step: int, signal_number: int):
+        super().__init__(f"stopped at step {step}; all is saved: the same command resumes")
+        self.exit_code = 128 + signal_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What one job compiles and holds."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    state_shapes: TrainState  # ShapeDtypeStructs with shardings
+    step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+    create: Callable[[], TrainState]
+
+
+def make_trainer(config: Config) -> Trainer:
+    """Mesh, shardings and the jitted step; creates no arrays.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, or does not divide the batch or a parameter.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, config.train.batch_size // config.train.accumulation, "train.batch_size")
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+
+    def create() -> TrainState:
+        return init_state(config, optimizer, config.train.seed)
+
+    shapes = jax.eval_shape(create)
+    shardings = sharding.state_shardings(shapes, shapes.params, mesh)
+    step = jax.jit(
+        make_train_step(config, optimizer),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    placed = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+    )
+    return Trainer(config, mesh, placed, step, jax.jit(create, out_shardings=shardings))
+
+
+def train(
+    config: Config,
+    workdir: str,
+    *,
+    evaluate: Evaluate | None = None,
+    restore_step: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Trains until config.train.steps, from the latest checkpoint of `workdir` if there is one.
+
+    Writes below `workdir`: `config.json`, a folder per checkpoint, `metrics.jsonl`, `tensorboard/`,
+    `evaluation/STEP.json`.
+
+    Args:
+      config: resolved.
+      workdir: of the run.
+      evaluate: called with the parameters every config.evaluate.every steps.
+      restore_step: checkpoint to go back to, in place of the latest; later ones are given up.
+      quiet: no progress on the terminal.
+
+    Returns:
+      The last metrics.
+
+    Raises:
+      UserError: the folder belongs to another config, a checkpoint is damaged, the loss is not finite, ...
+      Interrupted: a signal came; a checkpoint of the last step was saved.
+    """
+    trainer = make_trainer(config)
+    stream = _make_stream(config)
+    folder = Path(workdir)
+    with Checkpoints(folder, config=dataclasses.asdict(config), keep=config.train.keep_checkpoints) as checkpoints:
+        if checkpoints.latest_step() is None and restore_step is None:
+            state = trainer.create()
+        else:
+            values, position = checkpoints.restore(restore_step, _as_dict(trainer.state_shapes))
+            state = TrainState(**values)
+            stream.restore(position)
+        with (
+            MetricsWriter(folder, resume_step=int(state.step)) as writer,
+            ProgressReport(config.train.steps, int(state.step), quiet=quiet) as progress,
+        ):
+            run = _Run(trainer, stream, checkpoints, writer, progress, evaluate, folder)
+            return run(state)
+
+
+def _make_stream(config: Config) -> PasskeyStream:
+    stream = PasskeyStream(
+        config.data,
+        block_size=config.model.block_size,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+    if config.model.vocab_size < stream.vocabulary.vocab_size:
+        raise ConfigError(
+            f"config.model.vocab_size: {config.model.vocab_size} is smaller than the vocabulary "
+            f"{config.data.vocabulary!r}, which has {stream.vocabulary.vocab_size} pieces"
+        )
+    return stream
+
+
+@dataclasses.dataclass
+class _Run:
+    trainer: Trainer
+    stream: PasskeyStream
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    progress: ProgressReport
+    evaluate: Evaluate | None
+    folder: Path
+
+    def __call__(self, state: TrainState) -> dict[str, Any]:
+        config = self.trainer.config.train
+        batch_sharding = sharding.batch_sharding(self.trainer.mesh)
+        last: dict[str, Any] = {"parameters": count_parameters(state.params)}
+        began, tokens = time.perf_counter(), 0
+        with _stop_signal() as stop:
+            for step in range(int(state.step) + 1, config.steps + 1):
+                batch = self.stream.next_batch()
+                arrays = {
+                    name: jax.make_array_from_process_local_data(batch_sharding, rows)
+                    for name, rows in batch.items()
+                }
+                state, metrics = self.trainer.step(state, arrays)
+                if self.stream.advancing:
+                    self.stream.report(float(metrics["exact_match"]))
+                tokens += math.prod(arrays["inputs"].shape)
+                self.progress.advance(step)
+                if step % config.log_every == 0 or step == config.steps:
+                    last |= self._log(step, metrics, tokens / (time.perf_counter() - began))
+                    began, tokens = time.perf_counter(), 0
+                if stop or step % config.checkpoint_every == 0 or step == config.steps:
+                    self._save(step, state)
+                if stop:
+                    self.checkpoints.wait()
+                    raise Interrupted(step, stop[0])
+                every = self.trainer.config.evaluate.every
+                if self.evaluate is not None and every and step % every == 0:
+                    self._evaluate(step, state)
+                    began, tokens = time.perf_counter(), 0
+        return last
+
+    def _log(self, step: int, metrics: dict[str, jax.Array], tokens_per_second: float) -> dict[str, Any]:
+        values: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
+        values |= {
+            "tokens_per_second": tokens_per_second,
+            "stage_blocks": self.stream.stage_blocks,
+            "stage_exact_match": self.stream.accuracy,
+        }
+        self.writer.write(step, values)
+        if not np.isfinite(values["loss"]):
+            raise UserError(
+                f"the loss is {values['loss']} at step {step}: lower config.optimizer.learning_rate or clip_norm; "
+                f"checkpoints before it are in {self.folder}"
+            )
+        self.progress.note(
+            step,
+            f"loss {values['loss']:.3f}  exact match {values['exact_match']:.2f}  "
+            f"filler {values['stage_blocks']} blocks  {tokens_per_second:,.0f} tokens/s",
+        )
+        return values
+
+    def _save(self, step: int, state: TrainState) -> None:
+        if self.checkpoints.latest_step() != step:
+            self.checkpoints.save(step, _as_dict(state), self.stream.state())
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        assert self.evaluate is not None
+        result = self.evaluate(state.params, step)
+        self.writer.write(step, {"evaluation": result})
+        path = self.folder / "evaluation" / f"{step}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[list[int]]:
+    """A list that a first SIGINT or SIGTERM is put in; a second one acts as it would without this."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, _: Any) -> None:
+        received.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        restore()

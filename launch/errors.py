@@ -1,0 +1,37 @@
+"""What a user sees of an error: one line on stderr, and the exit code."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+from fam_jax.config import UserError
+
+USER_ERROR = 2
+INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns a UserError into `error: ...` on stderr and exit code 2, Ctrl-C into exit code 130.
+
+    A context manager, and as `@user_errors()` a decorator. All other errors are the program's own and keep
+    their tracebacks.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Raises :class:`UserError` for arguments that it cannot parse."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        raise UserError(f"{message}; --help lists the arguments")

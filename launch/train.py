@@ -1,0 +1,46 @@
+"""Trains a model: `python -m launch.train --config=configs/passkey.py --workdir=runs/passkey`.
+
+Any field of the config can be set behind it: `--config.model.num_layers=4`. The same command again resumes. Ctrl-C
+stops after the current step and saves. `--restore_step=N` goes back to an earlier checkpoint.
+"""
+
+import sys
+from typing import Any
+
+from absl import app, flags
+
+from fam_jax.config import Config
+from launch.errors import user_errors
+from launch.read_config import define_config_flag, parse_flags, resolved_config
+
+define_config_flag("config")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.", required=True)
+RESTORE_STEP = flags.DEFINE_integer("restore_step", None, "Checkpoint to go back to, in place of the latest.")
+QUIET = flags.DEFINE_bool("quiet", False, "No progress on the terminal.")
+
+
+def make_evaluate(config: Config) -> Any:
+    """PassKey retrieval at the lengths of config.evaluate, for the training loop."""
+    from fam_jax.data.vocabulary import load_vocabulary
+    from fam_jax.evaluate.passkey import evaluate_passkey
+
+    vocabulary = load_vocabulary(config.data.vocabulary)
+    return lambda params, step: {"step": step, **evaluate_passkey(config, params, vocabulary=vocabulary)}
+
+
+def main(argv: list[str]) -> None:
+    """Resolves the config and trains."""
+    from fam_jax.train.loop import Interrupted, train
+
+    config = resolved_config("config")
+    evaluate = make_evaluate(config) if config.evaluate.every else None
+    try:
+        train(config, WORKDIR.value, evaluate=evaluate, restore_step=RESTORE_STEP.value, quiet=QUIET.value)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,144 @@
+"""Rules of the house that a reader relies on: where imports point, how long things are."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+# What each part of fam_jax may import from the others. The training loop may evaluate while it trains.
+BASE = {"config", "data", "sharding", "checkpoint", "kernels", "model"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "config": set(),
+    "data": {"config"},
+    "sharding": {"config"},
+    "checkpoint": {"config"},
+    "kernels": {"config"},
+    "model": {"config", "kernels"},
+    "generate": BASE,
+    "evaluate": BASE | {"generate"},
+    "train": BASE | {"generate", "evaluate"},
+}
+
+
+def tracked() -> list[pathlib.Path]:
+    """Files that are, or would be, in the repository."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+def sources(*folders: str) -> list[pathlib.Path]:
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert files, f"no sources in {folders}"
+    return files
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Full names of the modules that a file imports, wherever in it the import stands."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def parts_imported(path: pathlib.Path) -> set[str]:
+    names = {name.split(".")[1] for name in imports(path) if name.startswith("fam_jax.")}
+    assert names <= MAY_IMPORT.keys(), f"{path}: imports {names - MAY_IMPORT.keys()}, which MAY_IMPORT lacks"
+    return names
+
+
+def part_of(path: pathlib.Path) -> str:
+    return path.relative_to(ROOT / "fam_jax").with_suffix("").parts[0]
+
+
+def names_of(paths: list[pathlib.Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path in sources("fam_jax"):
+        if path == ROOT / "fam_jax" / "__init__.py":
+            continue
+        allowed = MAY_IMPORT[part_of(path)] | {part_of(path)}
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in parts_imported(path) - allowed]
+    assert not wrong
+
+
+def test_the_rule_itself_has_no_cycle() -> None:
+    done: set[str] = set()
+    while done != MAY_IMPORT.keys():
+        ready = {part for part, needs in MAY_IMPORT.items() if needs <= done} - done
+        assert ready, f"cycle among {MAY_IMPORT.keys() - done}"
+        done |= ready
+
+
+def test_the_package_does_not_import_its_users() -> None:
+    users = ("launch", "configs", "benchmarks", "tests")
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources("fam_jax")
+        for name in imports(path)
+        if name.split(".")[0] in users
+    ]
+    assert not wrong
+
+
+def test_no_module_is_called_utils() -> None:
+    assert not [
+        name for name in names_of(tracked()) if re.search(r"(^|/)(utils?|helpers?|misc)(\.py)?(/|$)", name)
+    ]
+
+
+def test_files_are_short() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in tracked() if path.suffix == ".py"}
+    assert lengths
+    assert not {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > MAX_FILE_LINES}
+
+
+def test_functions_are_short() -> None:
+    long = {}
+    for path in [path for path in tracked() if path.suffix == ".py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    long[f"{path.relative_to(ROOT)}:{node.name}"] = lines
+    assert not long
+
+
+def test_no_path_of_somebodys_machine() -> None:
+    place = re.compile(r"(?<![\w.])/(home|Users|root|work)/\w")
+    wrong = []
+    for path in tracked():
+        text = path.read_text(errors="ignore")
+        wrong += [
+            f"{path.relative_to(ROOT)}:{n}"
+            for n, line in enumerate(text.splitlines(), 1)
+            if place.search(line)
+        ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", ["fam_jax.model", "fam_jax.sharding", "fam_jax.checkpoint"])
+def test_import_does_not_load_tensorflow(module: str) -> None:
+    """TensorFlow takes seconds and a gigabyte; only the data pipeline is to pay for it."""
+    code = f"import sys, {module}; print([m for m in ('tensorflow', 'seqio', 'torch') if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
