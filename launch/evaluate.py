@@ -167,7 +167,7 @@ def main() -> None:
         print_table(results, f"PassKey retrieval, step {step} of {arguments.checkpoint}")
         default = os.path.join(arguments.checkpoint, f"evaluation_{step}.json")
         out = epath.Path(os.path.expanduser(arguments.out or default))
-        write_json(out, provenance(config, step) | {"passkey": results})
+        write_json(out, provenance(config, step) | results)
         print(f"written to {out}")
 
 

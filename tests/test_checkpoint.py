@@ -99,7 +99,7 @@ def test_round_trip_on_any_mesh(saved: pathlib.Path, shape: tuple[int, int]) -> 
         assert (checkpoints.all_steps(), checkpoints.latest_step()) == ([10, 20], 20)
         found, position = checkpoints.restore(None, structs(expected))
         older, older_position = checkpoints.restore(10, structs(expected))
-    assert position == {"examples": 20, "loss": 0.5, "row": [1, 2]}
+    assert position == {"examples": 20, "loss": 0.5, "row": [1, 2], "by_host": {"9": 1, "10": 2}}
     assert older_position == {"examples": 10}
     assert_same(older, expected)
     assert_same(found, expected | {"step": jnp.int32(17)})

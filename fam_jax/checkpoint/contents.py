@@ -91,7 +91,8 @@ def describe(arrays: Arrays) -> Record:
 
 
 def seal(record: Record) -> Record:
-    """`record` with its own digest."""
+    """`record`, as JSON gives it back, with its own digest."""
+    record = json.loads(json.dumps(record))
     return {"digest": _digest(record), "record": record}
 
 

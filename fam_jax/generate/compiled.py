@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from fam_jax.model import Memory, Transformer, from_dict
 from fam_jax.sharding import AXES, batch_sharding, replicated
 
 Params = dict[str, Any]
-BATCH_AXES = AXES["batch"][0]
+BATCH_AXES = cast(tuple[str, ...], AXES["batch"][0])
 
 
 class Calls(NamedTuple):
@@ -60,9 +60,9 @@ def structure(config: ModelConfig) -> tuple[Any, Any]:
 def mesh_of(params: Params) -> Mesh | None:
     """The mesh (of `fam_jax.sharding`) that the parameters are spread over; None if they are not."""
     for leaf in jax.tree.leaves(params):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and set(BATCH_AXES) <= set(sharding.mesh.axis_names):
-            return sharding.mesh
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        if isinstance(mesh, Mesh) and set(BATCH_AXES) <= set(mesh.axis_names):
+            return mesh
     return None
 
 

@@ -161,7 +161,7 @@ class Streamer:
         tokens, logprobs, counts = zip(*parts, strict=True)
         return Generated(
             tokens=np.concatenate(tokens, axis=1),
-            lengths=np.sum(counts, axis=0, dtype=np.int32),
+            lengths=np.asarray(counts).sum(axis=0, dtype=np.int32),
             logprobs=np.concatenate(logprobs, axis=1),
             stopped=np.asarray(stopped),
             logits=logits,

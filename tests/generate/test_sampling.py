@@ -9,11 +9,12 @@ import pytest
 
 from fam_jax.config import UserError
 from fam_jax.generate.sampling import GREEDY, Sampling, sample
+from tests.model.tiny import quick_jit
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
 DRAWS = 20_000
 
-jitted = jax.jit(sample, static_argnames="sampling")
+jitted = quick_jit(sample, static_argnames="sampling")
 
 
 def frequencies(logits: np.ndarray, sampling: Sampling) -> np.ndarray:

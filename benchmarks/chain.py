@@ -1,0 +1,71 @@
+"""The FAM chain of one layer: with its weight gradients deferred, as in the library, and differentiated plainly."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.workload import Workload
+from fam_jax.config import ModelConfig
+from fam_jax.model import from_dict
+from fam_jax.model.fam import BlockInputs, local_rotation, run_chain, update_fam
+from fam_jax.model.layers import DecoderLayer
+from fam_jax.model.rope import Rope, Rotation
+
+Chain = Callable[[DecoderLayer, jax.Array, BlockInputs], Any]
+
+
+def layer_structure(model: ModelConfig) -> tuple[Any, Any]:
+    """Graph definition and abstract state of a layer."""
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(model, rngs=nnx.Rngs(0))))
+
+
+def plain_chain(layer: DecoderLayer, fam: jax.Array, blocks: BlockInputs) -> Any:
+    """The same as `run_chain`; its backward pass adds to every weight's gradient at every block."""
+    return jax.lax.scan(lambda fam, block: update_fam(layer, fam, block), fam, blocks)
+
+
+def chain_loss(model: ModelConfig, chain: Chain) -> Callable[..., jax.Array]:
+    """loss(layer parameters, fam (B, M, D), keys, values (N, B, C, K, hd)): half the squares of all that it returns."""
+    graphdef, _ = layer_structure(model)
+    own = local_rotation(model, Rope(model.head_dim, model.rope_base, "float32"))
+
+    def loss(parameters: Any, fam: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        layer = nnx.merge(graphdef, parameters)
+        blocks, batch = keys.shape[:2]
+        # Every block's keys stand in its own frame: one rotation does for all.
+        rotation = Rotation(*(jnp.broadcast_to(r, (blocks, 1, *r.shape)) for r in own))
+        keep = jnp.broadcast_to(np.arange(blocks)[:, None] > 0, (blocks, batch))
+        out = chain(layer, fam, BlockInputs(keys, values, rotation, keep))
+        return sum((jnp.vdot(x, x) for x in jax.tree.leaves(out)), jnp.zeros(())) / 2
+
+    return loss
+
+
+def chain_inputs(work: Workload, model: ModelConfig, params: dict[str, Any]) -> tuple[Any, ...]:
+    """Arguments of `chain_loss`: the first layer's parameters, and random activations of unit variance."""
+    _, abstract = layer_structure(model)
+    parameters = from_dict(abstract, jax.tree.map(lambda x: x[0], params["layers"]))
+    blocks = work.length // model.block_size
+    shape = (blocks, work.batch, model.block_size, model.num_kv_heads, model.head_dim)
+    fam_key, *keys = jax.random.split(jax.random.key(work.seed), 3)
+    fam = jax.random.normal(fam_key, (work.batch, model.fam_length, model.model_dim))
+    return parameters, fam, *(jax.random.normal(key, shape) for key in keys)
+
+
+def chain_calls(work: Workload, model: ModelConfig, params: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Forward, forward and backward, and the latter without deferred weight gradients; of one layer."""
+    inputs = chain_inputs(work, model, params)
+    forward = jax.jit(chain_loss(model, run_chain))
+    gradients = [
+        jax.jit(jax.value_and_grad(chain_loss(model, chain), argnums=(0, 1, 2, 3)))
+        for chain in (run_chain, plain_chain)
+    ]
+    return {
+        "chain_forward": lambda: forward(*inputs),
+        "chain_gradient": lambda: gradients[0](*inputs),
+        "chain_gradient_plain": lambda: gradients[1](*inputs),
+    }

@@ -1,0 +1,167 @@
+"""Decoding after a thousand and after a million tokens, and the memory that it takes to get there.
+
+One stream is read from start to end, by chunks of whole blocks, in a process that has done nothing else. On the way the
+peak of the process's memory and the bytes of all arrays alive are sampled. Then two memories are decoded from in turn:
+one that was kept near the start, and the one at the end.
+"""
+
+import gc
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.record import write_record
+from benchmarks.report import print_decoding
+from benchmarks.timing import interleave
+from benchmarks.workload import random_parameters
+from fam_jax.config import ModelConfig
+from fam_jax.generate.streaming import Streamer
+from fam_jax.model import Memory
+from launch.errors import ArgumentParser, user_errors
+
+MODEL = ModelConfig(
+    vocab_size=64, num_layers=2, model_dim=64, num_heads=2, num_kv_heads=2, head_dim=32, ff_dim=256,
+    block_size=64, fam_length=4,
+)  # fmt: skip
+CHUNK_BLOCKS = 16
+CHUNK = CHUNK_BLOCKS * MODEL.block_size  # 1024 tokens: positions are counted in these
+MARKS = (10, 30, 100, 300, 1000)  # chunks after which memory is sampled
+QUICK_MARKS = (2, 4, 8)
+FLAT = 1.02  # peak memory may grow by this factor from the first mark to the last
+
+
+def stream(streamer: Streamer, marks: Sequence[int], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads random tokens up to the last mark.
+
+    Returns:
+      What was sampled at each mark; {"near": (logits, memory) after one chunk, "far": after the last}.
+    """
+    random = np.random.default_rng(seed)
+    samples: list[dict[str, Any]] = []
+    memory: Memory | None = None
+    kept: dict[str, Any] = {}
+    before, started = 1, 0.0
+    for chunk in range(1, marks[-1] + 1):
+        # Drawn as it is read: a prompt of a million tokens would itself take memory.
+        tokens = random.integers(0, streamer.config.vocab_size, CHUNK)
+        logits, memory = streamer.read([tokens], memory, chunk_blocks=CHUNK_BLOCKS)
+        if chunk == 1:
+            kept["near"] = (logits, memory)
+            jax.block_until_ready(kept["near"])
+            started = time.perf_counter()  # compilation is behind us
+        if chunk in marks:
+            jax.block_until_ready((logits, memory))
+            elapsed = time.perf_counter() - started
+            samples.append(
+                {
+                    "tokens": chunk * CHUNK,
+                    "peak_rss_bytes": peak_rss(),
+                    "live_array_bytes": live_bytes(),
+                    "tokens_per_second": (chunk - before) * CHUNK / elapsed,
+                }
+            )
+            before, started = chunk, time.perf_counter()
+    kept["far"] = (logits, memory)
+    return _stream_result(samples), kept
+
+
+def _stream_result(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    first, last = samples[0], samples[-1]
+    peaks = first["peak_rss_bytes"], last["peak_rss_bytes"]
+    growth = peaks[1] / peaks[0]
+    arrays_equal = len({sample["live_array_bytes"] for sample in samples}) == 1
+    spans = [b["tokens"] - a["tokens"] for a, b in zip([{"tokens": CHUNK}, *samples], samples, strict=False)]
+    seconds = sum(span / sample["tokens_per_second"] for span, sample in zip(spans, samples, strict=True))
+    return {
+        "samples": samples,
+        "peak_rss_growth": growth,
+        "live_arrays_equal": arrays_equal,
+        "flat": growth <= FLAT and arrays_equal,
+        "tokens_per_second": sum(spans) / seconds,
+    }
+
+
+def compare_positions(streamer: Streamer, kept: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Greedy decoding of two blocks of tokens from each of the memories, FAM updates included, over and over."""
+    size = streamer.config.block_size
+    count = 2 * size
+
+    def call(name: str) -> Any:
+        logits, memory = kept[name]
+        out = streamer.generate(logits, memory, max_tokens=count, tokens_per_call=size)
+        return out.logits, out.memory
+
+    times = interleave({name: lambda name=name: call(name) for name in kept}, seconds)  # type: ignore[misc]
+    return {
+        "positions": {name: tokens_read(memory, size) for name, (_, memory) in kept.items()},
+        "tokens_per_call": count,
+        "seconds_per_token": {
+            name: times.over_rounds(lambda t, name=name: t[name] / count)  # type: ignore[misc]
+            for name in kept
+        },
+        "ratio": times.ratio("far", "near"),
+    }
+
+
+def tokens_read(memory: Memory, size: int) -> int:
+    """How many tokens the memory's first stream has taken in, by its own count."""
+    return int(memory.blocks[0]) * size + int(memory.filled[0])
+
+
+def peak_rss() -> int:
+    """The most bytes of memory that this process has had resident."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+    # Not ru_maxrss: on Linux a new program starts with that of the process which it was forked from.
+    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def live_bytes() -> int:
+    """Of all JAX arrays alive."""
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def measure(marks: Sequence[int], seconds: float, seed: int) -> dict[str, Any]:
+    """Streaming, then decoding for `seconds`."""
+    streamer = Streamer(MODEL, random_parameters(MODEL, seed))
+    print(f"decoding: streaming {marks[-1] * CHUNK:,} tokens", file=sys.stderr, flush=True)
+    streamed, kept = stream(streamer, marks, seed)
+    print("decoding: near and far", file=sys.stderr, flush=True)
+    return {"stream": streamed, "decode": compare_positions(streamer, kept, seconds)}
+
+
+@user_errors()
+def main(argv: Sequence[str]) -> None:
+    """Measures, prints, writes."""
+    parser = ArgumentParser(prog="benchmarks.decoding", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=20.0, help="to time decoding for")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and tokens")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few thousand tokens, to see that all of it runs"
+    )
+    parser.add_argument("--json", type=Path, help="file to write")
+    arguments = parser.parse_args(argv)
+    marks = QUICK_MARKS if arguments.quick else MARKS
+    seconds = 0.0 if arguments.quick else arguments.seconds
+    results = measure(marks, seconds, arguments.seed)
+    print_decoding(results)
+    if arguments.json:
+        settings = {
+            "model": MODEL, "chunk_tokens": CHUNK, "marks": [mark * CHUNK for mark in marks], "seconds": seconds,
+            "seed": arguments.seed, "quick": arguments.quick,
+        }  # fmt: skip
+        write_record(arguments.json, "decoding", argv, settings, results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,103 @@
+"""The straightforward form of the model: each layer scans over whole blocks, tokens and FAM side by side.
+
+It follows algorithm 2 of the paper line by line, and a library that has FAM only as "M more rows of each block" would
+do the same: projections, attention and feed-forward of a block wait for those of the block before. The results are
+those of `Transformer.hidden`; what differs is the time.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fam_jax.config import ModelConfig
+from fam_jax.kernels import Part, joint_attention
+from fam_jax.model import Transformer
+from fam_jax.model.fam import local_rotation, prompt_step
+from fam_jax.model.layers import DecoderLayer
+from fam_jax.model.rope import Rope, rotate
+
+
+def naive_hidden(model: Transformer, tokens: jax.Array) -> jax.Array:
+    """The normalised activations (B, T, D) of rows that start at position 0; T is a multiple of C.
+
+    Raises:
+      ValueError: the config has an option that this form lacks (see `_check`), or T is no multiple of C.
+    """
+    config = model.config
+    _check(config, tokens.shape[1])
+    assert model.initial_fam is not None
+    rope = Rope(config.head_dim, config.rope_base, str(jnp.promote_types(config.dtype, jnp.float32)))
+    batch, length = tokens.shape
+    blocks = (batch, length // config.block_size, config.block_size)
+    x = model.embedding.table[...][tokens].astype(config.dtype).reshape(*blocks, -1).swapaxes(0, 1)
+    prompt = model.initial_fam[...].astype(config.dtype)
+    graphdef, state = nnx.split(model.layers)
+
+    def body(carry: tuple[jax.Array, jax.Array], layer_state: nnx.State) -> tuple[Any, None]:
+        x, prompt = carry
+        layer = nnx.merge(graphdef, layer_state)
+        x = _scan_blocks(layer, config, rope, x, prompt)
+        return (x, prompt_step(layer, prompt, local_rotation(config, rope))), None
+
+    (x, _), _ = jax.lax.scan(body, (x, prompt), state)
+    return model.final_norm(x.swapaxes(0, 1).reshape(batch, length, -1))
+
+
+def _scan_blocks(
+    layer: DecoderLayer, config: ModelConfig, rope: Rope, x: jax.Array, prompt: jax.Array
+) -> jax.Array:
+    """One layer over x (N, B, C, D), block by block; `prompt` (M, D) is the layer's initial FAM."""
+    blocks, batch = x.shape[:2]
+    size, fams = config.block_size, config.fam_length
+    past = config.memory_segments * size
+    place = np.concatenate([np.arange(size), np.arange(-fams, 0)])  # of tokens and FAM, in the block's frame
+
+    def step(carry: tuple[jax.Array, ...], block: tuple[jax.Array, jax.Array]) -> tuple[tuple, jax.Array]:
+        past_k, past_v, fam = carry
+        x, index = block
+        q, k, v = layer.project(jnp.concatenate([x, fam], axis=1))
+        rotation = rope.at(index * size + place)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        keys, values = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
+        attended = joint_attention([Part(q, keys, values, _mask(past, size, fams, index))])
+        residual = jnp.concatenate([x, jnp.where(index > 0, fam, 0)], axis=1)  # the prompt carries no context
+        out = layer.finish(attended, residual)
+        # The newest m * C tokens among [past, block, FAM].
+        recent = slice(size, size + past)
+        return (keys[:, recent], values[:, recent], out[:, size:]), out[:, :size]
+
+    nothing = jnp.zeros((batch, past, config.num_kv_heads, config.head_dim), x.dtype)
+    fam = jnp.broadcast_to(prompt, (batch, *prompt.shape))
+    _, out = jax.lax.scan(step, (nothing, nothing, fam), (x, jnp.arange(blocks)))
+    return out
+
+
+def _mask(past: int, size: int, fams: int, index: jax.Array) -> jax.Array:
+    """(1, C + M, m * C + C + M): what [tokens ; FAM] of block `index` see of [memory segment ; tokens ; FAM]."""
+    exists = jnp.broadcast_to(np.arange(-past, 0) + index * size >= 0, (size, past))
+    token_rows = jnp.concatenate([exists, np.tri(size, dtype=bool), np.ones((size, fams), bool)], axis=1)
+    fam_rows = np.broadcast_to(np.arange(past + size + fams) >= past, (fams, past + size + fams))
+    return jnp.concatenate([token_rows, fam_rows])[None]
+
+
+def _check(config: ModelConfig, length: int) -> None:
+    plain = dataclasses.replace(
+        config,
+        fam_init="prompt",
+        fam_positions="last",
+        fam_previous_blocks=1,
+        window=0,
+        stop_gradient=False,
+        scale_embeddings=False,
+        remat="none",
+    )
+    if config != plain or config.fam_length == 0:
+        raise ValueError("the naive form is for a FAM with the paper's defaults only")
+    if length % config.block_size:
+        raise ValueError(
+            f"the naive form takes whole blocks of {config.block_size} tokens, not {length} tokens"
+        )

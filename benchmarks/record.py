@@ -1,0 +1,77 @@
+"""What a benchmark writes: its results, and all that is needed to judge and to repeat them."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_record(path: Path, benchmark: str, argv: Sequence[str], settings: Any, results: Any) -> None:
+    """Writes a JSON file.
+
+    Args:
+      path: of the file; its folder is made.
+      benchmark: name of the module in benchmarks/.
+      argv: its arguments.
+      settings: dataclasses, dicts, lists and plain values; what was measured, seeds included.
+      results: likewise.
+    """
+    record = {
+        "benchmark": benchmark,
+        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *argv]),
+        "environment": environment(),
+        "settings": settings,
+        "results": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, default=dataclasses.asdict) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Machine, software and time."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git_revision": git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": list(
+            os.getloadavg()
+        ),  # well above what the benchmark itself needs: others were running
+        "device": f"{len(jax.devices())} x {device.platform} ({device.device_kind})",
+    }
+
+
+def cpu_model() -> str:
+    """The processor's own name for itself, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def git_revision() -> str | None:
+    """Of the checkout, with "-dirty" where tracked files differ from it; None without git or a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

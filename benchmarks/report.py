@@ -1,0 +1,86 @@
+"""Tables of results for the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+NOTE = "Median [quartiles] of rounds; ratios are taken within a round."
+
+
+def print_training(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints what `benchmarks.training.measure` returns."""
+    memory = _table("Training step with FAM (M = C / 16) against BSWA", "C", "M")
+    for name in ("BSWA tokens/s", "FAM tokens/s", "time FAM / BSWA", "by operations"):
+        memory.add_column(name, justify="right")
+    for size, found in results["memory"].items():
+        speed = found["tokens_per_second"]
+        memory.add_row(
+            size, str(found["fam_length"]), _whole(speed["bswa"]), _whole(speed["fam"]), str(found["ratio"]),
+            f"{found['expected_ratio']:.3f}",
+        )  # fmt: skip
+
+    forms = _table(
+        "Loss and gradients, scan over whole blocks against this library; dense attention against XLA", "C"
+    )
+    for name in ("scan ms", "library ms", "time scan / library", "time dense / XLA attention"):
+        forms.add_column(name, justify="right")
+    for size, found in results["form"].items():
+        milliseconds = [_milli(found["seconds"][name]) for name in ("naive", "blockwise")]
+        forms.add_row(size, *milliseconds, str(found["ratio"]), str(results["attention"][size]["ratio"]))
+
+    overhead = _table("Where FAM's time goes, ms per batch", "C")
+    columns = ("forward_overhead", "backward_overhead", "all_chains_forward", "all_chains_backward")
+    for name in columns:
+        overhead.add_column(name.replace("_", " "), justify="right")
+    overhead.add_column("chain gradient, plain / deferred", justify="right")
+    for size, found in results["overhead"].items():
+        overhead.add_row(size, *(_milli(found[name]) for name in columns), str(found["deferral_ratio"]))
+
+    _print(memory, forms, overhead)
+
+
+def print_decoding(results: Mapping[str, Any]) -> None:
+    """Prints what `benchmarks.decoding.measure` returns."""
+    stream = _table("Memory while streaming", "tokens read")
+    for name in ("peak RSS MiB", "live arrays KiB", "tokens/s since the row above"):
+        stream.add_column(name, justify="right")
+    for sample in results["stream"]["samples"]:
+        peak = sample["peak_rss_bytes"]
+        stream.add_row(
+            f"{sample['tokens']:,}",
+            "-" if peak is None else f"{peak / 2**20:.1f}",
+            f"{sample['live_array_bytes'] / 2**10:.1f}",
+            f"{sample['tokens_per_second']:,.0f}",
+        )
+    decode = _table("Decoding", "position")
+    decode.add_column("ms per token", justify="right")
+    decode.add_column("time against the first", justify="right")
+    for name in ("near", "far"):
+        found = results["decode"]
+        ratio = str(found["ratio"]) if name == "far" else ""
+        decode.add_row(f"{found['positions'][name]:,}", _milli(found["seconds_per_token"][name]), ratio)
+    _print(stream, decode)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _print(*tables: Table) -> None:
+    console = Console()
+    for table in tables:
+        console.print(table)
+    console.print(NOTE)
+
+
+def _milli(seconds: Any) -> str:
+    return f"{1e3 * seconds.median:.3g} [{1e3 * seconds.q1:.3g}, {1e3 * seconds.q3:.3g}]"
+
+
+def _whole(speed: Any) -> str:
+    return f"{speed.median:,.0f} [{speed.q1:,.0f}, {speed.q3:,.0f}]"

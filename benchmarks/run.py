@@ -1,0 +1,33 @@
+"""`make bench`: all benchmarks, each in a process of its own; prints tables and writes one JSON file for each."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fam_jax.config import UserError
+from launch.errors import ArgumentParser, user_errors
+
+BENCHMARKS = ("training", "decoding")
+
+
+@user_errors()
+def main(argv: Sequence[str]) -> None:
+    """Runs them one after the other, so that none disturbs another."""
+    parser = ArgumentParser(prog="benchmarks.run", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny models, to see that all of it runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the JSON files")
+    arguments = parser.parse_args(argv)
+    for name in BENCHMARKS:
+        path = arguments.out / f"{name}.json"
+        command = [sys.executable, "-m", f"benchmarks.{name}", f"--json={path}"]
+        code = subprocess.run([*command, "--quick"] if arguments.quick else command).returncode
+        if code:
+            raise UserError(
+                f"{name}: the benchmark failed with exit code {code}; what it printed above says why"
+            )
+        print(f"wrote {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
