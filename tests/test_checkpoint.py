@@ -82,7 +82,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     with open_run(folder) as checkpoints:
         checkpoints.save(10, state, {"examples": 10})
         checkpoints.save(
-            20, state | {"step": state["step"] + 10}, {"examples": 20, "loss": 0.5, "row": (1, 2)}
+            20,
+            state | {"step": state["step"] + 10},
+            {"examples": 20, "loss": 0.5, "row": (1, 2), "by_host": {9: 1, 10: 2}},
         )
     return folder
 
