@@ -2,8 +2,9 @@
 
     python -m launch.train --config=configs/passkey.py --workdir=runs/passkey
 
-The argument names the memory: `configs/passkey.py:fam` (the default), `:bswa_m1` (Block Sliding Window Attention with one
-memory segment), `:bswa_m1_sg` (the same with stop-gradient, as Transformer-XL). `:smoke` is a run of a few seconds.
+The argument names the memory: `configs/passkey.py:fam` (the default), `:bswa_m1` (Block Sliding Window Attention
+with one memory segment), `:bswa_m1_sg` (the same with stop-gradient, as Transformer-XL). `:smoke` is a run of a few
+seconds.
 """
 
 from ml_collections import ConfigDict

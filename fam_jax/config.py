@@ -83,7 +83,9 @@ class DataConfig:
     vocabulary: str = "passkey"  # passkey (ships with the package) | bytes | path of a SentencePiece model
     digits: int = 5
     stage_blocks: tuple[int, ...] = (2, 3, 4, 6, 9, 13, 18)  # filler length of each curriculum stage
-    min_filler_blocks: int = 1  # filler of the first stage starts above this; of later ones, above the stage before
+    min_filler_blocks: int = (
+        1  # filler of the first stage starts above this; of later ones, above the stage before
+    )
     advance_accuracy: float = 0.8  # running exact match at which the next stage begins
     max_stage_steps: int = 0  # the next stage begins after so many steps all the same; 0 = never
     longest_fraction: float = 0.5  # of batches at the current stage; the rest from earlier stages
@@ -131,6 +133,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """A whole experiment."""
+
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()

@@ -1,8 +1,8 @@
 """`make demo`: feedback memory remembers a pass key across hundreds of blocks, and the same model without it does not.
 
-Trains the three models of `configs/passkey.py`, two at a time on a core each, evaluates each by generation from streamed
-memory, prints a table and writes `passkey.json` and `passkey.png` below --workdir. Run again, it resumes what was
-interrupted and reuses what is finished; --clean starts over.
+Trains the three models of `configs/passkey.py`, two at a time on a core each, evaluates each by generation from
+streamed memory, prints a table and writes `passkey.json` and `passkey.png` below --workdir. Run again, it resumes what
+was interrupted and reuses what is finished; --clean starts over.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fam_jax.config import UserError
-from launch.errors import user_errors
+from launch.errors import ArgumentParser, user_errors
 
 VARIANTS = ("fam", "bswa_m1", "bswa_m1_sg")
 LENGTHS = (4, 9, 18, 36, 72, 130, 260, 520)
@@ -83,7 +83,9 @@ class Workers:
             raise UserError(f"{' '.join(command[1:])} failed with exit code {code}:\n{''.join(tail)}")
 
 
-def commands(variant: str, folder: Path, seed: int, lengths: Sequence[int], keys: int, extra: Sequence[str]) -> list:
+def commands(
+    variant: str, folder: Path, seed: int, lengths: Sequence[int], keys: int, extra: Sequence[str]
+) -> list:
     """Training, then evaluation; none if the result is there."""
     result = folder / "result.json"
     if result.exists():
@@ -121,15 +123,16 @@ def show(models: dict[str, dict[str, float]], keys: int) -> None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Command line of the demo."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m launch.demo", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--clean", action="store_true", help="delete the workdir first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keys", type=int, default=64, help="examples per length")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="filler lengths in blocks")
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side")
-    arguments, arguments.extra = parser.parse_known_args(argv)
-    unknown = [a for a in arguments.extra if not a.startswith("--config.")]
+    arguments, extra = parser.parse_known_args(argv)
+    arguments.extra = extra
+    unknown = [a for a in extra if not a.startswith("--config.")]
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}; there are --help and --config.group.field=value")
     return arguments
@@ -153,7 +156,9 @@ def main(argv: Sequence[str]) -> None:
                 pool.submit(
                     workers.run,
                     variant,
-                    commands(variant, workdir / variant, arguments.seed, lengths, arguments.keys, arguments.extra),
+                    commands(
+                        variant, workdir / variant, arguments.seed, lengths, arguments.keys, arguments.extra
+                    ),
                 )
                 for variant in VARIANTS
             ]

@@ -10,7 +10,9 @@ from fam_jax.config import Config, ConfigError, check_field, resolve
 
 def define_config_flag(name: str) -> None:
     """Defines `--name=configs/FILE.py[:ARG]` and `--name.group.field=value`."""
-    config_flags.DEFINE_config_file(name, help_string="Config file, get_config(arg) -> ConfigDict.", lock_config=True)
+    config_flags.DEFINE_config_file(
+        name, help_string="Config file, get_config(arg) -> ConfigDict.", lock_config=True
+    )
 
 
 def resolved_config(name: str) -> Config:

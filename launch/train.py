@@ -14,7 +14,9 @@ from launch.errors import user_errors
 from launch.read_config import define_config_flag, parse_flags, resolved_config
 
 define_config_flag("config")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.", required=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, metrics, evaluations.", required=True
+)
 RESTORE_STEP = flags.DEFINE_integer("restore_step", None, "Checkpoint to go back to, in place of the latest.")
 QUIET = flags.DEFINE_bool("quiet", False, "No progress on the terminal.")
 

@@ -6,7 +6,9 @@ DEVICES = 8
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Read once, when JAX starts its first backend.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

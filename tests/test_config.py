@@ -68,9 +68,12 @@ def test_the_defaults_are_valid_and_errors_are_user_errors() -> None:
 @pytest.mark.parametrize("field", fields())
 def test_a_value_of_the_wrong_type_names_the_field(field: str) -> None:
     kind = fields()[field]
-    for wrong in {int: (1.5, "1", None, True), float: ("0.1", None, True), bool: (1, "true"), str: (1, None)}.get(
-        kind, (3, "2,3", (1, "2"), (1.5,), None)
-    ):
+    for wrong in {
+        int: (1.5, "1", None, True),
+        float: ("0.1", None, True),
+        bool: (1, "true"),
+        str: (1, None),
+    }.get(kind, (3, "2,3", (1, "2"), (1.5,), None)):
         message = error_of(with_field(field, wrong))
         assert message.startswith(f"config.{field}: expected ")
         assert repr(wrong[-1] if isinstance(wrong, tuple) else wrong) in message

@@ -55,6 +55,7 @@ def train() -> bytes:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Trains the model and writes it; returns the exit code."""
     parser = argparse.ArgumentParser(description="Train the SentencePiece model of the PassKey task.")
     parser.add_argument("--out", type=Path, required=True, help="file to write the model to")
     out: Path = parser.parse_args(arguments).out

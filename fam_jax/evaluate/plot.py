@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed
-from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
+from matplotlib import pyplot
 
 STYLES = {
     "fam": ("FAM, no memory segment", "#c0392b", "o"),
@@ -32,9 +32,20 @@ def plot_passkey(
         label, color, marker = STYLES.get(name, (name, None, "o"))
         blocks = sorted(int(length) for length in accuracies)
         values = [100 * accuracies[str(length)] for length in blocks]
-        axes.plot(blocks, values, label=label, color=color, marker=marker, linewidth=2, markersize=6, clip_on=False)
+        axes.plot(
+            blocks, values, label=label, color=color, marker=marker, linewidth=2, markersize=6, clip_on=False
+        )
     axes.axvspan(lengths[0], trained_blocks, color="0.93", zorder=0)
-    axes.text(trained_blocks, 50, " trained up to here", rotation=90, va="center", ha="right", color="0.45", fontsize=8)
+    axes.text(
+        trained_blocks,
+        50,
+        " trained up to here",
+        rotation=90,
+        va="center",
+        ha="right",
+        color="0.45",
+        fontsize=8,
+    )
     axes.set_xscale("log")
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.minorticks_off()

@@ -68,13 +68,19 @@ def block_attention(
     """
     name = "xla" if implementation == "auto" else implementation
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown attention implementation {name!r}; there are auto, {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"unknown attention implementation {name!r}; there are auto, {', '.join(IMPLEMENTATIONS)}"
+        )
     length, past = q.shape[1], memory_segments * block_size
     blocks = -(-length // block_size)
     if k.shape[1] != past + length or k.shape != v.shape:
-        raise ValueError(f"keys {k.shape} and values {v.shape} must hold {past} past slots and {length} tokens")
+        raise ValueError(
+            f"keys {k.shape} and values {v.shape} must hold {past} past slots and {length} tokens"
+        )
     if fam_k.shape[1] != blocks or fam_k.shape != fam_v.shape:
-        raise ValueError(f"feedback keys {fam_k.shape} and values {fam_v.shape} must be given for {blocks} blocks")
+        raise ValueError(
+            f"feedback keys {fam_k.shape} and values {fam_v.shape} must be given for {blocks} blocks"
+        )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{k.shape[2]} key/value heads do not divide {q.shape[2]} query heads")
     shape = BlockShape(block_size, memory_segments, window, stop_gradient)

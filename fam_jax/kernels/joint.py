@@ -36,15 +36,14 @@ def joint_attention(parts: Sequence[Part]) -> jax.Array:
     scores = [_scores(part) for part in parts]
     probabilities = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     batch, length, heads, head_dim = parts[0].q.shape
-    outputs, start = [], 0
+    out: jax.Array = jnp.zeros((), accumulation_dtype(parts[0].v.dtype))
+    start = 0
     for part in parts:
         end = start + part.k.shape[1]
         p = probabilities[..., start:end].astype(part.v.dtype)
-        outputs.append(
-            jnp.einsum("bkgts,bskd->btkgd", p, part.v, preferred_element_type=accumulation_dtype(part.v.dtype))
-        )
+        out = out + jnp.einsum("bkgts,bskd->btkgd", p, part.v, preferred_element_type=out.dtype)
         start = end
-    return sum(outputs).reshape(batch, length, heads, head_dim).astype(parts[0].q.dtype)
+    return out.reshape(batch, length, heads, head_dim).astype(parts[0].q.dtype)
 
 
 def _scores(part: Part) -> jax.Array:

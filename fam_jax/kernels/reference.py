@@ -30,8 +30,7 @@ def reference_block_attention(
     query_position = jnp.arange(length)[:, None]  # (T, 1); the past has negative positions
     key_position = jnp.arange(-past, length)[None, :]  # (1, S)
     distance = query_position - key_position
-    query_block = query_position // shape.block_size
-    key_block = key_position // shape.block_size
+    query_block, key_block = query_position // shape.block_size, key_position // shape.block_size
     same_block = query_block == key_block  # (T, S)
     visible = (distance >= 0) & (query_block - key_block <= shape.memory_segments)
     if shape.window:

@@ -50,7 +50,9 @@ def xla_block_attention(
     if group == blocks:
         out = attend(0)
     else:
-        out = jax.lax.map(jax.checkpoint(attend), jnp.arange(0, blocks, group))  # (N / group, B, group, C, ...)
+        out = jax.lax.map(
+            jax.checkpoint(attend), jnp.arange(0, blocks, group)
+        )  # (N / group, B, group, C, ...)
         out = jnp.moveaxis(out, 0, 1)
     return out.reshape(batch, blocks * size, heads, head_dim)[:, :length]
 
@@ -58,7 +60,9 @@ def xla_block_attention(
 def _blocks_per_group(batch: int, heads: int, blocks: int, size: int, keys: int) -> int:
     """The largest divisor of `blocks` whose scores stay within SCORE_BYTES."""
     per_block = 4 * batch * heads * size * keys
-    return max(n for n in range(1, blocks + 1) if blocks % n == 0 and (n == 1 or n * per_block <= SCORE_BYTES))
+    return max(
+        n for n in range(1, blocks + 1) if blocks % n == 0 and (n == 1 or n * per_block <= SCORE_BYTES)
+    )
 
 
 def _attend(
@@ -77,7 +81,11 @@ def _attend(
 
     def visible(x: jax.Array) -> list[jax.Array]:
         shifted = [x[:, j : j + blocks] for j in range(segments + 1)]
-        return [jax.lax.stop_gradient(s) for s in shifted[:-1]] + shifted[-1:] if shape.stop_gradient else shifted
+        return (
+            [jax.lax.stop_gradient(s) for s in shifted[:-1]] + shifted[-1:]
+            if shape.stop_gradient
+            else shifted
+        )
 
     keys = jnp.concatenate([fam_k, *visible(k)], axis=2)  # (B, N, S + (m + 1) * C, K, hd)
     values = jnp.concatenate([fam_v, *visible(v)], axis=2)
@@ -88,7 +96,9 @@ def _attend(
     if shape.window:
         token_mask &= distance < shape.window
     # Block n is the (start + n)-th of the call: its oldest visible slot exists if past_length reaches back so far.
-    slot_position = jnp.arange(-segments * size, size) + (start + jnp.arange(blocks)[:, None]) * size  # (N, (m+1)*C)
+    slot_position = (
+        jnp.arange(-segments * size, size) + (start + jnp.arange(blocks)[:, None]) * size
+    )  # (N, (m+1)*C)
     exists = slot_position >= -past_length[:, None, None]  # (B, N, (m + 1) * C)
     fam_exists = jnp.arange(fam_slots) < fam_count[..., None]  # (B, N, S)
     mask = jnp.concatenate(
@@ -103,6 +113,8 @@ def _attend(
     scores = jnp.where(mask[:, :, None, None], scores, -jnp.inf)
     # The softmax is normalised after the product with the values: C x hd divisions in place of C x S.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    out = jnp.einsum("bnkgcs,bnskd->bnckgd", weights.astype(values.dtype), values, preferred_element_type=dtype)
+    out = jnp.einsum(
+        "bnkgcs,bnskd->bnckgd", weights.astype(values.dtype), values, preferred_element_type=dtype
+    )
     normaliser = weights.sum(axis=-1).transpose(0, 1, 4, 2, 3)[..., None]  # (B, N, C, K, G, 1)
     return (out / normaliser).astype(q.dtype)

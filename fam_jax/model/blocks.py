@@ -42,7 +42,7 @@ def chunk_frames(
     if config.fam_positions == "zero":
         # Position zero of the stream lies as many blocks before the chunk as the row has read.
         fams = rope.at(-memory.blocks, unit=size)[:, None, None]
-        fams = Rotation(*(jnp.broadcast_to(x, (x.shape[0], len(fam_blocks), *x.shape[2:])) for x in fams))
+        fams = fams.map(lambda x: jnp.broadcast_to(x, (x.shape[0], len(fam_blocks), *x.shape[2:])))
     else:
         fams = rope.at(shift[:, None] + size * fam_blocks)[:, :, None]
     existing = jnp.minimum(memory.blocks[:, None] + np.arange(1, blocks + 1), previous)
@@ -79,8 +79,7 @@ def read_blocks(
     Returns:
       (B, T, D) activations for the next layer, and the layer's memory after the chunk.
     """
-    batch, length, _ = x.shape
-    size, segments = config.block_size, config.memory_segments
+    batch, size, segments = x.shape[0], config.block_size, config.memory_segments
     q, k, v = layer.project(x)
     rotated = rotate(k, frames.tokens)
 
@@ -131,10 +130,15 @@ def _read_fam(
         return a[:, : full * size].reshape(batch, full, size, kv_heads, head_dim).swapaxes(0, 1)
 
     # The rotation of the FAM before each block: its own, then that of its frame in the chunk.
-    rotation = frames.own_fam.after(frames.fams[:, previous - 1 : previous - 1 + full])  # (B or 1, N, M, 1, hd/2)
+    rotation = frames.own_fam.after(
+        frames.fams[:, previous - 1 : previous - 1 + full]
+    )  # (B or 1, N, M, 1, hd/2)
     keep = frames.carries_context[None] | (np.arange(full) > 0)[:, None]
     chain = BlockInputs(
-        by_block(k), by_block(v), Rotation(*(r.swapaxes(0, 1) for r in rotation)), jnp.broadcast_to(keep, (full, batch))
+        by_block(k),
+        by_block(v),
+        rotation.map(lambda r: r.swapaxes(0, 1)),
+        jnp.broadcast_to(keep, (full, batch)),
     )
     fam, (chain_k, chain_v) = run_chain(layer, start_fam, chain)
     _, last_k, last_v = layer.project(fam)
@@ -173,7 +177,7 @@ def _remember(
         return jnp.pad(fresh, ((0, 0), (0, size - fresh.shape[1]), (0, 0), (0, 0)))
 
     blocked_k = rotate(k[:, recent].reshape(batch, kept, size, *heads), frames.own_tokens)
-    own_rest = Rotation(*(r[: length - full * size] for r in frames.own_tokens))
+    own_rest = frames.own_tokens[: length - full * size]
     return dataclasses.replace(
         memory,
         keys=complete(memory.keys, blocked_k),

@@ -69,7 +69,7 @@ def run_chain(
       The last FAM, and the unrotated keys and values (N, B, M, K, hd) of the FAM *before* each block.
     """
     is_kernel = nnx.PathContains("kernel")
-    graphdef, kernels, rest = nnx.split(layer, is_kernel, ...)
+    graphdef, kernels, rest = nnx.split(layer, is_kernel, ...)  # type: ignore[misc]
     # The step reads its projections through `apply` alone, so the merged layer gets scalars in their place.
     hollow = jax.tree.map(lambda _: np.float32(0), kernels)
 
@@ -81,7 +81,9 @@ def run_chain(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan_updates(step: Callable, weights: dict[str, jax.Array], rest: Any, fam: jax.Array, blocks: Any) -> Any:
+def scan_updates(
+    step: Callable, weights: dict[str, jax.Array], rest: Any, fam: jax.Array, blocks: Any
+) -> Any:
     """`lax.scan` of `step` whose backward pass forms each weight gradient once, over all blocks.
 
     Differentiated as it stands, a scan adds the gradient of every weight to an accumulator at every step: N times the
@@ -106,7 +108,9 @@ def scan_updates(step: Callable, weights: dict[str, jax.Array], rest: Any, fam: 
     return jax.lax.scan(body, fam, blocks)
 
 
-def _scan_forward(step: Callable, weights: dict[str, jax.Array], rest: Any, fam: jax.Array, blocks: Any) -> Any:
+def _scan_forward(
+    step: Callable, weights: dict[str, jax.Array], rest: Any, fam: jax.Array, blocks: Any
+) -> Any:
     cast = jax.tree.map(lambda w: w.astype(fam.dtype), weights)
 
     def tapped(rest: Any, fam: jax.Array, blocks: Any, nudges: dict[str, jax.Array]) -> tuple[Any, Any]:
@@ -157,7 +161,8 @@ def _zeros_like_outputs(
         shapes[linear.name] = y.shape
         return y
 
-    first = jax.tree.map(lambda x: x[0], blocks)
+    # Shapes only, so that a chain of no blocks has them too.
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), blocks)
     jax.eval_shape(functools.partial(step, apply), rest, fam, first)
     count = jax.tree.leaves(blocks)[0].shape[0]
     return {name: jnp.zeros((count, *shape), fam.dtype) for name, shape in shapes.items()}

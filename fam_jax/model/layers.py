@@ -21,6 +21,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel * (math.prod(in_shape) ** -0.5 / 0.87962566))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The product."""
         return contract(x, self.kernel[...].astype(x.dtype), self.in_axes)
 
 
@@ -49,9 +50,12 @@ class Norm(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.epsilon = config.norm_epsilon
         self.scale = nnx.Param(jnp.ones(config.model_dim, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(config.model_dim, jnp.float32)) if config.norm == "layernorm" else None
+        self.bias = (
+            nnx.Param(jnp.zeros(config.model_dim, jnp.float32)) if config.norm == "layernorm" else None
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x (..., D)."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.bias is not None:
             wide = wide - wide.mean(axis=-1, keepdims=True)
@@ -66,7 +70,12 @@ class DecoderLayer(nnx.Module):
     """Pre-norm attention projections and feed-forward; the same weights serve tokens and FAM (section 2.2)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        width, heads, kv_heads, head_dim = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        width, heads, kv_heads, head_dim = (
+            config.model_dim,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
         self.activation = config.activation
         self.attention_norm = Norm(config)
         self.query = Linear("query", (width,), (heads, head_dim), rngs=rngs)

@@ -33,7 +33,9 @@ class Memory:
     """Memory of a batch of streams; rows may stand at different positions."""
 
     layers: LayerMemory  # with a leading L axis
-    carries_context: jax.Array  # (B,) bool: the FAM has been updated; the initial one's first update has no residual
+    carries_context: (
+        jax.Array
+    )  # (B,) bool: the FAM has been updated; the initial one's first update has no residual
     blocks: jax.Array  # (B,) int32: complete blocks read
     filled: jax.Array  # (B,) int32: tokens in the unfinished block, below C
 
@@ -79,7 +81,9 @@ def with_fam(memory: Memory, fam: jax.Array, rows: jax.Array) -> Memory:
       fam: (L, M, D), shared by all the chosen rows.
       rows: (B,) bool.
     """
-    fam = jnp.where(rows[None, :, None, None], fam[:, None].astype(memory.layers.fam.dtype), memory.layers.fam)
+    fam = jnp.where(
+        rows[None, :, None, None], fam[:, None].astype(memory.layers.fam.dtype), memory.layers.fam
+    )
     return dataclasses.replace(
         memory,
         layers=dataclasses.replace(memory.layers, fam=fam),

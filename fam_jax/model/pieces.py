@@ -70,7 +70,10 @@ def read_piece(
     """
     q, k, v = layer.project(x)
     own_q, k = rotate(q, frames.own), rotate(k, frames.own)
-    parts = [Part(own_q, memory.block_keys, memory.block_values, frames.block_mask), Part(own_q, k, v, frames.piece_mask)]
+    parts = [
+        Part(own_q, memory.block_keys, memory.block_values, frames.block_mask),
+        Part(own_q, k, v, frames.piece_mask),
+    ]
     past_keys, past_values = memory.keys, memory.values
     if config.stop_gradient:
         past_keys, past_values = jax.lax.stop_gradient((past_keys, past_values))
@@ -115,7 +118,9 @@ def close_blocks(layers: DecoderLayer, config: ModelConfig, rope: Rope, memory: 
             layer_state, layer_memory = xs
             closed = _close_layer(nnx.merge(graphdef, layer_state), config, rope, layer_memory, memory)
             keep = jax.tree.map(
-                lambda new, old: jnp.where(full.reshape(-1, *[1] * (new.ndim - 1)), new, old), closed, layer_memory
+                lambda new, old: jnp.where(full.reshape(-1, *[1] * (new.ndim - 1)), new, old),
+                closed,
+                layer_memory,
             )
             return carry, keep
 

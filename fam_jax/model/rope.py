@@ -6,7 +6,8 @@ whose rotations, tabulated in float64, are multiplied.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,21 @@ DIGIT = 256
 LEVELS = 4  # covers int32
 
 
-class Rotation(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rotation:
     """Cosines and sines of angles, (..., hd / 2), to be broadcast against (..., heads, hd)."""
 
     cos: jax.Array
     sin: jax.Array
 
-    def __getitem__(self, index: object) -> "Rotation":  # type: ignore[override]
+    def __getitem__(self, index: Any) -> "Rotation":
         """Indexes both arrays alike."""
-        return Rotation(self.cos[index], self.sin[index])  # type: ignore[index]
+        return self.map(lambda x: x[index])
+
+    def map(self, function: Callable[[jax.Array], jax.Array]) -> "Rotation":
+        """Applies a change of shape to both arrays."""
+        return Rotation(function(self.cos), function(self.sin))
 
     def after(self, other: "Rotation") -> "Rotation":
         """The rotation by the sum of both angles."""
@@ -60,7 +67,9 @@ class Rope:
         magnitude = jnp.abs(positions)
         result: Rotation | None = None
         for level in range(LEVELS):
-            angles = np.outer(np.arange(DIGIT, dtype=np.float64) * float(DIGIT**level * unit), self.frequencies())
+            angles = np.outer(
+                np.arange(DIGIT, dtype=np.float64) * float(DIGIT**level * unit), self.frequencies()
+            )
             digit = (magnitude // DIGIT**level) % DIGIT
             cos, sin = (jnp.asarray(table(angles), self.dtype)[digit] for table in (np.cos, np.sin))
             result = Rotation(cos, sin) if result is None else Rotation(cos, sin).after(result)

@@ -14,7 +14,7 @@ from fam_jax.model.fam import local_rotation, prompt_step
 from fam_jax.model.layers import DecoderLayer, Linear, Norm, embedding_stddev, initial_fam
 from fam_jax.model.memory import LayerMemory, Memory, empty_memory
 from fam_jax.model.pieces import close_blocks, extend_memory, piece_frames, read_piece
-from fam_jax.model.rope import Rope, rotate
+from fam_jax.model.rope import Rope, Rotation, rotate
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -27,7 +27,9 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.model_dim)
-        self.table = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * embedding_stddev(config))
+        self.table = nnx.Param(
+            jax.random.normal(rngs.params(), shape, jnp.float32) * embedding_stddev(config)
+        )
 
 
 class Transformer(nnx.Module):
@@ -43,7 +45,9 @@ class Transformer(nnx.Module):
         self.layers = _stacked_layers(config, rngs)
         self.final_norm = Norm(config)
         tied = config.tie_embeddings
-        self.unembedding = None if tied else Linear("unembedding", (config.model_dim,), (config.vocab_size,), rngs=rngs)
+        self.unembedding = (
+            None if tied else Linear("unembedding", (config.model_dim,), (config.vocab_size,), rngs=rngs)
+        )
         has_prompt = config.fam_length > 0 and config.fam_init == "prompt"
         self.initial_fam = nnx.Param(initial_fam(config, rngs)) if has_prompt else None
 
@@ -76,7 +80,7 @@ class Transformer(nnx.Module):
         Args:
           tokens: (B, T) int32, T > 0.
           memory: from :meth:`init_memory` or an earlier call.
-          lengths: (B,) int32, how many of each row's tokens are real: the first ones; the others leave no trace in
+          lengths: (B,) int32, how many of each row's tokens are real: the first ones, at most T; the others leave no trace in
             memory, and their activations mean nothing. None: all of them.
           aligned: the caller's promise that every row stands at a block border. All blocks then go through each layer
             at once: the way to train and to prefill.
@@ -95,7 +99,7 @@ class Transformer(nnx.Module):
             raise ValueError("a position offset is for training, which makes aligned calls")
         if lengths is None:
             lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-        return self._read_anywhere(tokens, memory, lengths)
+        return self._read_anywhere(tokens, memory, jnp.minimum(lengths, tokens.shape[1]))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(..., D) activations from :meth:`hidden` to (..., V) logits, in float32 (float64 for float64)."""
@@ -115,9 +119,12 @@ class Transformer(nnx.Module):
         graphdef, state = nnx.split(self.layers)
         own = local_rotation(config, self._rope())
 
-        def body(prompt: jax.Array, layer_state: nnx.State) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        def body(
+            prompt: jax.Array | None, layer_state: nnx.State
+        ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
             layer = nnx.merge(graphdef, layer_state)
             fam, prompt = _initial_fam(layer, prompt, own)
+            fam = fam.astype(config.dtype)
             _, k, v = layer.project(fam[None])
             return prompt, (fam, k[0], v[0])
 
@@ -148,7 +155,8 @@ class Transformer(nnx.Module):
             x, prompt = carry
             layer, layer_memory = nnx.merge(graphdef, xs[0]), xs[1]
             initial, prompt = _initial_fam(layer, prompt, own)
-            start = jnp.where(memory.carries_context[:, None, None], layer_memory.fam, initial)
+            carried = layer_memory.fam
+            start = jnp.where(memory.carries_context[:, None, None], carried, initial.astype(carried.dtype))
             x, layer_memory = read_blocks(layer, config, x, layer_memory, start, frames)
             return (x, prompt), layer_memory
 
@@ -165,7 +173,9 @@ class Transformer(nnx.Module):
         )
         return self.final_norm(x), after
 
-    def _read_anywhere(self, tokens: jax.Array, memory: Memory, lengths: jax.Array) -> tuple[jax.Array, Memory]:
+    def _read_anywhere(
+        self, tokens: jax.Array, memory: Memory, lengths: jax.Array
+    ) -> tuple[jax.Array, Memory]:
         batch, length = tokens.shape
         size = self.config.block_size
         width = min(length, size)
@@ -194,7 +204,9 @@ class Transformer(nnx.Module):
         frames = piece_frames(config, rope, memory, tokens.shape[1])
         graphdef, state = nnx.split(self.layers)
 
-        def body(x: jax.Array, xs: tuple[nnx.State, LayerMemory]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def body(
+            x: jax.Array, xs: tuple[nnx.State, LayerMemory]
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             return read_piece(nnx.merge(graphdef, xs[0]), config, x, xs[1], frames)
 
         x, (keys, values) = jax.lax.scan(body, self._embed(tokens), (state, memory.layers))
@@ -214,13 +226,15 @@ class Transformer(nnx.Module):
         return Rope(self.config.head_dim, self.config.rope_base, str(dtype))
 
 
-def _initial_fam(layer: DecoderLayer, prompt: jax.Array | None, own: Any) -> tuple[Any, jax.Array | None]:
+def _initial_fam(
+    layer: DecoderLayer, prompt: jax.Array | None, own: Rotation
+) -> tuple[jax.Array, jax.Array | None]:
     """A layer's initial FAM (M, D), and the prompt stream above the layer (appendix B.1)."""
     if prompt is not None:
         return prompt, prompt_step(layer, prompt, own)
     if layer.initial_fam is not None:
         return layer.initial_fam[...], None
-    return 0.0, None
+    return jnp.zeros(()), None  # no FAM: broadcasts against (B, 0, D)
 
 
 def _stacked_layers(config: ModelConfig, rngs: nnx.Rngs) -> DecoderLayer:

@@ -27,7 +27,7 @@ from fam_jax.train.step import make_train_step
 Evaluate = Callable[[Any, int], dict[str, Any]]
 
 
-class Interrupted(Exception):  # noqa: N818  (it is not an error)
+class Interrupted(Exception):
     """Training was asked to stop (Ctrl-C, or SIGTERM on preemption); everything is saved."""
 
     def __init__(self, step: int, signal_number: int):
@@ -103,7 +103,9 @@ def train(
     trainer = make_trainer(config)
     stream = _make_stream(config)
     folder = Path(workdir)
-    with Checkpoints(folder, config=dataclasses.asdict(config), keep=config.train.keep_checkpoints) as checkpoints:
+    with Checkpoints(
+        folder, config=dataclasses.asdict(config), keep=config.train.keep_checkpoints
+    ) as checkpoints:
         if checkpoints.latest_step() is None and restore_step is None:
             state = trainer.create()
         else:

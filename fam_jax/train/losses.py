@@ -41,24 +41,28 @@ def token_loss(
     width = min(max(1, chunk // batch), length)
     count = -(-length // width)
     if count == 1:
-        return _chunk_loss(model, hidden, targets, weights, z_loss)
+        return _chunk_loss(model, hidden, targets, weights, z_loss=z_loss)
 
     def split(x: jax.Array) -> jax.Array:  # (B, T, ...) -> (chunks, B, width, ...), padded with zero weights
         padded = jnp.pad(x, ((0, 0), (0, count * width - length), *[(0, 0)] * (x.ndim - 2)))
         return padded.reshape(batch, count, width, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def body(sums: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
-        part = _chunk_loss(model, *xs, z_loss)
+    def body(
+        sums: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[tuple, jax.Array]:
+        part = _chunk_loss(model, *xs, z_loss=z_loss)
         return (sums[0] + part.loss, sums[1] + part.cross_entropy), part.correct
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    (loss, entropy), correct = jax.lax.scan(body, (zero, zero), (split(hidden), split(targets), split(weights)))
+    (loss, entropy), correct = jax.lax.scan(
+        body, (zero, zero), (split(hidden), split(targets), split(weights))
+    )
     return TokenLoss(loss, entropy, correct.swapaxes(0, 1).reshape(batch, -1)[:, :length])
 
 
 def _chunk_loss(
-    model: Transformer, hidden: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float
+    model: Transformer, hidden: jax.Array, targets: jax.Array, weights: jax.Array, *, z_loss: float
 ) -> TokenLoss:
     logits = model.logits(hidden)
     normaliser = jax.nn.logsumexp(logits, axis=-1)

@@ -52,15 +52,11 @@ def _adafactor(config: OptimizerConfig, steps: int) -> optax.GradientTransformat
     if config.beta1:
         parts.append(optax.ema(config.beta1, debias=False))
     if config.weight_decay:
-        parts.append(_decay_weights(config, steps))
+        rate = learning_rate(config, steps)
+        parts.append(
+            optax.add_decayed_weights(lambda step: config.weight_decay * rate(step), mask=_is_matrix)
+        )
     return optax.chain(*parts, optax.scale(-1))
-
-
-def _decay_weights(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Decoupled weight decay at the scheduled learning rate, for matrices only."""
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay * config.learning_rate, mask=_is_matrix),
-    )
 
 
 def _adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -109,4 +105,4 @@ def per_layer(transform: optax.GradientTransformation) -> optax.GradientTransfor
         new_rest, rest_state = transform.update(rest_updates, state["rest"], rest)
         return {**new_rest, "layers": new_layers}, {"layers": layer_state, "rest": rest_state}
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(init, update)

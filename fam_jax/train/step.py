@@ -38,7 +38,9 @@ def make_train_step(
     train = config.train
     schedule = learning_rate(config.optimizer, train.steps)
 
-    def loss(params: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array) -> tuple[jax.Array, Any]:
+    def loss(
+        params: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array
+    ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, from_dict(abstract, params))
         memory = empty_memory(config.model, batch["inputs"].shape[0])
         if train.random_state_passing:

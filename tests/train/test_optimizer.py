@@ -17,10 +17,20 @@ from fam_jax.train.optimizer import learning_rate, make_optimizer, per_layer
 from tests.model.tiny import quick_jit
 
 STEPS = 6
-LAYERS, WIDTH, WIDE = 9, 8, 16  # as many layers as would make a stack of norms look like a matrix to be factored
+LAYERS, WIDTH, WIDE = (
+    9,
+    8,
+    16,
+)  # as many layers as would make a stack of norms look like a matrix to be factored
 
 BASE = OptimizerConfig(
-    name="adafactor", learning_rate=0.1, beta1=0.9, beta2=0.99, min_factored_dim=8, clip_norm=0.0, epsilon=1e-30
+    name="adafactor",
+    learning_rate=0.1,
+    beta1=0.9,
+    beta2=0.99,
+    min_factored_dim=8,
+    clip_norm=0.0,
+    epsilon=1e-30,
 )
 SHAPES = {
     "embedding/table": (11, WIDTH),  # factored
@@ -39,7 +49,10 @@ def some(seed: int, scale: float = 1.0) -> Flat:
     rng = np.random.default_rng(seed)
     flat = {}
     for name, shape in SHAPES.items():
-        sizes = [rng.uniform(0.2, 3, [n if i == axis else 1 for i in range(len(shape))]) for axis, n in enumerate(shape)]
+        sizes = [
+            rng.uniform(0.2, 3, [n if i == axis else 1 for i in range(len(shape))])
+            for axis, n in enumerate(shape)
+        ]
         flat[name] = (scale * rng.normal(size=shape) * math.prod(sizes)).astype(np.float32)
     return flat
 
@@ -145,14 +158,18 @@ def by_hand(config: OptimizerConfig, params: Flat, gradients: list[Flat]) -> lis
     def layers(name: str, value: np.ndarray) -> list[np.ndarray]:
         return list(value) if name.startswith("layers/") else [value]
 
-    states = {name: [OneParameter(config, part) for part in layers(name, value)] for name, value in params.items()}
+    states = {
+        name: [OneParameter(config, part) for part in layers(name, value)] for name, value in params.items()
+    }
     found = []
     for t, grads in enumerate(gradients):
         for name, parts in states.items():
             for part, gradient in zip(parts, layers(name, grads[name]), strict=True):
                 part.step(gradient, rate_at(config, t))
         values = {name: [part.value for part in parts] for name, parts in states.items()}
-        found.append({name: np.stack(v) if name.startswith("layers/") else v[0] for name, v in values.items()})
+        found.append(
+            {name: np.stack(v) if name.startswith("layers/") else v[0] for name, v in values.items()}
+        )
     return found
 
 
@@ -217,7 +234,9 @@ def test_weight_decay_follows_the_schedule() -> None:
         for name in SHAPES:
             vector = name in ("final_norm/scale", "layers/norm/scale")
             kept = 1.0 if vector else 1 - config.weight_decay * rate_at(config, min(t, STEPS))
-            np.testing.assert_allclose(after[name], before[name] * kept, rtol=1e-5, err_msg=f"{name}, update {t}")
+            np.testing.assert_allclose(
+                after[name], before[name] * kept, rtol=1e-5, err_msg=f"{name}, update {t}"
+            )
 
 
 def test_a_gradient_in_one_layer_moves_no_other(problem: tuple[Flat, list[Flat]]) -> None:
@@ -284,7 +303,10 @@ def test_adamw_is_that_of_optax(problem: tuple[Flat, list[Flat]]) -> None:
 def test_the_gradient_is_clipped_by_its_norm_over_all_parameters(problem: tuple[Flat, list[Flat]]) -> None:
     """Some are above the limit and some are below, so that the relation between steps tells."""
     params, gradients = problem
-    norms = [math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads.values())) for grads in gradients]
+    norms = [
+        math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads.values()))
+        for grads in gradients
+    ]
     limit = sorted(norms)[2] * 1.01
     clipped = [
         {key: g * min(1.0, limit / norm) for key, g in grads.items()}
