@@ -13,7 +13,7 @@ from fam_jax.config import ModelConfig
 from fam_jax.model import from_dict
 from fam_jax.model.fam import BlockInputs, local_rotation, run_chain, update_fam
 from fam_jax.model.layers import DecoderLayer
-from fam_jax.model.rope import Rope, Rotation
+from fam_jax.model.rope import Rope
 
 Chain = Callable[[DecoderLayer, jax.Array, BlockInputs], Any]
 
@@ -37,7 +37,7 @@ def chain_loss(model: ModelConfig, chain: Chain) -> Callable[..., jax.Array]:
         layer = nnx.merge(graphdef, parameters)
         blocks, batch = keys.shape[:2]
         # Every block's keys stand in its own frame: one rotation does for all.
-        rotation = Rotation(*(jnp.broadcast_to(r, (blocks, 1, *r.shape)) for r in own))
+        rotation = own.map(lambda r: jnp.broadcast_to(r, (blocks, 1, *r.shape)))
         keep = jnp.broadcast_to(np.arange(blocks)[:, None] > 0, (blocks, batch))
         out = chain(layer, fam, BlockInputs(keys, values, rotation, keep))
         return sum((jnp.vdot(x, x) for x in jax.tree.leaves(out)), jnp.zeros(())) / 2

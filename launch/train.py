@@ -7,7 +7,7 @@ stops after the current step and saves. `--restore_step=N` goes back to an earli
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from fam_jax.config import Config
 from launch.errors import user_errors
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
     """Resolves the config and trains."""
     from fam_jax.train.loop import Interrupted, train
 
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint
     config = resolved_config("config")
     evaluate = make_evaluate(config) if config.evaluate.every else None
     try:

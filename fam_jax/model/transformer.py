@@ -80,8 +80,8 @@ class Transformer(nnx.Module):
         Args:
           tokens: (B, T) int32, T > 0.
           memory: from :meth:`init_memory` or an earlier call.
-          lengths: (B,) int32, how many of each row's tokens are real: the first ones, at most T; the others leave no trace in
-            memory, and their activations mean nothing. None: all of them.
+          lengths: (B,) int32, how many of each row's tokens are real: the first ones, at most T; the others leave no
+            trace in memory, and their activations mean nothing. None: all of them.
           aligned: the caller's promise that every row stands at a block border. All blocks then go through each layer
             at once: the way to train and to prefill.
           position_offset: (B,) int32 added to all positions (random position offset, appendix B.2.2).

@@ -142,7 +142,7 @@ def test_leading_number(text: str, expected: str) -> None:
 
 def test_exact_match_counts_whole_answers() -> None:
     assert passkey.exact_match(["123", "456", "7", "8"], ["123", "457", "", "8"]) == {"exact_match": 0.5}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="shorter"):
         passkey.exact_match(["1", "2"], ["1"])
 
 

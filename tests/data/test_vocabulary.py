@@ -71,7 +71,7 @@ def test_import_noise_is_dropped_but_shown_on_failure(capfd: pytest.CaptureFixtu
     with quiet_seqio._stderr_held_back():
         os.write(2, b"noise")
     assert capfd.readouterr().err == ""
-    with pytest.raises(ImportError), quiet_seqio._stderr_held_back():
+    with pytest.raises(ImportError), quiet_seqio._stderr_held_back():  # noqa: PT012
         os.write(2, b"the reason")
         raise ImportError
     os.write(2, b", and after")

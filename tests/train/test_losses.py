@@ -33,8 +33,8 @@ def full_softmax(logits: jax.Array, targets: Any, weights: Any, z_loss: float) -
     return entropy + z_loss * (weights * jnp.log(z) ** 2).sum(), entropy
 
 
-@pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("chunk", [1, 3, 8, 21, 1000])
+# One token of each row at a time; two, which do not divide the seven; all at once.
+@pytest.mark.parametrize(("chunk", "tie"), [(1, True), (8, False), (1000, True)])
 def test_values_and_gradients_are_those_of_the_full_softmax(chunk: int, tie: bool) -> None:
     config = variant(tie_embeddings=tie)
     params = params_of(config)

@@ -162,10 +162,13 @@ def test_the_seed_decides_everything() -> None:
 
 
 def test_the_state_is_donated() -> None:
+    """Parameters and momentum; placeholders of the optimizer, which it never reads, may stay."""
     state = start(ALWAYS)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
+    large = [leaf for leaf in jax.tree.leaves((state.params, state.optimizer)) if leaf.shape in shapes]
     compiled_step(ALWAYS)(state, some_batch(0))
-    kept = [leaf for leaf in jax.tree.leaves((state.params, state.optimizer)) if not leaf.is_deleted()]
-    assert not kept
+    assert len(large) >= 2 * len(jax.tree.leaves(state.params))
+    assert all(leaf.is_deleted() for leaf in large)
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from fam_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig, validate
 from fam_jax.train.optimizer import make_optimizer
@@ -82,3 +83,12 @@ def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, (path, other) in zip(jax.tree.leaves(found), leaves, strict=True):
         np.testing.assert_allclose(one, other, err_msg=jax.tree_util.keystr(path), **tolerance)
+
+
+def quick_trainer(config: Config) -> Any:
+    """`make_trainer`, whose compilations take less time."""
+    from fam_jax.train.loop import make_trainer  # which imports TensorFlow
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", quick_jit)
+        return make_trainer(config)

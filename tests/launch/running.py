@@ -1,0 +1,25 @@
+"""Running `launch` as a user does."""
+
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+# The smallest model that the passkey vocabulary and task allow.
+TINY = [
+    "--config.model.num_layers=1", "--config.model.model_dim=8", "--config.model.num_heads=1",
+    "--config.model.num_kv_heads=1", "--config.model.head_dim=8", "--config.model.ff_dim=8",
+    "--config.model.block_size=8", "--config.data.stage_blocks=(2,)", "--config.data.digits=1",
+    "--config.train.batch_size=2",
+]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """That of the tests, with one device."""
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return {**kept, "JAX_PLATFORMS": "cpu"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", *arguments]

@@ -1,0 +1,69 @@
+"""`python -m launch.train`: trains, stops at Ctrl-C, resumes; mistakes that only the data can tell."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+from absl import app
+
+from tests.launch.running import ROOT, TINY, command, environment
+
+STEPS = 400
+
+
+def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "run"
+    train = command(
+        "launch.train", "--config=configs/passkey.py:smoke", *TINY, f"--config.train.steps={STEPS}",
+        "--config.train.log_every=5", "--config.train.checkpoint_every=1000", f"--workdir={folder}",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        train, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    before = []
+    for line in process.stderr:
+        before.append(line)
+        if line.startswith("step 5/"):
+            os.kill(process.pid, signal.SIGINT)
+            break
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, "".join(before) + errors
+    assert output == ""
+    last = errors.splitlines()[-1]
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    assert len(steps) == 1 and 5 <= steps[0] < STEPS
+    assert last == f"stopped at step {steps[0]}; all is saved: the same command resumes"
+    assert "Traceback" not in "".join(before) + errors
+
+    again = subprocess.run(train, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    reports = [line.partition("/")[0] for line in again.stderr.splitlines() if line.startswith("step ")]
+    assert reports == [f"step {step}" for step in range(steps[0] // 5 * 5 + 5, STEPS + 1, 5)]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(5, STEPS + 1, 5))
+    assert (folder / str(STEPS)).is_dir()
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_missing_vocabulary_is_told_in_a_line(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.errors import user_errors
+    from launch.read_config import parse_flags
+    from launch.train import main
+
+    argv = [
+        "launch.train", f"--config={ROOT}/configs/passkey.py:smoke", *TINY, "--config.data.vocabulary=missing.model",
+        "--config.train.batch_size=8", f"--workdir={tmp_path / 'run'}", "--quiet",
+    ]  # fmt: skip
+    before = sys.argv
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        app.run(main, argv=argv, flags_parser=parse_flags)
+    assert sys.argv == before
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: vocabulary 'missing.model': no such file") and errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
