@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-NOTE = "Median [quartiles] of rounds; ratios are taken within a round."
+NOTE = "Median (quartiles) of rounds; ratios are taken within a round."
 
 
 def print_training(results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -22,20 +22,22 @@ def print_training(results: Mapping[str, Mapping[str, Any]]) -> None:
         )  # fmt: skip
 
     forms = _table(
-        "Loss and gradients, scan over whole blocks against this library; dense attention against XLA", "C"
+        "Loss and gradients: scan over whole blocks against the library; dense against XLA attention", "C"
     )
-    for name in ("scan ms", "library ms", "time scan / library", "time dense / XLA attention"):
+    for name in ("scan ms", "library ms", "time scan / library", "time dense / XLA"):
         forms.add_column(name, justify="right")
-    for size, found in results["form"].items():
-        milliseconds = [_milli(found["seconds"][name]) for name in ("naive", "blockwise")]
-        forms.add_row(size, *milliseconds, str(found["ratio"]), str(results["attention"][size]["ratio"]))
+    for size, found in results["gradients"].items():
+        milliseconds = [_milli(found["seconds"][name]) for name in ("naive_gradient", "fam_gradient")]
+        dense = str(results["attention"][size]["ratio"])
+        forms.add_row(size, *milliseconds, str(found["naive_ratio"]), dense)
 
-    overhead = _table("Where FAM's time goes, ms per batch", "C")
-    columns = ("forward_overhead", "backward_overhead", "all_chains_forward", "all_chains_backward")
-    for name in columns:
-        overhead.add_column(name.replace("_", " "), justify="right")
-    overhead.add_column("chain gradient, plain / deferred", justify="right")
-    for size, found in results["overhead"].items():
+    overhead = _table(
+        "FAM's time, ms per batch: overhead against BSWA, and the chains of all layers alone", "C"
+    )
+    columns = ("forward_overhead", "all_chains_forward", "backward_overhead", "all_chains_backward")
+    for name in ("forward", "its chains", "backward", "its chains", "chain gradient, plain / deferred"):
+        overhead.add_column(name, justify="right")
+    for size, found in results["gradients"].items():
         overhead.add_row(size, *(_milli(found[name]) for name in columns), str(found["deferral_ratio"]))
 
     _print(memory, forms, overhead)
@@ -47,10 +49,9 @@ def print_decoding(results: Mapping[str, Any]) -> None:
     for name in ("peak RSS MiB", "live arrays KiB", "tokens/s since the row above"):
         stream.add_column(name, justify="right")
     for sample in results["stream"]["samples"]:
-        peak = sample["peak_rss_bytes"]
         stream.add_row(
             f"{sample['tokens']:,}",
-            "-" if peak is None else f"{peak / 2**20:.1f}",
+            f"{sample['peak_rss_bytes'] / 2**20:.1f}",
             f"{sample['live_array_bytes'] / 2**10:.1f}",
             f"{sample['tokens_per_second']:,.0f}",
         )
@@ -79,8 +80,8 @@ def _print(*tables: Table) -> None:
 
 
 def _milli(seconds: Any) -> str:
-    return f"{1e3 * seconds.median:.3g} [{1e3 * seconds.q1:.3g}, {1e3 * seconds.q3:.3g}]"
+    return f"{1e3 * seconds.median:.3g} ({1e3 * seconds.q1:.3g}-{1e3 * seconds.q3:.3g})"
 
 
 def _whole(speed: Any) -> str:
-    return f"{speed.median:,.0f} [{speed.q1:,.0f}, {speed.q3:,.0f}]"
+    return f"{speed.median:,.0f} ({speed.q1:,.0f}-{speed.q3:,.0f})"

@@ -24,8 +24,8 @@ class Spread:
     rounds: int
 
     def __str__(self) -> str:
-        """The median, with the quartiles in brackets."""
-        return f"{self.median:.3g} [{self.q1:.3g}, {self.q3:.3g}]"
+        """The median, with the quartiles behind it."""
+        return f"{self.median:.3g} ({self.q1:.3g}-{self.q3:.3g})"
 
 
 @dataclasses.dataclass(frozen=True)

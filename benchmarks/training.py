@@ -4,15 +4,13 @@ Every comparison runs its sides in turn, in one process, and gives the median an
 
 - memory: a training step with FAM (M = C / 16) against one without, BSWA with m = 1. Beside it stands the ratio that
   the operations alone would give; see `benchmarks.arithmetic`.
-- form: loss and gradients in the library's form against the scan over whole blocks of `benchmarks.naive`, after a
-  check that both losses agree.
+- gradients: loss, and loss with gradients, of the library's form, of the scan over whole blocks of `benchmarks.naive`
+  and of BSWA; and one layer's FAM chain alone, with its weight gradients deferred or added up block by block. First it
+  is checked that both forms give the same loss and gradients.
 - attention: block attention and its gradients by XLA against the dense reference.
-- overhead: loss with and without gradients, with and without FAM, and the FAM chain alone, with its weight gradients
-  deferred or added up block by block.
 """
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +30,6 @@ from benchmarks.workload import (
     QUICK,
     TOKENS_PER_FAM,
     Workload,
-    blockwise_hidden,
     make_loss,
     random_batch,
     random_parameters,
@@ -44,9 +41,9 @@ from fam_jax.kernels import block_attention
 from launch.errors import ArgumentParser, user_errors
 
 SIZES = (64, 128, 256, 512, 1024)
-QUICK_SIZES = (16, 32)
+QUICK_SIZES = (16,)
 SECONDS = 300.0
-TOLERANCE = 1e-4  # nats by which two forms of the same loss may differ
+TOLERANCE = 1e-4  # of the difference between two forms of the same model, see `_difference`
 
 
 def compare_memory(work: Workload, size: int, seconds: float) -> dict[str, Any]:
@@ -69,28 +66,6 @@ def compare_memory(work: Workload, size: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def compare_form(work: Workload, size: int, seconds: float) -> dict[str, Any]:
-    """Loss and gradients: all tokens of a layer at once around the FAM chain, against block after block.
-
-    Raises:
-      AssertionError: the losses differ.
-    """
-    model, batch = with_blocks(work.model, size), random_batch(work)
-    params = random_parameters(model, work.seed)
-    forms = {"blockwise": blockwise_hidden, "naive": naive_hidden}
-    steps = {name: jax.jit(jax.value_and_grad(make_loss(model, form))) for name, form in forms.items()}
-    losses = {name: float(step(params, batch)[0]) for name, step in steps.items()}
-    difference = abs(losses["blockwise"] - losses["naive"])
-    assert difference <= TOLERANCE, f"the two forms differ at C = {size}: {losses}"
-    times = interleave(_calls(steps, params, batch), seconds)
-    return {
-        "seconds": times.seconds(),
-        "ratio": times.ratio("naive", "blockwise"),
-        "losses": losses,
-        "loss_difference": difference,
-    }
-
-
 def compare_attention(work: Workload, size: int, seconds: float) -> dict[str, Any]:
     """Block attention with gradients of queries, keys and values, over random activations."""
     model = with_blocks(work.model, size)
@@ -105,36 +80,65 @@ def compare_attention(work: Workload, size: int, seconds: float) -> dict[str, An
     arrays = tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
     past_length = jnp.zeros(work.batch, jnp.int32)
     fam_count = jnp.full((work.batch, blocks), model.fam_length)
-    attention = functools.partial(block_attention, block_size=size, memory_segments=model.memory_segments)
 
     def step(implementation: str) -> Callable[..., Any]:
-        def loss(*qkv: jax.Array) -> jax.Array:
-            out: jax.Array = attention(*qkv, past_length, fam_count, implementation=implementation)
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array, fam_k: jax.Array, fam_v: jax.Array) -> jax.Array:
+            out = block_attention(
+                q, k, v, fam_k, fam_v, past_length, fam_count,
+                block_size=size, memory_segments=model.memory_segments, implementation=implementation,
+            )  # fmt: skip
             return jnp.vdot(out, out)
 
-        return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arrays)))))
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)))
 
     times = interleave(_calls({name: step(name) for name in ("xla", "reference")}, *arrays), seconds)
     return {"seconds": times.seconds(), "ratio": times.ratio("reference", "xla")}
 
 
-def divide_overhead(work: Workload, size: int, seconds: float) -> dict[str, Any]:
-    """Where FAM's time goes: forward or backward, chain or the tokens' attention to FAM; the chain is one layer's."""
-    batch = random_batch(work)
-    calls: dict[str, Callable[[], Any]] = {}
-    for name, fam in (("fam", True), ("bswa", False)):
-        model = with_blocks(work.model, size, fam=fam)
-        params, loss = random_parameters(model, work.seed), make_loss(model)
-        steps = {f"{name}_forward": jax.jit(loss), f"{name}_gradient": jax.jit(jax.value_and_grad(loss))}
-        calls |= _calls(steps, params, batch)
-        if fam:
-            calls |= chain_calls(work, model, params)
-    times = interleave(calls, seconds)
-    return {"seconds": times.seconds(), **_shares(times, work.model.num_layers)}
+def compare_gradients(work: Workload, size: int, seconds: float) -> dict[str, Any]:
+    """Form against form, with FAM against without, forward against backward; the chain is one layer's.
+
+    Raises:
+      AssertionError: the library's form and the naive one differ.
+    """
+    model, batch = with_blocks(work.model, size), random_batch(work)
+    bswa = with_blocks(work.model, size, fam=False)
+    params, bswa_params = random_parameters(model, work.seed), random_parameters(bswa, work.seed)
+    losses = {"fam": make_loss(model), "naive": make_loss(model, naive_hidden)}
+    gradients = {f"{name}_gradient": jax.jit(jax.value_and_grad(loss)) for name, loss in losses.items()}
+    difference = _difference(*(gradient(params, batch) for gradient in gradients.values()))
+    assert max(difference.values()) <= TOLERANCE, f"the two forms differ at C = {size}: {difference}"
+    bswa_loss = make_loss(bswa)
+    times = interleave(
+        _calls({"bswa_forward": jax.jit(bswa_loss)}, bswa_params, batch)
+        | _calls({"fam_forward": jax.jit(losses["fam"])}, params, batch)
+        | _calls({"bswa_gradient": jax.jit(jax.value_and_grad(bswa_loss))}, bswa_params, batch)
+        | _calls(gradients, params, batch)
+        | chain_calls(work, model, params),
+        seconds,
+    )
+    return {
+        "seconds": times.seconds(),
+        "naive_ratio": times.ratio("naive_gradient", "fam_gradient"),
+        "difference": difference,
+        **_shares(times, work.model.num_layers),
+    }
+
+
+def _difference(one: Any, other: Any) -> dict[str, float]:
+    """Of two (loss, gradients): in nats; and the largest in any parameter, against that parameter's largest gradient."""
+
+    def relative(a: jax.Array, b: jax.Array) -> float:
+        return float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(a).max(), 1e-12))
+
+    return {
+        "loss": abs(float(one[0] - other[0])),
+        "gradient": max(jax.tree.leaves(jax.tree.map(relative, one[1], other[1]))),
+    }
 
 
 def _shares(times: Times, layers: int) -> dict[str, Any]:
-    """Of a step without optimizer; "backward" is the time of loss and gradients less that of the loss alone."""
+    """Seconds of a step without optimizer, and ratios; "backward" is the time of loss and gradients less that of the loss alone."""
     return {
         "forward_ratio": times.ratio("fam_forward", "bswa_forward"),
         "gradient_ratio": times.ratio("fam_gradient", "bswa_gradient"),
@@ -156,9 +160,8 @@ def _calls(steps: Mapping[str, Callable[..., Any]], *arguments: Any) -> dict[str
 
 COMPARISONS = {
     "memory": compare_memory,
-    "form": compare_form,
+    "gradients": compare_gradients,
     "attention": compare_attention,
-    "overhead": divide_overhead,
 }
 
 
@@ -170,7 +173,6 @@ def measure(work: Workload, sizes: Sequence[int], seconds: float) -> dict[str, d
         for name, compare in COMPARISONS.items():
             print(f"training: {name}, blocks of {size}", file=sys.stderr, flush=True)
             results[name][str(size)] = compare(work, size, each)
-            jax.clear_caches()  # compiled programs of one comparison are of no use to the next
     return results
 
 

@@ -1,6 +1,7 @@
 """The model, its parameters and its data, as all benchmarks of training use them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from fam_jax.config import Config, ModelConfig
 from fam_jax.model import Transformer, empty_memory, from_dict
 from fam_jax.train.losses import token_loss
 from fam_jax.train.optimizer import make_optimizer
-from fam_jax.train.state import init_state, model_structure
+from fam_jax.train.state import TrainState, init_state, model_structure
 from fam_jax.train.step import Batch, make_train_step
 
 Hidden = Callable[[Transformer, jax.Array], jax.Array]
@@ -68,7 +69,12 @@ def random_batch(work: Workload) -> Batch:
 
 
 def random_parameters(model: ModelConfig, seed: int) -> dict[str, Any]:
-    """As at the start of a training."""
+    """As at the start of a training; copies of their own for every caller."""
+    return jax.tree.map(jnp.copy, _initial_parameters(model, seed))
+
+
+@functools.lru_cache(maxsize=2)  # random numbers take seconds to compile
+def _initial_parameters(model: ModelConfig, seed: int) -> dict[str, Any]:
     config = Config(model=model)
     return jax.jit(lambda: init_state(config, make_optimizer(config.optimizer, 1), seed).params)()
 
@@ -97,7 +103,15 @@ def training_call(work: Workload, model: ModelConfig, batch: Batch) -> Callable[
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=work.tokens))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     step = jax.jit(make_train_step(config, optimizer), donate_argnums=0)
-    state = jax.jit(lambda: init_state(config, optimizer, work.seed))()
+    params = random_parameters(model, work.seed)
+    state = TrainState(
+        params=params,
+        optimizer=jax.jit(optimizer.init)(params),
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key(work.seed),
+        saved_fam=jnp.zeros((model.num_layers, model.fam_length, model.model_dim), model.dtype),
+        has_saved_fam=jnp.zeros((), bool),
+    )
 
     def call() -> Any:
         nonlocal state

@@ -164,6 +164,7 @@ class _Run:
                 tokens += math.prod(arrays["inputs"].shape)
                 self.progress.advance(step)
                 if step % config.log_every == 0 or step == config.steps:
+                    jax.block_until_ready(metrics)  # steps are queued, and the clock would run ahead of them
                     last |= self._log(step, metrics, tokens / (time.perf_counter() - began))
                     began, tokens = time.perf_counter(), 0
                 if stop or step % config.checkpoint_every == 0 or step == config.steps:

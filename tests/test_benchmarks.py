@@ -1,0 +1,179 @@
+"""The benchmarks run, write all that they promise, and compare forms that compute the same. No test looks at times."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import training
+from benchmarks.arithmetic import count_flops
+from benchmarks.naive import naive_hidden
+from benchmarks.timing import LEAST_ROUNDS, Times, interleave
+from benchmarks.workload import QUICK, blockwise_hidden, random_batch, random_parameters, with_blocks
+from fam_jax.config import UserError
+from fam_jax.model import Transformer
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = dataclasses.replace(with_blocks(QUICK.model, 16), vocab_size=11)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `benchmarks.run --quick` writes. Nothing here depends on fast code, so it is compiled fast instead."""
+    out = tmp_path_factory.mktemp("bench")
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.run", "--quick", f"--out={out}"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "by operations" in result.stdout and "Memory while streaming" in result.stdout
+    return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+
+
+def assert_spread(found: dict[str, float], *, positive: bool = True) -> None:
+    assert found.keys() == {"median", "q1", "q3", "rounds"}
+    assert found["q1"] <= found["median"] <= found["q3"]
+    assert found["rounds"] >= LEAST_ROUNDS
+    assert np.isfinite(found["median"]) and (found["q1"] > 0 or not positive)
+
+
+def test_records_tell_what_was_run(records: dict[str, Any]) -> None:
+    assert records.keys() == {"training", "decoding"}
+    for name, record in records.items():
+        assert record["benchmark"] == name
+        assert record["command"].startswith(f"python -m benchmarks.{name} ")
+        environment = record["environment"]
+        fields = {
+            "date",
+            "git_revision",
+            "python",
+            "packages",
+            "platform",
+            "cpu",
+            "cores",
+            "load_average",
+            "device",
+        }
+        assert environment.keys() == fields
+        assert environment["packages"]["jax"] == jax.__version__
+        assert record["settings"]["quick"] is True
+    assert records["training"]["settings"]["workload"]["seed"] == records["decoding"]["settings"]["seed"] == 0
+
+
+def test_training_record(records: dict[str, Any]) -> None:
+    results = records["training"]["results"]
+    assert results.keys() == {"memory", "gradients", "attention"}
+    memory = results["memory"]["16"]
+    assert memory["fam_length"] == 1 and memory["fam_per_token"] == 1 / 16
+    assert memory["expected_ratio"] > 1
+    assert memory["flops"]["bswa"]["fam_dense"] == 0
+    for found in (
+        memory["ratio"],
+        *memory["tokens_per_second"].values(),
+        results["attention"]["16"]["ratio"],
+    ):
+        assert_spread(found)
+    gradients = results["gradients"]["16"]
+    assert len(gradients["seconds"]) == 8
+    for name in ("naive_ratio", "deferral_ratio", "forward_ratio", "gradient_ratio"):
+        assert_spread(gradients[name])
+    for part in ("forward", "backward"):
+        assert_spread(gradients[f"{part}_overhead"], positive=False)  # times this short may come out negative
+        assert_spread(gradients[f"all_chains_{part}"], positive=False)
+
+
+def test_naive_form_has_the_same_loss_and_gradients(records: dict[str, Any]) -> None:
+    difference = records["training"]["results"]["gradients"]["16"]["difference"]
+    assert difference["loss"] < 1e-5
+    assert difference["gradient"] < 1e-4
+
+
+def test_decoding_record(records: dict[str, Any]) -> None:
+    results, settings = records["decoding"]["results"], records["decoding"]["settings"]
+    samples = results["stream"]["samples"]
+    assert [sample["tokens"] for sample in samples] == settings["marks"]
+    assert all(sample["peak_rss_bytes"] > 0 and sample["tokens_per_second"] > 0 for sample in samples)
+    assert results["stream"]["live_arrays_equal"]
+    decode = results["decode"]
+    assert decode["positions"] == {"near": settings["chunk_tokens"], "far": settings["marks"][-1]}
+    for found in (decode["ratio"], *decode["seconds_per_token"].values()):
+        assert_spread(found)
+
+
+@pytest.mark.parametrize("segments", [0, 2])
+def test_naive_form_with_other_memory_segments(segments: int) -> None:
+    config = dataclasses.replace(TINY, block_size=8, fam_length=3, memory_segments=segments, num_layers=3)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, config.vocab_size)
+    naive, blockwise = (nnx.jit(form)(model, tokens) for form in (naive_hidden, blockwise_hidden))
+    np.testing.assert_allclose(naive, blockwise, atol=1e-5)
+
+
+def test_naive_form_refuses_what_it_lacks() -> None:
+    tokens = np.zeros((1, 16), np.int32)
+    for change in ({"fam_length": 0}, {"window": 5}, {"fam_positions": "zero"}, {"block_size": 10}):
+        model = nnx.eval_shape(
+            lambda change=change: Transformer(dataclasses.replace(TINY, **change), rngs=nnx.Rngs(0))
+        )
+        with pytest.raises(ValueError, match="naive form"):
+            naive_hidden(model, tokens)
+
+
+def test_operations_are_those_of_the_compiled_products() -> None:
+    """XLA counts what it compiles, scans once: so one layer and one block. Its element-wise operations come on top."""
+    config = dataclasses.replace(
+        TINY, num_layers=1, model_dim=64, head_dim=32, ff_dim=256, fam_length=0, block_size=64, vocab_size=64
+    )
+    params = random_parameters(config, 0)
+    loss = jax.jit(training.make_loss(config))
+    work = dataclasses.replace(QUICK, model=config)
+    analysis = loss.lower(params, random_batch(work)).compile().cost_analysis()
+    counted = count_flops(config, work.batch, work.length)
+    products = counted.tokens_dense + counted.tokens_attention
+    assert products <= analysis["flops"] <= 1.25 * products
+
+
+def test_fam_adds_its_share_of_the_tokens_operations() -> None:
+    config = dataclasses.replace(TINY, vocab_size=1)
+    flops = count_flops(config, batch=4, length=16 * 1024)
+    logits = 4 * 16 * 1024 * 2 * config.model_dim
+    assert flops.fam_dense / (flops.tokens_dense - logits) == pytest.approx(1 / 16, rel=1e-3)
+    # Each of the T tokens sees M vectors besides 2C keys.
+    assert flops.fam_read / flops.tokens_attention == pytest.approx(1 / 32)
+
+
+def test_interleave_takes_turns() -> None:
+    order: list[str] = []
+    times = interleave({name: lambda name=name: (order.append(name), _wait())[1] for name in "ab"}, seconds=0)
+    assert "".join(order) == "aabb" + "ab" + "ba" + "ab"
+    assert [round_.keys() for round_ in times.rounds] == [{"a", "b"}] * LEAST_ROUNDS
+
+
+def _wait() -> None:
+    """Longer than what interleave would repeat."""
+    time.sleep(0.06)
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    times = Times([{"a": 2.0, "b": 1.0}, {"a": 60.0, "b": 20.0}, {"a": 4.0, "b": 1.0}])
+    assert times.ratio("a", "b").median == 3
+    assert times.seconds()["a"].median == 4
+
+
+@pytest.mark.parametrize("text", ["64,x", "24", "0", "128"])
+def test_block_sizes_that_cannot_be_measured(text: str) -> None:
+    with pytest.raises(UserError, match="--block-sizes"):
+        training.block_sizes(text, QUICK)
