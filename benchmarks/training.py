@@ -43,7 +43,7 @@ from launch.errors import ArgumentParser, user_errors
 SIZES = (64, 128, 256, 512, 1024)
 QUICK_SIZES = (16,)
 SECONDS = 300.0
-TOLERANCE = 1e-4  # of the difference between two forms of the same model, see `_difference`
+TOLERANCES = {"loss": 1e-4, "gradient": 1e-3}  # of the difference between two forms, see `_difference`
 
 
 def compare_memory(work: Workload, size: int, seconds: float) -> dict[str, Any]:
@@ -107,7 +107,8 @@ def compare_gradients(work: Workload, size: int, seconds: float) -> dict[str, An
     losses = {"fam": make_loss(model), "naive": make_loss(model, naive_hidden)}
     gradients = {f"{name}_gradient": jax.jit(jax.value_and_grad(loss)) for name, loss in losses.items()}
     difference = _difference(*(gradient(params, batch) for gradient in gradients.values()))
-    assert max(difference.values()) <= TOLERANCE, f"the two forms differ at C = {size}: {difference}"
+    agree = all(difference[name] <= tolerance for name, tolerance in TOLERANCES.items())
+    assert agree, f"the two forms differ at C = {size}: {difference}"
     bswa_loss = make_loss(bswa)
     times = interleave(
         _calls({"bswa_forward": jax.jit(bswa_loss)}, bswa_params, batch)
@@ -126,7 +127,7 @@ def compare_gradients(work: Workload, size: int, seconds: float) -> dict[str, An
 
 
 def _difference(one: Any, other: Any) -> dict[str, float]:
-    """Of two (loss, gradients): in nats; and the largest in any parameter, against that parameter's largest gradient."""
+    """Of two (loss, gradients): in nats; and the largest of any parameter, against its largest gradient."""
 
     def relative(a: jax.Array, b: jax.Array) -> float:
         return float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(a).max(), 1e-12))
@@ -138,7 +139,7 @@ def _difference(one: Any, other: Any) -> dict[str, float]:
 
 
 def _shares(times: Times, layers: int) -> dict[str, Any]:
-    """Seconds of a step without optimizer, and ratios; "backward" is the time of loss and gradients less that of the loss alone."""
+    """Ratios, and seconds per batch; "backward" is the time of loss and gradients less that of the loss alone."""
     return {
         "forward_ratio": times.ratio("fam_forward", "bswa_forward"),
         "gradient_ratio": times.ratio("fam_gradient", "bswa_gradient"),

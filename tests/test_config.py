@@ -299,7 +299,7 @@ MISTAKES = {
     "flag": ([FILE, WORKDIR, "--worker=3"], "worker", ""),
     "no workdir": ([FILE], "workdir", ""),
     "restore": ([FILE, WORKDIR, "--restore_step=last"], "restore_step", "last"),
-    "two words": (["--config", "configs/passkey.py", "--config.model.head_dim", "7", WORKDIR], "config.model.head_dim", "even"),
+    "two words": (["--config", "configs/passkey.py", "--config.model.head_dim", "7", WORKDIR], "head_dim", "even"),
     "left over": ([FILE, WORKDIR, "model.head_dim=8"], "model.head_dim=8", ""),
 }  # fmt: skip
 

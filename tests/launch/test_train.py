@@ -50,7 +50,9 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: pathlib.Path) -> No
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_a_missing_vocabulary_is_told_in_a_line(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_vocabulary_is_told_in_a_line(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from launch.errors import user_errors
     from launch.read_config import parse_flags
     from launch.train import main
@@ -59,10 +61,9 @@ def test_a_missing_vocabulary_is_told_in_a_line(tmp_path: pathlib.Path, capsys: 
         "launch.train", f"--config={ROOT}/configs/passkey.py:smoke", *TINY, "--config.data.vocabulary=missing.model",
         "--config.train.batch_size=8", f"--workdir={tmp_path / 'run'}", "--quiet",
     ]  # fmt: skip
-    before = sys.argv
+    monkeypatch.setattr(sys, "argv", argv)  # where config_flags looks for overrides
     with pytest.raises(SystemExit) as stopped, user_errors():
-        app.run(main, argv=argv, flags_parser=parse_flags)
-    assert sys.argv == before
+        app.run(main, flags_parser=parse_flags)
     assert stopped.value.code == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: vocabulary 'missing.model': no such file") and errors.count("\n") == 1

@@ -138,8 +138,17 @@ def test_what_a_run_writes(uninterrupted: pathlib.Path) -> None:
     assert [line["stage_blocks"] for line in metrics] == [2, 3, 3, 3]
     for line in metrics:
         assert all(isinstance(value, int | float) for value in line.values())
-        assert {"loss", "objective", "exact_match", "answer_accuracy", "learning_rate", "gradient_norm"} <= line.keys()
-    assert json.loads((uninterrupted / "config.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(RUN)))
+        assert {
+            "loss",
+            "objective",
+            "exact_match",
+            "answer_accuracy",
+            "learning_rate",
+            "gradient_norm",
+        } <= line.keys()
+    assert json.loads((uninterrupted / "config.json").read_text()) == json.loads(
+        json.dumps(dataclasses.asdict(RUN))
+    )
     assert list((uninterrupted / "tensorboard").iterdir())
     assert {path.name for path in uninterrupted.iterdir() if path.name.isdigit()} == {"4", "8"}
 
@@ -191,7 +200,9 @@ def test_the_line_that_a_killed_job_left_unfinished_is_dropped(
 
 def test_a_finished_run_stays_as_it_is(uninterrupted: pathlib.Path, finished: pathlib.Path) -> None:
     result = run(finished)
-    assert result["parameters"] == sum(array.size for name, array in saved(finished, 8)[0].items() if "params" in name)
+    assert result["parameters"] == sum(
+        array.size for name, array in saved(finished, 8)[0].items() if "params" in name
+    )
     assert lines(finished) == lines(uninterrupted)
 
 
@@ -208,7 +219,9 @@ def test_a_damaged_checkpoint_is_told_and_the_advice_works(
     uninterrupted: pathlib.Path, finished: pathlib.Path
 ) -> None:
     """Truncated files; the earlier step that the message names leads to a sound end."""
-    files = [path for path in (finished / "8" / "params").rglob("*") if path.is_file() and path.stat().st_size > 0]
+    files = [
+        path for path in (finished / "8" / "params").rglob("*") if path.is_file() and path.stat().st_size > 0
+    ]
     for path in sorted(files, key=lambda path: path.stat().st_size)[-3:]:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError) as caught:
@@ -236,7 +249,7 @@ def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path: pathlib.Path) -
 
 
 def test_a_missing_vocabulary_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="missing.model'?: no such file"):
+    with pytest.raises(UserError, match=r"missing\.model'?: no such file"):
         run(tmp_path / "run", changed(RUN, data__vocabulary="missing.model"))
     assert not (tmp_path / "run").exists()
 

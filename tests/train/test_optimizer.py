@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -219,7 +220,7 @@ def test_the_first_updates_are_no_larger_than_later_ones(variant: str) -> None:
     params = some(0)
     constant = {name: np.sign(value) * 0.3 for name, value in params.items()}
     values = [params, *run(config, params, [constant] * 4)]
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in itertools.pairwise(values):
         for name in SHAPES:
             np.testing.assert_allclose(np.abs(after[name] - before[name]), config.learning_rate, rtol=1e-4)
 
@@ -230,7 +231,7 @@ def test_weight_decay_follows_the_schedule() -> None:
     params = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
     nothing = {name: np.zeros_like(value) for name, value in params.items()}
     values = [params, *run(config, params, [nothing] * (STEPS + 1))]
-    for t, (before, after) in enumerate(zip(values, values[1:], strict=False)):
+    for t, (before, after) in enumerate(itertools.pairwise(values)):
         for name in SHAPES:
             vector = name in ("final_norm/scale", "layers/norm/scale")
             kept = 1.0 if vector else 1 - config.weight_decay * rate_at(config, min(t, STEPS))

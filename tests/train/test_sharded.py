@@ -36,12 +36,14 @@ def test_a_sharded_step_is_the_step_of_one_device(config: Config) -> None:
     spread = config.mesh.fsdp * config.mesh.tensor
     assert table.addressable_shards[0].data.size == table.size // spread
     for part in ("params", "optimizer", "saved_fam", "step"):
-        assert_close(getattr(state, part), getattr(expected, part), rtol=1e-4, atol=1e-6)
+        assert_close(getattr(state, part), getattr(expected, part), rtol=1e-4, atol=1e-5)
 
 
 def test_fresh_parameters_do_not_depend_on_the_mesh() -> None:
     created = quick_trainer(mesh_of(2, 2, 2)).create()
-    for one, other in zip(jax.tree.leaves(created.params), jax.tree.leaves(start(ALWAYS).params), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(created.params), jax.tree.leaves(start(ALWAYS).params), strict=True
+    ):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
