@@ -41,6 +41,7 @@ def get_config(arg: str = "fam") -> ConfigDict:
         stage_blocks=(2, 4, 8, 18),
         max_stage_steps=400,  # a model that does not master a length goes on to the next all the same
         prompt_weight=0.1,
+        filler_step=32,  # whole blocks, as in evaluation: the question never straddles two blocks
     )
     config.train.update(steps=1500, batch_size=16, accumulation=4)
     if arg == "smoke":

@@ -86,6 +86,7 @@ class DataConfig:
     min_filler_blocks: int = (
         1  # filler of the first stage starts above this; of later ones, above the stage before
     )
+    filler_step: int = 1  # fillers are multiples of so many tokens; divides model.block_size
     advance_accuracy: float = 0.8  # running exact match at which the next stage begins
     max_stage_steps: int = 0  # the next stage begins after so many steps all the same; 0 = never
     longest_fraction: float = 0.5  # of batches at the current stage; the rest from earlier stages
@@ -230,7 +231,7 @@ CHOICES = {
 MINIMA = {
     **dict.fromkeys(
         ("model.vocab_size", "model.num_layers", "model.model_dim", "model.num_heads", "model.num_kv_heads",
-         "model.head_dim", "model.ff_dim", "model.block_size", "model.fam_previous_blocks", "data.digits",
+         "model.head_dim", "model.ff_dim", "model.block_size", "model.fam_previous_blocks", "data.digits", "data.filler_step",
          "train.steps", "train.batch_size", "train.accumulation", "train.loss_chunk", "train.log_every",
          "train.checkpoint_every", "train.keep_checkpoints", "evaluate.keys", "evaluate.batch_size",
          "evaluate.chunk_blocks", "optimizer.min_factored_dim", "mesh.fsdp", "mesh.tensor"), 1),
@@ -308,6 +309,10 @@ def _validate_rest(config: Config) -> None:
     _require(
         all(a < b for a, b in zip((data.min_filler_blocks, *stages), stages, strict=False)),
         f"config.data.stage_blocks: must rise and lie above min_filler_blocks {data.min_filler_blocks}, got {stages}",
+    )
+    _require(
+        config.model.block_size % data.filler_step == 0,
+        f"config.data.filler_step: {data.filler_step} does not divide model.block_size {config.model.block_size}",
     )
     _require(
         len(evaluate.filler_blocks) > 0 and min(evaluate.filler_blocks) > 0,

@@ -83,10 +83,13 @@ class PasskeySource(seqio.FunctionDataSource):
     is as random as any other, requests to shuffle and seqio's own `seed` change nothing.
     """
 
-    def __init__(self, filler_tokens: tuple[int, int], seed: int, digits: int, validation_examples: int):
+    def __init__(
+        self, filler_tokens: tuple[int, int], seed: int, digits: int, validation_examples: int, filler_step: int
+    ):
         self._filler_tokens = filler_tokens
+        self._filler_step = filler_step
         self._digits = digits
-        self._stream = (seed, *filler_tokens, digits)
+        self._stream = (seed, *filler_tokens, digits, filler_step)
         sizes = {"train": None, "validation": validation_examples}
 
         def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
@@ -100,12 +103,14 @@ class PasskeySource(seqio.FunctionDataSource):
         """The examples that `indices`, a dataset of int64 scalars, names; nothing in between is computed."""
         stream = random_key("passkey", split, *self._stream)
         smallest = 10 ** (self._digits - 1)
-        low, high = self._filler_tokens
+        (low, high), filler_step = self._filler_tokens, self._filler_step
+        lengths = (high - low) // filler_step + 1
 
         def draw(index: tf.Tensor) -> dict[str, tf.Tensor]:
             for_key, for_filler = _random_pair(stream, index)
             key = smallest + for_key % (9 * smallest)
-            return {"key": tf.strings.as_string(key), "filler_tokens": low + for_filler % (high - low + 1)}
+            filler_tokens = low + for_filler % lengths * filler_step
+            return {"key": tf.strings.as_string(key), "filler_tokens": filler_tokens}
 
         return indices.map(draw)
 
@@ -154,6 +159,7 @@ def passkey_task(
     seed: int,
     digits: int = 5,
     validation_examples: int = 1000,
+    filler_step: int = 1,
 ) -> seqio.Task:
     """The task: inputs is the prompt up to "The pass key is", targets the key, with no end-of-sequence id.
 
@@ -161,9 +167,10 @@ def passkey_task(
       name: of the task, in seqio's letters.
       vocabulary: tokenizes prompt and answer; see `fam_jax.data.vocabulary.load_vocabulary`.
       filler_tokens: shortest and longest filler, in tokens; lengths are uniform between, ends included.
-      seed: of keys and lengths. Tasks that differ in seed, filler_tokens or digits are independent.
+      seed: of keys and lengths. Tasks that differ in seed, digits or their fillers are independent.
       digits: of the key, 1 to 9; the first is not zero.
       validation_examples: size of the validation split. The train split is endless.
+      filler_step: lengths are the shortest plus a multiple of this.
 
     Raises:
       UserError: an argument is out of range, or the vocabulary cannot write the task's text.
@@ -176,7 +183,7 @@ def passkey_task(
     feature = seqio.Feature(vocabulary, add_eos=False)
     return seqio.Task(
         name,
-        source=PasskeySource((low, high), seed, digits, validation_examples),
+        source=PasskeySource((low, high), seed, digits, validation_examples, filler_step),
         preprocessors=[_tokenizer(make_template(vocabulary))],
         output_features={"inputs": feature, "targets": feature},
         postprocess_fn=leading_number,

@@ -35,7 +35,7 @@ class PasskeyStream:
     """Endless batches of a curriculum of filler lengths.
 
     Stage s has fillers of more than stage_blocks[s - 1] (for s = 0: min_filler_blocks) and up to
-    stage_blocks[s] blocks, uniform in tokens. Each batch holds examples of one stage: the current one, or
+    stage_blocks[s] blocks, uniform over the multiples of filler_step tokens. Each batch holds examples of one stage: the current one, or
     with probability 1 - longest_fraction one of the earlier stages. A row is one example.
 
     Which stage a step draws from depends on (seed, step, current stage) only, and example i of a stage on
@@ -75,7 +75,7 @@ class PasskeyStream:
         template = make_template(self.vocabulary)
         lower = (data.min_filler_blocks, *data.stage_blocks)
         self._fillers = [
-            (low * block_size + 1, high * block_size)
+            (low * block_size + data.filler_step, high * block_size)
             for low, high in zip(lower, data.stage_blocks, strict=False)
         ]
         # A sequence of n tokens has n - 1 inputs.
@@ -186,6 +186,7 @@ class PasskeyStream:
             "block_size": self.block_size,
             "digits": data.digits,
             "min_filler_blocks": data.min_filler_blocks,
+            "filler_step": data.filler_step,
             "stage_blocks": list(data.stage_blocks),
         }
 
@@ -214,7 +215,12 @@ class PasskeyStream:
     def _stage_batches(self, stage: int) -> Iterator[Batch]:
         """Batches of one stage from the first example not yet drawn, made ahead by a single thread."""
         task = passkey_task(
-            f"passkey_stage_{stage}", self.vocabulary, self._fillers[stage], self.seed, self.data.digits
+            f"passkey_stage_{stage}",
+            self.vocabulary,
+            self._fillers[stage],
+            self.seed,
+            self.data.digits,
+            filler_step=self.data.filler_step,
         )
         rows = self.batch_size // self.shard_count
         first = self._progress.examples[stage] + self.shard_index * rows

@@ -98,6 +98,14 @@ def test_fillers_lie_within_their_stage() -> None:
         assert high * C - C // 4 <= max(fillers) <= high * C
 
 
+def test_fillers_are_multiples_of_the_step() -> None:
+    stream = make(DataConfig(stage_blocks=(4,), min_filler_blocks=1, filler_step=C // 2))
+    overhead = make_template(stream.vocabulary).longest_example(0, SMALL.digits) - 1
+    batches = [stream.next_batch() for _ in range(20)]
+    fillers = {int(n) - overhead for batch in batches for n in (batch["weights"] > 0).sum(axis=1)}
+    assert fillers == {halves * C // 2 for halves in range(3, 9)}
+
+
 @dataclasses.dataclass
 class Recorded:
     state: dict[str, Any]  # before the step
