@@ -35,15 +35,15 @@ def get_config(arg: str = "fam") -> ConfigDict:
         remat="dots",  # with small micro-batches, below, faster on a CPU: it is short of memory bandwidth
         **memory[variant],
     )
-    config.optimizer.update(learning_rate=2e-3, warmup_steps=100)
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=100, schedule="cosine", beta2_schedule="power")
     config.data.update(
         vocabulary="passkey",
         stage_blocks=(2, 4, 8, 18),
         max_stage_steps=400,  # a model that does not master a length goes on to the next all the same
-        prompt_weight=0.1,
+        prompt_weight=0.01,
         filler_step=32,  # whole blocks, as in evaluation: the question never straddles two blocks
     )
-    config.train.update(steps=1500, batch_size=16, accumulation=4)
+    config.train.update(steps=1000, batch_size=16, accumulation=4)
     if arg == "smoke":
         config.model.update(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, ff_dim=32)
         config.data.update(stage_blocks=(2, 4), max_stage_steps=10)

@@ -9,6 +9,7 @@ that the library takes. Every unknown field, wrong type or impossible combinatio
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from typing import Any
 
@@ -104,7 +105,7 @@ class TrainConfig:
     loss_chunk: int = 4096  # tokens whose logits exist at one time
     z_loss: float = 0.0
     random_state_passing: float = 0.0  # probability of starting from the saved FAM (0.8 in the paper)
-    random_state_passing_from: int = 0  # first step at which it is on
+    random_state_passing_from: int = 0  # steps taken before it is switched on
     random_position_offset: bool = False  # appendix B.2.2
     log_every: int = 10
     checkpoint_every: int = 500
@@ -231,8 +232,8 @@ CHOICES = {
 MINIMA = {
     **dict.fromkeys(
         ("model.vocab_size", "model.num_layers", "model.model_dim", "model.num_heads", "model.num_kv_heads",
-         "model.head_dim", "model.ff_dim", "model.block_size", "model.fam_previous_blocks", "data.digits", "data.filler_step",
-         "train.steps", "train.batch_size", "train.accumulation", "train.loss_chunk", "train.log_every",
+         "model.head_dim", "model.ff_dim", "model.block_size", "model.fam_previous_blocks", "data.digits",
+         "data.filler_step", "train.steps", "train.batch_size", "train.accumulation", "train.loss_chunk", "train.log_every",
          "train.checkpoint_every", "train.keep_checkpoints", "evaluate.keys", "evaluate.batch_size",
          "evaluate.chunk_blocks", "optimizer.min_factored_dim", "mesh.fsdp", "mesh.tensor"), 1),
     **dict.fromkeys(
@@ -244,9 +245,17 @@ MINIMA = {
 }  # fmt: skip
 
 FRACTIONS = (
-    "optimizer.beta1", "optimizer.beta2", "data.advance_accuracy", "data.longest_fraction",
+    "data.advance_accuracy", "data.longest_fraction",
     "train.random_state_passing",
 )  # fmt: skip
+
+
+NUMBERS = {
+    f"{group.name}.{field.name}"
+    for group in dataclasses.fields(Config)
+    for field in dataclasses.fields(typing.cast(type, group.type))
+    if field.type is float
+}
 
 
 def validate(config: Config) -> None:
@@ -262,6 +271,12 @@ def validate(config: Config) -> None:
     for field, lowest in MINIMA.items():
         if get(field) < lowest:
             raise ConfigError(f"config.{field}: must be at least {lowest}, got {get(field)}")
+    for field in sorted(NUMBERS):
+        if not math.isfinite(get(field)):
+            raise ConfigError(f"config.{field}: must be a finite number, got {get(field)}")
+    for field in ("optimizer.beta1", "optimizer.beta2", "optimizer.beta2_power"):
+        if not 0 <= get(field) < 1:
+            raise ConfigError(f"config.{field}: must be at least 0 and below 1, got {get(field)}")
     for field in FRACTIONS:
         if not 0 <= get(field) <= 1:
             raise ConfigError(f"config.{field}: must be between 0 and 1, got {get(field)}")

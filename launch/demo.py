@@ -6,6 +6,7 @@ was interrupted and reuses what is finished; --clean starts over.
 """
 
 import argparse
+import ast
 import concurrent.futures
 import json
 import os
@@ -17,12 +18,14 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from fam_jax.config import UserError
-from launch.errors import ArgumentParser, user_errors
+from configs.passkey import get_config
+from fam_jax.config import UserError, check_field, resolve, to_json
+from launch.errors import ArgumentParser, integers, user_errors
 
 VARIANTS = ("fam", "bswa_m1", "bswa_m1_sg")
 LENGTHS = (4, 9, 18, 36, 72, 130, 260, 520)
@@ -53,9 +56,10 @@ class Workers:
     def stop(self) -> None:
         """Asks all that runs to save and end, and waits for it."""
         self._stopped = True
-        for process in self._running:
+        running = list(self._running)
+        for process in running:
             process.terminate()
-        for process in self._running:
+        for process in running:
             process.wait()
 
     def _run_one(self, name: str, command: Sequence[str], share: list[int]) -> None:
@@ -83,19 +87,52 @@ class Workers:
             raise UserError(f"{' '.join(command[1:])} failed with exit code {code}:\n{''.join(tail)}")
 
 
-def commands(
-    variant: str, folder: Path, seed: int, lengths: Sequence[int], keys: int, extra: Sequence[str]
-) -> list:
+def wanted_config(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The resolved config of a model of this demo, as JSON has it.
+
+    Raises:
+      ConfigError: an override names no field, or cannot be.
+    """
+    config = get_config(variant)
+    config.train.seed = arguments.seed
+    for override in arguments.extra:
+        name, _, value = override.lstrip("-").partition("=")
+        check_field(name)
+        _, group, field = name.split(".")
+        try:
+            config[group][field] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            config[group][field] = value  # a word
+    config.evaluate.update(filler_blocks=arguments.lengths, keys=arguments.keys)
+    return json.loads(to_json(resolve(config)))
+
+
+def finished(result: Path, config: dict[str, Any]) -> bool:
+    """Whether `result` holds what this config asks for; where evaluation took place does not matter."""
+    if not result.exists():
+        return False
+    found = json.loads(result.read_text())
+    lengths = {str(length) for length in config["evaluate"]["filler_blocks"]}
+    made_by = {**found["config"], "mesh": config["mesh"]}
+    made_by["evaluate"] = {**made_by["evaluate"], "filler_blocks": config["evaluate"]["filler_blocks"]}
+    return (
+        lengths <= set(found["lengths"]) and made_by == config and found["step"] == config["train"]["steps"]
+    )
+
+
+def commands(variant: str, arguments: argparse.Namespace) -> list[list[str]]:
     """Training, then evaluation; none if the result is there."""
+    folder: Path = arguments.workdir / variant
     result = folder / "result.json"
-    if result.exists():
+    if finished(result, wanted_config(variant, arguments)):
         return []
-    config = [f"--config={CONFIG}:{variant}", f"--config.train.seed={seed}", *extra]
+    config = [f"--config={CONFIG}:{variant}", f"--config.train.seed={arguments.seed}", *arguments.extra]
+    lengths = ",".join(map(str, arguments.lengths))
     return [
         [sys.executable, "-m", "launch.train", *config, f"--workdir={folder}"],
         [
             sys.executable, "-m", "launch.evaluate", f"--checkpoint={folder}", f"--out={result}",
-            f"--lengths={','.join(map(str, lengths))}", f"--keys={keys}",
+            f"--lengths={lengths}", f"--keys={arguments.keys}",
         ],
     ]  # fmt: skip
 
@@ -128,7 +165,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--clean", action="store_true", help="delete the workdir first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keys", type=int, default=64, help="examples per length")
-    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="filler lengths in blocks")
+    parser.add_argument("--lengths", type=integers, default=LENGTHS, help="filler lengths in blocks")
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side")
     arguments, extra = parser.parse_known_args(argv)
     arguments.extra = extra
@@ -142,26 +179,17 @@ def main(argv: Sequence[str]) -> None:
     """Trains, evaluates, prints, draws."""
     arguments = parse(argv)
     workdir: Path = arguments.workdir
-    lengths = [int(length) for length in arguments.lengths.split(",")]
     if arguments.clean and workdir.exists():
         shutil.rmtree(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    plan = {variant: commands(variant, arguments) for variant in VARIANTS}
     clock = workdir / "seconds.json"
     before = json.loads(clock.read_text()) if clock.exists() else 0.0
     began = time.perf_counter()
     workers = Workers(arguments.workers)
     try:
         with concurrent.futures.ThreadPoolExecutor(len(VARIANTS)) as pool:
-            jobs = [
-                pool.submit(
-                    workers.run,
-                    variant,
-                    commands(
-                        variant, workdir / variant, arguments.seed, lengths, arguments.keys, arguments.extra
-                    ),
-                )
-                for variant in VARIANTS
-            ]
+            jobs = [pool.submit(workers.run, name, todo) for name, todo in plan.items()]
             try:
                 for job in concurrent.futures.as_completed(jobs):
                     job.result()
@@ -171,7 +199,7 @@ def main(argv: Sequence[str]) -> None:
     finally:
         seconds = before + time.perf_counter() - began
         clock.write_text(json.dumps(seconds))
-    models = collect(workdir, lengths)
+    models = collect(workdir, arguments.lengths)
     result = {"models": models, "keys": arguments.keys, "seconds": round(seconds, 1), "seed": arguments.seed}
     (workdir / "passkey.json").write_text(json.dumps(result, indent=2) + "\n")
     _draw(workdir, models)

@@ -27,7 +27,7 @@ from etils import epath
 from fam_jax.checkpoint import load_params
 from fam_jax.config import Config, MeshConfig, UserError, resolve, validate
 from fam_jax.sharding import make_mesh, param_shardings
-from launch.errors import ArgumentParser, user_errors
+from launch.errors import ArgumentParser, integers, user_errors
 
 VERSIONS = ("fam-jax", "jax", "flax", "numpy")
 
@@ -41,10 +41,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m launch.evaluate", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="workdir of a training run")
     parser.add_argument("--step", type=int, help="saved step to evaluate; default: the latest")
-    parser.add_argument("--lengths", type=_integers, metavar="N,N,...", help="fillers to evaluate, in blocks")
+    parser.add_argument("--lengths", type=integers, metavar="N,N,...", help="fillers to evaluate, in blocks")
     parser.add_argument("--keys", type=int, help="examples per length")
     parser.add_argument("--batch_size", type=int, help="examples at a time")
-    parser.add_argument("--mesh", type=_integers, metavar="DATA,FSDP,TENSOR", default=(0, 1, 1),
+    parser.add_argument("--mesh", type=integers, metavar="DATA,FSDP,TENSOR", default=(0, 1, 1),
                         help="devices along each axis of the mesh; default: all along data")  # fmt: skip
     parser.add_argument(
         "--out", metavar="FILE.json", help="default: evaluation_STEP.json in the checkpoint's folder"
@@ -53,13 +53,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if len(found.mesh) != 3:
         raise UserError(f"argument --mesh: expected three numbers such as 0,1,1, got {len(found.mesh)}")
     return found
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
 
 
 def with_arguments(config: Config, arguments: argparse.Namespace) -> Config:

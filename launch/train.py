@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from fam_jax.config import Config
+from fam_jax.config import Config, UserError
 from launch.errors import user_errors
 from launch.read_config import define_config_flag, parse_flags, resolved_config
 
@@ -32,10 +32,13 @@ def make_evaluate(config: Config) -> Any:
 
 def main(argv: list[str]) -> None:
     """Resolves the config and trains."""
-    from fam_jax.train.loop import Interrupted, train
-
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint
+    if argv[1:]:
+        raise UserError(f"{argv[1]}: not a flag; fields of the config are set as --config.group.field=value")
     config = resolved_config("config")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint
+
+    from fam_jax.train.loop import Interrupted, train  # after the config: it takes seconds, for TensorFlow
+
     evaluate = make_evaluate(config) if config.evaluate.every else None
     try:
         train(config, WORKDIR.value, evaluate=evaluate, restore_step=RESTORE_STEP.value, quiet=QUIET.value)

@@ -84,7 +84,12 @@ class PasskeySource(seqio.FunctionDataSource):
     """
 
     def __init__(
-        self, filler_tokens: tuple[int, int], seed: int, digits: int, validation_examples: int, filler_step: int
+        self,
+        filler_tokens: tuple[int, int],
+        seed: int,
+        digits: int,
+        validation_examples: int,
+        filler_step: int,
     ):
         self._filler_tokens = filler_tokens
         self._filler_step = filler_step

@@ -35,8 +35,9 @@ class PasskeyStream:
     """Endless batches of a curriculum of filler lengths.
 
     Stage s has fillers of more than stage_blocks[s - 1] (for s = 0: min_filler_blocks) and up to
-    stage_blocks[s] blocks, uniform over the multiples of filler_step tokens. Each batch holds examples of one stage: the current one, or
-    with probability 1 - longest_fraction one of the earlier stages. A row is one example.
+    stage_blocks[s] blocks, uniform over the multiples of filler_step tokens. Each batch holds examples of one
+    stage: the current one, or with probability 1 - longest_fraction one of the earlier stages. A row is one
+    example.
 
     Which stage a step draws from depends on (seed, step, current stage) only, and example i of a stage on
     (seed, stage, i) only; so :meth:`state` is a handful of numbers, and every process of a group makes just

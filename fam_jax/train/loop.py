@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from fam_jax import sharding
 from fam_jax.checkpoint import Checkpoints
@@ -153,54 +152,58 @@ class _Run:
         began, tokens = time.perf_counter(), 0
         with _stop_signal() as stop:
             for step in range(int(state.step) + 1, config.steps + 1):
-                batch = self.stream.next_batch()
                 arrays = {
                     name: jax.make_array_from_process_local_data(batch_sharding, rows)
-                    for name, rows in batch.items()
+                    for name, rows in self.stream.next_batch().items()
                 }
                 state, metrics = self.trainer.step(state, arrays)
                 if self.stream.advancing:
                     self.stream.report(float(metrics["exact_match"]))
                 tokens += math.prod(arrays["inputs"].shape)
                 self.progress.advance(step)
-                if step % config.log_every == 0 or step == config.steps:
+                stopping, ending = bool(stop), step == config.steps
+                saving = stopping or ending or step % config.checkpoint_every == 0
+                logging = ending or step % config.log_every == 0
+                if saving or logging:
                     jax.block_until_ready(metrics)  # steps are queued, and the clock would run ahead of them
+                    self._check_finite(step, metrics)
+                if logging:
                     last |= self._log(step, metrics, tokens / (time.perf_counter() - began))
                     began, tokens = time.perf_counter(), 0
-                if stop or step % config.checkpoint_every == 0 or step == config.steps:
-                    self._save(step, state)
-                if stop:
-                    self.checkpoints.wait()
-                    raise Interrupted(step, stop[0])
+                if saving:
+                    self.checkpoints.save(step, _as_dict(state), self.stream.state())
                 every = self.trainer.config.evaluate.every
                 if self.evaluate is not None and every and step % every == 0:
                     self._evaluate(step, state)
                     began, tokens = time.perf_counter(), 0
+                if stopping:
+                    self.checkpoints.wait()
+                    raise Interrupted(step, stop[0])
         return last
+
+    def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Raises before a state that is lost could replace a sound checkpoint."""
+        for name in ("loss", "update_norm"):
+            value = float(metrics[name])
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} is {value} at step {step}: lower config.optimizer.learning_rate or clip_norm; "
+                    f"checkpoints before it are in {self.folder}"
+                )
 
     def _log(self, step: int, metrics: dict[str, jax.Array], tokens_per_second: float) -> dict[str, Any]:
         values: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
         values |= {
             "tokens_per_second": tokens_per_second,
             "stage_blocks": self.stream.stage_blocks,
-            "stage_exact_match": self.stream.accuracy,
         }
         self.writer.write(step, values)
-        if not np.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss is {values['loss']} at step {step}: lower config.optimizer.learning_rate or clip_norm; "
-                f"checkpoints before it are in {self.folder}"
-            )
         self.progress.note(
             step,
             f"loss {values['loss']:.3f}  exact match {values['exact_match']:.2f}  "
             f"filler {values['stage_blocks']} blocks  {tokens_per_second:,.0f} tokens/s",
         )
         return values
-
-    def _save(self, step: int, state: TrainState) -> None:
-        if self.checkpoints.latest_step() != step:
-            self.checkpoints.save(step, _as_dict(state), self.stream.state())
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         assert self.evaluate is not None

@@ -78,8 +78,8 @@ def make_train_step(
             "objective": value,
             "answer_accuracy": scores["answer_correct"] / jnp.maximum(scores["answers"], 1),
             "exact_match": scores["exact_match"] / batch["inputs"].shape[0],
-            "gradient_norm": optax.global_norm(grads),
-            "update_norm": optax.global_norm(updates),
+            "gradient_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "from_saved_fam": draws.from_saved.mean(),
         }

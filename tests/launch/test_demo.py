@@ -50,25 +50,27 @@ def test_the_demo_from_end_to_end_and_again(tmp_path: pathlib.Path) -> None:
     assert json.loads((tmp_path / "passkey.json").read_text())["models"] == result["models"]
 
 
-def finished(folder: pathlib.Path, lengths: tuple[int, ...]) -> pathlib.Path:
-    """A workdir whose three models were evaluated at `lengths`."""
-    for variant in demo.VARIANTS:
-        (folder / variant).mkdir(parents=True)
-        rows = {str(length): {"exact_match": 0.5, "keys": 8} for length in lengths}
-        result = {"config": {"evaluate": {"keys": 8}, "train": {"seed": 0}}, "passkey": {"lengths": rows}}
-        (folder / variant / "result.json").write_text(json.dumps(result))
-    return folder
+SETTINGS = ["--lengths=2,4", "--keys=8", "--config.train.steps=4"]
+
+
+def wanted(folder: pathlib.Path, *arguments: str) -> list[list[str]]:
+    """Commands that the demo would run for the model with FAM."""
+    return demo.commands("fam", demo.parse([f"--workdir={folder}", *arguments]))
 
 
 @pytest.mark.parametrize(
-    ("lengths", "keys"), [([2, 4, 6], 8), ([2, 4], 16)], ids=["another length", "more keys"]
+    "other",
+    ["--lengths=2,4,6", "--keys=16", "--seed=1", "--config.train.steps=5", "--config.model.num_layers=2"],
 )
-def test_results_for_other_settings_are_not_reused(
-    lengths: list[int], keys: int, tmp_path: pathlib.Path
-) -> None:
-    folder = finished(tmp_path, (2, 4)) / "fam"
-    assert demo.commands("fam", folder, 0, [2, 4], 8, []) == []
-    assert demo.commands("fam", folder, 0, lengths, keys, []) != []
+def test_results_for_other_settings_are_not_reused(other: str, tmp_path: pathlib.Path) -> None:
+    config = demo.wanted_config("fam", demo.parse(SETTINGS))
+    rows = {"2": {"exact_match": 0.5}, "4": {"exact_match": 0.5}}
+    (tmp_path / "fam").mkdir()
+    (tmp_path / "fam" / "result.json").write_text(json.dumps({"config": config, "lengths": rows, "step": 4}))
+    assert wanted(tmp_path, *SETTINGS) == []
+    assert wanted(tmp_path, *SETTINGS, "--lengths=2") == []
+    train, evaluate = wanted(tmp_path, *SETTINGS, other)
+    assert "launch.train" in train and "launch.evaluate" in evaluate
 
 
 @pytest.mark.parametrize(
