@@ -232,8 +232,9 @@ CHOICES = {
 MINIMA = {
     **dict.fromkeys(
         ("model.vocab_size", "model.num_layers", "model.model_dim", "model.num_heads", "model.num_kv_heads",
-         "model.head_dim", "model.ff_dim", "model.block_size", "model.fam_previous_blocks", "data.digits",
-         "data.filler_step", "train.steps", "train.batch_size", "train.accumulation", "train.loss_chunk", "train.log_every",
+         "model.head_dim", "model.ff_dim", "model.block_size", "model.fam_previous_blocks",
+         "data.digits", "data.filler_step",
+         "train.steps", "train.batch_size", "train.accumulation", "train.loss_chunk", "train.log_every",
          "train.checkpoint_every", "train.keep_checkpoints", "evaluate.keys", "evaluate.batch_size",
          "evaluate.chunk_blocks", "optimizer.min_factored_dim", "mesh.fsdp", "mesh.tensor"), 1),
     **dict.fromkeys(

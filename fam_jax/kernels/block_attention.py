@@ -39,15 +39,15 @@ def block_attention(
     stop_gradient: bool = False,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Block Sliding Window Attention with feedback keys (sections 2.1 and 2.2, token path of algorithm 2).
+    """Block Sliding Window Attention with feedback keys (token path of algorithm 2, sections 2.1 and 2.2).
 
     The T queries start at a block border and fall into N = ceil(T / C) blocks. A query sees all keys of the m
     blocks before its own (as far as they exist), the feedback keys of its block, and its own block causally.
 
     Args:
       q: (B, T, H, hd) queries, RoPE applied.
-      k: (B, m * C + T, K, hd) keys, RoPE applied in the same frame: m * C slots for the blocks before the first
-        query, oldest first, then the keys of the T queries' own tokens. K divides H.
+      k: (B, m * C + T, K, hd) keys, RoPE applied in the same frame: m * C slots for the blocks before, oldest
+        first, then the queries' own tokens. K divides H.
       v: (B, m * C + T, K, hd) values.
       fam_k: (B, N, S, K, hd) feedback keys that block n sees, RoPE applied in the same frame. S = 0 is plain BSWA.
       fam_v: (B, N, S, K, hd) feedback values.
@@ -55,22 +55,21 @@ def block_attention(
       fam_count: (B, N) int32, how many of the S feedback keys exist: the first ones.
       block_size: C.
       memory_segments: m.
-      window: if positive, keys `window` tokens or more behind the query are hidden too (sliding window,
-        Transformer-XL); at most m * C + 1. Feedback keys are never hidden by it.
+      window: if positive, keys `window` tokens or more behind the query are hidden too, never feedback keys
+        (sliding window, Transformer-XL); at most m * C + 1.
       stop_gradient: no gradient into keys and values of earlier blocks (figure 3a, `M1_SG`).
       implementation: a key of `IMPLEMENTATIONS`, or "auto": the fastest exact one for this backend.
 
     Returns:
-      (B, T, H, hd) in the dtype of `q`; softmax in float32 (float64 for float64 inputs).
+      (B, T, H, hd) in the dtype of `q`; softmax in float32, or float64.
 
     Raises:
       ValueError: unknown implementation, or shapes that contradict each other.
     """
     name = "xla" if implementation == "auto" else implementation
     if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown attention implementation {name!r}; there are auto, {', '.join(IMPLEMENTATIONS)}"
-        )
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"unknown attention implementation {name!r}; there are auto, {known}")
     length, past = q.shape[1], memory_segments * block_size
     blocks = -(-length // block_size)
     if k.shape[1] != past + length or k.shape != v.shape:
