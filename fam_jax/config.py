@@ -245,6 +245,8 @@ MINIMA = {
          "mesh.data"), 0),
 }  # fmt: skip
 
+DECAYS = ("optimizer.beta1", "optimizer.beta2", "optimizer.beta2_power")  # at least 0, below 1
+
 FRACTIONS = (
     "data.advance_accuracy", "data.longest_fraction",
     "train.random_state_passing",
@@ -275,7 +277,7 @@ def validate(config: Config) -> None:
     for field in sorted(NUMBERS):
         if not math.isfinite(get(field)):
             raise ConfigError(f"config.{field}: must be a finite number, got {get(field)}")
-    for field in ("optimizer.beta1", "optimizer.beta2", "optimizer.beta2_power"):
+    for field in DECAYS:
         if not 0 <= get(field) < 1:
             raise ConfigError(f"config.{field}: must be at least 0 and below 1, got {get(field)}")
     for field in FRACTIONS:

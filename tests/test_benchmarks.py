@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,12 +19,22 @@ from benchmarks import training
 from benchmarks.arithmetic import count_flops
 from benchmarks.naive import naive_hidden
 from benchmarks.timing import LEAST_ROUNDS, Times, interleave
-from benchmarks.workload import QUICK, blockwise_hidden, random_batch, random_parameters, with_blocks
-from fam_jax.config import UserError
-from fam_jax.model import Transformer
+from benchmarks.workload import QUICK, Hidden, blockwise_hidden, random_batch, with_blocks
+from fam_jax.config import Config, UserError
+from fam_jax.model import Transformer, from_dict, to_dict
+from fam_jax.train.state import model_structure
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = dataclasses.replace(with_blocks(QUICK.model, 16), vocab_size=11)
+
+
+def fast_compilation() -> str:
+    """The flag that saves most of XLA's time here, or none where XLA has no such flag: it would end the process."""
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options={"xla_cpu_use_fusion_emitters": False})
+    except jax.errors.JaxRuntimeError:
+        return ""
+    return "--xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +44,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.run", "--quick", f"--out={out}"],
         cwd=ROOT,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""},
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": fast_compilation()},
         capture_output=True,
         text=True,
         timeout=600,
@@ -115,10 +126,17 @@ def test_decoding_record(records: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("segments", [0, 2])
 def test_naive_form_with_other_memory_segments(segments: int) -> None:
-    config = dataclasses.replace(TINY, block_size=8, fam_length=3, memory_segments=segments, num_layers=3)
-    model = Transformer(config, rngs=nnx.Rngs(0))
-    tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, config.vocab_size)
-    naive, blockwise = (nnx.jit(form)(model, tokens) for form in (naive_hidden, blockwise_hidden))
+    config = dataclasses.replace(TINY, block_size=8, fam_length=3, memory_segments=segments)
+    random = np.random.default_rng(0)
+    graphdef, abstract = model_structure(Config(model=config))
+    params = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype), to_dict(abstract))
+    tokens = random.integers(0, config.vocab_size, (2, 32))
+
+    def outputs(form: Hidden) -> jax.Array:
+        return jax.jit(lambda params: form(nnx.merge(graphdef, from_dict(abstract, params)), tokens))(params)
+
+    naive, blockwise = outputs(naive_hidden), outputs(blockwise_hidden)
+    assert np.abs(naive).max() > 0.1
     np.testing.assert_allclose(naive, blockwise, atol=1e-5)
 
 
@@ -137,7 +155,7 @@ def test_operations_are_those_of_the_compiled_products() -> None:
     config = dataclasses.replace(
         TINY, num_layers=1, model_dim=64, head_dim=32, ff_dim=256, fam_length=0, block_size=64, vocab_size=64
     )
-    params = random_parameters(config, 0)
+    params = to_dict(model_structure(Config(model=config))[1])
     loss = jax.jit(training.make_loss(config))
     work = dataclasses.replace(QUICK, model=config)
     analysis = loss.lower(params, random_batch(work)).compile().cost_analysis()

@@ -17,6 +17,7 @@ import pytest
 from fam_jax import config as config_module
 from fam_jax.config import (
     CHOICES,
+    DECAYS,
     FRACTIONS,
     MINIMA,
     Config,
@@ -158,7 +159,7 @@ def test_every_field_has_a_range() -> None:
     """Fields added later must say what they allow."""
     own_rule = {"model.norm_epsilon", "model.rope_base", "data.stage_blocks", "evaluate.filler_blocks"}
     free = {field for field, kind in fields().items() if kind is bool} | {"data.vocabulary"}
-    assert fields().keys() == CHOICES.keys() | MINIMA.keys() | set(FRACTIONS) | own_rule | free
+    assert fields().keys() == CHOICES.keys() | MINIMA.keys() | {*FRACTIONS, *DECAYS} | own_rule | free
 
 
 @pytest.mark.parametrize(

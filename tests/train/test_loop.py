@@ -31,12 +31,12 @@ RUN = changed(
     evaluate__every=3,
 )  # fmt: skip
 
-make_mesh = sharding.make_mesh
+make_mesh, make_trainer = sharding.make_mesh, loop.make_trainer  # both are replaced below
 
 
 @functools.cache
 def shared_trainer(config: Config) -> loop.Trainer:
-    return quick_trainer(config)
+    return quick_trainer(config, make_trainer)
 
 
 def trainer_of(config: Config) -> loop.Trainer:

@@ -24,7 +24,7 @@ def mesh_of(data: int, fsdp: int, tensor: int, base: Config = ALWAYS) -> Config:
 def test_a_sharded_step_is_the_step_of_one_device(config: Config) -> None:
     """Two steps, the second from the saved FAM; four key/value heads' worth of devices share two."""
     expected, metrics = run(ALWAYS, 2)
-    trainer = quick_trainer(config)
+    trainer = quick_trainer(config, make_trainer)
     state = jax.device_put(start(ALWAYS), jax.tree.map(lambda leaf: leaf.sharding, trainer.state_shapes))
     for leaf in jax.tree.leaves(state):
         assert len(leaf.sharding.device_set) == 8
@@ -40,7 +40,7 @@ def test_a_sharded_step_is_the_step_of_one_device(config: Config) -> None:
 
 
 def test_fresh_parameters_do_not_depend_on_the_mesh() -> None:
-    created = quick_trainer(mesh_of(2, 2, 2)).create()
+    created = quick_trainer(mesh_of(2, 2, 2), make_trainer).create()
     for one, other in zip(
         jax.tree.leaves(created.params), jax.tree.leaves(start(ALWAYS).params), strict=True
     ):

@@ -85,10 +85,8 @@ def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
         np.testing.assert_allclose(one, other, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
-def quick_trainer(config: Config) -> Any:
-    """`make_trainer`, whose compilations take less time."""
-    from fam_jax.train.loop import make_trainer  # which imports TensorFlow
-
+def quick_trainer(config: Config, make_trainer: Callable[[Config], Any]) -> Any:
+    """A trainer whose compilations take less time; `make_trainer` is loop's, which imports TensorFlow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", quick_jit)
         return make_trainer(config)
