@@ -187,7 +187,7 @@ class _Run:
             value = float(metrics[name])
             if not math.isfinite(value):
                 raise UserError(
-                    f"{name} is {value} at step {step}: lower config.optimizer.learning_rate or clip_norm; "
+                    f"the {name.replace('_', ' ')} is {value} at step {step}: lower config.optimizer.learning_rate or clip_norm; "
                     f"checkpoints before it are in {self.folder}"
                 )
 

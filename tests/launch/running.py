@@ -10,8 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TINY = [
     "--config.model.num_layers=1", "--config.model.model_dim=8", "--config.model.num_heads=1",
     "--config.model.num_kv_heads=1", "--config.model.head_dim=8", "--config.model.ff_dim=8",
-    "--config.data.filler_step=1", "--config.model.block_size=8", "--config.data.stage_blocks=(2,)", "--config.data.digits=1",
-    "--config.train.batch_size=2",
+    "--config.data.filler_step=1", "--config.model.block_size=8", "--config.data.stage_blocks=(2,)",
+    "--config.data.digits=1", "--config.train.batch_size=2",
 ]  # fmt: skip
 
 
