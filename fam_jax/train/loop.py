@@ -187,8 +187,8 @@ class _Run:
             value = float(metrics[name])
             if not math.isfinite(value):
                 raise UserError(
-                    f"the {name.replace('_', ' ')} is {value} at step {step}: lower config.optimizer.learning_rate or clip_norm; "
-                    f"checkpoints before it are in {self.folder}"
+                    f"the {name.replace('_', ' ')} is {value} at step {step}: lower config.optimizer.learning_rate "
+                    f"or clip_norm; checkpoints before it are in {self.folder}"
                 )
 
     def _log(self, step: int, metrics: dict[str, jax.Array], tokens_per_second: float) -> dict[str, Any]:
