@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import training
+from benchmarks import passkey, training
 from benchmarks.arithmetic import count_flops
 from benchmarks.naive import naive_hidden
 from benchmarks.timing import LEAST_ROUNDS, Times, interleave
@@ -195,3 +195,45 @@ def test_ratios_are_taken_within_a_round() -> None:
 def test_block_sizes_that_cannot_be_measured(text: str) -> None:
     with pytest.raises(UserError, match="--block-sizes"):
         training.block_sizes(text, QUICK)
+
+
+def some_demo(folder: pathlib.Path, seed: int) -> pathlib.Path:
+    """What a finished demo leaves behind, as far as it is gathered."""
+    row = {
+        "exact_match": 0.5, "teacher_forced_exact_match": 0.5, "answer_token_accuracy": 0.75, "keys": 4,
+        "tokens_read": 119,
+    }  # fmt: skip
+    for name in passkey.VARIANTS:
+        (folder / name).mkdir(parents=True)
+        result = {"command": "c", "versions": {}, "config": {}, "lengths": {"2": row, "4": row}}
+        (folder / name / "result.json").write_text(json.dumps(result))
+        line = {"loss": 1.0, "exact_match": 0.5, "stage_blocks": 2, "tokens_per_second": 3.0}
+        lines = [{"step": step, **line} for step in (10, 50, 60)]
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    models = {name: {"2": 0.5, "4": 0.5} for name in passkey.VARIANTS}
+    (folder / "passkey.json").write_text(json.dumps({"models": models, "seconds": 1.0, "seed": seed}))
+    return folder
+
+
+def test_runs_of_the_demo_are_gathered(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [some_demo(tmp_path / str(seed), seed) for seed in (3, 5)]
+    out = tmp_path / "docs" / "passkey.json"
+    passkey.main([*map(str, folders), f"--json={out}"])
+    assert "fam" in capsys.readouterr().out
+    runs = json.loads(out.read_text())["runs"]
+    assert [run["seed"] for run in runs] == [3, 5]
+    assert f"--seed=3 --workdir={folders[0]} --lengths=2,4" in runs[0]["command"]
+    found = runs[1]["models"]["bswa_m1"]
+    assert found["lengths"]["4"]["answer_token_accuracy"] == 0.75 and found["steps"] == 60
+    assert [point["step"] for point in found["course"]] == [50]
+
+
+def test_an_unfinished_demo_is_not_gathered(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = some_demo(tmp_path, 0)
+    (folder / "bswa_m1" / "result.json").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        passkey.main([str(folder)])
+    assert stopped.value.code == 2
+    assert f"run python -m launch.demo --workdir={folder}" in capsys.readouterr().err

@@ -31,9 +31,7 @@ def train_rows(config: Config, first: int, rows: int) -> dict[str, np.ndarray]:
     where = sharding.batch_sharding(trainer.mesh)
     for step in range(STEPS):
         own = {name: array[first : first + rows] for name, array in some_batch(step).items()}
-        batch = {
-            name: jax.make_array_from_process_local_data(where, array) for name, array in own.items()
-        }
+        batch = {name: jax.make_array_from_process_local_data(where, array) for name, array in own.items()}
         state, metrics = trainer.step(state, batch)
     arrays = by_name(state.params) | {"loss": metrics["loss"], "saved_fam": state.saved_fam}
     return {name: multihost_utils.process_allgather(array, tiled=True) for name, array in arrays.items()}

@@ -1,0 +1,111 @@
+"""Gathers runs of the demo, one per seed, into one record: `python -m benchmarks.passkey runs/seed0 runs/seed1 --json F`.
+
+Each folder is one that `python -m launch.demo --seed=S --workdir=FOLDER` has filled. What is measured is told in
+`launch/demo.py`; here it is only put side by side.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.record import environment
+from fam_jax.config import UserError
+from launch.demo import VARIANTS
+from launch.errors import ArgumentParser, user_errors
+
+KEPT = ("exact_match", "teacher_forced_exact_match", "answer_token_accuracy", "keys", "tokens_read")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """One seed's results, with the commands, versions and settings that made them.
+
+    Raises:
+      UserError: the folder does not hold a finished demo.
+    """
+    try:
+        demo = json.loads((folder / "passkey.json").read_text())
+        results = {name: json.loads((folder / name / "result.json").read_text()) for name in VARIANTS}
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.filename}: no such file; run python -m launch.demo --workdir={folder}"
+        ) from None
+    steps = {name: _last_line(folder / name / "metrics.jsonl")["step"] for name in VARIANTS}
+    return {
+        "seed": demo["seed"],
+        "seconds": demo["seconds"],
+        "command": f"python -m launch.demo --seed={demo['seed']} --workdir={folder} "
+        f"--lengths={','.join(demo['models']['fam'])}",
+        "models": {
+            name: {
+                "lengths": {
+                    length: {key: row[key] for key in KEPT} for length, row in result["lengths"].items()
+                },
+                "steps": steps[name],
+                "course": _course(folder / name / "metrics.jsonl"),
+                "evaluation": result["command"],
+                "versions": result["versions"],
+                "config": result["config"],
+            }
+            for name, result in results.items()
+        },
+    }
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text().splitlines()[-1])
+
+
+def _course(path: Path) -> list[dict[str, float]]:
+    """The course of a training: step, loss, exact match and stage, every 50 steps."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    names = ("step", "loss", "exact_match", "stage_blocks", "tokens_per_second")
+    return [
+        {name: line[name] for name in names} for line in lines if line["step"] % 50 == 0 and "loss" in line
+    ]
+
+
+def show(runs: Sequence[dict[str, Any]]) -> None:
+    """Prints a table: a row per model and seed."""
+    lengths = list(runs[0]["models"]["fam"]["lengths"])
+    table = Table(title="Pass key retrieved, by blocks of filler")
+    for heading in ("model", "seed", *lengths):
+        table.add_column(heading, justify="right")
+    for name in VARIANTS:
+        for run in runs:
+            found = run["models"][name]["lengths"]
+            table.add_row(
+                name,
+                str(run["seed"]),
+                *(f"{found[n]['exact_match']:.2f}" if n in found else "" for n in lengths),
+            )
+    Console().print(table)
+
+
+@user_errors()
+def main(argv: Sequence[str]) -> None:
+    """Reads, prints, writes."""
+    parser = ArgumentParser(prog="benchmarks.passkey", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, help="workdirs of the demo, one per seed")
+    parser.add_argument("--json", type=Path, help="file to write")
+    arguments = parser.parse_args(argv)
+    runs = [read_run(folder) for folder in arguments.folders]
+    show(runs)
+    if arguments.json:
+        record = {
+            "benchmark": "passkey",
+            "command": shlex.join(["python", "-m", "benchmarks.passkey", *argv]),
+            "environment": environment(),
+            "runs": runs,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
