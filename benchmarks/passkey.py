@@ -1,4 +1,4 @@
-"""Gathers runs of the demo, one per seed, into one record: `python -m benchmarks.passkey runs/seed0 runs/seed1 --json F`.
+"""Gathers runs of the demo, one per seed, into one record: `python -m benchmarks.passkey runs/0 runs/1 --json F`.
 
 Each folder is one that `python -m launch.demo --seed=S --workdir=FOLDER` has filled. What is measured is told in
 `launch/demo.py`; here it is only put side by side.

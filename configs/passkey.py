@@ -26,11 +26,11 @@ def get_config(arg: str = "fam") -> ConfigDict:
     config.model.update(
         vocab_size=64,
         num_layers=3,
-        model_dim=96,
+        model_dim=64,
         num_heads=4,
         num_kv_heads=4,
-        head_dim=24,
-        ff_dim=384,
+        head_dim=16,
+        ff_dim=1024,  # wide: it is the feed-forward that keeps a digit from drifting, see docs/results/passkey.md
         block_size=32,
         remat="dots",  # with small micro-batches, below, faster on a CPU: it is short of memory bandwidth
         **memory[variant],
@@ -39,11 +39,12 @@ def get_config(arg: str = "fam") -> ConfigDict:
     config.data.update(
         vocabulary="passkey",
         stage_blocks=(2, 4, 8, 18),
-        max_stage_steps=400,  # a model that does not master a length goes on to the next all the same
-        prompt_weight=0.01,
+        max_stage_steps=250,  # a model that does not master a length goes on to the next all the same
+        longest_fraction=0.9,
+        prompt_weight=0.001,  # the random digits of the prompt cannot be learned: their gradient is noise
         filler_step=32,  # whole blocks, as in evaluation: the question never straddles two blocks
     )
-    config.train.update(steps=1000, batch_size=16, accumulation=4)
+    config.train.update(steps=1300, batch_size=16, accumulation=4)
     if arg == "smoke":
         config.model.update(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, ff_dim=32)
         config.data.update(stage_blocks=(2, 4), max_stage_steps=10)
