@@ -30,6 +30,7 @@ from launch.errors import ArgumentParser, integers, user_errors
 VARIANTS = ("fam", "bswa_m1", "bswa_m1_sg")
 LENGTHS = (4, 9, 18, 36, 72, 130, 260, 520)
 CONFIG = "configs/passkey.py"
+REPORT_SECONDS = 10.0  # between two lines of a training's progress
 
 
 class Workers:
@@ -77,8 +78,12 @@ class Workers:
         self._running.append(process)
         assert process.stderr is not None
         tail: list[str] = []
+        printed = 0.0
         for line in process.stderr:
             tail = [*tail[-19:], line]
+            if line.startswith("step ") and time.perf_counter() - printed < REPORT_SECONDS:
+                continue
+            printed = time.perf_counter()
             with self._printing:
                 print(f"{name:>10}  {line.rstrip()}", flush=True)
         code = process.wait()

@@ -15,12 +15,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import passkey, training
+from benchmarks import drift, passkey, training
 from benchmarks.arithmetic import count_flops
 from benchmarks.naive import naive_hidden
 from benchmarks.timing import LEAST_ROUNDS, Times, interleave
-from benchmarks.workload import QUICK, Hidden, blockwise_hidden, random_batch, with_blocks
-from fam_jax.config import Config, UserError
+from benchmarks.workload import (
+    QUICK,
+    Hidden,
+    blockwise_hidden,
+    random_batch,
+    random_parameters,
+    with_blocks,
+)
+from configs.passkey import get_config
+from fam_jax.config import Config, UserError, resolve
 from fam_jax.model import Transformer, from_dict, to_dict
 from fam_jax.train.state import model_structure
 
@@ -237,3 +245,31 @@ def test_an_unfinished_demo_is_not_gathered(
         passkey.main([str(folder)])
     assert stopped.value.code == 2
     assert f"run python -m launch.demo --workdir={folder}" in capsys.readouterr().err
+
+
+def test_directions_are_compared_without_their_norms() -> None:
+    same = np.tile(np.array([3.0, 4.0]), (1, 5, 2, 1)) * np.arange(1, 6)[None, :, None, None]
+    opposite = same * np.where(np.arange(5) % 5 < 4, 1, -1)[None, :, None, None]
+    found = drift._directions(np.concatenate([same, opposite]))
+    np.testing.assert_allclose(found["norm"], [15, 15])
+    # Four at distance 2/5 from the mean, one at 8/5.
+    np.testing.assert_allclose(found["direction_spread"], [0, 0.8], atol=1e-12)
+
+
+def test_misread_tokens_are_counted_by_place() -> None:
+    answers, tokens = np.array([[1, 2], [1, 3], [1, 3]]), np.array([[1, 3], [2, 2], [1, 2]])
+    first, second = drift._misread(answers, tokens, {1: "one", 2: "two", 3: "three"})
+    assert first == {"wrong": 1 / 3, "pairs": {"one as two": 1}}
+    assert second == {"wrong": 1.0, "pairs": {"three as two": 2, "two as three": 1}}
+
+
+def test_drift_follows_a_stream() -> None:
+    config = get_config("smoke")
+    resolved = resolve(config)
+    params = random_parameters(resolved.model, seed=0)
+    found = drift.measure(resolved, params, blocks=6, keys=4)
+    assert [row["blocks"] for row in found["course"]] == [1, 2, 4, 6]
+    norms = np.array([row["norm"] for row in found["course"]])
+    assert norms.shape == (4, 2) and (np.diff(norms, axis=0) > 0).all()  # the residual adds up
+    assert found["course"][0]["direction_spread"][0] > 0
+    assert len(found["misread"]) == 6  # a space, five digits
