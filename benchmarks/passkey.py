@@ -38,7 +38,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     steps = {name: _last_line(folder / name / "metrics.jsonl")["step"] for name in VARIANTS}
     return {
         "seed": demo["seed"],
-        "seconds": demo["seconds"],
         "command": f"python -m launch.demo --seed={demo['seed']} --workdir={folder} "
         f"--lengths={','.join(demo['models']['fam'])}",
         "models": {

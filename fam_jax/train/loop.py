@@ -164,12 +164,15 @@ class _Run:
                 stopping, ending = bool(stop), step == config.steps
                 saving = stopping or ending or step % config.checkpoint_every == 0
                 logging = ending or step % config.log_every == 0
+                lost = ""
                 if saving or logging:
                     jax.block_until_ready(metrics)  # steps are queued, and the clock would run ahead of them
-                    self._check_finite(step, metrics)
-                if logging:
+                    lost = self._what_is_lost(step, metrics)
+                if logging or lost:
                     last |= self._log(step, metrics, tokens / (time.perf_counter() - began))
                     began, tokens = time.perf_counter(), 0
+                if lost:  # before a state that is lost could replace a sound checkpoint
+                    raise UserError(lost)
                 if saving:
                     self.checkpoints.save(step, _as_dict(state), self.stream.state())
                 every = self.trainer.config.evaluate.every
@@ -181,15 +184,16 @@ class _Run:
                     raise Interrupted(step, stop[0])
         return last
 
-    def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Raises before a state that is lost could replace a sound checkpoint."""
+    def _what_is_lost(self, step: int, metrics: dict[str, jax.Array]) -> str:
+        """A line about a loss or an update that is not finite; empty if both are."""
         for name in ("loss", "update_norm"):
             value = float(metrics[name])
             if not math.isfinite(value):
-                raise UserError(
+                return (
                     f"the {name.replace('_', ' ')} is {value} at step {step}: lower config.optimizer.learning_rate "
                     f"or clip_norm; checkpoints before it are in {self.folder}"
                 )
+        return ""
 
     def _log(self, step: int, metrics: dict[str, jax.Array], tokens_per_second: float) -> dict[str, Any]:
         values: dict[str, Any] = {name: float(value) for name, value in metrics.items()}

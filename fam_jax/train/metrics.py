@@ -1,6 +1,7 @@
 """Where the numbers of a run go: a JSONL file, TensorBoard, and the terminal."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -34,10 +35,11 @@ class MetricsWriter:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Appends a line; numbers, nested ones too, also go to TensorBoard."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Appends a line; numbers, nested ones too, also go to TensorBoard. Those not finite become null in the line."""
+        self._file.write(json.dumps(_without_nan({"step": step, **values}), allow_nan=False) + "\n")
         for name, value in _scalars(values):
-            self._events.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._events.add_scalar(name, value, step)
 
     def __enter__(self) -> Self:
         return self
@@ -45,6 +47,13 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self._file.close()
         self._events.close()
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no word for what is not finite."""
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: str) -> float:

@@ -272,4 +272,4 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert str(caught.value).startswith("the loss is nan at step ")
     assert "config.optimizer.learning_rate" in str(caught.value) and "\n" not in str(caught.value)
     assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit()]
-    lines(tmp_path / "run")
+    assert [line["loss"] for line in lines(tmp_path / "run")] == [None]
