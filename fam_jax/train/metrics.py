@@ -35,7 +35,7 @@ class MetricsWriter:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Appends a line; numbers, nested ones too, also go to TensorBoard. Those not finite become null in the line."""
+        """Appends a line; numbers, nested ones too, also go to TensorBoard. What is not finite becomes null."""
         self._file.write(json.dumps(_without_nan({"step": step, **values}), allow_nan=False) + "\n")
         for name, value in _scalars(values):
             if math.isfinite(value):
