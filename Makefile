@@ -7,13 +7,14 @@ SHELL := /bin/bash
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
+LIBTPU := $(VENV)/libtpu/.installed
 WORKERS ?= 2
 
 demo: $(STAMP)
 	@$(RUN) launch.demo --workdir=runs/demo $(if $(CLEAN),--clean)
 
 test: export JAX_PLATFORMS ?= cpu
-test: $(STAMP)
+test: $(STAMP) $(LIBTPU)
 	@$(RUN) pytest -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP)
@@ -49,4 +50,13 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "installing into $(VENV) (about 3 GB, mostly TensorFlow; a few minutes)"
 	@$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The TPU compiler, which runs without a TPU; beside the packages and not among them, or JAX would look for chips.
+$(LIBTPU): constraints.txt $(STAMP)
+	@mkdir -p $(@D)
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+	  $(RUN) pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) \
+	    --constraint constraints.txt libtpu; \
+	fi
 	@touch $@

@@ -81,7 +81,9 @@ def _initial_parameters(model: ModelConfig, seed: int) -> dict[str, Any]:
 
 def blockwise_hidden(model: Transformer, tokens: jax.Array) -> jax.Array:
     """The library's form: all tokens of a layer at once, around the chain of FAM."""
-    return model.hidden(tokens, empty_memory(model.config, tokens.shape[0]), aligned=True)[0]
+    return model.hidden(tokens, empty_memory(model.config, tokens.shape[0], past_slots=False), aligned=True)[
+        0
+    ]
 
 
 def make_loss(model: ModelConfig, hidden: Hidden = blockwise_hidden) -> Callable[[Any, Batch], jax.Array]:

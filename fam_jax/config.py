@@ -53,7 +53,7 @@ class ModelConfig:
     fam_positions: str = "last"  # last | float | zero (appendix B.2.1)
     fam_previous_blocks: int = 1  # FAMs of how many past blocks a token sees (appendix B.4.2)
     # Execution.
-    attention: str = "auto"  # auto | reference | xla
+    attention: str = "auto"  # auto | reference | xla | pallas (TPU) | pallas_interpret: see README
     remat: str = "none"  # none | dots | full: what a layer keeps for its backward pass
 
 
@@ -221,7 +221,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float64"),
     "model.fam_init": ("prompt", "prefix"),
     "model.fam_positions": ("last", "float", "zero"),
-    "model.attention": ("auto", "reference", "xla"),
+    "model.attention": ("auto", "reference", "xla", "pallas", "pallas_interpret"),
     "model.remat": ("none", "dots", "full"),
     "optimizer.name": ("adafactor", "adamw"),
     "optimizer.schedule": ("constant", "cosine"),
@@ -304,6 +304,15 @@ def _validate_model(model: ModelConfig) -> None:
     )
     _require(model.norm_epsilon > 0, f"config.model.norm_epsilon: must be positive, got {model.norm_epsilon}")
     _require(model.rope_base > 1, f"config.model.rope_base: must be above 1, got {model.rope_base}")
+    _require(
+        not model.attention.startswith("pallas") or model.block_size % 128 == 0,
+        f"config.model.attention: {model.attention} needs a block_size that is a multiple of 128, "
+        f"got {model.block_size}",
+    )
+    _require(
+        model.attention != "pallas_interpret" or model.remat == "none",
+        f"config.model.remat: the interpreter of pallas_interpret cannot run under it, got {model.remat}; set none",
+    )
     reach = model.memory_segments * model.block_size + 1
     _require(
         model.window <= reach,

@@ -125,7 +125,9 @@ def test_choices(field: str) -> None:
     for choice in CHOICES[field]:
         assert choice in message
         group, name = field.split(".")
-        assert getattr(getattr(resolve(with_field(field, choice)), group), name) == choice
+        # A block that every choice of attention takes.
+        config = resolve(changed(model__block_size=128, **{field.replace(".", "__"): choice}))
+        assert getattr(getattr(config, group), name) == choice
 
 
 @pytest.mark.parametrize("field", MINIMA)
@@ -172,6 +174,11 @@ def test_every_field_has_a_range() -> None:
         ({"model__norm_epsilon": 0.0}, "model.norm_epsilon: must be positive, got 0.0"),
         ({"model__rope_base": 1.0}, "model.rope_base: must be above 1, got 1.0"),
         ({"model__window": 34, "model__block_size": 32, "model__memory_segments": 1}, "model.window: 34 is further"),
+        ({"model__attention": "pallas"}, "model.attention: pallas needs a block_size that is a multiple of 128"),
+        (
+            {"model__attention": "pallas_interpret", "model__block_size": 128, "model__remat": "dots"},
+            "model.remat: the interpreter of pallas_interpret cannot run under it, got dots; set none",
+        ),
         ({"train__batch_size": 6, "train__accumulation": 4}, "train.accumulation: 4 does not divide batch_size 6"),
         (
             {"train__random_state_passing": 0.5, "model__fam_length": 0},

@@ -1,26 +1,21 @@
 """The one signature of block attention, and the choice of its implementation."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 
+from fam_jax.kernels.pallas.call import pallas_block_attention, why_not_pallas
+from fam_jax.kernels.platform import target_chip
 from fam_jax.kernels.reference import reference_block_attention
+from fam_jax.kernels.shapes import BlockShape, check_shapes
 from fam_jax.kernels.xla import xla_block_attention
-
-
-class BlockShape(NamedTuple):
-    """What is static about a call; every implementation takes it."""
-
-    block_size: int  # C
-    memory_segments: int  # m
-    window: int  # 0 = no further limit
-    stop_gradient: bool
-
 
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference_block_attention,
     "xla": xla_block_attention,
+    "pallas": pallas_block_attention,
+    "pallas_interpret": functools.partial(pallas_block_attention, interpret=True),
 }
 
 
@@ -30,8 +25,8 @@ def block_attention(
     v: jax.Array,
     fam_k: jax.Array,
     fam_v: jax.Array,
-    past_length: jax.Array,
-    fam_count: jax.Array,
+    past_length: jax.Array | None,
+    fam_count: jax.Array | None,
     *,
     block_size: int,
     memory_segments: int,
@@ -46,41 +41,33 @@ def block_attention(
 
     Args:
       q: (B, T, H, hd) queries, RoPE applied.
-      k: (B, m * C + T, K, hd) keys, RoPE applied in the same frame: m * C slots for the blocks before, oldest
-        first, then the queries' own tokens. K divides H.
-      v: (B, m * C + T, K, hd) values.
+      k: (B, P + T, K, hd) keys, RoPE applied in the same frame: P slots for blocks before, oldest first, then the
+        queries' own tokens. P is a multiple of C, at most m * C; 0 where nothing was read before, as in training,
+        which the fastest kernels want. K divides H.
+      v: (B, P + T, K, hd) values.
       fam_k: (B, N, S, K, hd) feedback keys that block n sees, RoPE applied in the same frame. S = 0 is plain BSWA.
       fam_v: (B, N, S, K, hd) feedback values.
-      past_length: (B,) int32, how many of the m * C past slots hold keys: the last ones; a multiple of C.
-      fam_count: (B, N) int32, how many of the S feedback keys exist: the first ones.
+      past_length: (B,) int32, how many of the P past slots hold keys: the last ones; a multiple of C. None: all.
+      fam_count: (B, N) int32, how many of the S feedback keys exist: the first ones. None: all.
       block_size: C.
       memory_segments: m.
       window: if positive, keys `window` tokens or more behind the query are hidden too, never feedback keys
         (sliding window, Transformer-XL); at most m * C + 1.
       stop_gradient: no gradient into keys and values of earlier blocks (figure 3a, `M1_SG`).
-      implementation: a key of `IMPLEMENTATIONS`, or "auto": the fastest exact one for this backend.
+      implementation: a key of `IMPLEMENTATIONS`, or "auto": "pallas" where it can run, else "xla".
 
     Returns:
       (B, T, H, hd) in the dtype of `q`; softmax in float32, or float64.
 
     Raises:
       ValueError: unknown implementation, or shapes that contradict each other.
+      AttentionError: the implementation asked for cannot run here; also a UserError.
     """
-    name = "xla" if implementation == "auto" else implementation
-    if name not in IMPLEMENTATIONS:
+    if implementation != "auto" and implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"unknown attention implementation {name!r}; there are auto, {known}")
-    length, past = q.shape[1], memory_segments * block_size
-    blocks = -(-length // block_size)
-    if k.shape[1] != past + length or k.shape != v.shape:
-        raise ValueError(
-            f"keys {k.shape} and values {v.shape} must hold {past} past slots and {length} tokens"
-        )
-    if fam_k.shape[1] != blocks or fam_k.shape != fam_v.shape:
-        raise ValueError(
-            f"feedback keys {fam_k.shape} and values {fam_v.shape} must be given for {blocks} blocks"
-        )
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{k.shape[2]} key/value heads do not divide {q.shape[2]} query heads")
+        raise ValueError(f"unknown attention implementation {implementation!r}; there are auto, {known}")
     shape = BlockShape(block_size, memory_segments, window, stop_gradient)
-    return IMPLEMENTATIONS[name](q, k, v, fam_k, fam_v, past_length, fam_count, shape)
+    check_shapes(q, k, v, fam_k, fam_v, shape)
+    if implementation == "auto":
+        implementation = "pallas" if target_chip() and not why_not_pallas(q, block_size) else "xla"
+    return IMPLEMENTATIONS[implementation](q, k, v, fam_k, fam_v, past_length, fam_count, shape)

@@ -1,14 +1,10 @@
 """Block attention with the mask written out over all pairs: slow, quadratic, and easy to check by eye."""
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
 from fam_jax.kernels.joint import accumulation_dtype
-
-if TYPE_CHECKING:
-    from fam_jax.kernels.block_attention import BlockShape
+from fam_jax.kernels.shapes import BlockShape, fill_in
 
 
 def reference_block_attention(
@@ -17,18 +13,18 @@ def reference_block_attention(
     v: jax.Array,
     fam_k: jax.Array,
     fam_v: jax.Array,
-    past_length: jax.Array,
-    fam_count: jax.Array,
-    shape: "BlockShape",
+    past_length: jax.Array | None,
+    fam_count: jax.Array | None,
+    shape: BlockShape,
 ) -> jax.Array:
     """The definition of :func:`fam_jax.kernels.block_attention`; arguments as there."""
+    k, v, past_length, fam_count = fill_in(q, k, v, fam_k, past_length, fam_count, shape)
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     dtype = accumulation_dtype(q.dtype)
-    past = shape.memory_segments * shape.block_size
 
     query_position = jnp.arange(length)[:, None]  # (T, 1); the past has negative positions
-    key_position = jnp.arange(-past, length)[None, :]  # (1, S)
+    key_position = jnp.arange(length - k.shape[1], length)[None, :]  # (1, S)
     distance = query_position - key_position
     query_block, key_block = query_position // shape.block_size, key_position // shape.block_size
     same_block = query_block == key_block  # (T, S)
@@ -39,9 +35,9 @@ def reference_block_attention(
     token_mask = visible[None] & exists[:, None]  # (B, T, S)
 
     fam_blocks, fam_slots = fam_k.shape[1:3]
-    fam_mask = (jnp.arange(fam_slots) < fam_count[..., None])[:, None]  # (B, 1, N, S')
-    fam_mask = fam_mask & (query_block == jnp.arange(fam_blocks))[None, :, :, None]  # (B, T, N, S')
-    fam_mask = fam_mask.reshape(batch, length, fam_blocks * fam_slots)
+    own_fam = (query_block == jnp.arange(fam_blocks))[None, :, :, None]
+    fam_mask = own_fam & (jnp.arange(fam_slots) < fam_count[..., None])[:, None]  # (B, T, N, S')
+    fam_mask = fam_mask.reshape(batch, length, -1)
 
     def scores(keys: jax.Array) -> jax.Array:
         grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)

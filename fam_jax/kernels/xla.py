@@ -4,15 +4,11 @@ Each block of queries is folded into the batch beside the m + 1 blocks of keys t
 blocks together would be large, groups of blocks are taken one after the other and recomputed in the backward pass.
 """
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
 from fam_jax.kernels.joint import accumulation_dtype
-
-if TYPE_CHECKING:
-    from fam_jax.kernels.block_attention import BlockShape
+from fam_jax.kernels.shapes import BlockShape, fill_in
 
 # Bytes of scores that may exist at one time, per call.
 SCORE_BYTES = 256 * 2**20
@@ -24,11 +20,12 @@ def xla_block_attention(
     v: jax.Array,
     fam_k: jax.Array,
     fam_v: jax.Array,
-    past_length: jax.Array,
-    fam_count: jax.Array,
-    shape: "BlockShape",
+    past_length: jax.Array | None,
+    fam_count: jax.Array | None,
+    shape: BlockShape,
 ) -> jax.Array:
     """See :func:`fam_jax.kernels.block_attention`; arguments as there."""
+    k, v, past_length, fam_count = fill_in(q, k, v, fam_k, past_length, fam_count, shape)
     batch, length, heads, head_dim = q.shape
     size, segments, kv_heads = shape.block_size, shape.memory_segments, k.shape[2]
     blocks = fam_k.shape[1]
@@ -74,7 +71,7 @@ def _attend(
     fam_count: jax.Array,  # (B, N)
     past_length: jax.Array,  # (B,)
     start: jax.Array | int,  # index of the first of the N blocks
-    shape: "BlockShape",
+    shape: BlockShape,
 ) -> jax.Array:
     size, segments, blocks = shape.block_size, shape.memory_segments, q.shape[1]
     dtype = accumulation_dtype(q.dtype)

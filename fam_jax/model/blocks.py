@@ -22,12 +22,14 @@ class ChunkFrames(NamedTuple):
     """
 
     tokens: Rotation  # (B or 1, T, 1, hd/2)
-    past: Rotation  # (B or 1, m, 1, 1, hd/2), from each cached block's own frame
+    past: Rotation  # (B or 1, cached blocks, 1, 1, hd/2), from each cached block's own frame
     fams: Rotation  # (B or 1, R + full blocks, 1, 1, hd/2), from the own frame of F_{-R} .. F_last
     own_tokens: Rotation  # (C, 1, hd/2), in the block's own frame
     own_fam: Rotation  # (M, 1, hd/2), in the own frame of a FAM
-    past_length: jax.Array  # (B,) existing tokens of the memory segment
-    fam_count: jax.Array  # (B, N) existing feedback keys
+    past_length: (
+        jax.Array | None
+    )  # (B,) existing tokens of the memory segment; None: there is no room for any
+    fam_count: jax.Array | None  # (B, N) existing feedback keys; None: all of them
     carries_context: jax.Array  # (B,) bool
 
 
@@ -35,7 +37,8 @@ def chunk_frames(
     config: ModelConfig, rope: Rope, memory: Memory, length: int, offset: jax.Array | None
 ) -> ChunkFrames:
     """Frames of a chunk of `length` tokens; `offset` is (B,) int32, the random position offset, or None."""
-    size, segments, previous = config.block_size, config.memory_segments, config.fam_previous_blocks
+    size, previous = config.block_size, config.fam_previous_blocks
+    cached = memory.layers.keys.shape[2]
     full, blocks = length // size, -(-length // size)
     shift = jnp.zeros(1, jnp.int32) if offset is None else offset
     fam_blocks = np.arange(-(previous - 1), full + 1)  # the block that follows each FAM
@@ -48,12 +51,12 @@ def chunk_frames(
     existing = jnp.minimum(memory.blocks[:, None] + np.arange(1, blocks + 1), previous)
     return ChunkFrames(
         tokens=rope.at(shift[:, None] + np.arange(length)),
-        past=rope.at(shift[:, None] + size * np.arange(-segments, 0))[:, :, None],
+        past=rope.at(shift[:, None] + size * np.arange(-cached, 0))[:, :, None],
         fams=fams,
         own_tokens=rope.static(np.arange(size)),
         own_fam=local_rotation(config, rope),
-        past_length=jnp.minimum(memory.blocks, segments) * size,
-        fam_count=existing * config.fam_length,
+        past_length=jnp.minimum(memory.blocks, cached) * size if cached else None,
+        fam_count=existing * config.fam_length if previous > 1 else None,
         carries_context=memory.carries_context,
     )
 
@@ -79,13 +82,13 @@ def read_blocks(
     Returns:
       (B, T, D) activations for the next layer, and the layer's memory after the chunk.
     """
-    batch, size, segments = x.shape[0], config.block_size, config.memory_segments
+    batch, size = x.shape[0], config.block_size
     q, k, v = layer.project(x)
     rotated = rotate(k, frames.tokens)
 
     fam, fam_k, fam_v, memory = _read_fam(layer, config, rotated, v, memory, start_fam, frames)
 
-    past_k = rotate(memory.keys, frames.past).reshape(batch, segments * size, *k.shape[2:])
+    past_k = rotate(memory.keys, frames.past).reshape(batch, -1, *k.shape[2:])
     past_v = memory.values.reshape(past_k.shape)
     attended = block_attention(
         rotate(q, frames.tokens),
@@ -96,7 +99,7 @@ def read_blocks(
         frames.past_length,
         frames.fam_count,
         block_size=size,
-        memory_segments=segments,
+        memory_segments=config.memory_segments,
         window=config.window,
         stop_gradient=config.stop_gradient,
         implementation=config.attention,
@@ -171,7 +174,10 @@ def _remember(
     recent, rest = slice((full - kept) * size, full * size), slice(full * size, length)
 
     def complete(cached: jax.Array, fresh: jax.Array) -> jax.Array:
-        return jnp.concatenate([cached[:, kept:], fresh], axis=1)
+        every = jnp.concatenate([cached, fresh], axis=1)
+        missing = max(segments - every.shape[1], 0)  # where the memory had no room for a past
+        every = jnp.pad(every, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
+        return every[:, every.shape[1] - segments :]
 
     def unfinished(fresh: jax.Array) -> jax.Array:
         return jnp.pad(fresh, ((0, 0), (0, size - fresh.shape[1]), (0, 0), (0, 0)))

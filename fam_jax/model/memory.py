@@ -40,15 +40,16 @@ class Memory:
     filled: jax.Array  # (B,) int32: tokens in the unfinished block, below C
 
 
-def empty_memory(config: ModelConfig, batch_size: int) -> Memory:
+def empty_memory(config: ModelConfig, batch_size: int, *, past_slots: bool = True) -> Memory:
     """A memory of streams that have read nothing, with zeros in place of the initial FAM.
 
     Enough for an aligned call, which forms the initial FAM itself (and so gives it gradients); otherwise use
-    `Transformer.init_memory`.
+    `Transformer.init_memory`. Without `past_slots` there is not even room for cached blocks, and that call knows when
+    it is compiled that there are none: the way to train.
     """
     layers, batch, dtype = config.num_layers, batch_size, config.dtype
     heads = (config.num_kv_heads, config.head_dim)
-    segments, size = config.memory_segments, config.block_size
+    segments, size = config.memory_segments if past_slots else 0, config.block_size
     length, previous = config.fam_length, config.fam_previous_blocks
 
     def zeros(*shape: int) -> jax.Array:

@@ -16,8 +16,12 @@ from fam_jax.model.memory import LayerMemory, Memory, empty_memory
 from fam_jax.model.pieces import close_blocks, extend_memory, piece_frames, read_piece
 from fam_jax.model.rope import Rope, Rotation, rotate
 
+# The kernels' results are kept beside those of the products: a kernel is no dot, and would run twice.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("block_attention"),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -42,7 +42,7 @@ def make_train_step(
         params: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array
     ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, from_dict(abstract, params))
-        memory = empty_memory(config.model, batch["inputs"].shape[0])
+        memory = empty_memory(config.model, batch["inputs"].shape[0], past_slots=False)
         if train.random_state_passing:
             memory = with_fam(memory, state.saved_fam, draws.from_saved)
         hidden, memory = model.hidden(batch["inputs"], memory, aligned=True, position_offset=draws.offset)

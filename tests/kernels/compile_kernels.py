@@ -1,0 +1,78 @@
+"""Run by test_tpu_compiler: compiles attention and its gradients for a TPU that is not there; prints the kernels."""
+
+import json
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fam_jax.kernels import block_attention
+
+# (B, H, K, hd, C, N, m, S, P / C, dtype); P = 0 are the resident kernels where they fit, else the streamed ones.
+SHAPES = {
+    "training": (1, 2, 2, 128, 256, 4, 2, 16, 0, jnp.bfloat16),
+    "training, multi-query": (1, 2, 1, 128, 256, 4, 2, 16, 0, jnp.bfloat16),
+    "training, 64 wide heads, float32": (1, 2, 1, 64, 128, 4, 1, 8, 0, jnp.float32),
+    "training, no feedback": (1, 2, 2, 256, 128, 2, 1, 0, 0, jnp.bfloat16),
+    "prefill": (2, 2, 1, 128, 256, 2, 2, 64, 2, jnp.bfloat16),
+    "prefill, 64 wide heads, float32": (1, 2, 2, 64, 128, 2, 1, 8, 1, jnp.float32),
+    "prefill, long memory": (1, 2, 1, 128, 1024, 1, 12, 256, 12, jnp.bfloat16),
+    "paper": (1, 2, 2, 128, 1024, 8, 3, 64, 0, jnp.bfloat16),
+    "paper, prefill": (1, 2, 2, 128, 1024, 2, 3, 64, 3, jnp.bfloat16),
+}
+
+
+def compile_shape(topology: str, name: str, **options: Any) -> set[str]:
+    """Names of the Pallas kernels in the executable."""
+    batch, heads, kv_heads, head_dim, size, blocks, segments, fam, past, dtype = SHAPES[name]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices[:1]), ("x",))
+
+    def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    tokens, keys = blocks * size, (past + blocks) * size
+    inputs = (
+        array(batch, tokens, heads, head_dim),
+        *[array(batch, keys, kv_heads, head_dim)] * 2,
+        *[array(batch, blocks, fam, kv_heads, head_dim)] * 2,
+    )
+    counts = (array(batch, dtype=jnp.int32), array(batch, blocks, dtype=jnp.int32)) if past else (None, None)
+
+    def attention_and_gradients(inputs: Any, counts: Any, cotangent: jax.Array) -> Any:
+        def attend(*inputs: jax.Array) -> jax.Array:
+            return block_attention(
+                *inputs,
+                *counts,
+                block_size=size,
+                memory_segments=segments,
+                implementation="pallas",
+                **options,
+            )
+
+        out, pull = jax.vjp(attend, *inputs)
+        return out, pull(cotangent)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(attention_and_gradients).trace(inputs, counts, inputs[0])
+        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    return set(re.findall(r"fam_attention_[a-z_]*[a-z]", text))
+
+
+def main(topology: str, *names: str) -> None:
+    """Compiles the named shapes, once plain and once with window and stop-gradient."""
+    for name in names:
+        window = SHAPES[name][6] * SHAPES[name][4]
+        for options in (
+            ({}, {"window": window, "stop_gradient": True}) if name in ("training", "prefill") else ({},)
+        ):
+            print(json.dumps([name, sorted(compile_shape(topology, name, **options))]), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

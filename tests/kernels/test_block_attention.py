@@ -1,0 +1,254 @@
+"""Every implementation of block attention: forward and all gradients against a dense softmax in float64.
+
+Tolerances follow from the dtype: an attention output is an average of values, so its error is a few roundings
+of the largest value, and a gradient's error a few roundings of the largest entry of that gradient.
+"""
+
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fam_jax.kernels import IMPLEMENTATIONS, Part, joint_attention, xla
+from tests.kernels.cases import Case, attend, check, draw
+from tests.model.tiny import quick_jit
+
+CASES = {
+    "plain": Case(),
+    "multi-head": Case(kv_heads=4),
+    "multi-query": Case(kv_heads=1),
+    "grouped queries": Case(heads=8, kv_heads=4),
+    "odd length": Case(length=10),
+    "shorter than a block": Case(length=3),
+    "one token": Case(length=1),
+    "no memory": Case(memory_segments=0, past_blocks=(0, 0)),
+    "no feedback": Case(fam_slots=0),
+    "neither": Case(memory_segments=0, fam_slots=0, past_blocks=(0, 0)),
+    "memory longer than the tokens": Case(memory_segments=4, length=6, past_blocks=(4, 2, 0)),
+    "window within the block": Case(window=3),
+    "window across blocks": Case(window=6, length=11),
+    "Transformer-XL": Case(window=9),
+    "stop-gradient": Case(stop_gradient=True, length=11),
+    "stop-gradient in a window": Case(stop_gradient=True, window=6),
+    "room for part of the past": Case(slots=1, past_blocks=(1, 0)),
+}
+# As in training: nothing was read before, all feedback keys exist.
+TRAINING = Case(slots=0, counted=False, past_blocks=(0, 0), length=16)
+TRAINING_CASES = {
+    "training": TRAINING,
+    "training, multi-query": dataclasses.replace(TRAINING, kv_heads=1),
+    "training, odd length": dataclasses.replace(TRAINING, length=14),
+    "training, memory longer than the tokens": dataclasses.replace(TRAINING, memory_segments=4, length=8),
+    "training, no memory": dataclasses.replace(TRAINING, memory_segments=0),
+    "training, no feedback": dataclasses.replace(TRAINING, fam_slots=0, kv_heads=4),
+    "training, window within the block": dataclasses.replace(TRAINING, window=3),
+    "training, window across blocks": dataclasses.replace(TRAINING, window=6),
+    "training, stop-gradient": dataclasses.replace(TRAINING, stop_gradient=True),
+}
+ALL_CASES = CASES | TRAINING_CASES
+# Those that are made for the machine that the tests run on, in float64; and the kernels, in their interpreter.
+PORTABLE = ("reference", "xla")
+RUNNABLE = (*PORTABLE, "pallas_interpret")
+
+
+def of_size(case: Case, implementation: str) -> Case:
+    return case if implementation in PORTABLE else case.wider()
+
+
+def test_every_implementation_is_tested() -> None:
+    assert set(IMPLEMENTATIONS) == {*RUNNABLE, "pallas"}  # "pallas" is "pallas_interpret" on a TPU
+
+
+@pytest.mark.parametrize("implementation", PORTABLE)
+@pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
+def test_is_dense_attention_under_its_mask(case: Case, implementation: str) -> None:
+    check(case, implementation, "float64", roundings=64)
+
+
+@pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
+def test_the_kernels_are_dense_attention_under_its_mask(case: Case) -> None:
+    check(case.wider(), "pallas_interpret", "float32", roundings=16)
+
+
+@pytest.mark.parametrize("implementation", RUNNABLE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["plain", "stop-gradient in a window", "training"])
+def test_narrow_dtypes(case: str, dtype: str, implementation: str) -> None:
+    """bfloat16: probabilities, outputs and the products of the backward pass are rounded once each."""
+    roundings = {"float32": 16, "bfloat16": 4}[dtype]
+    check(of_size(ALL_CASES[case], implementation), implementation, dtype, roundings)
+
+
+@pytest.mark.parametrize("case", ["plain", "odd length", "stop-gradient", "window across blocks"])
+def test_xla_in_groups_of_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path for scores that are too large to exist at once."""
+    one_block = 4 * 3 * 4 * 4 * (3 * 4 + 3)  # bytes: 4 B H C ((m + 1) C + S)
+    monkeypatch.setattr(xla, "SCORE_BYTES", one_block)
+    call = draw(CASES[case])
+    assert "scan" in str(jax.make_jaxpr(lambda x: attend(CASES[case], call, x, "xla"))(call.inputs))
+    check(CASES[case], "xla", "float64", roundings=64)
+
+
+@st.composite
+def any_case(draw_from: st.DrawFn) -> Case:
+    """Shapes and options that nobody thought of."""
+    size, segments = draw_from(st.integers(1, 5)), draw_from(st.integers(0, 4))
+    kv_heads = draw_from(st.sampled_from([1, 2]))
+    training = draw_from(st.booleans())
+    past = [0] if training else draw_from(st.lists(st.integers(0, segments), min_size=1, max_size=3))
+    return Case(
+        length=draw_from(st.integers(1, 4 * size)),
+        block_size=size,
+        memory_segments=segments,
+        heads=kv_heads * draw_from(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        fam_slots=draw_from(st.integers(0, 5)),
+        window=draw_from(st.integers(0, segments * size + 1)),
+        stop_gradient=draw_from(st.booleans()),
+        past_blocks=tuple(past),
+        slots=0 if training else -1,
+        counted=not training,
+    )
+
+
+@pytest.mark.slow
+@hypothesis.given(case=any_case(), seed=st.integers(0, 2**16), implementation=st.sampled_from(PORTABLE))
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_any_shape(case: Case, seed: int, implementation: str) -> None:
+    check(case, implementation, "float64", roundings=64, seed=seed)
+
+
+@pytest.mark.slow
+@hypothesis.given(case=any_case(), seed=st.integers(0, 2**16))
+@hypothesis.settings(max_examples=15, deadline=None)
+def test_any_shape_in_the_kernels(case: Case, seed: int) -> None:
+    wide = dataclasses.replace(case, block_size=4, length=-(-case.length * 4 // case.block_size)).wider()
+    window = min(wide.window, wide.memory_segments * wide.block_size + 1)
+    check(dataclasses.replace(wide, window=window), "pallas_interpret", "float32", roundings=16, seed=seed)
+
+
+@pytest.mark.parametrize("implementation", RUNNABLE)
+def test_what_is_hidden_has_no_influence(implementation: str) -> None:
+    """Slots of a past that does not exist, and of feedback keys that do not, may hold anything finite."""
+    case = of_size(Case(), implementation)
+    call = draw(case)
+    spoilt = {name: x.copy() for name, x in call.inputs.items()}
+    for b, length in enumerate(call.past_length):
+        for name in ("k", "v"):
+            spoilt[name][b, : case.past_slots - length] = 1e6
+        for n, count in enumerate(call.fam_count[b]):
+            for name in ("fam_k", "fam_v"):
+                spoilt[name][b, n, count:] = 1e6
+    assert all((spoilt[name] != call.inputs[name]).any() for name in spoilt if name != "q")
+    attention = quick_jit(lambda x: attend(case, call, x, implementation))
+    np.testing.assert_array_equal(attention(single(spoilt)), attention(single(call.inputs)))
+
+
+@pytest.mark.parametrize("implementation", RUNNABLE)
+@pytest.mark.parametrize("case", ["plain", "training"])
+def test_the_future_has_no_influence(case: str, implementation: str) -> None:
+    """A change of one token's key and value reaches that token and later ones, and none beyond its window."""
+    case = of_size(ALL_CASES[case], implementation)
+    call = draw(case)
+    attention = quick_jit(lambda x: attend(case, call, x, implementation))
+    plain = np.asarray(attention(single(call.inputs)))
+    size = case.block_size
+    for token in (0, size - 1, size, size + size // 2):
+        changed = {name: x.copy() for name, x in call.inputs.items()}
+        for name in ("k", "v"):
+            changed[name][:, case.past_slots + token] += 1
+        differs = (np.asarray(attention(single(changed))) != plain).any(axis=(0, 2, 3))
+        last = (token // size + case.memory_segments + 1) * size  # the first block that no longer sees it
+        reached = np.arange(case.length)
+        np.testing.assert_array_equal(differs, (reached >= token) & (reached < last))
+
+
+@pytest.mark.parametrize("implementation", RUNNABLE)
+def test_large_scores_do_not_overflow(implementation: str) -> None:
+    case = of_size(Case(), implementation)
+    call = draw(case)
+    call.inputs["q"] *= 1e4
+    attention = quick_jit(lambda x: attend(case, call, x, implementation))
+    assert np.isfinite(attention(single(call.inputs))).all()
+
+
+def single(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: x.astype(np.float32) for name, x in inputs.items()}
+
+
+def test_auto_is_xla_where_there_is_no_tpu() -> None:
+    call = draw(Case())
+
+    def result(name: str) -> np.ndarray:
+        return np.asarray(quick_jit(lambda x: attend(Case(), call, x, name))(single(call.inputs)))
+
+    np.testing.assert_array_equal(result("auto"), result("xla"))
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation", "message"),
+    [
+        (Case(), "splash", "unknown attention implementation"),
+        (Case(memory_segments=1), "auto", "past slots"),
+        (Case(block_size=3), "auto", "past slots"),
+        (Case(block_size=8), "auto", "feedback keys"),
+        (Case(), "pallas", "multiple of 128, and it is 4"),
+        (Case(), "pallas_interpret", "multiple of 128, and it is 4"),
+    ],
+)
+def test_contradictions_are_refused(case: Case, implementation: str, message: str) -> None:
+    call = draw(Case())
+    with pytest.raises(ValueError, match=message):
+        attend(case, call, single(call.inputs), implementation)
+
+
+def test_wrong_feedback_keys_are_refused() -> None:
+    call = draw(Case(length=8))
+    inputs = single(call.inputs)
+    inputs["fam_k"] = inputs["fam_k"][:, :1]
+    with pytest.raises(ValueError, match="feedback keys"):
+        attend(Case(length=8), call, inputs, "auto")
+
+
+def test_the_kernels_say_that_there_is_no_tpu() -> None:
+    case = Case().wider()
+    call = draw(case)
+    with pytest.raises(ValueError, match="run on TPUs, and there is none"):
+        attend(case, call, single(call.inputs), "pallas")
+
+
+def test_the_kernels_refuse_float64() -> None:
+    case = Case().wider()
+    call = draw(case)
+    with jax.enable_x64(True), pytest.raises(ValueError, match="bfloat16 and float32"):
+        attend(case, call, {name: jnp.asarray(x) for name, x in call.inputs.items()}, "pallas_interpret")
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    call = draw(Case(heads=3))
+    with pytest.raises(ValueError, match="do not divide"):
+        attend(Case(), call, single(call.inputs), "auto")
+
+
+def test_joint_attention_is_one_softmax_over_all_parts() -> None:
+    """Parts with a query each are the same as one part, where the queries are the same."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(rng.normal(size=(2, n, h, 4))) for n, h in ((3, 4), (7, 2), (7, 2)))
+        mask = rng.random((2, 3, 7)) < 0.6
+        mask[..., 0] = True
+        spans = ((0, 2), (2, 6), (6, 7))
+        split = [Part(q, k[:, a:b], v[:, a:b], jnp.asarray(mask[..., a:b])) for a, b in spans]
+        whole, split = (
+            quick_jit(joint_attention)(parts) for parts in ([Part(q, k, v, jnp.asarray(mask))], split)
+        )
+        scores = np.einsum("bthd,bshd->bths", q, np.repeat(k, 2, 2)) / 2
+        p = np.where(mask[:, :, None], np.exp(scores), 0)
+        p /= p.sum(-1, keepdims=True)
+        dense = np.einsum("bths,bshd->bthd", p, np.repeat(v, 2, 2))
+        np.testing.assert_allclose(whole, dense, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(split, dense, rtol=1e-12, atol=1e-12)

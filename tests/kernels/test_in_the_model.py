@@ -1,0 +1,48 @@
+"""The whole model by the kernels and by XLA: the same logits, memory and gradients, however it is called."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fam_jax.model import empty_memory
+from tests.model.tiny import build, params_of, quick_jit, some_tokens, variant
+
+SHAPE = {"block_size": 128, "head_dim": 8, "num_heads": 2, "num_kv_heads": 1, "memory_segments": 1}
+
+
+@pytest.mark.parametrize("past_slots", [False, True], ids=["training", "prefill"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"fam_length": 3}, {"fam_previous_blocks": 2, "stop_gradient": True}],
+    ids=["padded FAM", "two FAMs, stop-gradient"],
+)
+def test_kernels_and_xla_agree(changes: dict[str, Any], past_slots: bool) -> None:
+    tokens = jnp.asarray(some_tokens(1, 300))
+    params = params_of(variant(**SHAPE, **changes))
+    weights = np.random.default_rng(1).normal(size=(1, 300, 11)).astype(np.float32)
+
+    def result(attention: str) -> Any:
+        config = variant(**SHAPE, **changes, attention=attention)
+
+        @quick_jit
+        def call(params: Any) -> Any:
+            def loss(params: Any) -> Any:
+                model = build(config, params)
+                logits, memory = model(tokens, empty_memory(config, 1, past_slots=past_slots), aligned=True)
+                return (weights * logits).sum(), (logits, memory)
+
+            return jax.value_and_grad(loss, has_aux=True)(params)
+
+        (_, outputs), gradients = call(params)
+        return outputs, gradients
+
+    got, want = result("pallas_interpret"), result("xla")
+
+    def close(path: Any, a: jax.Array, b: jax.Array) -> None:
+        scale = max(float(np.abs(b).max(initial=0)), 1e-3)
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(close, got, want)

@@ -1,0 +1,71 @@
+"""The kernels go through the real TPU compiler, which needs no TPU, for every generation that is supported."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.kernels import compile_kernels
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+RESIDENT = {"fam_attention_forward", "fam_attention_backward"}
+STREAMED = {f"fam_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dfam")}
+# The compiler finds no chip and must not look for one, nor lock the library against a second process.
+ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+# `make test` installs the library beside the environment's packages, where JAX does not look: with it JAX would search
+# for chips, and complain that there are none, whenever it starts.
+LIBTPU = pathlib.Path(sys.prefix) / "libtpu"
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None and not LIBTPU.is_dir(), reason="libtpu is not installed"
+)
+
+
+def compiled(topology: str, *names: str) -> dict[str, set[str]]:
+    """The kernels in the executables of the named shapes."""
+    path = pathlib.Path(compile_kernels.__file__).relative_to(ROOT).with_suffix("")
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(LIBTPU)}
+    result = subprocess.run(
+        [sys.executable, "-m", ".".join(path.parts), topology, *names],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    kernels: dict[str, set[str]] = {}
+    for line in result.stdout.splitlines():
+        name, found = json.loads(line)
+        kernels.setdefault(name, set()).update(found)
+    return kernels
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_training_kernels_compile(topology: str) -> None:
+    names = [name for name in compile_kernels.SHAPES if name.startswith("training")]
+    kernels = compiled(topology, *names)
+    assert kernels.keys() == set(names)
+    for name in names:
+        assert kernels[name] == RESIDENT, name
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_general_kernels_compile(topology: str) -> None:
+    names = [name for name in compile_kernels.SHAPES if name.startswith("prefill")]
+    kernels = compiled(topology, *names)
+    assert kernels.keys() == set(names)
+    for name in names:
+        assert kernels[name] == STREAMED, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_kernels_of_the_papers_shape_compile(topology: str) -> None:
+    kernels = compiled(topology, "paper", "paper, prefill")
+    assert kernels["paper, prefill"] == STREAMED
+    # The fast memory of v4 is too small for the resident forward kernel.
+    small = {"fam_attention_backward", "fam_attention_streamed_forward"}
+    assert kernels["paper"] == (small if topology == "v4:2x2x1" else RESIDENT)
