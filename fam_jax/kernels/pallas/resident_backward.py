@@ -152,20 +152,16 @@ def _kernel(q: Any, d_out: Any, out: Any, logsum: Any, *refs: Any, geometry: Geo
         products = d_out[...].astype(jnp.float32) * out[...].astype(jnp.float32)
         delta[...] = as_row(products.sum(axis=1, keepdims=True))
         if fam_sums:
-            d_k, d_v = _tile(
-                keys.fam[...], values.fam[...], side, _all_queries(geometry, sizes), True, geometry
-            )
-            fam_sums[0][...] += d_k
-            fam_sums[1][...] += d_v
-        for span in tiles(Span(0, size), sizes.back_keys):
-            read(span)
+            readers = _all_queries(geometry, sizes)
+            gradients = _tile(keys.fam[...], values.fam[...], side, readers, True, geometry)
+            _accumulate(fam_sums, ..., gradients)
 
-    def read_past(back: int) -> None:
+    def read_block(back: int) -> None:
         for span in tiles(Span(-back * size, size), sizes.back_keys):
             read(span)
 
-    for back in range(1, geometry.segments + 1):
-        pl.when((n >= back) & (n < blocks))(functools.partial(read_past, back))
+    for back in range(geometry.segments + 1):
+        pl.when((n >= back) & (n < blocks))(functools.partial(read_block, back))
 
     @pl.when(n < blocks)
     def _() -> None:
