@@ -7,7 +7,7 @@ SHELL := /bin/bash
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
-LIBTPU := $(VENV)/libtpu/.installed
+LIBTPU := $(VENV)/tpu-compiler/.installed
 WORKERS ?= 2
 
 demo: $(STAMP)

@@ -20,7 +20,7 @@ ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPL
 
 # `make test` installs the library beside the environment's packages, where JAX does not look: with it JAX would search
 # for chips, and complain that there are none, whenever it starts.
-LIBTPU = pathlib.Path(sys.prefix) / "libtpu"
+LIBTPU = pathlib.Path(sys.prefix) / "tpu-compiler"
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None and not LIBTPU.is_dir(), reason="libtpu is not installed"
