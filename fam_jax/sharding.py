@@ -6,8 +6,9 @@ Batches are spread over data and fsdp; parameters and optimizer state over fsdp 
 """
 
 import fnmatch
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -86,6 +87,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays whose first axis is the batch."""
     return NamedSharding(mesh, P(AXES["batch"][0]))
+
+
+def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which finds `mesh` in use while it is traced: the attention kernels divide their work by it."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def check_batch(mesh: Mesh, size: int, field: str) -> None:

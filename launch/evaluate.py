@@ -40,7 +40,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """
     parser = ArgumentParser(prog="python -m launch.evaluate", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="workdir of a training run")
-    parser.add_argument("--step", "--restore_step", type=int, help="saved step to evaluate; default: the latest")
+    parser.add_argument(
+        "--step", "--restore_step", type=int, help="saved step to evaluate; default: the latest"
+    )
     parser.add_argument("--lengths", type=integers, metavar="N,N,...", help="fillers to evaluate, in blocks")
     parser.add_argument("--keys", type=int, help="examples per length")
     parser.add_argument("--batch_size", type=int, help="examples at a time")

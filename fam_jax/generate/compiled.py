@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from fam_jax.config import ModelConfig
 from fam_jax.generate.sampling import Sampling, sample
 from fam_jax.model import Memory, Transformer, from_dict
-from fam_jax.sharding import AXES, batch_sharding, replicated
+from fam_jax.sharding import AXES, batch_sharding, replicated, traced_for
 
 Params = dict[str, Any]
 BATCH_AXES = cast(tuple[str, ...], AXES["batch"][0])
@@ -120,7 +120,7 @@ def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
     consuming = functools.partial(jax.jit, donate_argnames="memory", **placed["both"])
     return Calls(
         start=jax.jit(start, **placed["memory"]),
-        read_blocks=consuming(read_blocks),
+        read_blocks=consuming(read_blocks if mesh is None else traced_for(mesh, read_blocks)),
         read_piece=consuming(read_piece),
         logits=jax.jit(logits, **placed["one"]),
         decode=consuming(decode, static_argnames=("sampling", "width")),

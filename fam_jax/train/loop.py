@@ -61,7 +61,7 @@ def make_trainer(config: Config) -> Trainer:
     shapes = jax.eval_shape(create)
     shardings = sharding.state_shardings(shapes, shapes.params, mesh)
     step = jax.jit(
-        make_train_step(config, optimizer),
+        sharding.traced_for(mesh, make_train_step(config, optimizer)),
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from fam_jax.config import MeshConfig
 from fam_jax.kernels import block_attention
+from fam_jax.sharding import make_mesh, traced_for
 
 # (B, H, K, hd, C, N, m, S, P / C, dtype); P = 0 are the resident kernels where they fit, else the streamed ones.
 SHAPES = {
@@ -27,11 +28,11 @@ SHAPES = {
 }
 
 
-def compile_shape(topology: str, name: str, **options: Any) -> set[str]:
-    """Names of the Pallas kernels in the executable."""
+def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **options: Any) -> set[str]:
+    """Names of the Pallas kernels in the executable, for a mesh of so many chips."""
     batch, heads, kv_heads, head_dim, size, blocks, segments, fam, past, dtype = SHAPES[name]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(devices[:1]), ("x",))
+    mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), devices[: fsdp * tensor])
 
     def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -58,14 +59,13 @@ def compile_shape(topology: str, name: str, **options: Any) -> set[str]:
         out, pull = jax.vjp(attend, *inputs)
         return out, pull(cotangent)
 
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(attention_and_gradients).trace(inputs, counts, inputs[0])
-        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    traced = jax.jit(traced_for(mesh, attention_and_gradients)).trace(inputs, counts, inputs[0])
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     return set(re.findall(r"fam_attention_[a-z_]*[a-z]", text))
 
 
 def main(topology: str, *names: str) -> None:
-    """Compiles the named shapes, once plain and once with window and stop-gradient."""
+    """Compiles the named shapes; some a second time, with window and stop-gradient and over four chips."""
     for name in names:
         window = SHAPES[name][6] * SHAPES[name][4]
         for options in (

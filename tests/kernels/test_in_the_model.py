@@ -1,5 +1,6 @@
 """The whole model by the kernels and by XLA: the same logits, memory and gradients, however it is called."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fam_jax.config import MeshConfig
 from fam_jax.model import empty_memory
+from fam_jax.sharding import make_mesh, replicated, traced_for
+from tests.kernels.cases import attend, draw
+from tests.kernels.test_block_attention import TRAINING, single
 from tests.model.tiny import build, params_of, quick_jit, some_tokens, variant
 
 SHAPE = {"block_size": 128, "head_dim": 8, "num_heads": 2, "num_kv_heads": 1, "memory_segments": 1}
@@ -46,3 +51,22 @@ def test_kernels_and_xla_agree(changes: dict[str, Any], past_slots: bool) -> Non
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(close, got, want)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_devices_share_rows_and_heads(kv_heads: int) -> None:
+    """Over a mesh (fsdp 2, tensor 2) each device computes its part, and gradients of what they share are summed."""
+    case = dataclasses.replace(TRAINING, heads=4, kv_heads=kv_heads, length=8).wider()
+    case = dataclasses.replace(case, heads=4, kv_heads=kv_heads)
+    call = draw(case)
+    inputs = single(call.inputs)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+
+    def gradients(inputs: Any) -> Any:
+        out, pull = jax.vjp(lambda x: attend(case, call, x, "pallas_interpret"), inputs)
+        return out, pull(call.cotangent.astype(np.float32))
+
+    got = jax.jit(traced_for(mesh, gradients), in_shardings=replicated(mesh))(inputs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), got, jax.jit(gradients)(inputs)
+    )

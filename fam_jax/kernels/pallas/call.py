@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fam_jax.config import UserError
 from fam_jax.kernels.pallas import resident, resident_backward, streamed, streamed_backward
+from fam_jax.kernels.pallas.partition import over_mesh
 from fam_jax.kernels.pallas.parts import Geometry, Layout
 from fam_jax.kernels.pallas.tiles import LANES, Tiles, choose_tiles
 from fam_jax.kernels.platform import target_chip
@@ -72,6 +73,25 @@ def pallas_block_attention(
     if reason:
         raise AttentionError(f"attention implementation pallas: {reason}")
 
+    attend = functools.partial(_attend_here, shape=shape, chip=chip, interpret=interpret, sizes=sizes)
+    return over_mesh(attend, q, k, v, fam_k, fam_v, past_length, fam_count)
+
+
+def _attend_here(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    fam_k: jax.Array,
+    fam_v: jax.Array,
+    past_length: jax.Array | None,
+    fam_count: jax.Array | None,
+    *,
+    shape: BlockShape,
+    chip: str,
+    interpret: bool | pltpu.InterpretParams,
+    sizes: Tiles | None,
+) -> jax.Array:
+    """The rows and heads of one device."""
     length, slots, size = q.shape[1], k.shape[1] - q.shape[1], shape.block_size
     blocks, fam_keys = fam_k.shape[1], fam_k.shape[2]
     static = slots == 0 and fam_count is None
