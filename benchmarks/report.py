@@ -1,6 +1,6 @@
 """Tables of results for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -63,6 +63,14 @@ def print_decoding(results: Mapping[str, Any]) -> None:
         ratio = str(found["ratio"]) if name == "far" else ""
         decode.add_row(f"{found['positions'][name]:,}", _milli(found["seconds_per_token"][name]), ratio)
     _print(stream, decode)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints a table of values as they are."""
+    table = _table(title, *columns)
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
+    Console().print(table)
 
 
 def _table(title: str, *columns: str) -> Table:

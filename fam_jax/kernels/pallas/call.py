@@ -108,6 +108,7 @@ def _attend_here(
         stop_gradient=shape.stop_gradient,
     )
     sizes = sizes or choose_tiles(chip, geometry, q.dtype, static)
+    sizes.check(size)
     call = _Call(geometry, sizes, pltpu.InterpretParams() if interpret is True else interpret)
 
     tail = ((0, 0), (0, blocks * size - length), (0, 0), (0, 0))  # the last block may not be full

@@ -1,7 +1,14 @@
-"""Sizes of the kernels' tiles: checked, chosen by chip and shape, and recorded where a search found better ones."""
+"""Sizes of the kernels' tiles: checked, chosen by chip and shape, and recorded where a search found better ones.
+
+The search is `python -m benchmarks.tune_attention`; its choices are in `tiles.json` beside this file.
+"""
 
 import dataclasses
+import functools
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -90,7 +97,33 @@ def choose_tiles(chip: str, geometry: Geometry, dtype: jnp.dtype, static: bool) 
         tiles = dataclasses.replace(
             tiles, resident_backward=True, back_rows=backward[0], back_keys=backward[1]
         )
-    return tiles
+    found: dict[str, Any] = dict(_recorded().get(_key(chip, geometry, dtype), {}))
+    return dataclasses.replace(tiles, **found)
+
+
+RECORD = Path(__file__).with_name("tiles.json")
+
+
+def record(chip: str, geometry: Geometry, dtype: Any, choice: dict[str, int]) -> None:
+    """Adds the best fields of :class:`Tiles` for a call to `RECORD`."""
+    recorded = dict(_recorded())
+    recorded[_key(chip, geometry, dtype)] = dict(sorted(choice.items()))
+    RECORD.write_text(json.dumps(dict(sorted(recorded.items())), indent=1) + "\n")
+    _recorded.cache_clear()
+
+
+@functools.cache
+def _recorded() -> dict[str, dict[str, int]]:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def _key(chip: str, geometry: Geometry, dtype: Any) -> str:
+    """What a choice depends on; the number of heads is not among it."""
+    generation = {"TPU v5e": "TPU v5 lite", "TPU v5": "TPU v5p", "TPU v6e": "TPU v6 lite"}.get(chip, chip)
+    return (
+        f"{generation}, {jnp.dtype(dtype).name}, C {geometry.block_size}, m {geometry.segments}, "
+        f"FAM {geometry.fam_slots > 0}, hd {geometry.head_dim}"
+    )
 
 
 def _short(geometry: Geometry) -> bool:

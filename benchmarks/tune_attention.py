@@ -1,0 +1,100 @@
+"""Searches the tiles of the attention kernels by simulated cycles.
+
+    python -m benchmarks.tune_attention --topology v5p:2x2x1 --record
+
+Every candidate is compiled by the TPU compiler, which needs no TPU, and its static profile is read. With `--record` the
+best go to `fam_jax/kernels/pallas/tiles.json`, from where the kernels take them.
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from benchmarks.profile_attention import Problem, cycles, device_kind
+from benchmarks.report import print_table
+from fam_jax.kernels.pallas import tiles
+from launch.errors import ArgumentParser, user_errors
+
+SIDES = (128, 256, 512, 1024)
+
+
+def forward_candidates(problem: Problem) -> Iterator[tiles.Tiles]:
+    """Tiles of the resident forward kernel."""
+    for rows, keys in itertools.product(SIDES[:3], SIDES[1:]):
+        if problem.block_size % rows == 0 and keys <= problem.block_size:
+            yield dataclasses.replace(problem.tiles(), rows=rows, keys=keys)
+
+
+def backward_candidates(problem: Problem) -> Iterator[tiles.Tiles]:
+    """Tiles of the resident backward kernel."""
+    for rows, keys in itertools.product(SIDES[1:], SIDES[1:3]):
+        if problem.block_size % keys == 0 and rows <= problem.block_size:
+            yield dataclasses.replace(problem.tiles(), back_rows=rows, back_keys=keys)
+
+
+def search(problem: Problem) -> dict[str, list[dict[str, Any]]]:
+    """Every candidate of either pass with its cycles per head and core; null where the compiler refuses it."""
+    found: dict[str, list[dict[str, Any]]] = {"forward": [], "backward": []}
+    plan = [("forward", candidate) for candidate in forward_candidates(problem)]
+    plan += [("backward", candidate) for candidate in backward_candidates(problem)]
+    for number, (which, candidate) in enumerate(plan, 1):
+        fields = ("rows", "keys") if which == "forward" else ("back_rows", "back_keys")
+        sizes = {field: getattr(candidate, field) for field in fields}
+        count = cycles(problem, which, candidate)
+        found[which].append({**sizes, "cycles": count})
+        print(f"{number}/{len(plan)}  {which} {sizes}: {count or 'does not compile'}", flush=True)
+    return found
+
+
+def best(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The candidate of fewest cycles."""
+    return min((r for r in results if r["cycles"]), key=lambda r: r["cycles"])
+
+
+@user_errors()
+def main(argv: Sequence[str]) -> None:
+    """Searches, prints a table and, if asked to, records the choice."""
+    parser = ArgumentParser(prog="benchmarks.tune_attention", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--topology", default="v5p:2x2x1", help="named slice of the generation to tune for")
+    parser.add_argument("--block_size", type=int, default=1024, help="C")
+    parser.add_argument("--segments", type=int, default=3, help="m")
+    parser.add_argument("--fam", type=int, default=64, help="M")
+    parser.add_argument("--head_dim", type=int, default=128, help="hd")
+    parser.add_argument("--record", action="store_true", help=f"write the choice to {tiles.RECORD.name}")
+    parser.add_argument("--json", type=Path, help="file to write all candidates to")
+    arguments = parser.parse_args(argv)
+    problem = Problem(
+        topology=arguments.topology,
+        block_size=arguments.block_size,
+        segments=arguments.segments,
+        fam=arguments.fam,
+        head_dim=arguments.head_dim,
+    )
+    found = search(problem)
+    for which, results in found.items():
+        ordered = sorted((r for r in results if r["cycles"]), key=lambda r: r["cycles"])
+        print_table(f"{which}, {problem.topology}", list(ordered[0]), [list(r.values()) for r in ordered])
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(
+            json.dumps({"problem": dataclasses.asdict(problem), **found}, indent=1) + "\n"
+        )
+    if arguments.record:
+        choice = {
+            name: value
+            for results in found.values()
+            for name, value in best(results).items()
+            if name != "cycles"
+        }
+        tiles.record(device_kind(problem.topology), problem.geometry(), jnp.bfloat16, choice)
+        print(f"recorded {choice} in {tiles.RECORD}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
