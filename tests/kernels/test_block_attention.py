@@ -34,6 +34,7 @@ CASES = {
     "Transformer-XL": Case(window=9),
     "stop-gradient": Case(stop_gradient=True, length=11),
     "stop-gradient in a window": Case(stop_gradient=True, window=6),
+    "a block that is no power of two": Case(block_size=12, length=20, memory_segments=1, past_blocks=(1, 0)),
     "room for part of the past": Case(slots=1, past_blocks=(1, 0)),
 }
 # As in training: nothing was read before, all feedback keys exist.
@@ -48,6 +49,7 @@ TRAINING_CASES = {
     "training, window within the block": dataclasses.replace(TRAINING, window=3),
     "training, window across blocks": dataclasses.replace(TRAINING, window=6),
     "training, stop-gradient": dataclasses.replace(TRAINING, stop_gradient=True),
+    "training, a block that is no power of two": dataclasses.replace(TRAINING, block_size=12, length=30),
 }
 ALL_CASES = CASES | TRAINING_CASES
 # Those that are made for the machine that the tests run on, in float64; and the kernels, in their interpreter.
