@@ -142,7 +142,9 @@ def dense_attention(
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     d_p = sums("bthd,bshd->bths", cotangent, v)
-    d_scores = p * (d_p - (p * d_p).sum(-1, keepdims=True)) * scale
+    mean = (p * d_p).sum(-1, keepdims=True)
+    d_scores = p * (d_p - mean) * scale
+    d_scores_size = p * (np.abs(d_p) + np.abs(mean)) * scale
 
     def by_source(name: str, d: np.ndarray) -> Arrays:  # the reverse of all_keys
         d = d.reshape(*d.shape[:2], case.kv_heads, group, case.head_dim).sum(3)
@@ -150,15 +152,20 @@ def dense_attention(
         return {name: d[:, :tokens], "fam_" + name: d[:, tokens:].reshape(inputs["fam_" + name].shape)}
 
     through = gradient[None, :, None]
-    return sums("bths,bshd->bthd", p, v), {
-        "q": sums("bths,bshd->bthd", d_scores, k),
-        **by_source("k", sums("bths,bthd->bshd", d_scores * through, q)),
-        **by_source("v", sums("bths,bthd->bshd", p * through, cotangent)),
-    }
+
+    def gradients(d_scores: np.ndarray, q: np.ndarray, k: np.ndarray, cotangent: np.ndarray) -> Arrays:
+        return {
+            "q": sums("bths,bshd->bthd", d_scores, k),
+            **by_source("k", sums("bths,bthd->bshd", d_scores * through, q)),
+            **by_source("v", sums("bths,bthd->bshd", p * through, cotangent)),
+        }
+
+    exact = gradients(d_scores, q, k, cotangent)
+    return sums("bths,bshd->bthd", p, v), exact, gradients(d_scores_size, *map(np.abs, (q, k, cotangent)))
 
 
 def check(case: Case, implementation: str, dtype: str, roundings: float, seed: int = 0) -> None:
-    """Output and every gradient, to so many roundings of the largest value involved."""
+    """Output and every gradient, to so many roundings of the largest sum of terms."""
     with jax.enable_x64(dtype == "float64"):
         call = draw(case, seed)
         inputs = {name: jnp.asarray(x, dtype) for name, x in call.inputs.items()}
@@ -172,10 +179,10 @@ def check(case: Case, implementation: str, dtype: str, roundings: float, seed: i
         out, gradients = forward_and_gradients(inputs, cotangent)
         assert out.dtype == dtype and all(x.dtype == dtype for x in gradients.values())
         rounded = {name: np.asarray(x, np.float64) for name, x in inputs.items()}
-        want, want_gradients = dense_attention(case, call, rounded, np.asarray(cotangent, np.float64))
+        want, want_gradients, terms = dense_attention(case, call, rounded, np.asarray(cotangent, np.float64))
         close("output", out, want, np.abs(rounded["v"]).max(), dtype, roundings)
         for name, gradient in want_gradients.items():
-            close(name, gradients[name], gradient, np.abs(gradient).max(initial=0), dtype, roundings)
+            close(name, gradients[name], gradient, terms[name].max(initial=0), dtype, roundings)
 
 
 def close(name: str, got: Any, want: np.ndarray, scale: float, dtype: str, roundings: float) -> None:

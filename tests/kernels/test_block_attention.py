@@ -1,7 +1,7 @@
 """Every implementation of block attention: forward and all gradients against a dense softmax in float64.
 
 Tolerances follow from the dtype: an attention output is an average of values, so its error is a few roundings
-of the largest value, and a gradient's error a few roundings of the largest entry of that gradient.
+of the largest value, and a gradient's error a few roundings of the sum of its terms' sizes.
 """
 
 import dataclasses
@@ -68,12 +68,12 @@ def test_every_implementation_is_tested() -> None:
 @pytest.mark.parametrize("implementation", PORTABLE)
 @pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
 def test_is_dense_attention_under_its_mask(case: Case, implementation: str) -> None:
-    check(case, implementation, "float64", roundings=64)
+    check(case, implementation, "float64", roundings=16)
 
 
 @pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
 def test_the_kernels_are_dense_attention_under_its_mask(case: Case) -> None:
-    check(case.wider(), "pallas_interpret", "float32", roundings=16)
+    check(case.wider(), "pallas_interpret", "float32", roundings=8)
 
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
@@ -81,7 +81,7 @@ def test_the_kernels_are_dense_attention_under_its_mask(case: Case) -> None:
 @pytest.mark.parametrize("case", ["plain", "stop-gradient in a window", "training"])
 def test_narrow_dtypes(case: str, dtype: str, implementation: str) -> None:
     """bfloat16: probabilities, outputs and the products of the backward pass are rounded once each."""
-    roundings = {"float32": 16, "bfloat16": 4}[dtype]
+    roundings = {"float32": 8, "bfloat16": 2}[dtype]
     check(of_size(ALL_CASES[case], implementation), implementation, dtype, roundings)
 
 
@@ -92,7 +92,7 @@ def test_xla_in_groups_of_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(xla, "SCORE_BYTES", one_block)
     call = draw(CASES[case])
     assert "scan" in str(jax.make_jaxpr(lambda x: attend(CASES[case], call, x, "xla"))(call.inputs))
-    check(CASES[case], "xla", "float64", roundings=64)
+    check(CASES[case], "xla", "float64", roundings=16)
 
 
 @st.composite
@@ -121,7 +121,7 @@ def any_case(draw_from: st.DrawFn) -> Case:
 @hypothesis.given(case=any_case(), seed=st.integers(0, 2**16), implementation=st.sampled_from(PORTABLE))
 @hypothesis.settings(max_examples=30, deadline=None)
 def test_any_shape(case: Case, seed: int, implementation: str) -> None:
-    check(case, implementation, "float64", roundings=64, seed=seed)
+    check(case, implementation, "float64", roundings=16, seed=seed)
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_any_shape(case: Case, seed: int, implementation: str) -> None:
 def test_any_shape_in_the_kernels(case: Case, seed: int) -> None:
     wide = dataclasses.replace(case, block_size=4, length=-(-case.length * 4 // case.block_size)).wider()
     window = min(wide.window, wide.memory_segments * wide.block_size + 1)
-    check(dataclasses.replace(wide, window=window), "pallas_interpret", "float32", roundings=16, seed=seed)
+    check(dataclasses.replace(wide, window=window), "pallas_interpret", "float32", roundings=8, seed=seed)
 
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
