@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fam_jax.config import ConfigError, MeshConfig
@@ -22,10 +22,11 @@ PyTree = Any
 MeshAxes = str | tuple[str, ...] | None
 
 MESH_AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")  # that the rows of a batch are spread over
 
 # Logical axis -> mesh axes, and the config field that sets its size.
 AXES: dict[str, tuple[MeshAxes, str]] = {
-    "batch": (("data", "fsdp"), "train.batch_size"),
+    "batch": (ROW_AXES, "train.batch_size"),
     "layers": (None, "model.num_layers"),
     "vocab": ("tensor", "model.vocab_size"),
     "width": ("fsdp", "model.model_dim"),
@@ -121,7 +122,7 @@ def param_shardings(shapes: PyTree, mesh: Mesh) -> PyTree:
       ValueError: a parameter is not in `PARAMETERS`.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, P(*_param_spec("/".join(_names(path)), leaf.shape, mesh))),
+        lambda path, leaf: NamedSharding(mesh, P(*parameter_spec("/".join(_names(path)), leaf.shape, mesh))),
         shapes,
     )
 
@@ -143,7 +144,7 @@ def state_shardings(shapes: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
       ConfigError, ValueError: as :func:`param_shardings`.
     """
     known = {
-        _names(path): (leaf.shape, _param_spec("/".join(_names(path)), leaf.shape, mesh))
+        _names(path): (leaf.shape, parameter_spec("/".join(_names(path)), leaf.shape, mesh))
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     }
 
@@ -158,14 +159,19 @@ def state_shardings(shapes: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def _param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[MeshAxes, ...]:
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[MeshAxes, ...]:
+    """The mesh axes that each axis of a parameter is spread over.
+
+    Raises:
+      ConfigError, ValueError: as :func:`param_shardings`.
+    """
     logical = next((axes for pattern, axes in PARAMETERS if fnmatch.fnmatch(path, pattern)), None)
     if logical is None or len(logical) != len(shape):
         raise ValueError(f"parameter {path} of shape {shape} is not in fam_jax.sharding.PARAMETERS")
     return tuple(_place_axis(axis, size, mesh) for axis, size in zip(logical, shape, strict=True))
 
 
-def _place_axis(axis: str, size: int, mesh: Mesh) -> MeshAxes:
+def _place_axis(axis: str, size: int, mesh: Mesh | AbstractMesh) -> MeshAxes:
     mesh_axes, field = AXES[axis]
     ways = _ways(mesh, mesh_axes)
     if size % ways == 0:
@@ -175,7 +181,7 @@ def _place_axis(axis: str, size: int, mesh: Mesh) -> MeshAxes:
     raise ConfigError(f"config.mesh.{mesh_axes}: {ways} does not divide {field} {size}")
 
 
-def _ways(mesh: Mesh, mesh_axes: MeshAxes) -> int:
+def _ways(mesh: Mesh | AbstractMesh, mesh_axes: MeshAxes) -> int:
     if mesh_axes is None:
         return 1
     return math.prod(mesh.shape[name] for name in ([mesh_axes] if isinstance(mesh_axes, str) else mesh_axes))

@@ -20,10 +20,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharding": {"config"},
     "checkpoint": {"config"},
     "kernels": {"config"},
-    "model": {"config", "kernels"},
+    "model": {"config", "sharding", "kernels"},
     "generate": BASE,
     "evaluate": BASE | {"generate"},
     "train": BASE | {"generate", "evaluate"},
+    "plan": BASE | {"train"},
 }
 
 

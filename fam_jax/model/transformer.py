@@ -11,6 +11,7 @@ from flax import nnx
 from fam_jax.config import ModelConfig
 from fam_jax.model.blocks import chunk_frames, read_blocks
 from fam_jax.model.fam import local_rotation, prompt_step
+from fam_jax.model.gather import embed, gather_layer
 from fam_jax.model.layers import DecoderLayer, Linear, Norm, embedding_stddev, initial_fam
 from fam_jax.model.memory import LayerMemory, Memory, empty_memory
 from fam_jax.model.pieces import close_blocks, extend_memory, piece_frames, read_piece
@@ -107,12 +108,20 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(..., D) activations from :meth:`hidden` to (..., V) logits, in float32 (float64 for float64)."""
-        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        return self.logits_from(self.output_table, hidden)
+
+    @property
+    def output_table(self) -> jax.Array:
+        """What logits are formed with: the embedding table (V, D) if tied, else the unembedding's kernel (D, V)."""
         if self.unembedding is not None:
-            kernel = self.unembedding.kernel[...].astype(hidden.dtype)
-            return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=dtype)
-        table = self.embedding.table[...].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=dtype)
+            return self.unembedding.kernel[...]
+        return self.embedding.table[...]
+
+    def logits_from(self, table: jax.Array, hidden: jax.Array) -> jax.Array:
+        """:meth:`logits` with another array in place of :attr:`output_table`."""
+        product = "...d,vd->...v" if self.unembedding is None else "...d,dv->...v"
+        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.einsum(product, hidden, table.astype(hidden.dtype), preferred_element_type=dtype)
 
     def init_memory(self, batch_size: int) -> Memory:
         """The memory of `batch_size` streams that have read nothing; holds the initial FAM of every layer."""
@@ -126,7 +135,7 @@ class Transformer(nnx.Module):
         def body(
             prompt: jax.Array | None, layer_state: nnx.State
         ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
-            layer = nnx.merge(graphdef, layer_state)
+            layer = nnx.merge(graphdef, gather_layer(layer_state, config.dtype))
             fam, prompt = _initial_fam(layer, prompt, own)
             fam = fam.astype(config.dtype)
             _, k, v = layer.project(fam[None])
@@ -157,7 +166,7 @@ class Transformer(nnx.Module):
 
         def body(carry: Any, xs: tuple[nnx.State, LayerMemory]) -> tuple[Any, LayerMemory]:
             x, prompt = carry
-            layer, layer_memory = nnx.merge(graphdef, xs[0]), xs[1]
+            layer, layer_memory = nnx.merge(graphdef, gather_layer(xs[0], config.dtype)), xs[1]
             initial, prompt = _initial_fam(layer, prompt, own)
             carried = layer_memory.fam
             start = jnp.where(memory.carries_context[:, None, None], carried, initial.astype(carried.dtype))
@@ -211,14 +220,15 @@ class Transformer(nnx.Module):
         def body(
             x: jax.Array, xs: tuple[nnx.State, LayerMemory]
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            return read_piece(nnx.merge(graphdef, xs[0]), config, x, xs[1], frames)
+            layer = nnx.merge(graphdef, gather_layer(xs[0], config.dtype))
+            return read_piece(layer, config, x, xs[1], frames)
 
         x, (keys, values) = jax.lax.scan(body, self._embed(tokens), (state, memory.layers))
         memory = close_blocks(self.layers, config, rope, extend_memory(memory, keys, values, count))
         return self.final_norm(x), memory
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        x = self.embedding.table[...][tokens].astype(self.config.dtype)
+        x = embed(self.embedding.table[...], tokens, self.config.dtype)
         return x * self.config.model_dim**0.5 if self.config.scale_embeddings else x
 
     def _prompt(self) -> jax.Array | None:

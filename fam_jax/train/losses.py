@@ -1,19 +1,36 @@
 """Weighted next-token cross-entropy that never holds the logits of a whole batch."""
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec as P
 
 from fam_jax.model import Transformer
+from fam_jax.model.gather import FSDP, is_spread, on_rows, spread
+from fam_jax.sharding import ROW_AXES
 
 
 class TokenLoss(NamedTuple):
-    """Sums over a batch; divide by the sum of weights for means."""
+    """Sums over a batch; divide by the sum of weights for means. Only `loss` has a gradient."""
 
     loss: jax.Array  # () weighted cross-entropy plus z-loss, nats
     cross_entropy: jax.Array  # () weighted cross-entropy alone, nats
-    correct: jax.Array  # (B, T) bool: the target has the highest logit
+    correct: jax.Array  # (B, T) bool: no logit is above the target's
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What is static about a loss."""
+
+    logits: Callable[[jax.Array, jax.Array], jax.Array]  # of a table and activations
+    width: int  # tokens of a row in a chunk
+    z_loss: float
+    spread_axis: int  # of the table over fsdp
 
 
 def token_loss(
@@ -27,7 +44,9 @@ def token_loss(
 ) -> TokenLoss:
     """Cross-entropy from activations (B, T, D), with logits of at most about `chunk` tokens alive at a time.
 
-    Chunks are cut along T, so that a batch sharded over devices stays so. Each is recomputed in the backward pass.
+    Gradients are formed along with the loss, chunk by chunk, so no logits are computed twice. On a mesh every device
+    gathers the table once, takes its own rows of the batch, sums the table's gradient by itself and spreads it at the
+    end. Chunks are cut along T.
 
     Args:
       model: gives the logits.
@@ -37,35 +56,110 @@ def token_loss(
       chunk: tokens, all rows together.
       z_loss: weight of log(Z)^2, which keeps the softmax normaliser near 1 (PaLM, section 5).
     """
+    width = min(max(1, chunk // hidden.shape[0]), hidden.shape[1])
+    form = _Form(model.logits_from, width, z_loss, spread_axis=0 if model.unembedding is not None else 1)
+    loss, entropy, correct = _loss(form, model.output_table, hidden, targets, weights)
+    return TokenLoss(loss, jax.lax.stop_gradient(entropy), correct)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(form: _Form, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return _on_mesh(form, (), *arrays)[0]
+
+
+def _forward(form: _Form, *primals: Any) -> tuple[tuple[jax.Array, ...], Any]:
+    wanted = tuple(i for i in (0, 1) if primals[i].perturbed)  # a frozen table has no gradient
+    out, gradients = _on_mesh(form, wanted, *(primal.value for primal in primals))
+    return out, dict(zip(wanted, gradients, strict=True))
+
+
+def _backward(form: _Form, gradients: dict[int, jax.Array], cotangents: Any) -> tuple[Any, ...]:
+    scale = cotangents[0]
+    if isinstance(scale, SymbolicZero):
+        return None, None, None, None
+    table, hidden = (
+        None if gradients.get(i) is None else gradients[i] * scale.astype(gradients[i].dtype) for i in (0, 1)
+    )
+    return table, hidden, None, None
+
+
+_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _on_mesh(
+    form: _Form, wanted: tuple[int, ...], table: jax.Array, hidden: jax.Array, *rest: jax.Array
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """The three results, and gradients of the loss to the arrays `wanted` of (table, hidden)."""
+    if not is_spread():
+        return _local(form, wanted, table, hidden, *rest)
+
+    def local(table: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+        whole = jax.lax.all_gather(table.astype(hidden.dtype), FSDP, axis=form.spread_axis, tiled=True)
+        (loss, entropy, correct), gradients = _local(
+            form, wanted, whole, hidden, targets, weights, table.dtype
+        )
+        gradients = tuple(
+            spread(gradient, form.spread_axis) if i == 0 else gradient
+            for i, gradient in zip(wanted, gradients, strict=True)
+        )
+        return (*jax.lax.psum((loss, entropy), ROW_AXES), correct), gradients
+
+    rows = P(ROW_AXES)
+    by_width = P(*[None] * form.spread_axis, FSDP)
+    specs = ((P(), P(), rows), tuple((by_width, rows)[i] for i in wanted))
+    return on_rows(local, (by_width, rows, rows, rows), specs)(table, hidden, *rest)
+
+
+def _local(
+    form: _Form,
+    wanted: tuple[int, ...],
+    table: jax.Array,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    total_dtype: Any = None,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """As :func:`_on_mesh`, of one device; the table's gradient is summed in `total_dtype`, by default the table's."""
     batch, length, _ = hidden.shape
-    width = min(max(1, chunk // batch), length)
-    count = -(-length // width)
-    if count == 1:
-        return _chunk_loss(model, hidden, targets, weights, z_loss=z_loss)
+    width, count = form.width, -(-length // form.width)
 
     def split(x: jax.Array) -> jax.Array:  # (B, T, ...) -> (chunks, B, width, ...), padded with zero weights
         padded = jnp.pad(x, ((0, 0), (0, count * width - length), *[(0, 0)] * (x.ndim - 2)))
         return padded.reshape(batch, count, width, *x.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
-    def body(
-        sums: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[tuple, jax.Array]:
-        part = _chunk_loss(model, *xs, z_loss=z_loss)
-        return (sums[0] + part.loss, sums[1] + part.cross_entropy), part.correct
+    def body(carry: Any, xs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        sums, d_table = carry
+        loss = functools.partial(_chunk_loss, form)
+        if wanted:
+            gradient = jax.value_and_grad(loss, argnums=wanted, has_aux=True)
+            (value, (entropy, correct)), gradients = gradient(table, *xs)
+        else:
+            (value, (entropy, correct)), gradients = loss(table, *xs), ()
+        found = dict(zip(wanted, gradients, strict=True))
+        if 0 in found:
+            d_table = d_table + found[0].astype(d_table.dtype)
+        return ((sums[0] + value, sums[1] + entropy), d_table), (correct, found.get(1))
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    (loss, entropy), correct = jax.lax.scan(
-        body, (zero, zero), (split(hidden), split(targets), split(weights))
-    )
-    return TokenLoss(loss, entropy, correct.swapaxes(0, 1).reshape(batch, -1)[:, :length])
+    start = jnp.zeros(table.shape if 0 in wanted else (), total_dtype or table.dtype)
+    chunks = (split(hidden), split(targets), split(weights))
+    ((loss, entropy), d_table), (correct, d_hidden) = jax.lax.scan(body, ((zero, zero), start), chunks)
+
+    def join(x: jax.Array) -> jax.Array:  # reverse of split
+        return x.swapaxes(0, 1).reshape(batch, count * width, *x.shape[3:])[:, :length]
+
+    gradients = tuple(d_table if i == 0 else join(d_hidden) for i in wanted)
+    return (loss, entropy, join(correct)), gradients
 
 
 def _chunk_loss(
-    model: Transformer, hidden: jax.Array, targets: jax.Array, weights: jax.Array, *, z_loss: float
-) -> TokenLoss:
-    logits = model.logits(hidden)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    entropy = weights * (normaliser - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0])
-    loss = entropy + z_loss * weights * jnp.square(normaliser)
-    return TokenLoss(loss.sum(), entropy.sum(), logits.argmax(axis=-1) == targets)
+    form: _Form, table: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Loss; cross-entropy and which targets are right."""
+    logits = form.logits(table, hidden)
+    highest = jax.lax.stop_gradient(logits.max(axis=-1))
+    normaliser = highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(axis=-1))
+    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    entropy = weights * (normaliser - of_target)
+    loss = entropy + form.z_loss * weights * jnp.square(normaliser)
+    return loss.sum(), (entropy.sum(), of_target >= highest)

@@ -1,0 +1,127 @@
+"""The programs that `benchmarks.attention` compares; `python -m benchmarks.attention_programs JSON` compiles one."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.splash import SplashTiles, make_splash, static_schedule
+from fam_jax.config import MeshConfig
+from fam_jax.kernels import block_attention
+from fam_jax.plan import Chip, chip_of, compile_on, topology_devices
+from fam_jax.sharding import make_mesh, replicated
+
+BYTES = 2  # of a bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of one implementation in training, at bfloat16."""
+
+    topology: str
+    implementation: str  # pallas | splash | xla
+    gradient: bool  # forward and backward, else forward alone
+    batch: int = 4  # B
+    tokens: int = 8192  # T
+    heads: int = 12  # H
+    kv_heads: int = 12  # K
+    head_dim: int = 128  # hd
+    block_size: int = 1024  # C
+    segments: int = 3  # m
+    fam: int = 0  # M
+    splash: SplashTiles | None = None
+
+    @property
+    def chip(self) -> Chip:
+        """That it runs on, one."""
+        return chip_of(self.topology)
+
+    def reduced(self) -> "Case":
+        """The fewest rows and heads that keep every core busy as the whole does: a kernel's time is linear in both."""
+        cores = self.chip.cores
+        group = self.heads // self.kv_heads
+        kv_heads = min(self.kv_heads, cores)
+        return dataclasses.replace(
+            self, batch=cores, heads=kv_heads * min(group, 4), kv_heads=kv_heads
+        )  # fmt: skip
+
+    def scores(self, *, whole_tiles: bool) -> float:
+        """Visible scores of all rows and heads; with `whole_tiles` the masked half of a block's own square too."""
+        size, blocks = self.block_size, self.tokens // self.block_size
+        past = sum(min(block, self.segments) for block in range(blocks)) * size
+        own = size if whole_tiles else (size + 1) / 2
+        return self.batch * self.heads * size * (past + blocks * (own + self.fam))
+
+    def macs(self, *, whole_tiles: bool = False) -> float:
+        """Of the products that no implementation can do without: 2 per score forward, 5 backward."""
+        return (7 if self.gradient else 2) * self.head_dim * self.scores(whole_tiles=whole_tiles)
+
+
+def build(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], Any]:
+    """The function, its arguments without shardings, and a context to trace it in for a profile."""
+    batch, tokens, dim = case.batch, case.tokens, case.head_dim
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    context: Any = contextlib.nullcontext()
+    if case.implementation == "splash":
+        assert case.splash is not None and case.kv_heads in (1, case.heads)
+        mqa = case.kv_heads < case.heads
+        attend, kernel = make_splash(
+            tokens, case.heads, case.block_size, case.segments, case.splash, mqa=mqa
+        )  # fmt: skip
+        context = static_schedule(kernel)
+        q = array(batch, case.heads, tokens, dim)
+        inputs = [q, *[array(batch, tokens, dim) if mqa else q] * 2]
+    else:
+        blocks = tokens // case.block_size
+        q, k = array(batch, tokens, case.heads, dim), array(batch, tokens, case.kv_heads, dim)
+        inputs = [q, k, k, *[array(batch, blocks, case.fam, case.kv_heads, dim)] * 2]
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, fam_k: jax.Array, fam_v: jax.Array) -> jax.Array:
+            return block_attention(
+                q, k, v, fam_k, fam_v, None, None,
+                block_size=case.block_size, memory_segments=case.segments, implementation=case.implementation,
+            )  # fmt: skip
+
+    if not case.gradient:
+        return attend, inputs, context
+
+    def both(d_out: jax.Array, *inputs: jax.Array) -> Any:
+        out, pullback = jax.vjp(attend, *inputs)
+        return out, pullback(d_out)
+
+    return both, [q, *inputs], context
+
+
+def compile_case(case: Case, *, static: bool = False) -> jax.stages.Compiled:
+    """For one chip; `static` puts a schedule that is data into predicates, for a profile."""
+    mesh = make_mesh(MeshConfig(), topology_devices(case.topology)[:1])
+    function, arguments, context = build(case)
+    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)) for x in arguments]
+    with context if static else contextlib.nullcontext():
+        return compile_on(mesh, functools.partial(function), *placed)
+
+
+def to_json(case: Case) -> str:
+    """For the command line."""
+    return json.dumps(dataclasses.asdict(case))
+
+
+def from_json(text: str) -> Case:
+    """Reverse of :func:`to_json`."""
+    values = json.loads(text)
+    if values["splash"] is not None:
+        values["splash"] = SplashTiles(**values["splash"])
+    return Case(**values)
+
+
+if __name__ == "__main__":
+    compile_case(from_json(sys.argv[1]), static=True)

@@ -1,0 +1,114 @@
+"""Weights that are spread over the fsdp axis, brought together where they are used, and their gradients spread again.
+
+Left to itself the compiler may as well move activations, or sum a gradient on every device before it takes its part.
+Here each layer's weights are gathered once, in the dtype of activations; their gradients leave as a reduce-scatter.
+Nothing is done where no mesh is in use (`fam_jax.sharding.traced_for`), or one without an fsdp axis to speak of.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from fam_jax.sharding import ROW_AXES, parameter_spec
+
+FSDP = "fsdp"
+
+
+def is_spread() -> bool:
+    """Whether there are weights to be gathered in the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape.get(FSDP, 1) > 1
+
+
+def gather_layer(state: Any, dtype: str) -> Any:
+    """The state of one layer, out of the stack, with whole kernels in `dtype`.
+
+    What the table of parameters does not spread over fsdp is left as it is, in its own dtype.
+    """
+    if not is_spread():
+        return state
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def gather(path: Any, x: jax.Array) -> jax.Array:
+        name = "layers/" + jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        spec = P(*parameter_spec(name, (1, *x.shape), mesh)[1:])
+        return gather_weight(x, spec, dtype) if FSDP in spec else x
+
+    return jax.tree_util.tree_map_with_path(gather, state)
+
+
+def gather_weight(x: jax.Array, spec: P, dtype: str) -> jax.Array:
+    """A weight that lies as `spec` says, whole on every device of the fsdp axis."""
+    whole = P(*(None if axis == FSDP else axis for axis in spec))
+    return _gather(spec, whole, x.astype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(spec: P, whole: P, x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gather_forward(spec: P, whole: P, x: jax.Array) -> tuple[jax.Array, None]:
+    return _gather(spec, whole, x), None
+
+
+def _gather_backward(spec: P, whole: P, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    # Without this the transpose of the constraint would sum the whole gradient on every device.
+    return (jax.lax.with_sharding_constraint(cotangent, spec),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def embed(table: jax.Array, tokens: jax.Array, dtype: str) -> jax.Array:
+    """Rows (B, T, D) of the embedding table (V, D), in `dtype`.
+
+    Each device gathers the table and looks up its own rows of the batch. Gradients of the rows are summed in the
+    table's dtype, on each device by itself, and then spread.
+    """
+    if not is_spread():
+        return table[tokens].astype(dtype)
+    return _embed_sharded(dtype, table, tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _embed_sharded(dtype: str, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(table.astype(dtype), FSDP, axis=1, tiled=True)[tokens]
+
+    return on_rows(local, (P(None, FSDP), P(ROW_AXES)), P(ROW_AXES))(table, tokens)
+
+
+def _embed_forward(dtype: str, table: jax.Array, tokens: jax.Array) -> tuple[jax.Array, Any]:
+    # An empty array carries the table's shape and dtype.
+    return _embed_sharded(dtype, table, tokens), (tokens, jnp.empty((*table.shape, 0), table.dtype))
+
+
+def _embed_backward(dtype: str, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    tokens, like = residuals
+
+    def local(tokens: jax.Array, cotangent: jax.Array) -> jax.Array:
+        zeros = jnp.zeros(like.shape[:2], like.dtype)
+        summed = zeros.at[tokens].add(cotangent.astype(like.dtype))
+        return spread(summed, axis=1)
+
+    return on_rows(local, (P(ROW_AXES), P(ROW_AXES)), P(None, FSDP))(tokens, cotangent), None
+
+
+_embed_sharded.defvjp(_embed_forward, _embed_backward)
+
+
+def on_rows(function: Any, in_specs: Any, out_specs: Any) -> Any:
+    """`function` by each device for its own rows of the batch; other mesh axes are left to the compiler."""
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=set(ROW_AXES), check_vma=False
+    )
+
+
+def spread(x: jax.Array, axis: int) -> jax.Array:
+    """Sum of every device's `x`, of which each keeps its part along `axis` (inside :func:`on_rows`)."""
+    x = jax.lax.psum_scatter(x, FSDP, scatter_dimension=axis, tiled=True)
+    return jax.lax.psum(x, tuple(axis for axis in ROW_AXES if axis != FSDP))

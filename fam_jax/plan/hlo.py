@@ -1,0 +1,238 @@
+"""The text of a compiled program (HLO, as `Compiled.as_text()` prints it), as far as counting its costs needs it."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+BITS = {"pred": 8, "s4": 4, "u4": 4}  # where the name does not end in its bits
+
+_ARRAY = re.compile(r"\b(pred|bf16|f8\w+|[fsuc]\d+)\[([\d,]*)\](\{[^{}]*\})?")
+_OP = re.compile(r"\s+(ROOT )?%([^\s=]+) = (.*)")
+_COMPUTATION = re.compile(r"(ENTRY )?%(\S+) .*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([^\s,{}()]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Shape and place of a value."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    in_hbm: bool  # else in a core's own memory
+
+    @property
+    def bytes(self) -> int:
+        """Of all elements; layouts' padding is left out."""
+        bits = BITS.get(self.dtype) or int((re.findall(r"\d+", self.dtype) or ["32"])[0])
+        return math.prod(self.dims) * bits // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One instruction."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]  # of a tuple, its leaves
+    operands: tuple[str, ...]  # names, in the same computation
+    literal: str  # what stands between the parentheses
+    attributes: str  # all behind them
+    is_root: bool
+
+    @functools.cached_property
+    def called(self) -> tuple[str, ...]:
+        """Computations that run as a part of this one; without conditions of loops."""
+        branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        listed = tuple(re.findall(r"%([^\s,]+)", branches[1])) if branches else ()
+        return listed + tuple(_CALLED.findall(self.attributes))
+
+    @property
+    def source(self) -> str:
+        """Where in the traced program it comes from."""
+        return self.attribute(r'op_name="([^"]*)"') or ""
+
+    def attribute(self, pattern: str) -> str | None:
+        """The first group of `pattern` in the attributes."""
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else None
+
+    def result_bytes(self, *, hbm_only: bool = True) -> int:
+        """Size of the results."""
+        return sum(array.bytes for array in self.results if array.in_hbm or not hbm_only)
+
+
+Computation = dict[str, Op]
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A program: its computations by name, operations in the order in which they run."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def walk(self, fused: bool = False) -> Iterator[tuple[Op, Computation, int]]:
+        """Every operation that runs, its computation, and how often it does.
+
+        Args:
+          fused: go into fusions too, beside yielding them.
+
+        Raises:
+          ValueError: a loop whose trip count cannot be told.
+        """
+        yield from self._walk(self.entry, 1, fused)
+
+    def _walk(self, name: str, times: int, fused: bool) -> Iterator[tuple[Op, Computation, int]]:
+        computation = self.computations[name]
+        for op in computation.values():
+            if op.opcode == "while":
+                (body,) = op.called
+                yield from self._walk(body, times * self.trip_count(op, computation), fused)
+            elif op.opcode in ("conditional", "call", "async-start"):
+                for called in op.called:
+                    yield from self._walk(called, times, fused)
+            else:
+                yield op, computation, times
+                if fused and op.opcode == "fusion":
+                    yield from self._walk(op.called[0], times, fused)
+
+    def trip_count(self, loop: Op, computation: Computation) -> int:
+        """How often the body of a `while` runs: a counter of the carry is compared with a constant.
+
+        Raises:
+          ValueError: the loop is of another kind.
+        """
+        condition = self.computations[loop.attribute(r"condition=%([^\s,]+)") or ""]
+        (test,) = (op for op in condition.values() if op.is_root)
+        start = computation.get(loop.operands[0])
+
+        def value(name: str) -> int | None:
+            """Of a constant, or of what the carry has in that place at the start."""
+            op = condition[name]
+            if op.opcode == "get-tuple-element" and start is not None and start.opcode == "tuple":
+                return _constant(computation, start.operands[int(op.attribute(r"index=(\d+)") or 0)])
+            return _constant(condition, name)
+
+        if test.opcode == "compare":
+            counter, limit = (value(name) for name in test.operands)
+            direction = test.attribute(r"direction=(\w+)")
+            if limit is not None and direction in ("LT", "LE", "GT", "GE"):
+                return abs(limit - (counter or 0)) + (direction in ("LE", "GE"))
+        raise ValueError(f"cannot tell how often {loop.name} runs")
+
+    def flops(self, computation: str) -> int:
+        """Of all products in a fused computation."""
+        found = 0
+        for op in self.computations[computation].values():
+            if op.opcode in ("convolution", "dot"):
+                found += product_flops(op, self.computations[computation])
+            elif op.opcode == "fusion":
+                found += self.flops(op.called[0])
+        return found
+
+
+def parse(text: str) -> Module:
+    """Parses the text of one module."""
+    computations: dict[str, Computation] = {}
+    entry = ""
+    current: Computation | None = None
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY ")):
+            if match := _COMPUTATION.match(line):
+                current = computations.setdefault(match[2], {})
+                entry = match[2] if match[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (match := _OP.match(line)):
+            current[match[2]] = _parse_op(match[2], bool(match[1]), match[3])
+    return Module(computations, entry)
+
+
+def _parse_op(name: str, is_root: bool, text: str) -> Op:
+    """From "type opcode(operands), attributes"; a type may be a tuple of types."""
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    kind, rest = text[:end], text[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    inner = rest[opening + 1 : closing]
+    results = tuple(
+        Array(dtype, tuple(map(int, filter(None, dims.split(",")))), not re.search(r"S\([1-9]", layout or ""))
+        for dtype, dims, layout in _ARRAY.findall(kind)
+    )
+    operands = tuple(re.findall(r"%([^\s,()]+)", inner))
+    return Op(name, rest[:opening], results, operands, inner, rest[closing + 1 :], is_root)
+
+
+def _closing(text: str, opening: int) -> int:
+    """Index of the parenthesis that closes the one at `opening`."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, opening):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    raise ValueError(f"unbalanced: {text[:80]}")
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    op = computation.get(name)
+    while op is not None and op.opcode in ("copy", "bitcast", "convert") and op.operands:
+        op = computation.get(op.operands[0])
+    is_number = op is not None and op.opcode == "constant" and re.fullmatch(r"\s*-?\d+\s*", op.literal)
+    return int(op.literal) if op is not None and is_number else None
+
+
+def product_flops(op: Op, computation: Computation) -> int:
+    """2 x multiplications of a product of matrices; on TPUs it is written as a convolution.
+
+    From sizes alone: with batch b and sides m, k, n, the operands and the result hold bmk, bkn and bmn elements.
+    """
+    left, right = (computation[name].results[0].dims for name in op.operands[:2])
+    out = op.results[0].dims
+    batch = 1
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
+    if labels:
+        for axis in filter(str.isdigit, labels[1]):
+            if axis in labels[2] and axis in labels[3]:
+                sizes = {
+                    dims[text.index(axis)]
+                    for dims, text in zip((left, right, out), labels.groups(), strict=True)
+                }
+                batch *= sizes.pop() if len(sizes) == 1 else 1
+    listed = re.search(r"lhs_batch_dims=\{([\d,]*)\}", op.attributes)
+    if listed:
+        batch *= math.prod(left[int(axis)] for axis in filter(None, listed[1].split(",")))
+    return 2 * math.isqrt(math.prod(left) * math.prod(right) * math.prod(out) // max(batch, 1))
+
+
+def replica_group(op: Op) -> list[int]:
+    """Devices that take part in a collective together with the first, by their place in the mesh.
+
+    Raises:
+      ValueError: the notation is not known.
+    """
+    text = op.attributes
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return [int(device) for device in match[1].split(",")]
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, dims = _numbers(match[1]), _numbers(match[2])
+        devices = np.arange(math.prod(dims)).reshape(dims)
+        if match[3]:
+            devices = devices.transpose(_numbers(match[3]))
+        return [int(device) for device in devices.reshape(shape)[0]]
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        grouped = re.findall(r"'([^']+)'", match[2])
+        steps = [range(size) if name in grouped else (0,) for name, size in axes.items()]
+        return [int(np.ravel_multi_index(index, tuple(axes.values()))) for index in itertools.product(*steps)]
+    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
+        return [int(match[1]), int(match[2])]
+    raise ValueError(f"cannot tell the groups of {op.name}")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
