@@ -110,6 +110,21 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    init_from: str = ""  # workdir (or workdir/STEP) of a run whose parameters this one begins with
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation of a frozen base, which train.init_from names; the other fields count if rank > 0.
+
+    Patterns are those of `fnmatch`, over paths of parameters such as layers/query/kernel.
+    """
+
+    rank: int = 0  # of the update of each kernel (64 in the paper); 0 = off: all parameters are trained
+    alpha: float = 64.0  # updates are scaled by alpha / rank
+    targets: tuple[str, ...] = ("layers/*/kernel",)  # kernels with an update: attention and feed-forward
+    train: tuple[str, ...] = ("*initial_fam",)  # what is trained beside the updates
+    base_dtype: str = "model"  # of frozen matrices: float32 | bfloat16 | model: that of model.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +158,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     mesh: MeshConfig = MeshConfig()
+    lora: LoraConfig = LoraConfig()
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -226,6 +242,7 @@ CHOICES = {
     "optimizer.name": ("adafactor", "adamw"),
     "optimizer.schedule": ("constant", "cosine"),
     "optimizer.beta2_schedule": ("constant", "power"),
+    "lora.base_dtype": ("model", "float32", "bfloat16"),
 }
 
 # (field, lowest allowed value)
@@ -242,7 +259,7 @@ MINIMA = {
          "optimizer.block_rms_clip", "optimizer.epsilon", "optimizer.weight_decay", "optimizer.clip_norm",
          "optimizer.learning_rate", "data.min_filler_blocks", "data.max_stage_steps", "data.prompt_weight",
          "train.seed", "train.z_loss", "train.random_state_passing_from", "evaluate.every", "evaluate.seed",
-         "mesh.data"), 0),
+         "mesh.data", "lora.rank"), 0),
 }  # fmt: skip
 
 DECAYS = ("optimizer.beta1", "optimizer.beta2", "optimizer.beta2_power")  # at least 0, below 1
@@ -344,5 +361,10 @@ def _validate_rest(config: Config) -> None:
     _require(
         len(evaluate.filler_blocks) > 0 and min(evaluate.filler_blocks) > 0,
         f"config.evaluate.filler_blocks: must be positive lengths, got {evaluate.filler_blocks}",
+    )
+    _require(config.lora.alpha > 0, f"config.lora.alpha: must be positive, got {config.lora.alpha}")
+    _require(
+        config.lora.rank == 0 or len(config.lora.targets) > 0,
+        "config.lora.targets: must name at least one kernel, or set rank to 0",
     )
     _require(data.digits <= 9, f"config.data.digits: at most 9, got {data.digits}")

@@ -36,6 +36,7 @@ AXES: dict[str, tuple[MeshAxes, str]] = {
     "head": (None, "model.head_dim"),
     "ff": ("tensor", "model.ff_dim"),
     "fam": (None, "model.fam_length"),
+    "rank": (None, "lora.rank"),
 }
 
 # Multi-query attention has fewer key/value heads than the tensor axis has devices: each keeps a copy.
@@ -165,10 +166,27 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
     Raises:
       ConfigError, ValueError: as :func:`param_shardings`.
     """
-    logical = next((axes for pattern, axes in PARAMETERS if fnmatch.fnmatch(path, pattern)), None)
+    logical = logical_axes(path, len(shape))
     if logical is None or len(logical) != len(shape):
         raise ValueError(f"parameter {path} of shape {shape} is not in fam_jax.sharding.PARAMETERS")
     return tuple(_place_axis(axis, size, mesh) for axis, size in zip(logical, shape, strict=True))
+
+
+def logical_axes(path: str, ndim: int) -> tuple[str, ...] | None:
+    """Logical axes of a parameter of `ndim` dimensions; None if `PARAMETERS` does not name it.
+
+    The factors of a low-rank update have those of its kernel: `lora_a` is (layers, *in, rank), `lora_b` (layers,
+    rank, *out).
+    """
+    group, _, name = path.rpartition("/")
+    if name in ("lora_a", "lora_b"):
+        path = f"{group}/kernel"
+    axes = next((axes for pattern, axes in PARAMETERS if fnmatch.fnmatch(path, pattern)), None)
+    if axes is not None and name == "lora_a":
+        return (*axes[: ndim - 1], "rank")
+    if axes is not None and name == "lora_b":
+        return ("layers", "rank", *axes[len(axes) - ndim + 2 :])
+    return axes
 
 
 def _place_axis(axis: str, size: int, mesh: Mesh | AbstractMesh) -> MeshAxes:

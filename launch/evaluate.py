@@ -24,9 +24,9 @@ import rich.progress
 import rich.table
 from etils import epath
 
-from fam_jax.checkpoint import load_params
-from fam_jax.config import Config, MeshConfig, UserError, resolve, validate
-from fam_jax.sharding import make_mesh, param_shardings
+from fam_jax.config import Config, MeshConfig, UserError, validate
+from fam_jax.generate.restore import load_model
+from fam_jax.sharding import make_mesh
 from launch.errors import ArgumentParser, integers, user_errors
 
 VERSIONS = ("fam-jax", "jax", "flax", "numpy")
@@ -147,10 +147,8 @@ def main() -> None:
     """Entry point."""
     arguments = parse_arguments()
     mesh = make_mesh(MeshConfig(*arguments.mesh))
-    params, values, step = load_params(
-        arguments.checkpoint, arguments.step, shardings=lambda shapes: param_shardings(shapes, mesh)
-    )
-    config = with_arguments(resolve(values), arguments)
+    config, params, step = load_model(arguments.checkpoint, arguments.step, mesh)
+    config = with_arguments(config, arguments)
     # TensorFlow takes seconds to load: not before it is known that there is a checkpoint.
     from fam_jax.data.vocabulary import load_vocabulary
     from fam_jax.evaluate.passkey import evaluate_passkey

@@ -7,9 +7,11 @@ stops after the current step and saves. `--restore_step=N` goes back to an earli
 import sys
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 
 from fam_jax.config import Config, UserError
+from fam_jax.model import lora
 from launch.errors import user_errors
 from launch.read_config import define_config_flag, parse_flags, resolved_config
 
@@ -27,7 +29,13 @@ def make_evaluate(config: Config) -> Any:
     from fam_jax.evaluate.passkey import evaluate_passkey
 
     vocabulary = load_vocabulary(config.data.vocabulary)
-    return lambda params, step: {"step": step, **evaluate_passkey(config, params, vocabulary=vocabulary)}
+    merged = jax.jit(lambda params: lora.merge(params, config.lora))
+
+    def evaluate(params: Any, step: int) -> dict[str, Any]:
+        params = merged(params) if config.lora.rank else params
+        return {"step": step, **evaluate_passkey(config, params, vocabulary=vocabulary)}
+
+    return evaluate
 
 
 def main(argv: list[str]) -> None:

@@ -68,13 +68,15 @@ def test_the_defaults_are_valid_and_errors_are_user_errors() -> None:
 
 @pytest.mark.parametrize("field", fields())
 def test_a_value_of_the_wrong_type_names_the_field(field: str) -> None:
-    kind = fields()[field]
-    for wrong in {
+    wrongs = {
         int: (1.5, "1", None, True),
         float: ("0.1", None, True),
         bool: (1, "true"),
         str: (1, None),
-    }.get(kind, (3, "2,3", (1, "2"), (1.5,), None)):
+        tuple[int, ...]: (3, "2,3", (1, "2"), (1.5,), None),
+        tuple[str, ...]: (3, "a,b", ("a", 1), (1.5,), None),
+    }
+    for wrong in wrongs[fields()[field]]:
         message = error_of(with_field(field, wrong))
         assert message.startswith(f"config.{field}: expected ")
         assert repr(wrong[-1] if isinstance(wrong, tuple) else wrong) in message
@@ -159,8 +161,9 @@ def test_a_running_mean_must_forget(field: str) -> None:
 
 def test_every_field_has_a_range() -> None:
     """Fields added later must say what they allow."""
-    own_rule = {"model.norm_epsilon", "model.rope_base", "data.stage_blocks", "evaluate.filler_blocks"}
-    free = {field for field, kind in fields().items() if kind is bool} | {"data.vocabulary"}
+    own_rule = {"model.norm_epsilon", "model.rope_base", "data.stage_blocks", "evaluate.filler_blocks", "lora.alpha"}
+    free = {field for field, kind in fields().items() if kind is bool} | {"data.vocabulary", "train.init_from"}
+    free |= {"lora.targets", "lora.train"}  # patterns: the model knows what there is to name
     assert fields().keys() == CHOICES.keys() | MINIMA.keys() | {*FRACTIONS, *DECAYS} | own_rule | free
 
 
@@ -191,6 +194,8 @@ def test_every_field_has_a_range() -> None:
         ({"evaluate__filler_blocks": ()}, "evaluate.filler_blocks: must be positive lengths"),
         ({"evaluate__filler_blocks": (4, 0)}, "evaluate.filler_blocks: must be positive lengths"),
         ({"data__digits": 10}, "data.digits: at most 9, got 10"),
+        ({"lora__alpha": 0.0}, "lora.alpha: must be positive, got 0.0"),
+        ({"lora__rank": 4, "lora__targets": ()}, "lora.targets: must name at least one kernel"),
     ],
 )  # fmt: skip
 def test_impossible_combinations(values: dict[str, Any], message: str) -> None:

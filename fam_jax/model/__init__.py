@@ -6,6 +6,7 @@ segments, R previous FAMs that a token sees. Blocks are counted from 0; F_tau is
 starting one.
 """
 
+from fam_jax.model.lora import create_model
 from fam_jax.model.memory import LayerMemory, Memory, empty_memory, with_fam
 from fam_jax.model.parameters import count_parameters, from_dict, to_dict
 from fam_jax.model.transformer import Transformer
@@ -15,6 +16,7 @@ __all__ = [
     "Memory",
     "Transformer",
     "count_parameters",
+    "create_model",
     "empty_memory",
     "from_dict",
     "to_dict",

@@ -16,8 +16,12 @@ from flax import nnx
 
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import Part, joint_attention
-from fam_jax.model.layers import Apply, DecoderLayer, Linear, apply_linear, contract
+from fam_jax.model.layers import Apply, DecoderLayer, FrozenParam, Linear, apply_linear
 from fam_jax.model.rope import Rope, Rotation, rotate
+
+
+# (frozen, weights, rest) -> the layer of these parameters.
+Merge = Callable[[Any, Any, Any], DecoderLayer]
 
 
 def local_rotation(config: ModelConfig, rope: Rope) -> Rotation:
@@ -68,31 +72,31 @@ def run_chain(
     Returns:
       The last FAM, and the unrotated keys and values (N, B, M, K, hd) of the FAM *before* each block.
     """
-    is_kernel = nnx.PathContains("kernel")
-    graphdef, kernels, rest = nnx.split(layer, is_kernel, ...)  # type: ignore[misc]
-    # The step reads its projections through `apply` alone, so the merged layer gets scalars in their place.
-    hollow = jax.tree.map(lambda _: np.float32(0), kernels)
+    linears = layer.linears()
 
-    def step(apply: Apply, rest: nnx.State, fam: jax.Array, block: BlockInputs) -> tuple[jax.Array, Any]:
-        return update_fam(nnx.merge(graphdef, hollow, rest), fam, block, apply)
+    def of_linear(path: tuple[Any, ...], _: Any) -> bool:
+        return path[0] in linears
 
-    weights = {name: linear.kernel[...] for name, linear in layer.linears().items()}
-    return scan_updates(step, weights, rest, fam, blocks)
+    graphdef, frozen, weights, rest = nnx.split(layer, FrozenParam, of_linear, ...)  # type: ignore[misc]
+
+    def merge(frozen: nnx.State, weights: nnx.State, rest: nnx.State) -> DecoderLayer:
+        return nnx.merge(graphdef, frozen, weights, rest)
+
+    return scan_updates(merge, frozen, weights, rest, fam, blocks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan_updates(
-    step: Callable, weights: dict[str, jax.Array], rest: Any, fam: jax.Array, blocks: Any
-) -> Any:
-    """`lax.scan` of `step` whose backward pass forms each weight gradient once, over all blocks.
+def scan_updates(merge: Merge, frozen: Any, weights: Any, rest: Any, fam: jax.Array, blocks: Any) -> Any:
+    """`lax.scan` of :func:`update_fam` whose backward pass forms each weight gradient once, over all blocks.
 
     Differentiated as it stands, a scan adds the gradient of every weight to an accumulator at every step: N times the
     traffic of all the layer's weights. Here the backward scan yields only the cotangents of the projections' outputs;
-    after it, each weight's gradient is one product of the stacked inputs and the stacked cotangents.
+    after it, each projection is differentiated once, at its stacked inputs and cotangents.
 
     Args:
-      step: (apply, rest, carry, x) -> (carry, y); it applies each projection once, as `apply(linear, h)`.
-      weights: kernels by `Linear.name`.
+      merge: (frozen, weights, rest) -> layer.
+      frozen: parameters of projections that are not trained, and get no gradient.
+      weights: the other parameters of projections.
       rest: the other parameters, differentiated the usual way.
       fam: carry.
       blocks: xs of the scan.
@@ -100,18 +104,18 @@ def scan_updates(
     Returns:
       (carry, stacked ys), as `lax.scan`.
     """
-    weights = jax.tree.map(lambda w: w.astype(fam.dtype), weights)
+    frozen, weights = _cast((frozen, weights), fam.dtype)
 
     def body(fam: jax.Array, block: Any) -> tuple[jax.Array, Any]:
-        return step(lambda linear, h: contract(h, weights[linear.name], linear.in_axes), rest, fam, block)
+        return update_fam(merge(frozen, weights, rest), fam, block)
 
     return jax.lax.scan(body, fam, blocks)
 
 
 def _scan_forward(
-    step: Callable, weights: dict[str, jax.Array], rest: Any, fam: jax.Array, blocks: Any
-) -> Any:
-    cast = jax.tree.map(lambda w: w.astype(fam.dtype), weights)
+    merge: Merge, frozen: Any, weights: Any, rest: Any, fam: jax.Array, blocks: Any
+) -> tuple[Any, Any]:
+    cast_frozen, cast = _cast((frozen, weights), fam.dtype)
 
     def tapped(rest: Any, fam: jax.Array, blocks: Any, nudges: dict[str, jax.Array]) -> tuple[Any, Any]:
         """The scan, with a zero added to every projection's output, to be differentiated by, and inputs recorded."""
@@ -123,47 +127,56 @@ def _scan_forward(
             def apply(linear: Linear, h: jax.Array) -> jax.Array:
                 assert linear.name not in inputs, f"{linear.name} is applied twice in a step"
                 inputs[linear.name] = h
-                return contract(h, cast[linear.name], linear.in_axes) + nudge[linear.name]
+                return linear(h) + nudge[linear.name]
 
-            fam, y = step(apply, rest, fam, block)
+            fam, y = update_fam(merge(cast_frozen, cast, rest), fam, block, apply)
             return fam, (y, inputs)
 
         fam, (ys, inputs) = jax.lax.scan(body, fam, (blocks, nudges))
         return (fam, ys), inputs
 
-    nudges = _zeros_like_outputs(step, cast, rest, fam, blocks)
+    nudges = _zeros_like_outputs(merge(cast_frozen, cast, rest), fam, blocks)
     out, pullback, inputs = jax.vjp(tapped, rest, fam, blocks, nudges, has_aux=True)
-    return out, (pullback, inputs, weights)
+    return out, (pullback, inputs, frozen, weights, rest)
 
 
-def _scan_backward(step: Callable, residuals: Any, cotangents: Any) -> Any:
-    pullback, inputs, weights = residuals
+def _scan_backward(merge: Merge, residuals: Any, cotangents: Any) -> Any:
+    pullback, inputs, frozen, weights, rest = residuals
     d_rest, d_fam, d_blocks, d_outputs = pullback(cotangents)
-    d_weights = {}
-    for name, weight in weights.items():
-        x, dy = inputs[name], d_outputs[name]  # (N, B, M, *in), (N, B, M, *out)
-        d_weight = jnp.tensordot(x, dy, axes=((0, 1, 2), (0, 1, 2)), preferred_element_type=weight.dtype)
-        d_weights[name] = d_weight.astype(weight.dtype)
-    return d_weights, d_rest, d_fam, d_blocks
+
+    def batch_first(x: jax.Array) -> jax.Array:  # projections merge the leading axes; a mesh divides the batch
+        return x.swapaxes(0, 1)
+
+    inputs, d_outputs = jax.tree.map(batch_first, (inputs, d_outputs))  # (N, B, M, ...) -> (B, N, M, ...)
+
+    def outputs(weights: Any) -> dict[str, jax.Array]:
+        linears = merge(frozen, weights, rest).linears()
+        return {name: linear(inputs[name]) for name, linear in linears.items()}
+
+    (d_weights,) = jax.vjp(outputs, weights)[1](d_outputs)
+    return None, d_weights, d_rest, d_fam, d_blocks
 
 
 scan_updates.defvjp(_scan_forward, _scan_backward)
 
 
-def _zeros_like_outputs(
-    step: Callable, weights: dict[str, jax.Array], rest: Any, fam: jax.Array, blocks: Any
-) -> dict[str, jax.Array]:
+def _cast(params: Any, dtype: Any) -> Any:
+    """Once before the scan, not at every step of it."""
+    return jax.tree.map(lambda w: w.astype(dtype), params)
+
+
+def _zeros_like_outputs(layer: DecoderLayer, fam: jax.Array, blocks: Any) -> dict[str, jax.Array]:
     """Zeros (N, B, M, *out) for every projection."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def apply(linear: Linear, h: jax.Array) -> jax.Array:
-        y = contract(h, weights[linear.name], linear.in_axes)
+        y = linear(h)
         shapes[linear.name] = y.shape
         return y
 
     # Shapes only, so that a chain of no blocks has them too.
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), blocks)
-    jax.eval_shape(functools.partial(step, apply), rest, fam, first)
+    jax.eval_shape(lambda fam, block: update_fam(layer, fam, block, apply), fam, first)
     count = jax.tree.leaves(blocks)[0].shape[0]
     return {name: jnp.zeros((count, *shape), fam.dtype) for name, shape in shapes.items()}
 

@@ -10,6 +10,10 @@ from flax import nnx
 from fam_jax.config import ModelConfig
 
 
+class FrozenParam(nnx.Param):
+    """A parameter that is not trained, so that no gradient of it is formed where one is formed by hand."""
+
+
 class Linear(nnx.Module):
     """x (..., *in) @ kernel (*in, *out) -> (..., *out), without bias, in the dtype of x."""
 
@@ -31,8 +35,9 @@ def contract(x: jax.Array, kernel: jax.Array, in_axes: int) -> jax.Array:
     As one product of two matrices: XLA for CPU transposes the activations to form the weights' gradient otherwise.
     """
     batch, out = x.shape[: x.ndim - in_axes], kernel.shape[in_axes:]
-    rows = x.reshape(math.prod(batch), -1)
-    return (rows @ kernel.reshape(rows.shape[1], -1)).reshape(*batch, *out)
+    width = math.prod(kernel.shape[:in_axes])
+    product = x.reshape(math.prod(batch), width) @ kernel.reshape(width, math.prod(out))
+    return product.reshape(*batch, *out)
 
 
 # How a layer applies one of its projections. The FAM chain passes its own, to gather weight gradients.

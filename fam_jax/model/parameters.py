@@ -18,7 +18,7 @@ def from_dict(like: nnx.State, values: dict[str, Any]) -> nnx.State:
     Raises:
       ValueError: names or shapes differ; the message lists the first few.
     """
-    flat_like, flat = _flatten(to_dict(like)), _flatten(values)
+    flat_like, flat = flatten(to_dict(like)), flatten(values)
     wrong = [f"{name} is missing" for name in flat_like if name not in flat]
     wrong += [f"{name} is not expected" for name in flat if name not in flat_like]
     wrong += [
@@ -39,5 +39,18 @@ def count_parameters(values: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(values))
 
 
-def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    """Leaves of a nested dict by path, such as layers/query/kernel."""
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *groups, name = path.split("/")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = leaf
+    return tree

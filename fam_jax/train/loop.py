@@ -17,6 +17,7 @@ from fam_jax.checkpoint import Checkpoints
 from fam_jax.config import Config, ConfigError, UserError
 from fam_jax.data.stream import PasskeyStream
 from fam_jax.model import count_parameters
+from fam_jax.train.base import load_base
 from fam_jax.train.metrics import MetricsWriter, ProgressReport
 from fam_jax.train.optimizer import make_optimizer
 from fam_jax.train.state import TrainState, init_state
@@ -42,7 +43,7 @@ class Trainer:
     mesh: jax.sharding.Mesh
     state_shapes: TrainState  # ShapeDtypeStructs with shardings
     step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-    create: Callable[[], TrainState]
+    create: Callable[[], TrainState]  # the state before the first step, from config.train.init_from if set
 
 
 def make_trainer(config: Config) -> Trainer:
@@ -55,10 +56,10 @@ def make_trainer(config: Config) -> Trainer:
     sharding.check_batch(mesh, config.train.batch_size // config.train.accumulation, "train.batch_size")
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
-    def create() -> TrainState:
-        return init_state(config, optimizer, config.train.seed)
+    def initial(base: Any) -> TrainState:
+        return init_state(config, optimizer, config.train.seed, base)
 
-    shapes = jax.eval_shape(create)
+    shapes = jax.eval_shape(initial, None)
     shardings = sharding.state_shardings(shapes, shapes.params, mesh)
     step = jax.jit(
         sharding.traced_for(mesh, make_train_step(config, optimizer)),
@@ -69,7 +70,12 @@ def make_trainer(config: Config) -> Trainer:
     placed = jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
     )
-    return Trainer(config, mesh, placed, step, jax.jit(create, out_shardings=shardings))
+
+    def create() -> TrainState:
+        base = load_base(config, mesh) if config.train.init_from else None
+        return jax.jit(initial, out_shardings=shardings)(base)
+
+    return Trainer(config, mesh, placed, step, create)
 
 
 def train(

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from fam_jax.config import Config
-from fam_jax.model import Transformer, to_dict
+from fam_jax.model import create_model, lora, to_dict
 
 
 @jax.tree_util.register_dataclass
@@ -17,22 +17,35 @@ from fam_jax.model import Transformer, to_dict
 class TrainState:
     """State between two steps."""
 
-    params: dict[str, Any]  # float32
-    optimizer: Any
+    params: dict[str, Any]  # float32, but for what LoRA keeps frozen
+    optimizer: Any  # state of the parameters that are trained
     step: jax.Array  # () int32: steps taken
     key: jax.Array  # typed PRNG key; step t draws from fold_in(key, t)
     saved_fam: jax.Array  # (L, M, D): last FAM of the first example of the step before (random state passing)
     has_saved_fam: jax.Array  # () bool
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Fresh parameters and optimizer state; a pure function, to be jitted with shardings."""
+def init_state(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    base: dict[str, Any] | None = None,
+) -> TrainState:
+    """Fresh parameters and optimizer state; a pure function, to be jitted with shardings.
+
+    Args:
+      config: resolved.
+      optimizer: of the parameters that are trained.
+      seed: of parameters and steps.
+      base: nested dict of parameters to take in place of fresh ones.
+    """
     init_key, step_key = jax.random.split(jax.random.key(seed))
-    params = to_dict(nnx.state(Transformer(config.model, rngs=nnx.Rngs(init_key))))
+    params = to_dict(nnx.state(create_model(config, rngs=nnx.Rngs(init_key))))
+    params = lora.stored(lora.join(params, base or {}), config)
     model = config.model
     return TrainState(
         params=params,
-        optimizer=optimizer.init(params),
+        optimizer=optimizer.init(lora.divide(params, config.lora)[0]),
         step=jnp.zeros((), jnp.int32),
         key=step_key,
         saved_fam=jnp.zeros((model.num_layers, model.fam_length, model.model_dim), model.dtype),
@@ -42,5 +55,5 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, seed: in
 
 def model_structure(config: Config) -> tuple[Any, Any]:
     """Graph definition and abstract state of the model, to merge parameters into without creating any."""
-    abstract = nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: create_model(config, rngs=nnx.Rngs(0)))
     return nnx.split(abstract)

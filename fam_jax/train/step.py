@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from fam_jax.config import Config
-from fam_jax.model import empty_memory, from_dict, with_fam
+from fam_jax.model import empty_memory, from_dict, lora, with_fam
 from fam_jax.train.losses import token_loss
 from fam_jax.train.optimizer import learning_rate
 from fam_jax.train.state import TrainState, model_structure
@@ -39,9 +39,9 @@ def make_train_step(
     schedule = learning_rate(config.optimizer, train.steps)
 
     def loss(
-        params: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array
+        trained: Any, frozen: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array
     ) -> tuple[jax.Array, Any]:
-        model = nnx.merge(graphdef, from_dict(abstract, params))
+        model = nnx.merge(graphdef, from_dict(abstract, lora.join(trained, frozen)))
         memory = empty_memory(config.model, batch["inputs"].shape[0], past_slots=False)
         if train.random_state_passing:
             memory = with_fam(memory, state.saved_fam, draws.from_saved)
@@ -60,13 +60,14 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         draws = _draw(config, state, batch["inputs"].shape[0])
         total = jnp.maximum(batch["weights"].sum(), 1e-6)
+        trained, frozen = lora.divide(state.params, config.lora)
         gradient = jax.value_and_grad(loss, has_aux=True)
         (value, (scores, fam)), grads = _accumulate(
-            lambda part, d: gradient(state.params, state, part, d, total), batch, draws, train.accumulation
+            lambda part, d: gradient(trained, frozen, state, part, d, total), batch, draws, train.accumulation
         )
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
         new_state = TrainState(
-            params=optax.apply_updates(state.params, updates),
+            params=lora.join(optax.apply_updates(trained, updates), frozen),
             optimizer=optimizer_state,
             step=state.step + 1,
             key=state.key,

@@ -86,15 +86,10 @@ def test_every_parameter_against_finite_differences_of_the_oracle(changes):
         np.testing.assert_allclose(slope, difference, rtol=1e-6, err_msg=name)
 
 
-def plain_scan(step, weights, rest, start, blocks):
+def plain_scan(merge, frozen, weights, rest, start, blocks):
     """`scan_updates` as `lax.scan` differentiates it."""
-
-    def body(carry, block):
-        return step(
-            lambda linear, h: jnp.tensordot(h, weights[linear.name], axes=linear.in_axes), rest, carry, block
-        )
-
-    return jax.lax.scan(body, start, blocks)
+    layer = merge(frozen, weights, rest)
+    return jax.lax.scan(lambda carry, block: fam.update_fam(layer, carry, block), start, blocks)
 
 
 def test_deferred_weight_gradients_are_those_of_a_plain_scan(monkeypatch):

@@ -1,0 +1,136 @@
+"""Low-rank adaptation (LoRA, Hu et al. 2021) of the layers' projections, and what is trained beside it.
+
+A projection x W becomes x W + s (x A) B with W frozen, A and B trained, B zero at the start. The layers know nothing
+of it: :func:`add_lora` replaces their projections, chosen by path, by such that hold A and B beside their kernel. So
+parameters keep their paths, a base model's fit in unchanged, and `layers/query` gains `lora_a` and `lora_b`.
+"""
+
+import fnmatch
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fam_jax.config import Config, ConfigError, LoraConfig
+from fam_jax.model.layers import FrozenParam, Linear, contract
+from fam_jax.model.parameters import flatten, to_dict, unflatten
+from fam_jax.model.transformer import Transformer
+
+Params = dict[str, Any]
+ADAPTERS = ("lora_a", "lora_b")
+
+
+class LoraLinear(Linear):
+    """A stack of projections with frozen kernels (L, *in, *out), and updates A (L, *in, r) and B (L, r, *out)."""
+
+    def __init__(self, base: Linear, config: LoraConfig, *, rngs: nnx.Rngs):
+        self.name, self.in_axes = base.name, base.in_axes
+        self.scale = config.alpha / config.rank
+        self.kernel = FrozenParam(base.kernel[...])
+        layers, *shape = base.kernel.shape
+        in_shape, out_shape = shape[: self.in_axes], shape[self.in_axes :]
+        a = jax.random.normal(rngs.params(), (layers, *in_shape, config.rank), jnp.float32)
+        self.lora_a = nnx.Param(a * math.prod(in_shape) ** -0.5)
+        self.lora_b = nnx.Param(jnp.zeros((layers, config.rank, *out_shape), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The product of one layer: x (..., *in) to (..., *out)."""
+        low = contract(x, self.lora_a[...].astype(x.dtype), self.in_axes)
+        update = contract(low, self.lora_b[...].astype(x.dtype), 1)
+        return super().__call__(x) + self.scale * update
+
+
+def create_model(config: Config, *, rngs: nnx.Rngs) -> Transformer:
+    """The model that is trained: with LoRA if the config says so.
+
+    Raises:
+      ConfigError: as :func:`add_lora`.
+    """
+    model = Transformer(config.model, rngs=rngs)
+    if config.lora.rank:
+        add_lora(model, config.lora, rngs=rngs)
+    return model
+
+
+def add_lora(model: Transformer, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
+    """Replaces the projections of the layers that `config.targets` names.
+
+    Raises:
+      ConfigError: a pattern of targets names no projection, or one of train no parameter, or the kernel of a target.
+    """
+    kernels = {f"layers/{name}/kernel": name for name in model.layers.linears()}
+    chosen = set()
+    for pattern in config.targets:
+        named = fnmatch.filter(kernels, pattern)
+        if not named:
+            raise ConfigError(f"config.lora.targets: {pattern!r} names none of {', '.join(kernels)}")
+        chosen |= {*named}
+    parameters = flatten(to_dict(nnx.state(model)))
+    for pattern in config.train:
+        named = fnmatch.filter(parameters, pattern)
+        if not named and not pattern.endswith("initial_fam"):  # which a model may do without
+            raise ConfigError(f"config.lora.train: {pattern!r} names none of {', '.join(parameters)}")
+        twice = chosen.intersection(named)
+        if twice:
+            raise ConfigError(
+                f"config.lora.train: {pattern!r} names {min(twice)}, which config.lora.targets keeps frozen; "
+                "take it out of one of them"
+            )
+    for path in sorted(chosen):
+        name = kernels[path]
+        setattr(model.layers, name, LoraLinear(getattr(model.layers, name), config, rngs=rngs))
+
+
+def divide(params: Params, config: LoraConfig) -> tuple[Params, Params]:
+    """The parameters that are trained, and those that are not; without LoRA all are."""
+
+    def trained(path: str) -> bool:
+        is_adapter = path.rpartition("/")[2] in ADAPTERS
+        return is_adapter or any(fnmatch.fnmatch(path, pattern) for pattern in config.train)
+
+    if config.rank == 0:
+        return params, {}
+    flat = flatten(params)
+    return (
+        unflatten({path: leaf for path, leaf in flat.items() if trained(path)}),
+        unflatten({path: leaf for path, leaf in flat.items() if not trained(path)}),
+    )
+
+
+def join(trained: Params, frozen: Params) -> Params:
+    """The inverse of :func:`divide`."""
+    return unflatten(flatten(trained) | flatten(frozen))
+
+
+def stored(params: Params, config: Config) -> Params:
+    """Parameters in the dtypes in which training keeps them: frozen matrices as `config.lora.base_dtype` says.
+
+    A frozen matrix loses nothing in the dtype of the activations, to which it is converted at every use. All else is
+    float32: what is trained, and vectors (of norms), which are used in float32 and take no room.
+    """
+    base = config.lora.base_dtype
+    narrow = "bfloat16" if "bfloat16" in (base, config.model.dtype if base == "model" else base) else "float32"
+    trained, frozen = divide(params, config.lora)
+
+    def place(path: str, leaf: Any) -> Any:
+        matrix = path.rpartition("/")[2] in ("kernel", "table")
+        return leaf.astype(narrow if matrix else jnp.float32)
+
+    frozen = unflatten({path: place(path, leaf) for path, leaf in flatten(frozen).items()})
+    return join(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained), frozen)
+
+
+def merge(params: Params, config: LoraConfig) -> Params:
+    """Parameters of the plain model that computes the same: kernels W + s A B, in float32 at least, and no A and B."""
+    if config.rank == 0:
+        return params
+    flat = flatten(params)
+    for path in [path for path in flat if path.endswith("/lora_a")]:
+        group = path.removesuffix("/lora_a")
+        a, b = flat.pop(path), flat.pop(f"{group}/lora_b")
+        kernel = flat[f"{group}/kernel"]
+        update = jnp.einsum("l...r,lro->l...o", a, b.reshape(*b.shape[:2], -1), precision="highest")
+        flat[f"{group}/kernel"] = kernel + config.alpha / config.rank * update.reshape(kernel.shape)
+    return unflatten(flat)
