@@ -161,8 +161,17 @@ def test_a_running_mean_must_forget(field: str) -> None:
 
 def test_every_field_has_a_range() -> None:
     """Fields added later must say what they allow."""
-    own_rule = {"model.norm_epsilon", "model.rope_base", "data.stage_blocks", "evaluate.filler_blocks", "lora.alpha"}
-    free = {field for field, kind in fields().items() if kind is bool} | {"data.vocabulary", "train.init_from"}
+    own_rule = {
+        "model.norm_epsilon",
+        "model.rope_base",
+        "data.stage_blocks",
+        "evaluate.filler_blocks",
+        "lora.alpha",
+    }
+    free = {field for field, kind in fields().items() if kind is bool} | {
+        "data.vocabulary",
+        "train.init_from",
+    }
     free |= {"lora.targets", "lora.train"}  # patterns: the model knows what there is to name
     assert fields().keys() == CHOICES.keys() | MINIMA.keys() | {*FRACTIONS, *DECAYS} | own_rule | free
 

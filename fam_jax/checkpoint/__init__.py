@@ -15,7 +15,15 @@ computed where the arrays live (see `contents.py`), go into the same atomic step
 every restore.
 """
 
-from fam_jax.checkpoint.folder import MAY_CHANGE, CheckpointError, absolute, read_config
+from fam_jax.checkpoint.folder import MAY_CHANGE, CheckpointError, absolute, read_config, saved_steps
 from fam_jax.checkpoint.steps import Checkpoints, load_params
 
-__all__ = ["MAY_CHANGE", "CheckpointError", "Checkpoints", "absolute", "load_params", "read_config"]
+__all__ = [
+    "MAY_CHANGE",
+    "CheckpointError",
+    "Checkpoints",
+    "absolute",
+    "load_params",
+    "read_config",
+    "saved_steps",
+]

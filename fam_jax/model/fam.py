@@ -19,7 +19,6 @@ from fam_jax.kernels import Part, joint_attention
 from fam_jax.model.layers import Apply, DecoderLayer, FrozenParam, Linear, apply_linear
 from fam_jax.model.rope import Rope, Rotation, rotate
 
-
 # (frozen, weights, rest) -> the layer of these parameters.
 Merge = Callable[[Any, Any, Any], DecoderLayer]
 
@@ -144,7 +143,9 @@ def _scan_backward(merge: Merge, residuals: Any, cotangents: Any) -> Any:
     pullback, inputs, frozen, weights, rest = residuals
     d_rest, d_fam, d_blocks, d_outputs = pullback(cotangents)
 
-    def batch_first(x: jax.Array) -> jax.Array:  # projections merge the leading axes; a mesh divides the batch
+    def batch_first(
+        x: jax.Array,
+    ) -> jax.Array:  # projections merge the leading axes; a mesh divides the batch
         return x.swapaxes(0, 1)
 
     inputs, d_outputs = jax.tree.map(batch_first, (inputs, d_outputs))  # (N, B, M, ...) -> (B, N, M, ...)

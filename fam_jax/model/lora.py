@@ -111,7 +111,9 @@ def stored(params: Params, config: Config) -> Params:
     float32: what is trained, and vectors (of norms), which are used in float32 and take no room.
     """
     base = config.lora.base_dtype
-    narrow = "bfloat16" if "bfloat16" in (base, config.model.dtype if base == "model" else base) else "float32"
+    narrow = (
+        "bfloat16" if "bfloat16" in (base, config.model.dtype if base == "model" else base) else "float32"
+    )
     trained, frozen = divide(params, config.lora)
 
     def place(path: str, leaf: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from fam_jax import sharding
-from fam_jax.checkpoint import Checkpoints
+from fam_jax.checkpoint import Checkpoints, absolute, saved_steps
 from fam_jax.config import Config, ConfigError, UserError
 from fam_jax.data.stream import PasskeyStream
 from fam_jax.model import count_parameters
@@ -108,12 +108,13 @@ def train(
     trainer = make_trainer(config)
     stream = _make_stream(config)
     folder = Path(workdir)
+    state = None
+    if restore_step is None and not saved_steps(absolute(folder)):
+        state = trainer.create()  # before the folder is made: a base that is not to be had leaves no trace
     with Checkpoints(
         folder, config=dataclasses.asdict(config), keep=config.train.keep_checkpoints
     ) as checkpoints:
-        if checkpoints.latest_step() is None and restore_step is None:
-            state = trainer.create()
-        else:
+        if state is None:
             values, position = checkpoints.restore(restore_step, _as_dict(trainer.state_shapes))
             state = TrainState(**values)
             stream.restore(position)

@@ -74,7 +74,7 @@ def make_train_step(
             saved_fam=fam.astype(state.saved_fam.dtype),
             has_saved_fam=jnp.ones((), bool),
         )
-        metrics = {
+        return new_state, {
             "loss": scores["loss"],
             "objective": value,
             "answer_accuracy": scores["answer_correct"] / jnp.maximum(scores["answers"], 1),
@@ -84,7 +84,6 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "from_saved_fam": draws.from_saved.mean(),
         }
-        return new_state, metrics
 
     return train_step
 

@@ -64,7 +64,9 @@ def _compiled_start(config: Config) -> Callable[[int], TrainState]:
 
 def start(config: Config, seed: int = 0) -> TrainState:
     """The state before the first step; what it depends on is the model, the optimizer and what is trained."""
-    return _compiled_start(dataclasses.replace(TINY, model=config.model, optimizer=config.optimizer, lora=config.lora))(seed)
+    return _compiled_start(
+        dataclasses.replace(TINY, model=config.model, optimizer=config.optimizer, lora=config.lora)
+    )(seed)
 
 
 def run(config: Config, steps: int, state: TrainState | None = None) -> tuple[Any, list[Any]]:
