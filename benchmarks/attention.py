@@ -18,11 +18,11 @@ from typing import Any
 from rich.progress import Progress
 
 from benchmarks.attention_programs import Case, compile_case, to_json
-from benchmarks.profile_attention import Problem, cycles
 from benchmarks.record import write_record
 from benchmarks.report import print_table
 from benchmarks.splash import SplashTiles
 from fam_jax.plan import ProfileError, check_floor, estimate, parse, static_profile
+from fam_jax.plan.attention import Problem, cycles
 from launch.errors import ArgumentParser, user_errors
 
 SHAPES = {"1B": (12, 12), "8B": (32, 32), "24B": (32, 1)}  # query and key heads of the paper's models
@@ -106,7 +106,8 @@ def measure(case: Case, profiler: Profiler) -> dict[str, Any]:
         check_floor(
             "+".join(names), sum(kernels.values()) * case.chip.clock, case.macs() / case.chip.cores, case.chip
         )
-    result = estimate(parse(executable.as_text() or ""), case.chip, kernels=kernels)
+    spans = {name: (seconds, seconds) for name, seconds in kernels.items()}
+    result = estimate(parse(executable.as_text() or ""), case.chip, kernels=spans)
     roofline = case.chip.matrix_seconds(case.macs())
     memory = executable.memory_analysis()
     assert memory is not None

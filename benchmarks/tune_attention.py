@@ -16,10 +16,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from benchmarks.profile_attention import Problem, cycles, device_kind
 from benchmarks.report import print_table
 from fam_jax.config import UserError
 from fam_jax.kernels.pallas import tiles
+from fam_jax.plan.attention import Problem, cycles, device_kind
 from launch.errors import ArgumentParser, user_errors
 
 SIDES = (128, 256, 512, 1024)

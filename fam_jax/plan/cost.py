@@ -100,7 +100,7 @@ def estimate(
     module: Module,
     chip: Chip,
     devices: Sequence[jax.Device] = (),
-    kernels: Mapping[str, float] | None = None,
+    kernels: Mapping[str, tuple[float, float]] | None = None,
 ) -> Estimate:
     """Adds up a program.
 
@@ -108,7 +108,7 @@ def estimate(
       module: of :func:`fam_jax.plan.hlo.parse`.
       chip: that it was compiled for.
       devices: in the order of the mesh; a single one, or none, where there are no collectives.
-      kernels: seconds of one run of each Pallas kernel, by its name, to which XLA may have added ".1".
+      kernels: seconds, low and high, of one run of each Pallas kernel by its name, to which XLA may have added ".1".
 
     Raises:
       ValueError: a kernel whose time is not given, or a loop or collective that is not understood.
@@ -176,7 +176,12 @@ def spanned_axes(devices: Sequence[jax.Device]) -> int:
 
 
 def _compute_cost(
-    module: Module, op: Op, computation: Computation, times: int, chip: Chip, kernels: Mapping[str, float]
+    module: Module,
+    op: Op,
+    computation: Computation,
+    times: int,
+    chip: Chip,
+    kernels: Mapping[str, tuple[float, float]],
 ) -> OpCost | None:
     modelled = _cycles(op, "window_config") / chip.clock
     profiled = _cycles(op, "bundle_analysis_data") / chip.clock
@@ -192,8 +197,8 @@ def _compute_cost(
         name = re.sub(r"\.\d+$", "", op.name)
         if name not in kernels:
             raise ValueError(f"no time is known of the kernel {name}")
-        seconds = times * max(kernels[name], traffic / chip.hbm_bandwidth)
-        return OpCost(op.name, "kernel", op.source, times, seconds, seconds, hbm_bytes=times * traffic)
+        low, high = (times * max(seconds, traffic / chip.hbm_bandwidth) for seconds in kernels[name])
+        return OpCost(op.name, "kernel", op.source, times, low, high, hbm_bytes=times * traffic)
     flops = 0
     if op.opcode == "fusion":
         flops = module.flops(op.called[0])

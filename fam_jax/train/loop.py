@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,13 @@ class Trainer:
     create: Callable[[], TrainState]  # the state before the first step, from config.train.init_from if set
 
 
-def make_trainer(config: Config) -> Trainer:
-    """Mesh, shardings and the jitted step; creates no arrays.
+def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) -> Trainer:
+    """Mesh over `devices`, by default all, shardings and the jitted step; creates no arrays.
 
     Raises:
       ConfigError: the mesh does not fit the devices, or does not divide the batch or a parameter.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(mesh, config.train.batch_size // config.train.accumulation, "train.batch_size")
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 

@@ -1,11 +1,11 @@
-"""Simulated cycles of one attention kernel with given tiles, by the static profile of the TPU compiler.
+"""Time of the attention kernels in training, by the static profile of the TPU compiler.
 
-The profile is that of the scheduled program, walked over the grid. It does not know the bandwidth to HBM, which these
-kernels do not come near. It is linear in heads, so it is taken of as few as keep every core busy. Predicates must
-hang on the grid alone, as those of the resident kernels do.
+Its figure is linear in heads, so it is taken of as few as keep every core busy. `python -m fam_jax.plan.attention JSON`
+compiles one kernel: the simulator dies of a program that holds both.
 """
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -14,14 +14,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fam_jax.config import MeshConfig
+from fam_jax.config import MeshConfig, ModelConfig
 from fam_jax.kernels.pallas import resident, resident_backward
 from fam_jax.kernels.pallas.parts import Geometry, Layout
 from fam_jax.kernels.pallas.tiles import Tiles, choose_tiles
-from fam_jax.plan import ProfileError, check_floor, chip_of, compile_on, static_profile, topology_devices
+from fam_jax.plan.chips import chip_of
+from fam_jax.plan.compile import compile_on, topology_devices
+from fam_jax.plan.profile import ProfileError, check_floor, static_profile
 from fam_jax.sharding import make_mesh, replicated
 
 LIMIT_S = 240
+GROUP = 4  # query heads of a group that are profiled
+
+# Where there is no figure: the share of the matrix units' peak that the kernels reach, at best and at worst.
+UNKNOWN_SHARE = (0.8, 0.4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,49 @@ class Problem:
         return products * self.group * size * keys * self.head_dim
 
 
+@functools.cache
+def kernel_seconds(
+    topology: str, model: ModelConfig, rows: int, tokens: int, heads: int, kv_heads: int
+) -> dict[str, tuple[float, float]]:
+    """Time of one run of each kernel on one chip, low and high, in a training step at bfloat16.
+
+    The two are the same where the compiler gives a figure. It gives none for v4, nor for kernels whose work depends on
+    data, as those for long windows: then they come from the matrix units' peak, by `UNKNOWN_SHARE`.
+
+    Args:
+      topology: such as v5p:2x2x1.
+      model: block size and memory.
+      rows: of the batch on a chip.
+      tokens: T.
+      heads: query heads on a chip.
+      kv_heads: key heads on a chip.
+
+    Raises:
+      UserError: the TPU compiler is not installed.
+    """
+    chip, group = chip_of(topology), heads // kv_heads
+    problem = Problem(
+        topology,
+        model.block_size,
+        model.memory_segments,
+        model.fam_length * model.fam_previous_blocks,
+        model.head_dim,
+        -(-tokens // model.block_size),
+        min(group, GROUP),
+    )
+    found = {}
+    for which in ("forward", "backward"):
+        count = cycles(problem, which, problem.tiles())
+        whole = rows * heads / (problem.cores * problem.group)  # times the problem
+        if count is not None and not model.window:
+            low = high = whole * count / chip.clock
+        else:
+            peak = whole * problem.macs(which) / chip.macs_per_cycle / chip.clock
+            low, high = (peak / share for share in UNKNOWN_SHARE)
+        found[f"fam_attention_{which}"] = (low, high)
+    return found
+
+
 def device_kind(topology: str) -> str:
     """As JAX names the chips of a slice."""
     return topology_devices(topology)[0].device_kind
@@ -83,7 +132,7 @@ def cycles(problem: Problem, which: str, tiles: Tiles) -> int | None:
     task = {"problem": dataclasses.asdict(problem), "which": which, "tiles": dataclasses.asdict(tiles)}
     name = f"fam_attention_{which}"
     try:
-        found = static_profile("benchmarks.profile_attention", [json.dumps(task)], timeout=LIMIT_S)
+        found = static_profile("fam_jax.plan.attention", [json.dumps(task)], (name,), timeout=LIMIT_S)
     except (ProfileError, subprocess.TimeoutExpired):
         return None
     if name not in found:
