@@ -141,10 +141,10 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; data = 0 takes the devices that the others leave."""
+    """Devices along each mesh axis; data or fsdp, if 0, takes the devices that the others leave."""
 
     data: int = 0
-    fsdp: int = 1
+    fsdp: int = 1  # not the whole slice: there the TPU compiler makes all-reduces of reduce-scatters
     tensor: int = 1
 
 
@@ -253,13 +253,13 @@ MINIMA = {
          "data.digits", "data.filler_step",
          "train.steps", "train.batch_size", "train.accumulation", "train.loss_chunk", "train.log_every",
          "train.checkpoint_every", "train.keep_checkpoints", "evaluate.keys", "evaluate.batch_size",
-         "evaluate.chunk_blocks", "optimizer.min_factored_dim", "mesh.fsdp", "mesh.tensor"), 1),
+         "evaluate.chunk_blocks", "optimizer.min_factored_dim", "mesh.tensor"), 1),
     **dict.fromkeys(
         ("model.memory_segments", "model.window", "model.fam_length", "optimizer.warmup_steps",
          "optimizer.block_rms_clip", "optimizer.epsilon", "optimizer.weight_decay", "optimizer.clip_norm",
          "optimizer.learning_rate", "data.min_filler_blocks", "data.max_stage_steps", "data.prompt_weight",
          "train.seed", "train.z_loss", "train.random_state_passing_from", "evaluate.every", "evaluate.seed",
-         "mesh.data", "lora.rank"), 0),
+         "mesh.data", "mesh.fsdp", "lora.rank"), 0),
 }  # fmt: skip
 
 DECAYS = ("optimizer.beta1", "optimizer.beta2", "optimizer.beta2_power")  # at least 0, below 1
@@ -347,6 +347,10 @@ def _validate_rest(config: Config) -> None:
     _require(
         train.random_state_passing == 0 or config.model.fam_length > 0,
         "config.train.random_state_passing: needs a FAM, but model.fam_length is 0",
+    )
+    _require(
+        config.mesh.data > 0 or config.mesh.fsdp > 0,
+        "config.mesh.fsdp: 0 takes what data leaves, but data is 0 too",
     )
     stages = data.stage_blocks
     _require(len(stages) > 0, "config.data.stage_blocks: must name at least one length")

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -67,18 +68,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       ConfigError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    count, inner = len(devices), config.fsdp * config.tensor
-    if config.data == 0 and count % inner:
+    count = len(devices)
+    given = {name: getattr(config, name) for name in MESH_AXES}
+    known = math.prod(size for size in given.values() if size)
+    axes = " * ".join(name for name, size in given.items() if size)
+    rest = [name for name, size in given.items() if not size]
+    if rest and count % known:
+        raise ConfigError(f"config.mesh: {axes} = {known} does not divide the {count} devices that there are")
+    given |= dict.fromkeys(rest, count // known)
+    if math.prod(given.values()) != count:
         raise ConfigError(
-            f"config.mesh.fsdp: fsdp * tensor = {inner} does not divide the {count} devices that there are"
+            f"config.mesh: {axes} = {known}, but there are {count} devices; data=0 takes what the others leave"
         )
-    shape = (config.data or count // inner, config.fsdp, config.tensor)
-    if math.prod(shape) != count:
-        raise ConfigError(
-            f"config.mesh.data: data * fsdp * tensor = {math.prod(shape)}, but there are {count} devices; "
-            "data=0 takes what the others leave"
-        )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # A mesh axis may take a part of an axis of the torus.
+    shape = tuple(given.values())
+    ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(ordered, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

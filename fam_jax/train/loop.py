@@ -18,6 +18,7 @@ from fam_jax.config import Config, ConfigError, UserError
 from fam_jax.data.stream import PasskeyStream
 from fam_jax.model import count_parameters
 from fam_jax.train.base import load_base
+from fam_jax.train.compiler import compiler_options
 from fam_jax.train.metrics import MetricsWriter, ProgressReport
 from fam_jax.train.optimizer import make_optimizer
 from fam_jax.train.state import TrainState, init_state
@@ -66,6 +67,7 @@ def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) ->
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
     placed = jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings

@@ -1,0 +1,28 @@
+"""The paper's 24B model (section 3.1, table 3): 24.5B parameters without embeddings, 128 chips.
+
+    python -m launch.train --config=configs/fam_24b.py --workdir=gs://BUCKET/fam_24b
+    python -m launch.plan --config=configs/fam_24b.py --topology=v5p:4x4x8
+
+The argument, as in `configs/fam_24b.py:pretrain,bswa`, is that of `configs/paper.py`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.paper import paper_config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Table 3."""
+    return paper_config(
+        "fam_24b",
+        arg,
+        model={
+            "num_layers": 56,
+            "model_dim": 4096,
+            "ff_dim": 32768,
+            "num_heads": 32,
+            "num_kv_heads": 1,
+        },
+        learning_rate=3e-3,
+        mesh={"data": 4, "fsdp": 0},
+    )

@@ -1,0 +1,28 @@
+"""The paper's 8B model (section 3.1, table 3): 8.6B parameters without embeddings, 64 chips.
+
+    python -m launch.train --config=configs/fam_8b.py --workdir=gs://BUCKET/fam_8b
+    python -m launch.plan --config=configs/fam_8b.py --topology=v5p:4x4x4
+
+The argument, as in `configs/fam_8b.py:pretrain,bswa`, is that of `configs/paper.py`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.paper import paper_config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Table 3."""
+    return paper_config(
+        "fam_8b",
+        arg,
+        model={
+            "num_layers": 32,
+            "model_dim": 4096,
+            "ff_dim": 16384,
+            "num_heads": 32,
+            "num_kv_heads": 32,
+        },
+        learning_rate=3e-3,
+        mesh={"data": 4, "fsdp": 0},
+    )

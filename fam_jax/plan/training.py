@@ -1,0 +1,274 @@
+"""What a training step of a config needs on a slice: the real step, compiled for it, counted op by op."""
+
+import concurrent.futures
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fam_jax.config import Config, MeshConfig
+from fam_jax.plan.attention import kernel_seconds
+from fam_jax.plan.chips import GIB, Chip, chip_of
+from fam_jax.plan.compile import topology_devices
+from fam_jax.plan.cost import Estimate, estimate
+from fam_jax.plan.hlo import parse
+from fam_jax.sharding import batch_sharding
+from fam_jax.train.loop import Trainer, make_trainer
+
+# What a batch consists of, beside its shape (B, T).
+BATCH = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "answer": jnp.bool_}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip's HBM."""
+
+    peak: int
+    capacity: int
+    parameters: int
+    optimizer: int
+    activations: int  # all that lives within a step: the peak without the two
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is below the capacity."""
+        return self.peak <= self.capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """A step on one mesh."""
+
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    tokens: int  # of a step's batch
+    memory: Memory
+    cost: Estimate | None  # None: the compiler gave up for want of memory
+    model_flops: float  # of the whole step, all chips
+    compile_seconds: float
+
+    def report(self) -> dict[str, Any]:
+        """For the JSON file."""
+        memory = self.memory
+        found: dict[str, Any] = {
+            "topology": self.topology,
+            "chips": self.chips,
+            "mesh": self.mesh,
+            "fits": memory.fits,
+            "hbm_peak_bytes": memory.peak,
+            "hbm_capacity_bytes": memory.capacity,
+            "hbm_parameter_bytes": memory.parameters,
+            "hbm_optimizer_bytes": memory.optimizer,
+            "hbm_activation_bytes": memory.activations,
+            "tokens_per_step": self.tokens,
+            "model_flops": self.model_flops,
+            "compile_seconds": self.compile_seconds,
+        }
+        if self.cost is None:
+            return found
+        peak = self.chips * chip_of(self.topology).flops
+        low, high = self.cost.seconds_low, self.cost.seconds_high
+        return found | {
+            "step_seconds_low": low,
+            "step_seconds_high": high,
+            "tokens_per_second_low": self.tokens / high,
+            "tokens_per_second_high": self.tokens / low,
+            "mfu_low": self.model_flops / peak / high,
+            "mfu_high": self.model_flops / peak / low,
+            "compiled_flops": self.cost.total("flops") * self.chips,
+            "seconds": {
+                kind: {"low": self.cost.total("low", kind), "high": self.cost.total("high", kind)}
+                for kind in ("product", "kernel", "vector")
+            },
+            "collectives": self.cost.collectives,
+        }
+
+
+def plan_training(config: Config, topology: str, tokens: int, mesh: MeshConfig | None = None) -> TrainingPlan:
+    """Compiles the train step for a slice and counts it.
+
+    Args:
+      config: of the run.
+      topology: such as v5p:4x4x8.
+      tokens: T of a row of the batch.
+      mesh: in place of the config's.
+
+    Raises:
+      UserError: the topology is unknown, or the TPU compiler not installed.
+      ConfigError: the mesh does not fit the slice, the batch or the model.
+    """
+    chip, devices = chip_of(topology), topology_devices(topology)
+    config = dataclasses.replace(config, mesh=mesh or config.mesh)
+    trainer = make_trainer(config, devices)
+    kernels = _local_kernels(config, topology, tokens, trainer)
+    started = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        # The profile comes from processes of its own, beside this one's compilation.
+        profile = pool.submit(kernel_seconds, *kernels) if kernels else None
+        executable = _compile(trainer, config.train.batch_size, tokens)
+        seconds = time.perf_counter() - started
+        times = profile.result() if profile else {}
+    cost = None
+    if isinstance(executable, jax.stages.Compiled):
+        module = parse(executable.as_text() or "")
+        cost = estimate(module, chip, list(trainer.mesh.devices.flat), times)
+    return TrainingPlan(
+        topology=topology,
+        chips=len(devices),
+        mesh=dict(trainer.mesh.shape),
+        tokens=config.train.batch_size * tokens,
+        memory=_memory(trainer, executable, chip),
+        cost=cost,
+        model_flops=model_flops(config, trainer, tokens),
+        compile_seconds=seconds,
+    )
+
+
+def _compile(trainer: Trainer, batch: int, tokens: int) -> jax.stages.Compiled | int:
+    """The executable; or, where the program does not fit, the bytes that it would need."""
+    rows = batch_sharding(trainer.mesh)
+    arrays = {
+        name: jax.ShapeDtypeStruct((batch, tokens), dtype, sharding=rows) for name, dtype in BATCH.items()
+    }
+    lowered = trainer.step.trace(trainer.state_shapes, arrays).lower(lowering_platforms=("tpu",))  # type: ignore[attr-defined]
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = bytes_needed(str(error))
+        if needed is None:
+            raise
+        return needed
+
+
+def bytes_needed(message: str) -> int | None:
+    """Of HBM, from what the compiler says of a program that does not fit; None if it says something else."""
+    match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    if match is None:
+        return None
+    return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2]))))
+
+
+def _memory(trainer: Trainer, executable: jax.stages.Compiled | int, chip: Chip) -> Memory:
+    state = trainer.state_shapes
+    parameters, optimizer = (_local_bytes(tree) for tree in (state.params, state.optimizer))
+    if isinstance(executable, int):
+        peak = executable
+    else:
+        analysis = executable.memory_analysis()
+        assert analysis is not None
+        peak = analysis.peak_memory_in_bytes
+    return Memory(peak, chip.hbm_bytes, parameters, optimizer, max(peak - parameters - optimizer, 0))
+
+
+def _local_bytes(tree: Any) -> int:
+    """Of one device's share."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        total += jnp.dtype(leaf.dtype).itemsize * int(jnp.prod(jnp.array(shape))) if shape else 0
+    return total
+
+
+def _local_kernels(config: Config, topology: str, tokens: int, trainer: Trainer) -> tuple[Any, ...]:
+    """Arguments of `kernel_seconds` for what one chip computes; none where XLA does the attention."""
+    model, mesh = config.model, trainer.mesh.shape
+    takes_kernels = model.block_size % 128 == 0 and model.head_dim % 8 == 0 and model.dtype != "float64"
+    if model.attention not in ("auto", "pallas") or not takes_kernels:
+        return ()
+    rows = config.train.batch_size // config.train.accumulation // (mesh["data"] * mesh["fsdp"])
+    heads = model.num_heads // mesh["tensor"]
+    kv_heads = max(model.num_kv_heads // mesh["tensor"], 1)
+    return topology, model, rows, tokens, heads, kv_heads
+
+
+def model_flops(config: Config, trainer: Trainer, tokens: int) -> float:
+    """FLOPs that a step is about (Chowdhery et al. 2022, appendix B): recomputation and the FAM chain left out.
+
+    6 per parameter and token, the output product included and the embedding's lookup not; 12 per visible key, head
+    feature, layer and token for attention. With LoRA the frozen weights have no gradient: 4 per parameter.
+    """
+    model, batch = config.model, config.train.batch_size
+    params = trainer.state_shapes.params
+    frozen = config.lora.rank > 0
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [str(key.key) for key in path]
+        is_product = names[-1] in ("kernel", "lora_a", "lora_b") or (
+            names[-1] == "table" and model.tie_embeddings
+        )
+        if is_product:
+            per_token = 4 if frozen and names[-1] in ("kernel", "table") else 6
+            total += per_token * leaf.size * batch * tokens
+    attention = (
+        12 * model.head_dim * model.num_heads * model.num_layers * batch * visible_keys(config, tokens)
+    )
+    return total + attention
+
+
+def visible_keys(config: Config, tokens: int) -> float:
+    """Sum over a row's tokens of the keys that each sees."""
+    model = config.model
+    size, total = model.block_size, 0.0
+    for start in range(0, tokens, size):
+        count = min(size, tokens - start)
+        past = min(start // size, model.memory_segments) * size
+        fam = model.fam_length * min(model.fam_previous_blocks, start // size + 1)
+        if model.window:
+            ahead = range(start, start + count)
+            own = sum(min(model.window, past + token - start + 1) for token in ahead)
+            total += own + count * fam
+        else:
+            total += count * (past + fam + (count + 1) / 2)
+    return total
+
+
+def sensible_meshes(config: Config, topology: str) -> list[MeshConfig]:
+    """Meshes worth trying on a slice, the likeliest first.
+
+    Weights over whole axes of the torus, but not over all of it (`fam_jax.train.compiler`), and heads over 1, 2 or 4.
+    """
+    model, rows = config.model, config.train.batch_size // config.train.accumulation
+    sides = [int(side) for side in topology.partition(":")[2].split("x")]
+    chips, found = math.prod(sides), []
+    for tensor in (1, 2, 4):
+        divides = model.num_heads % tensor == 0 and (
+            model.num_kv_heads % tensor == 0 or model.num_kv_heads == 1
+        )
+        if not divides or model.ff_dim % tensor or model.vocab_size % tensor or chips % tensor:
+            continue
+        for data in dict.fromkeys(sorted(sides)):
+            ways, fsdp = chips // tensor, chips // tensor // data
+            if rows % ways == 0 and ways % data == 0 and fsdp > 1 and model.model_dim % fsdp == 0:
+                found.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    return found
+
+
+def best_plan(plans: Sequence[TrainingPlan]) -> TrainingPlan:
+    """The fastest that fits, by the middle of its range; if none does, the one that needs least memory."""
+    fitting = [plan for plan in plans if plan.memory.fits and plan.cost is not None]
+    if not fitting:
+        return min(plans, key=lambda plan: plan.memory.peak)
+    return min(fitting, key=lambda plan: plan.cost.seconds_low + plan.cost.seconds_high)  # type: ignore[union-attr]
+
+
+def advice(config: Config, plan: TrainingPlan) -> str:
+    """How much memory is missing, and what would help."""
+    missing = (plan.memory.peak - plan.memory.capacity) / GIB
+    rows = config.train.batch_size // config.train.accumulation
+    helps = []
+    if config.model.remat != "full":
+        helps.append("config.model.remat=full")
+    if rows > plan.mesh["data"] * plan.mesh["fsdp"]:
+        helps.append(f"config.train.accumulation={2 * config.train.accumulation}")
+    if plan.mesh["data"] > 1:
+        helps.append("a larger config.mesh.fsdp in place of data")
+    if config.lora.rank == 0:
+        helps.append("LoRA (config.lora.rank)")
+    helps.append("more chips")
+    return f"{missing:.1f} GiB too much for a chip's {plan.memory.capacity / GIB:.0f} GiB; try {', '.join(helps)}"

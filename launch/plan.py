@@ -1,0 +1,126 @@
+"""What a run needs on a TPU slice, told on a machine that has no TPU.
+
+    python -m launch.plan --config=configs/fam_1b.py --topology=v5p:2x4x4 --json=plan.json
+
+Compiles the real train step, with the real kernels, by the TPU compiler (the extra `tpu`), and reports memory, a range
+for the time of a step, throughput and traffic. Estimates, never checked against hardware. Fields of the config can be
+set behind it, as for training. Exit code 1 if the run does not fit.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from fam_jax.config import Config, MeshConfig, UserError
+from launch.errors import user_errors
+from launch.read_config import define_config_flag, parse_flags, resolved_config
+
+define_config_flag("config")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, as v5p:4x4x8 or v5e:4x8.", required=True)
+JSON = flags.DEFINE_string("json", None, "File for the results.")
+TOKENS = flags.DEFINE_integer("tokens", None, "Length of the batch's rows, in place of what the data gives.")
+MESH = flags.DEFINE_enum(
+    "mesh", "config", ["config", "try"], "The config's mesh, or the best of the sensible ones."
+)
+
+DOES_NOT_FIT = 1
+
+
+def main(argv: list[str]) -> None:
+    """Plans, prints and writes."""
+    if argv[1:]:
+        raise UserError(f"{argv[1]}: not a flag; fields of the config are set as --config.group.field=value")
+    config = resolved_config("config")
+    from fam_jax.plan import topology_devices  # after the config: TensorFlow takes seconds
+    from fam_jax.plan.training import advice, best_plan, plan_training, sensible_meshes
+
+    tokens = TOKENS.value or row_length(config)
+    chips = len(topology_devices(TOPOLOGY.value))
+    meshes = sensible_meshes(config, TOPOLOGY.value) if MESH.value == "try" else [config.mesh]
+    if not meshes:
+        raise UserError(
+            f"no mesh of {chips} chips divides the batch of {config.train.batch_size} rows and the model's heads: "
+            "change config.train.batch_size or the topology"
+        )
+    console, plans = Console(), []
+    for number, mesh in enumerate(meshes, 1):
+        console.print(
+            f"{number}/{len(meshes)}  compiling for {TOPOLOGY.value}, {describe(mesh)} ...", highlight=False
+        )
+        plans.append(plan_training(config, TOPOLOGY.value, tokens, mesh))
+        console.print(summary(plans[-1].report()), highlight=False)
+    best = best_plan(plans)
+    report = best.report() | {"tried": [plan.report() for plan in plans] if len(plans) > 1 else []}
+    if not best.memory.fits:
+        report["advice"] = advice(config, best)
+    print_report(console, report)
+    if JSON.value:
+        path = Path(JSON.value).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"written to {path}")
+    if not best.memory.fits:
+        sys.exit(DOES_NOT_FIT)
+
+
+def row_length(config: Config) -> int:
+    """Tokens of the longest rows that the config's data gives."""
+    if config.data.task != "passkey":
+        return config.data.sequence_length
+    from fam_jax.data.stream import PasskeyStream
+
+    stream = PasskeyStream(
+        config.data, block_size=config.model.block_size, batch_size=config.train.batch_size, seed=0
+    )
+    return stream.stage_tokens[-1]
+
+
+def describe(mesh: MeshConfig) -> str:
+    """In words."""
+    return ", ".join(f"{name}={size or 'the rest'}" for name, size in vars(mesh).items())
+
+
+def summary(report: dict[str, Any]) -> str:
+    """In a line."""
+    memory = f"{report['hbm_peak_bytes'] / 2**30:.1f} of {report['hbm_capacity_bytes'] / 2**30:.0f} GiB"
+    if "step_seconds_low" not in report:
+        return f"    {memory}: does not fit"
+    return (
+        f"    {memory}, {report['step_seconds_low']:.2f} to {report['step_seconds_high']:.2f} s per step, "
+        f"MFU {report['mfu_low']:.2f} to {report['mfu_high']:.2f}, compiled in {report['compile_seconds']:.0f} s"
+    )
+
+
+def print_report(console: Console, report: dict[str, Any]) -> None:
+    """As a table."""
+    table = Table(
+        title=f"{report['topology']}, mesh {report['mesh']}", title_justify="left", show_header=False
+    )
+    parts = ("peak", "capacity", "parameter", "optimizer", "activation")
+    peak, capacity, *rest = (report[f"hbm_{name}_bytes"] / 2**30 for name in parts)
+    table.add_row("fits", "yes" if report["fits"] else f"no: {report['advice']}")
+    table.add_row("memory of a chip", f"{peak:.2f} of {capacity:.0f} GiB")
+    table.add_row("  parameters + optimizer + step", " + ".join(f"{size:.2f}" for size in rest))
+    if "step_seconds_low" in report:
+        table.add_row("step", f"{report['step_seconds_low']:.3f} to {report['step_seconds_high']:.3f} s")
+        table.add_row(
+            "tokens/s", f"{report['tokens_per_second_low']:,.0f} to {report['tokens_per_second_high']:,.0f}"
+        )
+        table.add_row("model FLOPs utilisation", f"{report['mfu_low']:.2f} to {report['mfu_high']:.2f}")
+        for kind, seconds in report["seconds"].items():
+            table.add_row(f"  {kind}s", f"{seconds['low']:.3f} to {seconds['high']:.3f} s")
+        for kind, found in report["collectives"].items():
+            span = f"{found['seconds_low']:.3f} to {found['seconds_high']:.3f} s"
+            table.add_row(f"  {kind}", f"{found['bytes'] / 1e9:.2f} GB, {span}, {found['hidden']:.0%} hidden")
+    table.add_row("compilation", f"{report['compile_seconds']:.0f} s")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        app.run(main, flags_parser=parse_flags)
