@@ -15,6 +15,8 @@ from typing import Any
 
 import ml_collections
 
+from fam_jax.data_config import DataConfig, task_mistake
+
 
 class UserError(Exception):
     """A mistake of the user's, told in one line; entry points print it and exit with code 2."""
@@ -78,23 +80,6 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """PassKey examples (section 3.2): a key, filler, the question; lengths in blocks of the model."""
-
-    vocabulary: str = "passkey"  # passkey (ships with the package) | bytes | path of a SentencePiece model
-    digits: int = 5
-    stage_blocks: tuple[int, ...] = (2, 3, 4, 6, 9, 13, 18)  # filler length of each curriculum stage
-    min_filler_blocks: int = (
-        1  # filler of the first stage starts above this; of later ones, above the stage before
-    )
-    filler_step: int = 1  # fillers are multiples of so many tokens; divides model.block_size
-    advance_accuracy: float = 0.8  # running exact match at which the next stage begins
-    max_stage_steps: int = 0  # the next stage begins after so many steps all the same; 0 = never
-    longest_fraction: float = 0.5  # of batches at the current stage; the rest from earlier stages
-    prompt_weight: float = 0.01  # loss weight of all tokens but the answer, whose weight is 1
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The training loop."""
 
@@ -129,11 +114,17 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """PassKey retrieval by generation from streamed memory."""
+    """From streamed memory: PassKey retrieval by generation, or the loss on held-out documents."""
 
     every: int = 0  # training steps between evaluations; 0 = only by launch/evaluate.py
+    # PassKey.
     filler_blocks: tuple[int, ...] = (4, 9, 18, 36)
     keys: int = 64  # examples per length
+    # Text and seqio.
+    documents: int = 0  # held-out documents, drawn by seed; 0 = all
+    min_tokens: int = 0  # shorter documents are left out
+    ablations: tuple[str, ...] = ()  # zeroed, shuffled, frozen: the loss once more with a FAM of no use
+    # All.
     batch_size: int = 64
     seed: int = 1_000_003
     chunk_blocks: int = 16  # blocks that prefill takes at a time
@@ -250,16 +241,18 @@ MINIMA = {
     **dict.fromkeys(
         ("model.vocab_size", "model.num_layers", "model.model_dim", "model.num_heads", "model.num_kv_heads",
          "model.head_dim", "model.ff_dim", "model.block_size", "model.fam_previous_blocks",
-         "data.digits", "data.filler_step",
+         "data.digits", "data.filler_step", "data.shuffle_batches",
          "train.steps", "train.batch_size", "train.accumulation", "train.loss_chunk", "train.log_every",
          "train.checkpoint_every", "train.keep_checkpoints", "evaluate.keys", "evaluate.batch_size",
          "evaluate.chunk_blocks", "optimizer.min_factored_dim", "mesh.tensor"), 1),
+    "data.sequence_length": 2,
     **dict.fromkeys(
         ("model.memory_segments", "model.window", "model.fam_length", "optimizer.warmup_steps",
          "optimizer.block_rms_clip", "optimizer.epsilon", "optimizer.weight_decay", "optimizer.clip_norm",
          "optimizer.learning_rate", "data.min_filler_blocks", "data.max_stage_steps", "data.prompt_weight",
-         "train.seed", "train.z_loss", "train.random_state_passing_from", "evaluate.every", "evaluate.seed",
-         "mesh.data", "mesh.fsdp", "lora.rank"), 0),
+         "data.repeat_segment", "data.repeat_weight", "train.seed", "train.z_loss",
+         "train.random_state_passing_from", "evaluate.every", "evaluate.documents", "evaluate.min_tokens",
+         "evaluate.seed", "mesh.data", "mesh.fsdp", "lora.rank"), 0),
 }  # fmt: skip
 
 DECAYS = ("optimizer.beta1", "optimizer.beta2", "optimizer.beta2_power")  # at least 0, below 1
@@ -269,6 +262,7 @@ FRACTIONS = (
     "train.random_state_passing",
 )  # fmt: skip
 
+ABLATIONS = ("zeroed", "shuffled", "frozen")
 
 NUMBERS = {
     f"{group.name}.{field.name}"
@@ -301,6 +295,8 @@ def validate(config: Config) -> None:
         if not 0 <= get(field) <= 1:
             raise ConfigError(f"config.{field}: must be between 0 and 1, got {get(field)}")
     _validate_model(config.model)
+    if wrong := task_mistake(config.data):
+        raise ConfigError(f"config.data.{wrong}")
     _validate_rest(config)
 
 
@@ -370,5 +366,13 @@ def _validate_rest(config: Config) -> None:
     _require(
         config.lora.rank == 0 or len(config.lora.targets) > 0,
         "config.lora.targets: must name at least one kernel, or set rank to 0",
+    )
+    unknown = [name for name in evaluate.ablations if name not in ABLATIONS]
+    _require(
+        not unknown, f"config.evaluate.ablations: expected some of {', '.join(ABLATIONS)}, got {unknown}"
+    )
+    _require(
+        not evaluate.ablations or config.model.fam_length > 0,
+        "config.evaluate.ablations: there is no FAM to ablate, as model.fam_length is 0",
     )
     _require(data.digits <= 9, f"config.data.digits: at most 9, got {data.digits}")

@@ -15,7 +15,8 @@ MAX_FUNCTION_LINES = 60
 # What each part of fam_jax may import from the others. The training loop may evaluate while it trains.
 BASE = {"config", "data", "sharding", "checkpoint", "kernels", "model"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "config": set(),
+    "data_config": set(),
+    "config": {"data_config"},
     "data": {"config"},
     "sharding": {"config"},
     "checkpoint": {"config"},

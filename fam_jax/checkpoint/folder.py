@@ -21,11 +21,13 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "evaluate.*",
+    "data.train_files",  # where they lie; what is in them is checked by the data state
+    "data.heldout_files",
     "mesh.*",
     "model.attention",
     "model.remat",
 )
-"""Fields (patterns) that say how long, how often and on what a run executes, not what it computes."""
+"""Fields (patterns) that say how long, how often, where and on what a run executes, not what it computes."""
 
 
 class CheckpointError(UserError):
