@@ -151,6 +151,14 @@ class PasskeyStream:
         if progress.reports >= MIN_REPORTS and self.accuracy >= self.data.advance_accuracy:
             self._advance()
 
+    def metrics(self) -> dict[str, float]:
+        """What the log says of the data."""
+        return {"stage_blocks": self.stage_blocks}
+
+    def note(self, values: dict[str, Any]) -> str:
+        """Part of the line that reports a step's metrics."""
+        return f"exact match {values['exact_match']:.2f}  filler {values['stage_blocks']} blocks"
+
     def state(self) -> dict[str, Any]:
         """JSON-able; a stream with it restored continues with the very batches that this one would give.
 

@@ -15,7 +15,9 @@ import jax
 from fam_jax import sharding
 from fam_jax.checkpoint import Checkpoints, absolute, saved_steps
 from fam_jax.config import Config, ConfigError, UserError
+from fam_jax.data.packing import PackedStream
 from fam_jax.data.stream import PasskeyStream
+from fam_jax.data.tasks import packed_stream
 from fam_jax.model import count_parameters
 from fam_jax.train.base import load_base
 from fam_jax.train.compiler import compiler_options
@@ -128,18 +130,24 @@ def train(
             return run(state)
 
 
-def _make_stream(config: Config) -> PasskeyStream:
-    stream = PasskeyStream(
-        config.data,
-        block_size=config.model.block_size,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        shard=(jax.process_index(), jax.process_count()),
-    )
+def _make_stream(config: Config) -> PasskeyStream | PackedStream:
+    shard = jax.process_index(), jax.process_count()
+    stream: PasskeyStream | PackedStream
+    if config.data.task == "passkey":
+        stream = PasskeyStream(
+            config.data,
+            block_size=config.model.block_size,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            shard=shard,
+        )
+    else:
+        stream = packed_stream(config, shard)
+    name = config.data.task if config.data.task.startswith("seqio:") else config.data.vocabulary
     if config.model.vocab_size < stream.vocabulary.vocab_size:
         raise ConfigError(
             f"config.model.vocab_size: {config.model.vocab_size} is smaller than the vocabulary "
-            f"{config.data.vocabulary!r}, which has {stream.vocabulary.vocab_size} pieces"
+            f"{name!r}, which has {stream.vocabulary.vocab_size} pieces"
         )
     return stream
 
@@ -147,7 +155,7 @@ def _make_stream(config: Config) -> PasskeyStream:
 @dataclasses.dataclass
 class _Run:
     trainer: Trainer
-    stream: PasskeyStream
+    stream: PasskeyStream | PackedStream
     checkpoints: Checkpoints
     writer: MetricsWriter
     progress: ProgressReport
@@ -208,13 +216,12 @@ class _Run:
         values: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
         values |= {
             "tokens_per_second": tokens_per_second,
-            "stage_blocks": self.stream.stage_blocks,
+            **self.stream.metrics(),
         }
         self.writer.write(step, values)
         self.progress.note(
             step,
-            f"loss {values['loss']:.3f}  exact match {values['exact_match']:.2f}  "
-            f"filler {values['stage_blocks']} blocks  {tokens_per_second:,.0f} tokens/s",
+            f"loss {values['loss']:.3f}  {self.stream.note(values)}  {tokens_per_second:,.0f} tokens/s",
         )
         return values
 

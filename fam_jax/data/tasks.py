@@ -1,0 +1,101 @@
+"""The text and seqio tasks of a config: what is trained on, what is held out."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fam_jax.config import Config, ConfigError
+from fam_jax.data.documents import Documents, check_apart, find_files
+from fam_jax.data.examples import (
+    Example,
+    Examples,
+    SeqioExamples,
+    TextExamples,
+    seqio_examples,
+    tfds_examples,
+)
+from fam_jax.data.packing import PackedStream
+from fam_jax.data.quiet_seqio import seqio
+from fam_jax.data.vocabulary import load_vocabulary
+
+# A version such as c4/en:3.0.1 may stand in the name, and a slice such as train[:90%] in the split.
+TFDS = re.compile(r"tfds:(?P<name>.+?):(?P<split>[A-Za-z_]\w*(\[.*\])?)")
+
+
+class Heldout(NamedTuple):
+    """Examples to evaluate on, and the vocabulary that made them."""
+
+    examples: list[Example]
+    vocabulary: seqio.Vocabulary
+
+
+def packed_stream(config: Config, shard: tuple[int, int] = (0, 1)) -> PackedStream:
+    """The training batches of a config whose task is text or seqio; `shard` is (index, count) of this process.
+
+    Raises:
+      ConfigError: files are missing, not UTF-8 or held out too; seqio does not know the task; ...
+      UserError: the vocabulary cannot be loaded.
+    """
+    data, seed = config.data, config.train.seed
+    examples: Examples
+    if data.task == "text":
+        examples = _text(config, data.train_files, "train_files", seed, shuffle=True)
+        if not any(map(_is_tfds, (*data.train_files, *data.heldout_files))):
+            train = find_files(data.train_files, data.file_suffixes, "config.data.train_files")
+            heldout = find_files(data.heldout_files, data.file_suffixes, "config.data.heldout_files")
+            check_apart(train, heldout)
+    else:
+        examples = seqio_examples(data.task.removeprefix("seqio:"), data.imports, "train", seed)
+    return PackedStream(data, examples, batch_size=config.train.batch_size, seed=seed, shard=shard)
+
+
+def heldout_examples(config: Config, files: Sequence[str] = ()) -> Heldout:
+    """The examples that config.evaluate asks for: of `files`, by default data.heldout_files, or of split "validation".
+
+    Raises:
+      ConfigError: there are none, or as :func:`packed_stream`.
+    """
+    data, evaluate = config.data, config.evaluate
+    examples: Examples
+    if data.task == "text":
+        field = "--files" if files else "config.data.heldout_files"
+        if not files and not data.heldout_files:
+            raise ConfigError(f"{field}: names no files to evaluate on")
+        examples = _text(config, files or data.heldout_files, "heldout_files", evaluate.seed, shuffle=False)
+    else:
+        name = data.task.removeprefix("seqio:")
+        examples = seqio_examples(name, data.imports, "validation", evaluate.seed, shuffle=False)
+    chosen: list[Example] = []
+    for example in examples.epoch(0):
+        if len(example.ids) >= max(1, evaluate.min_tokens):
+            chosen.append(example)
+            if len(chosen) == evaluate.documents:
+                break
+    if not chosen:
+        raise ConfigError(
+            f"config.evaluate.min_tokens: no held-out document has {max(1, evaluate.min_tokens)} tokens"
+        )
+    return Heldout(chosen, examples.vocabulary)
+
+
+def _is_tfds(entry: str) -> bool:
+    return entry.startswith("tfds:")
+
+
+def _text(
+    config: Config, entries: Sequence[str], name: str, seed: int, *, shuffle: bool
+) -> TextExamples | SeqioExamples:
+    data, field = config.data, f"config.data.{name}"
+    vocabulary = load_vocabulary(data.vocabulary)
+    if vocabulary.eos_id is None or vocabulary.eos_id < 0:
+        raise ConfigError(
+            f"config.data.vocabulary: {data.vocabulary} has no end-of-sequence id to end documents with"
+        )
+    if not any(map(_is_tfds, entries)):
+        return TextExamples(
+            Documents(find_files(entries, data.file_suffixes, field), field), vocabulary, seed
+        )
+    found = TFDS.fullmatch(entries[0])
+    if found is None or len(entries) > 1:
+        raise ConfigError(f"{field}: expected files, or one tfds:NAME:SPLIT alone, got {', '.join(entries)}")
+    return tfds_examples(found["name"], found["split"], vocabulary, seed, field, shuffle=shuffle)
