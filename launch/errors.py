@@ -37,6 +37,11 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the arguments")
 
 
+def words(text: str) -> tuple[str, ...]:
+    """Argument type: words with commas between them."""
+    return tuple(part for part in text.split(",") if part)
+
+
 def integers(text: str) -> tuple[int, ...]:
     """Argument type: whole numbers with commas between them."""
     try:

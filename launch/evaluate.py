@@ -1,13 +1,14 @@
-"""Evaluates a checkpoint on PassKey retrieval, by generation from streamed memory.
+"""Evaluates a checkpoint from streamed memory: PassKey retrieval by generation, or the loss on held-out text.
 
     python -m launch.evaluate --checkpoint=runs/passkey --lengths=4,9,18,36
+    python -m launch.evaluate --checkpoint=runs/text --files=books/ --ablations=zeroed,shuffled,frozen
 
 Restores the parameters alone, on whatever devices there are, with the config of the run. Prints a table and writes
-all results, with what made them, as JSON: by default to evaluation_STEP.json in the checkpoint's folder.
+all results, with what made them, as JSON: by default to evaluation_STEP.json in the checkpoint's folder. For text, a
+picture of the loss by position lies beside it.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -15,19 +16,15 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import rich.console
-import rich.progress
-import rich.table
 from etils import epath
 
 from fam_jax.config import Config, MeshConfig, UserError, validate
 from fam_jax.generate.restore import load_model
 from fam_jax.sharding import make_mesh
-from launch.errors import ArgumentParser, integers, user_errors
+from launch.errors import ArgumentParser, integers, user_errors, words
 
 VERSIONS = ("fam-jax", "jax", "flax", "numpy")
 
@@ -43,8 +40,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--step", "--restore_step", type=int, help="saved step to evaluate; default: the latest"
     )
-    parser.add_argument("--lengths", type=integers, metavar="N,N,...", help="fillers to evaluate, in blocks")
-    parser.add_argument("--keys", type=int, help="examples per length")
+    parser.add_argument(
+        "--task", choices=("passkey", "text"), help="default: that of the run (text for seqio tasks)"
+    )
+    parser.add_argument(
+        "--lengths", type=integers, metavar="N,N,...", help="passkey: fillers to evaluate, in blocks"
+    )
+    parser.add_argument("--keys", type=int, help="passkey: examples per length")
+    parser.add_argument("--files", type=words, default=(), metavar="PATH,...",
+                        help="text: files, folders or patterns in place of config.data.heldout_files")  # fmt: skip
+    parser.add_argument("--documents", type=int, help="text: how many, drawn at random; 0 = all")
+    parser.add_argument("--min_tokens", type=int, help="text: leave shorter documents out")
+    parser.add_argument(
+        "--ablations", type=words, help="text: some of zeroed,shuffled,frozen: FAMs without use"
+    )
     parser.add_argument("--batch_size", type=int, help="examples at a time")
     parser.add_argument("--mesh", type=integers, metavar="DATA,FSDP,TENSOR", default=(0, 1, 1),
                         help="devices along each axis of the mesh; default: all along data")  # fmt: skip
@@ -63,7 +72,10 @@ def with_arguments(config: Config, arguments: argparse.Namespace) -> Config:
     Raises:
       ConfigError: the changed config is not valid.
     """
-    changes = {"filler_blocks": arguments.lengths, "keys": arguments.keys, "batch_size": arguments.batch_size}
+    changes = {
+        "filler_blocks": arguments.lengths, "keys": arguments.keys, "batch_size": arguments.batch_size,
+        "documents": arguments.documents, "min_tokens": arguments.min_tokens, "ablations": arguments.ablations,
+    }  # fmt: skip
     given = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(
         config, evaluate=dataclasses.replace(config.evaluate, **given), mesh=MeshConfig(*arguments.mesh)
@@ -91,43 +103,6 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-@contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[int, int, int], None]]:
-    """A bar on stderr for each length, to be told (blocks, done, total); none if that is no terminal."""
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        bars: dict[int, rich.progress.TaskID] = {}
-
-        def show(blocks: int, done: int, total: int) -> None:
-            if blocks not in bars:
-                bars[blocks] = progress.add_task(f"{blocks} blocks")
-            progress.update(bars[blocks], completed=done, total=total)
-
-        yield show
-
-
-def print_table(results: dict[str, Any], title: str) -> None:
-    """One row per length."""
-    table = rich.table.Table(title=title)
-    for heading in (
-        "blocks",
-        "tokens read",
-        "keys",
-        "exact match",
-        "teacher-forced",
-        "answer tokens",
-        "seconds",
-    ):
-        table.add_column(heading, justify="right")
-    for blocks, row in results["lengths"].items():
-        shares = (
-            row[name] for name in ("exact_match", "teacher_forced_exact_match", "answer_token_accuracy")
-        )
-        size = (blocks, f"{row['tokens_read']:,}", f"{row['keys']:,}")
-        table.add_row(*size, *(f"{share:.1%}" for share in shares), f"{row['seconds']:.1f}")
-    rich.console.Console(width=None if sys.stdout.isatty() else 100).print(table)
-
-
 def write_json(path: epath.Path, results: dict[str, Any]) -> None:
     """Writes the file; it appears only when it is complete.
 
@@ -149,19 +124,25 @@ def main() -> None:
     mesh = make_mesh(MeshConfig(*arguments.mesh))
     config, params, step = load_model(arguments.checkpoint, arguments.step, mesh)
     config = with_arguments(config, arguments)
+    task = arguments.task or ("passkey" if config.data.task == "passkey" else "text")
     # TensorFlow takes seconds to load: not before it is known that there is a checkpoint.
-    from fam_jax.data.vocabulary import load_vocabulary
-    from fam_jax.evaluate.passkey import evaluate_passkey
+    from launch import evaluation
 
-    vocabulary = load_vocabulary(config.data.vocabulary)
-    with progress_bars() as show:
-        results = evaluate_passkey(config, params, vocabulary=vocabulary, on_progress=show)
+    title = f"step {step} of {arguments.checkpoint}"
+    if task == "passkey":
+        results = evaluation.run_passkey(config, params)
+    else:
+        results = evaluation.run_text(config, params, arguments.files)
     if jax.process_index() == 0:
-        print_table(results, f"PassKey retrieval, step {step} of {arguments.checkpoint}")
         default = os.path.join(arguments.checkpoint, f"evaluation_{step}.json")
         out = epath.Path(os.path.expanduser(arguments.out or default))
-        write_json(out, provenance(config, step) | results)
+        evaluation.SHOW[task](results, title)
+        write_json(out, provenance(config, step) | {"task": task} | results)
         print(f"written to {out}")
+        if task == "text":
+            picture = out.with_suffix(".png")
+            evaluation.draw(results, picture, config, title)
+            print(f"drawn in {picture}")
 
 
 if __name__ == "__main__":

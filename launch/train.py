@@ -5,13 +5,10 @@ stops after the current step and saves. `--restore_step=N` goes back to an earli
 """
 
 import sys
-from typing import Any
 
-import jax
 from absl import app, flags, logging
 
-from fam_jax.config import Config, UserError
-from fam_jax.model import lora
+from fam_jax.config import UserError
 from launch.errors import user_errors
 from launch.read_config import define_config_flag, parse_flags, resolved_config
 
@@ -23,21 +20,6 @@ RESTORE_STEP = flags.DEFINE_integer("restore_step", None, "Checkpoint to go back
 QUIET = flags.DEFINE_bool("quiet", False, "No progress on the terminal.")
 
 
-def make_evaluate(config: Config) -> Any:
-    """PassKey retrieval at the lengths of config.evaluate, for the training loop."""
-    from fam_jax.data.vocabulary import load_vocabulary
-    from fam_jax.evaluate.passkey import evaluate_passkey
-
-    vocabulary = load_vocabulary(config.data.vocabulary)
-    merged = jax.jit(lambda params: lora.merge(params, config.lora))
-
-    def evaluate(params: Any, step: int) -> dict[str, Any]:
-        params = merged(params) if config.lora.rank else params
-        return {"step": step, **evaluate_passkey(config, params, vocabulary=vocabulary)}
-
-    return evaluate
-
-
 def main(argv: list[str]) -> None:
     """Resolves the config and trains."""
     if argv[1:]:
@@ -45,9 +27,11 @@ def main(argv: list[str]) -> None:
     config = resolved_config("config")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint
 
-    from fam_jax.train.loop import Interrupted, train  # after the config: it takes seconds, for TensorFlow
+    # After the config: it takes seconds, for TensorFlow.
+    from fam_jax.train.loop import Interrupted, train
+    from launch.evaluation import in_training
 
-    evaluate = make_evaluate(config) if config.evaluate.every else None
+    evaluate = in_training(config) if config.evaluate.every else None
     try:
         train(config, WORKDIR.value, evaluate=evaluate, restore_step=RESTORE_STEP.value, quiet=QUIET.value)
     except Interrupted as stopped:

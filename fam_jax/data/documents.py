@@ -57,7 +57,9 @@ def _files_of(entry: str, suffixes: Sequence[str], field: str) -> list[epath.Pat
     if wild is None:
         raise ConfigError(f"{field}: {entry}: no such file or folder")
     if "**" in path.parts:
-        raise ConfigError(f"{field}: {entry}: ** is not supported; name the folder, and all files below it count")
+        raise ConfigError(
+            f"{field}: {entry}: ** is not supported; name the folder, and all files below it count"
+        )
     root = epath.Path(*path.parts[:wild])
     if files := [each for each in root.glob("/".join(path.parts[wild:])) if each.is_file()]:
         return files

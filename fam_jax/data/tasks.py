@@ -45,26 +45,26 @@ def packed_stream(config: Config, shard: tuple[int, int] = (0, 1)) -> PackedStre
             heldout = find_files(data.heldout_files, data.file_suffixes, "config.data.heldout_files")
             check_apart(train, heldout)
     else:
-        examples = seqio_examples(data.task.removeprefix("seqio:"), data.imports, "train", seed)
+        examples = _seqio(config, "train", seed, shuffle=True)
     return PackedStream(data, examples, batch_size=config.train.batch_size, seed=seed, shard=shard)
 
 
 def heldout_examples(config: Config, files: Sequence[str] = ()) -> Heldout:
-    """The examples that config.evaluate asks for: of `files`, by default data.heldout_files, or of split "validation".
+    """The examples that config.evaluate asks for: texts of `files` or data.heldout_files; of seqio, "validation".
+
+    Texts of `files` can be had whatever the task was.
 
     Raises:
       ConfigError: there are none, or as :func:`packed_stream`.
     """
     data, evaluate = config.data, config.evaluate
     examples: Examples
-    if data.task == "text":
-        field = "--files" if files else "config.data.heldout_files"
-        if not files and not data.heldout_files:
-            raise ConfigError(f"{field}: names no files to evaluate on")
-        examples = _text(config, files or data.heldout_files, "heldout_files", evaluate.seed, shuffle=False)
+    if data.task.startswith("seqio:") and not files:
+        examples = _seqio(config, "validation", evaluate.seed, shuffle=False)
     else:
-        name = data.task.removeprefix("seqio:")
-        examples = seqio_examples(name, data.imports, "validation", evaluate.seed, shuffle=False)
+        if not files and not data.heldout_files:
+            raise ConfigError("config.data.heldout_files: names no files to evaluate on")
+        examples = _text(config, files or data.heldout_files, "heldout_files", evaluate.seed, shuffle=False)
     chosen: list[Example] = []
     for example in examples.epoch(0):
         if len(example.ids) >= max(1, evaluate.min_tokens):
@@ -78,6 +78,22 @@ def heldout_examples(config: Config, files: Sequence[str] = ()) -> Heldout:
     return Heldout(chosen, examples.vocabulary)
 
 
+def task_vocabulary(config: Config) -> seqio.Vocabulary:
+    """What the task's text is tokenized with.
+
+    Raises:
+      ConfigError, UserError: as :func:`packed_stream`.
+    """
+    if config.data.task.startswith("seqio:"):
+        return _seqio(config, "train", seed=0, shuffle=False).vocabulary
+    return load_vocabulary(config.data.vocabulary)
+
+
+def _seqio(config: Config, split: str, seed: int, *, shuffle: bool) -> SeqioExamples:
+    data = config.data
+    return seqio_examples(data.task.removeprefix("seqio:"), data.imports, split, seed, shuffle=shuffle)
+
+
 def _is_tfds(entry: str) -> bool:
     return entry.startswith("tfds:")
 
@@ -86,10 +102,10 @@ def _text(
     config: Config, entries: Sequence[str], name: str, seed: int, *, shuffle: bool
 ) -> TextExamples | SeqioExamples:
     data, field = config.data, f"config.data.{name}"
-    vocabulary = load_vocabulary(data.vocabulary)
+    vocabulary = task_vocabulary(config)
     if vocabulary.eos_id is None or vocabulary.eos_id < 0:
         raise ConfigError(
-            f"config.data.vocabulary: {data.vocabulary} has no end-of-sequence id to end documents with"
+            f"config.data.vocabulary: {data.vocabulary!r} has no end-of-sequence id to end documents with"
         )
     if not any(map(_is_tfds, entries)):
         return TextExamples(

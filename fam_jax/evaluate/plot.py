@@ -1,7 +1,8 @@
 """Pictures of evaluation results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -58,5 +59,38 @@ def plot_passkey(
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.35), fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_loss_by_position(
+    models: Mapping[str, Sequence[Mapping[str, Any]]], path: Any, *, trained_tokens: int = 0, title: str = ""
+) -> None:
+    """Loss against position in the document, log scale, one line per model or ablation.
+
+    Args:
+      models: name -> buckets, as `by_position` of :func:`fam_jax.evaluate.text.evaluate_text` has them.
+      path: of the picture; its suffix chooses the format.
+      trained_tokens: longest row in training, up to where the background is grey; 0 = not shown.
+      title: above the axes.
+    """
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.0), layout="constrained")
+    for name, buckets in models.items():
+        seen = [bucket for bucket in buckets if bucket["loss"] is not None]
+        ends, losses = [bucket["end"] for bucket in seen], [bucket["loss"] for bucket in seen]
+        axes.plot(ends, losses, label=name, marker="o", linewidth=2, markersize=5)
+    axes.set_xscale("log", base=2)
+    if trained_tokens:
+        low, high = axes.get_xlim()
+        axes.axvspan(low, trained_tokens, color="0.93", zorder=0, label="trained up to here")
+        axes.set_xlim(low, max(high, trained_tokens))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("position in the document (tokens, end of bucket)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="y", color="0.9")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -30,6 +30,7 @@ class Calls(NamedTuple):
     logits: Callable[..., jax.Array]
     decode: Callable[..., tuple["Decoded", Memory]]
     score: Callable[..., tuple["Scored", Memory]]
+    measure_blocks: Callable[..., tuple["Measured", Memory]]
 
 
 class Decoded(NamedTuple):
@@ -49,6 +50,13 @@ class Scored(NamedTuple):
     likeliest: jax.Array  # (B, W) int32
     logprobs: jax.Array  # (B, W)
     logits: jax.Array  # (B, V) of each row's next token
+
+
+class Measured(NamedTuple):
+    """How well each token of a batch is predicted from those before it."""
+
+    likeliest: jax.Array  # (B, T) int32
+    logprobs: jax.Array  # (B, T)
 
 
 @functools.lru_cache
@@ -110,6 +118,9 @@ def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
     def score(params: Params, memory: Memory, **kwargs: jax.Array) -> tuple[Scored, Memory]:
         return _score(model(params), memory, **kwargs)
 
+    def measure_blocks(params: Params, memory: Memory, **kwargs: Any) -> tuple[Measured, Memory]:
+        return _measure(model(params), memory, **kwargs)
+
     placed: dict[str, dict[str, Any]] = {"memory": {}, "both": {}, "one": {}}
     if mesh is not None:
         one, memory = replicated(mesh), memory_sharding(mesh, rows)
@@ -125,6 +136,9 @@ def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
         logits=jax.jit(logits, **placed["one"]),
         decode=consuming(decode, static_argnames=("sampling", "width")),
         score=consuming(score),
+        measure_blocks=consuming(
+            measure_blocks if mesh is None else traced_for(mesh, measure_blocks), static_argnames="width"
+        ),
     )
 
 
@@ -189,6 +203,27 @@ def _score(
     read = np.arange(tokens.shape[1])[:, None] < counts
     logits, (likeliest, logprobs) = jax.lax.scan(step, logits, (hidden.swapaxes(0, 1), tokens.T, read))
     return Scored(likeliest.T, logprobs.T, logits), memory
+
+
+def _measure(
+    model: Transformer, memory: Memory, inputs: jax.Array, targets: jax.Array, *, width: int
+) -> tuple[Measured, Memory]:
+    """Reads inputs (B, T) from a block border on; logits of `width` tokens per row exist at a time."""
+    hidden, memory = model.hidden(inputs, memory, aligned=True)
+    length = inputs.shape[1]
+    count = -(-length // width)
+
+    def split(x: jax.Array) -> jax.Array:  # (B, T, ...) -> (pieces, B, width, ...)
+        padded = jnp.pad(x, ((0, 0), (0, count * width - length), *[(0, 0)] * (x.ndim - 2)))
+        return padded.reshape(x.shape[0], count, width, *x.shape[2:]).swapaxes(0, 1)
+
+    def piece(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = model.logits(x[0])
+        chosen = jnp.take_along_axis(logits, x[1][..., None], axis=-1)[..., 0]
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    parts = jax.lax.map(piece, (split(hidden), split(targets)))
+    return Measured(*(x.swapaxes(0, 1).reshape(-1, count * width)[:, :length] for x in parts)), memory
 
 
 def _logprob(logits: jax.Array, token: jax.Array) -> jax.Array:

@@ -202,6 +202,36 @@ class Streamer:
         ids, values = np.concatenate(likeliest, axis=1), np.concatenate(logprobs, axis=1)
         return [(ids[b, :n], values[b, :n]) for b, n in enumerate(lengths)]
 
+    def measure(
+        self, inputs: np.ndarray, targets: np.ndarray, memory: Memory, *, tokens_at_once: int = 4096
+    ) -> tuple[np.ndarray, np.ndarray, Memory]:
+        """How well each target is predicted after the input in its place and all before it, for long texts.
+
+        Args:
+          inputs: (B, T) int32, T a multiple of the block size; every stream must stand at a block border.
+          targets: (B, T) int32.
+          memory: of B streams.
+          tokens_at_once: of all rows together, whose logits exist at one time.
+
+        Returns:
+          The likeliest id in place of each target (B, T) int32, the log probability of each target (B, T), and the
+          memory after the inputs.
+
+        Raises:
+          UserError: ids are outside the vocabulary; the memory is of another number of streams.
+          ValueError: the inputs are not whole blocks, or a stream stands within one.
+        """
+        if inputs.shape[1] % self.config.block_size or np.asarray(memory.filled).any():
+            raise ValueError(f"inputs: {inputs.shape[1]} tokens are not whole blocks from a block border on")
+        self._checked([*inputs], "input")
+        self._checked([*targets], "target")
+        rows = len(inputs)
+        out, memory = self._calls(rows).measure_blocks(
+            self.params, memory=self._copied(memory, rows), inputs=self._placed(inputs),
+            targets=self._placed(targets), width=min(max(1, tokens_at_once // rows), inputs.shape[1]),
+        )  # fmt: skip
+        return np.asarray(out.likeliest), np.asarray(out.logprobs), memory
+
     def _calls(self, rows: int) -> Calls:
         return compiled_calls(self.config, self._mesh, rows)
 
