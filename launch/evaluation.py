@@ -14,7 +14,6 @@ from etils import epath
 from fam_jax.config import Config
 from fam_jax.data.tasks import heldout_examples, task_vocabulary
 from fam_jax.evaluate.passkey import evaluate_passkey
-from fam_jax.evaluate.plot import plot_loss_by_position
 from fam_jax.evaluate.text import evaluate_text
 from fam_jax.model import lora
 
@@ -131,6 +130,8 @@ def show_text(results: dict[str, Any], step: str) -> None:
 
 def draw(results: dict[str, Any], path: epath.Path, config: Config, step: str) -> None:
     """A picture of the loss by position, and of the ablations."""
+    from fam_jax.evaluate.plot import plot_loss_by_position  # matplotlib; trainings that evaluate need none
+
     lines = {"all": results["by_position"]} if not results["ablations"] else {"FAM": results["by_position"]}
     lines |= {f"FAM {name}": found["by_position"] for name, found in results["ablations"].items()}
     trained = config.data.sequence_length if config.data.task != "passkey" else 0

@@ -70,7 +70,7 @@ def plot_loss_by_position(
 
     Args:
       models: name -> buckets, as `by_position` of :func:`fam_jax.evaluate.text.evaluate_text` has them.
-      path: of the picture; its suffix chooses the format.
+      path: of the picture, whose suffix chooses the format; or a file, to become a PNG.
       trained_tokens: longest row in training, up to where the background is grey; 0 = not shown.
       title: above the axes.
     """
