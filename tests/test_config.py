@@ -22,12 +22,14 @@ from fam_jax.config import (
     MINIMA,
     Config,
     ConfigError,
+    DataConfig,
     UserError,
     check_field,
     default_config,
     resolve,
     to_json,
 )
+from fam_jax.data_config import TASK_FIELDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG_FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
@@ -162,16 +164,11 @@ def test_a_running_mean_must_forget(field: str) -> None:
 def test_every_field_has_a_range() -> None:
     """Fields added later must say what they allow."""
     own_rule = {
-        "model.norm_epsilon",
-        "model.rope_base",
-        "data.stage_blocks",
-        "evaluate.filler_blocks",
-        "lora.alpha",
-    }
-    free = {field for field, kind in fields().items() if kind is bool} | {
-        "data.vocabulary",
-        "train.init_from",
-    }
+        "model.norm_epsilon", "model.rope_base", "data.task", "data.stage_blocks", "data.vocabulary",
+        "evaluate.filler_blocks", "evaluate.ablations", "lora.alpha",
+    }  # fmt: skip
+    own_rule |= {f"data.{name}" for name in (*TASK_FIELDS["text"], *TASK_FIELDS["seqio"])}  # words
+    free = {field for field, kind in fields().items() if kind is bool} | {"train.init_from"}
     free |= {"lora.targets", "lora.train"}  # patterns: the model knows what there is to name
     assert fields().keys() == CHOICES.keys() | MINIMA.keys() | {*FRACTIONS, *DECAYS} | own_rule | free
 
@@ -205,10 +202,30 @@ def test_every_field_has_a_range() -> None:
         ({"data__digits": 10}, "data.digits: at most 9, got 10"),
         ({"lora__alpha": 0.0}, "lora.alpha: must be positive, got 0.0"),
         ({"lora__rank": 4, "lora__targets": ()}, "lora.targets: must name at least one kernel"),
+        ({"data__task": "txt"}, "data.task: expected passkey, text or seqio:NAME, got 'txt'"),
+        ({"data__task": "seqio:"}, "data.task: expected passkey, text or seqio:NAME, got 'seqio:'"),
+        ({"data__task": "text:x"}, "data.task: expected passkey, text or seqio:NAME, got 'text:x'"),
+        ({"data__task": "text", "data__vocabulary": "bytes"}, "data.train_files: the task text needs files"),
+        ({"data__task": "text", "data__train_files": ("a",)}, "data.vocabulary: passkey has the words of its own"),
+        ({"data__train_files": ("a",)}, "data.train_files: belongs to the task text, but data.task is passkey;"),
+        ({"data__repeat_segment": 2}, "data.repeat_segment: belongs to the task text or seqio, but data.task is pass"),
+        ({"data__imports": ("a",)}, "data.imports: belongs to the task seqio, but data.task is passkey;"),
+        ({"data__task": "seqio:a", "data__vocabulary": "bytes"}, "data.vocabulary: belongs to the task passkey or te"),
+        ({"data__task": "seqio:a", "data__digits": 3}, "data.digits: belongs to the task passkey, but data.task is s"),
+        ({"evaluate__ablations": ("zero",)}, "evaluate.ablations: expected some of zeroed, shuffled, frozen, got"),
+        ({"evaluate__ablations": ("zeroed",), "model__fam_length": 0}, "evaluate.ablations: there is no FAM to ablate"),
     ],
 )  # fmt: skip
 def test_impossible_combinations(values: dict[str, Any], message: str) -> None:
     assert error_of(changed(**values)).startswith(f"config.{message}")
+
+
+def test_every_field_of_the_data_belongs_to_a_task() -> None:
+    belonging = [field for names in TASK_FIELDS.values() for field in names]
+    assert sorted([*belonging, "task"]) == sorted(field.name for field in dataclasses.fields(DataConfig))
+    text = {"data__task": "text", "data__train_files": ("a",), "data__vocabulary": "bytes"}
+    resolve(changed(**text, data__repeat_segment=3))
+    resolve(changed(data__task="seqio:a", data__imports=("b",), data__sequence_length=2))
 
 
 def test_limits_themselves_are_allowed() -> None:

@@ -5,6 +5,7 @@ Loads no TensorFlow. Paths may be of any filesystem that `etils.epath` reads, su
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -38,7 +39,7 @@ def find_files(entries: Sequence[str], suffixes: Sequence[str], field: str) -> l
     """
     found: dict[str, epath.Path] = {}
     for entry in entries:
-        found |= {str(path.resolve()): path for path in _files_of(entry, suffixes, field)}
+        found |= {_identity(path): path for path in _files_of(entry, suffixes, field)}
     return [found[name] for name in sorted(found)]
 
 
@@ -75,9 +76,15 @@ def _below(folder: epath.Path) -> Iterator[epath.Path]:
             yield path
 
 
+def _identity(path: epath.Path) -> str:
+    """The same for all names of a file."""
+    name = str(path)
+    return name if "://" in name else os.path.realpath(name)
+
+
 def check_apart(train: Sequence[epath.Path], heldout: Sequence[epath.Path]) -> None:
     """Raises :class:`ConfigError` if a file is both trained on and held out."""
-    shared = sorted({str(path.resolve()) for path in train} & {str(path.resolve()) for path in heldout})
+    shared = sorted({_identity(path) for path in train} & {_identity(path) for path in heldout})
     if shared:
         others = f" and {len(shared) - 1} more" if shared[1:] else ""
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,8 @@ from fam_jax.config import ConfigError
 from fam_jax.data.documents import Documents
 from fam_jax.data.passkey import random_key
 from fam_jax.data.quiet_seqio import seqio, tf
+
+TOGETHER = 32  # documents tokenized at a time, on all cores
 
 
 class Example(NamedTuple):
@@ -57,10 +60,17 @@ class TextExamples:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Example]:
         """See :class:`Examples`; those before `first` are not read."""
-        for index in permutation(len(self.documents), "documents", self.seed, epoch)[first:]:
-            text = self.documents[index]
-            ids = np.array([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32)
-            yield Example(ids, np.ones(len(ids), np.float32), len(text.encode()))
+        order = permutation(len(self.documents), "documents", self.seed, epoch)[first:]
+        for begin in range(0, len(order), TOGETHER):
+            texts = [self.documents[index] for index in order[begin : begin + TOGETHER]]
+            for text, encoded in zip(texts, self._encode(texts), strict=True):
+                ids = np.array([*encoded, self.vocabulary.eos_id], np.int32)
+                yield Example(ids, np.ones(len(ids), np.float32), len(text.encode()))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if isinstance(self.vocabulary, seqio.SentencePieceVocabulary):
+            return self.vocabulary.tokenizer.encode(texts, num_threads=os.cpu_count())
+        return [self.vocabulary.encode(text) for text in texts]
 
 
 @dataclasses.dataclass(frozen=True)

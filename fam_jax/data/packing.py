@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fam_jax.config import ConfigError, UserError
+from fam_jax.config import ConfigError, DataConfig, UserError
 from fam_jax.data.examples import Examples, permutation
 from fam_jax.data.passkey import random_key
-from fam_jax.data_config import DataConfig
 
 Batch = dict[str, np.ndarray]
 

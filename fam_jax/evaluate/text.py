@@ -48,8 +48,7 @@ def evaluate_text(
       params: nested dict of parameters, on any devices.
       examples: documents. Tokens of weight 0 are read, but do not count.
       vocabulary: that of the examples.
-      on_progress: called with the name of the pass ("loss", or an ablation), and of its tokens how many are read and
-        how many there are.
+      on_progress: called with the name of the pass ("loss", or an ablation), its tokens read, and how many there are.
 
     Returns:
       For JSON. Of all documents: documents, tokens, tokens_read (as counted while reading, equal to tokens),
