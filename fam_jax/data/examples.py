@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -98,7 +99,12 @@ class SeqioExamples:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Example]:
         """See :class:`Examples`; of a mixture that is shuffled there is a single, endless one."""
-        endless = isinstance(self.provider, seqio.Mixture) and self.shuffle
+        mixture = isinstance(self.provider, seqio.Mixture)
+        if mixture and not self.shuffle:  # as a whole; seqio would end with its shortest task
+            tasks = [task for task in self.provider.tasks if self.split in task.splits]
+            each = (dataclasses.replace(self, provider=task).epoch(epoch) for task in tasks)
+            yield from itertools.islice(itertools.chain.from_iterable(each), first, None)
+            return
         seed = random_key("seqio", self.seed, epoch) % 2**31
         with seqio.map_seed_manager(seed):
             dataset = self.provider.get_dataset(
@@ -106,7 +112,7 @@ class SeqioExamples:
                 split=self.split,
                 shuffle=self.shuffle,
                 seed=seed,
-                num_epochs=None if endless else 1,
+                num_epochs=None if mixture else 1,
             )
         for example in dataset.skip(first).as_numpy_iterator():
             parts = [np.asarray(example[name], np.int32) for name in ("inputs", "targets") if name in example]

@@ -10,11 +10,11 @@ from fam_jax.config import UserError
 
 SENTENCE_BYTES = 4000  # SentencePiece leaves longer ones out
 LINE = re.compile(r"[^\n]+")
-SPECIAL = 3 + 256  # padding, end, unknown; a piece for every byte
+SPECIAL = 3 + 256  # padding, end, unknown; and a piece for every byte
 
 
 def train_text_vocabulary(texts: Iterable[str], size: int, *, threads: int = 1) -> bytes:
-    """A serialised model of `size` pieces that decodes what it encodes to the very same text.
+    """A serialised model of `size` pieces that decodes what it encodes to the very same text (but U+2581 to a space).
 
     Spaces and line ends are kept as they are, digits stand alone, letters without a piece become bytes. Ids 0, 1 and 2
     are padding, end of sequence and unknown, as seqio has it.
@@ -54,7 +54,7 @@ def train_text_vocabulary(texts: Iterable[str], size: int, *, threads: int = 1) 
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split()).rpartition(") ")[2]
+        reason = " ".join(str(error).split()).rpartition("] ")[2]
         raise UserError(f"size: SentencePiece cannot make {size} pieces of this text ({reason})") from error
     return model.getvalue()
 

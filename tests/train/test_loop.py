@@ -16,7 +16,7 @@ import pytest
 
 from fam_jax import sharding
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params
-from fam_jax.config import Config, ConfigError, UserError
+from fam_jax.config import Config, ConfigError, DataConfig, UserError
 from fam_jax.data.stream import PasskeyStream
 from fam_jax.train import loop
 from fam_jax.train.loop import Interrupted, train
@@ -273,3 +273,45 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert "config.optimizer.learning_rate" in str(caught.value) and "\n" not in str(caught.value)
     assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit()]
     assert [line["loss"] for line in lines(tmp_path / "run")] == [None]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The same run on text: rows whose last block is short, a segment of each repeated."""
+    file = tmp_path_factory.mktemp("text") / "x.txt"
+    file.write_text("".join(f"line {i}, and a few words more\n" for i in range(300)))
+    data = DataConfig(
+        task="text", vocabulary="bytes", train_files=(str(file),), sequence_length=52, shuffle_batches=3,
+        repeat_segment=6,
+    )  # fmt: skip
+    return changed(dataclasses.replace(RUN, data=data), model__vocab_size=264)
+
+
+def test_a_run_on_text_resumes_exactly(text: Config, tmp_path: pathlib.Path) -> None:
+    run(tmp_path / "whole", text)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "8")
+    run(tmp_path / "again", text)
+    found, expected = (lines(tmp_path / name) for name in ("again", "whole"))
+    assert found == expected
+    assert [line["step"] for line in found if "evaluation" not in line] == [2, 4, 6, 8]
+    last = found[-1]
+    assert last["epoch"] == 0 and 0 <= last["answer_accuracy"] <= 1 and "stage_blocks" not in last
+    assert last["loss"] < found[0]["loss"]
+
+
+def test_a_run_on_text_tells_of_other_text(text: Config, tmp_path: pathlib.Path) -> None:
+    """Moved files are the same text; changed ones are not."""
+    run(tmp_path / "run", text)
+    shutil.rmtree(tmp_path / "run" / "8")
+    old = pathlib.Path(text.data.train_files[0])
+    moved = tmp_path / "moved.txt"
+    moved.write_text(old.read_text())
+    run(tmp_path / "run", changed(text, data__train_files=(str(moved),)))
+    moved.write_text(old.read_text() + ".")
+    with pytest.raises(UserError, match="data state: contents was .* when it was saved and is "):
+        run(tmp_path / "run", changed(text, data__train_files=(str(moved),)), restore_step=4)
+    with pytest.raises(
+        ConfigError, match=r"vocab_size: 64 is smaller than the vocabulary 'bytes', which has 259"
+    ):
+        run(tmp_path / "run", changed(text, model__vocab_size=64))

@@ -1,0 +1,226 @@
+"""Text and seqio tasks by config: what is read, in which order, and mistakes."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fam_jax.config import Config, ConfigError, resolve
+from fam_jax.data.examples import Example, permutation
+from fam_jax.data.tasks import heldout_examples, packed_stream
+from fam_jax.data.text_vocabulary import train_text_vocabulary
+from fam_jax.data.vocabulary import load_vocabulary
+
+IMPORTS = ("tests.data.text_seqio_tasks",)
+TEXTS = [f"document {i} {'é' * i}\n" for i in range(7)]
+BYTES = load_vocabulary("bytes")
+
+
+@pytest.fixture
+def corpus(tmp_path: pathlib.Path) -> pathlib.Path:
+    for folder, texts in (("train", TEXTS), ("heldout", ["held", "held out, and longer"])):
+        (tmp_path / folder).mkdir()
+        for number, text in enumerate(texts):
+            (tmp_path / folder / f"{number}.txt").write_text(text)
+    return tmp_path
+
+
+def config_of(data: dict[str, Any], **evaluate: Any) -> Config:
+    return resolve(
+        {"data": {"sequence_length": 32, **data}, "train": {"batch_size": 2}, "evaluate": evaluate}
+    )
+
+
+def text_config(corpus: pathlib.Path, evaluate: dict[str, Any] | None = None, **data: Any) -> Config:
+    files = {"train_files": (f"{corpus}/train",), "heldout_files": (f"{corpus}/heldout",)}
+    return config_of({"task": "text", "vocabulary": "bytes", **files, **data}, **(evaluate or {}))
+
+
+def seqio_config(name: str, evaluate: dict[str, Any] | None = None, **data: Any) -> Config:
+    return config_of({"task": f"seqio:{name}", "imports": IMPORTS, **data}, **(evaluate or {}))
+
+
+def decoded(example: Example) -> str:
+    assert example.ids[-1] == BYTES.eos_id
+    return BYTES.decode(example.ids[:-1].tolist())
+
+
+def assert_same(one: list[Example], other: list[Example]) -> None:
+    for left, right in zip(one, other, strict=True):
+        np.testing.assert_array_equal(left.ids, right.ids)
+        np.testing.assert_array_equal(left.weights, right.weights)
+
+
+def test_an_epoch_has_every_document_once_in_an_order_of_its_own(corpus: pathlib.Path) -> None:
+    examples = packed_stream(text_config(corpus)).examples
+    epochs = [[decoded(example) for example in examples.epoch(epoch)] for epoch in range(3)]
+    assert all(sorted(epoch) == sorted(TEXTS) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert [decoded(example) for example in examples.epoch(1, 4)] == epochs[1][4:]
+    for example in examples.epoch(0):
+        assert (example.weights == 1).all() and example.weights.shape == example.ids.shape
+        assert example.text_bytes == len(example.ids) - 1
+
+
+def test_many_documents_come_in_the_same_order_from_any_on(tmp_path: pathlib.Path) -> None:
+    """More than are tokenized together."""
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"d{i}"}) + "\n" for i in range(100)))
+    examples = packed_stream(
+        config_of({"task": "text", "vocabulary": "bytes", "train_files": (f"{tmp_path}/x.jsonl",)})
+    ).examples
+    whole = list(examples.epoch(3))
+    assert sorted(map(decoded, whole)) == sorted(f"d{i}" for i in range(100))
+    for first in (1, 31, 32, 33, 99, 100):
+        assert_same(list(examples.epoch(3, first)), whole[first:])
+
+
+def test_orders_are_the_same_for_ever() -> None:
+    """Drawn in 2026: a resumed run must find the documents that it left."""
+    assert permutation(8, "documents", 0, 0).tolist() == [0, 7, 2, 1, 3, 5, 6, 4]
+
+
+def test_sentencepiece_tokenizes_as_its_vocabulary(corpus: pathlib.Path) -> None:
+    (corpus / "v.model").write_bytes(train_text_vocabulary(TEXTS, 280))
+    vocabulary = load_vocabulary(f"{corpus}/v.model")
+    examples = packed_stream(text_config(corpus, vocabulary=f"{corpus}/v.model")).examples
+    found = [example.ids.tolist() for example in examples.epoch(0)]
+    assert sorted(found) == sorted([*vocabulary.encode(text), vocabulary.eos_id] for text in TEXTS)
+
+
+def test_batches_of_text_are_the_documents(corpus: pathlib.Path) -> None:
+    stream = packed_stream(text_config(corpus, shuffle_batches=1))
+    tokens = [decoded(example) for epoch in range(2) for example in stream.examples.epoch(epoch)]
+    whole = np.concatenate([[*BYTES.encode(text), BYTES.eos_id] for text in tokens])
+    batch = stream.next_batch()
+    assert sorted(map(tuple, batch["targets"])) == sorted(map(tuple, whole[:64].reshape(2, 32)))
+    assert (batch["weights"] == 1).all()
+
+
+def test_seqio_examples_weigh_targets_only() -> None:
+    from tests.data.text_seqio_tasks import SIZE, expected
+
+    examples = packed_stream(seqio_config("fam_test_questions")).examples
+    found = sorted(examples.epoch(0), key=lambda example: tuple(example.ids))
+    wanted = sorted((expected(i) for i in range(SIZE)), key=lambda pair: tuple(pair[0]))
+    assert_same(found, [Example(ids, weights, 0) for ids, weights in wanted])
+    first = list(examples.epoch(0))
+    assert_same(list(examples.epoch(0)), first)
+    assert_same(list(examples.epoch(0, 5)), first[5:])
+    assert [tuple(e.ids) for e in examples.epoch(1)] != [tuple(e.ids) for e in first]
+
+
+@pytest.mark.parametrize("name", ["fam_test_questions", "fam_test_noise", "fam_test_mixture"])
+def test_a_seqio_stream_resumes_exactly(name: str) -> None:
+    """Random preprocessing and mixing too, across epochs."""
+    config = seqio_config(name, shuffle_batches=2)
+    stream, states, expected = packed_stream(config), [], []
+    for _ in range(15):
+        states.append(stream.state())
+        expected.append(stream.next_batch())
+    for step in (1, 2, 7, 14):
+        resumed = packed_stream(config)
+        resumed.restore(states[step])
+        for wanted in expected[step:]:
+            found = resumed.next_batch()
+            for part in wanted:
+                np.testing.assert_array_equal(found[part], wanted[part])
+    assert name == "fam_test_mixture" or stream.state()["group"]["epoch"] > 0
+    weights = np.concatenate([batch["weights"].ravel() for batch in expected])
+    assert 0 < weights.mean() < 1 and set(weights) == {0, 1}
+
+
+def test_held_out_documents(corpus: pathlib.Path) -> None:
+    found, vocabulary = heldout_examples(text_config(corpus))
+    assert sorted(map(decoded, found)) == ["held", "held out, and longer"]
+    assert vocabulary.vocab_size == 259
+    assert [decoded(e) for e in heldout_examples(text_config(corpus, {"min_tokens": 6}))[0]] == [
+        "held out, and longer"
+    ]
+    assert len(heldout_examples(text_config(corpus, {"documents": 1}))[0]) == 1
+    other = heldout_examples(text_config(corpus), [f"{corpus}/train/3.txt"])[0]
+    assert list(map(decoded, other)) == [TEXTS[3]]
+    with pytest.raises(
+        ConfigError, match=r"^config\.evaluate\.min_tokens: no held-out document has 99 tokens"
+    ):
+        heldout_examples(text_config(corpus, {"min_tokens": 99}))
+    with pytest.raises(ConfigError, match=r"^config\.data\.heldout_files: names no files"):
+        heldout_examples(text_config(corpus, heldout_files=()))
+
+
+def test_held_out_examples_of_seqio() -> None:
+    from tests.data.text_seqio_tasks import SIZE, expected
+
+    found = heldout_examples(seqio_config("fam_test_questions")).examples
+    assert_same(found, [Example(*expected(i, "validation"), 0) for i in range(SIZE)])
+    assert len(heldout_examples(seqio_config("fam_test_mixture")).examples) == 2 * SIZE
+    texts = heldout_examples(seqio_config("fam_test_answers", {"documents": 2})).examples
+    assert [(len(e.ids), e.weights.tolist()) for e in texts] == [(8, [1.0] * 8), (9, [1.0] * 9)]
+
+
+def wrong(config: Config, make: Any = packed_stream) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_mistakes_in_a_text_task(corpus: pathlib.Path) -> None:
+    assert "config.data.train_files: " in wrong(text_config(corpus, train_files=(f"{corpus}/none",)))
+    assert "config.data.heldout_files: " in wrong(text_config(corpus, heldout_files=(f"{corpus}/none",)))
+    both = text_config(corpus, heldout_files=(f"{corpus}/train/2.txt",))
+    assert "config.data.heldout_files: " in wrong(both) and "is in train_files too" in wrong(both)
+    (corpus / "train" / "8.txt").write_bytes(b"\x80")
+    assert "8.txt: not UTF-8 at byte 0 (0x80)" in wrong(text_config(corpus))
+    mixed = text_config(corpus, train_files=("tfds:pg19:train", "x.txt"))
+    assert "config.data.train_files: expected files, or one tfds:NAME:SPLIT alone" in wrong(mixed)
+
+
+def test_mistakes_in_a_seqio_task() -> None:
+    config = seqio_config("fam_test_questions")
+    for name, says in {
+        "fam_test_missing": "config.data.task: seqio knows no task or mixture fam_test_missing; config.data.imports",
+        "fam_test_no_targets": "config.data.task: fam_test_no_targets has no feature targets; its features are inputs",
+        "fam_test_floats": "config.data.task: fam_test_floats: the feature targets is not a list of token ids",
+    }.items():
+        assert says in wrong(seqio_config(name))
+    absent = dataclasses.replace(config, data=dataclasses.replace(config.data, imports=("no_such_module",)))
+    assert wrong(absent).startswith("config.data.imports: no_such_module cannot be imported")
+
+
+def test_a_prepared_tfds_dataset(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow_datasets as tfds
+
+    texts = [f"text {i} ü" for i in range(9)]
+    with monkeypatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(tmp_path))
+        tfds.dataset_builders.store_as_tfds_dataset(
+            name="fam_texts",
+            version="1.0.0",
+            features=tfds.features.FeaturesDict(
+                {"text": tfds.features.Text(), "id": tfds.features.Scalar(np.int64)}
+            ),
+            split_datasets={"train": [(i, {"text": text, "id": i}) for i, text in enumerate(texts)]},
+            data_dir=tmp_path,
+            disable_shuffling=True,
+        )
+        files = {"task": "text", "vocabulary": "bytes", "train_files": ("tfds:fam_texts:train[:7]",)}
+        examples = packed_stream(config_of(files)).examples
+        assert sorted(map(decoded, examples.epoch(0))) == texts[:7]
+        assert_same(list(examples.epoch(0, 3)), list(examples.epoch(0))[3:])
+        heldout = config_of({**files, "heldout_files": ("tfds:fam_texts/1.0.0:train[7:]",)})
+        found = heldout_examples(
+            config_of({**files, "heldout_files": ("tfds:fam_texts:1.0.0:train[7:]",)})
+        ).examples
+        assert list(map(decoded, found)) == texts[7:]
+        assert [example.text_bytes for example in found] == [9, 9]
+        assert "TFDS has no dataset" in wrong(heldout, heldout_examples)
+        assert "has no split test; it has train" in wrong(
+            config_of({**files, "train_files": ("tfds:fam_texts:test",)})
+        )
+        assert "is not prepared in" in wrong(config_of({**files, "train_files": ("tfds:pg19:train",)}))
+        assert "TFDS has no dataset nonsense" in wrong(
+            config_of({**files, "train_files": ("tfds:nonsense:train",)})
+        )

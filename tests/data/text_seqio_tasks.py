@@ -1,0 +1,63 @@
+"""Registers seqio tasks to train on: the module that `data.imports` names in tests."""
+
+import numpy as np
+
+from fam_jax.data.quiet_seqio import seqio, tf
+
+SIZE = 12
+
+
+def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    del shuffle_files, seed
+    first = {"train": 0, "validation": 100}[split]
+    return tf.data.Dataset.from_tensor_slices(
+        {
+            "inputs": [f"question {first + i}?" for i in range(SIZE)],
+            "targets": [f"answer {'x' * i}" for i in range(SIZE)],
+        }
+    )
+
+
+@seqio.map_over_dataset(num_seeds=1)
+def noise(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Appends a random digit to the answer."""
+    digit = tf.random.stateless_uniform([], seed, 0, 10, tf.int32)
+    return {**example, "targets": example["targets"] + tf.strings.as_string(digit)}
+
+
+BYTES = seqio.ByteVocabulary()
+SOURCE = seqio.FunctionDataSource(examples, splits=("train", "validation"))
+BOTH = {
+    "inputs": seqio.Feature(BYTES, add_eos=False),
+    "targets": seqio.Feature(BYTES, add_eos=True),
+}
+
+
+def register(name: str, features: dict[str, seqio.Feature], *steps: object) -> None:
+    seqio.TaskRegistry.add(
+        name,
+        source=SOURCE,
+        preprocessors=[*steps, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        output_features=features,
+    )
+
+
+register("fam_test_questions", BOTH)
+register("fam_test_noise", BOTH, noise)
+register("fam_test_answers", {"targets": BOTH["targets"]})
+register("fam_test_no_targets", {"inputs": BOTH["inputs"]})
+seqio.TaskRegistry.add(
+    "fam_test_floats",
+    source=SOURCE,
+    preprocessors=[],
+    output_features={"targets": seqio.Feature(seqio.PassThroughVocabulary(3), dtype=tf.float32)},
+)
+seqio.MixtureRegistry.add("fam_test_mixture", [("fam_test_questions", 1.0), ("fam_test_noise", 3.0)])
+
+
+def expected(index: int, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """Ids and weights of an example of fam_test_questions."""
+    first = {"train": 0, "validation": 100}[split]
+    question, answer = BYTES.encode(f"question {first + index}?"), BYTES.encode(f"answer {'x' * index}")
+    weights = [0.0] * len(question) + [1.0] * (len(answer) + 1)
+    return np.array([*question, *answer, BYTES.eos_id], np.int32), np.array(weights, np.float32)
