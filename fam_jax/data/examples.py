@@ -114,8 +114,9 @@ class SeqioExamples:
                 seed=seed,
                 num_epochs=None if mixture else 1,
             )
+        names = [name for name in ("inputs", "targets") if name in self.provider.output_features]
         for example in dataset.skip(first).as_numpy_iterator():
-            parts = [np.asarray(example[name], np.int32) for name in ("inputs", "targets") if name in example]
+            parts = [np.asarray(example[name], np.int32) for name in names]
             counts = np.repeat(np.arange(2 - len(parts), 2), [len(part) for part in parts])
             text = example.get("targets_pretokenized", b"") if len(parts) == 1 else b""
             yield Example(np.concatenate(parts), counts.astype(np.float32), len(text))
@@ -193,7 +194,7 @@ def tfds_examples(
         ) from error
 
     def load(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        read = tfds.ReadConfig(shuffle_seed=seed)
+        read = tfds.ReadConfig(shuffle_seed=seed, enable_ordering_guard=False)
         return builder.as_dataset(split=split, shuffle_files=shuffle_files, read_config=read)
 
     task = seqio.Task(

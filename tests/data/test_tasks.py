@@ -190,12 +190,13 @@ def test_mistakes_in_a_seqio_task() -> None:
     assert wrong(absent).startswith("config.data.imports: no_such_module cannot be imported")
 
 
-def test_a_prepared_tfds_dataset(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prepared_tfds_dataset(tmp_path: pathlib.Path) -> None:
     import tensorflow_datasets as tfds
 
     texts = [f"text {i} ü" for i in range(9)]
-    with monkeypatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    file_utils = tfds.core.utils.file_utils
+    file_utils.add_data_dir(tmp_path)
+    try:
         tfds.dataset_builders.store_as_tfds_dataset(
             name="fam_texts",
             version="1.0.0",
@@ -224,3 +225,5 @@ def test_a_prepared_tfds_dataset(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
         assert "TFDS has no dataset nonsense" in wrong(
             config_of({**files, "train_files": ("tfds:nonsense:train",)})
         )
+    finally:
+        file_utils.clear_registered_data_dirs()

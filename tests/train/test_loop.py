@@ -309,7 +309,7 @@ def test_a_run_on_text_tells_of_other_text(text: Config, tmp_path: pathlib.Path)
     moved.write_text(old.read_text())
     run(tmp_path / "run", changed(text, data__train_files=(str(moved),)))
     moved.write_text(old.read_text() + ".")
-    with pytest.raises(UserError, match="data state: contents was .* when it was saved and is "):
+    with pytest.raises(UserError, match=r"data state: contents was .* when it was saved and is "):
         run(tmp_path / "run", changed(text, data__train_files=(str(moved),)), restore_step=4)
     with pytest.raises(
         ConfigError, match=r"vocab_size: 64 is smaller than the vocabulary 'bytes', which has 259"
