@@ -1,11 +1,19 @@
 """The --config flag: an ml-collections config file whose every mistake is one line."""
 
+import typing
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 from fam_jax.config import Config, ConfigError, check_field, resolve
+
+WORDS = {
+    f"config.{group}.{field}"
+    for group, fields in typing.get_type_hints(Config).items()
+    for field, kind in typing.get_type_hints(fields).items()
+    if kind == tuple[str, ...]
+}
 
 
 def define_config_flag(name: str) -> None:
@@ -32,9 +40,23 @@ def parse_flags(argv: list[str]) -> list[str]:
     """
     _check_overrides(argv)
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(_with_quoted_words(argv))
     except flags.Error as error:
         raise ConfigError(" ".join(f"{error}".split())) from error
+
+
+def _with_quoted_words(argv: list[str]) -> list[str]:
+    """Values of fields that are lists of words, such as a.txt,b.txt, as Python has them: config_flags knows no other."""
+    found, names_words = [], False
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if names_words or (name.lstrip("-") in WORDS and equals):
+            head, text = ("", argument) if names_words else (name + equals, value)
+            if not text.startswith(("(", "[")):
+                argument = head + repr(tuple(word for word in text.split(",") if word))
+        names_words = not names_words and name.lstrip("-") in WORDS and not equals
+        found.append(argument)
+    return found
 
 
 def _check_overrides(argv: list[str]) -> None:

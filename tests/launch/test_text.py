@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from launch import evaluate
+from launch import evaluate, read_config
 from tests.launch.running import ROOT, command, environment
 
 SMALL = [
@@ -24,8 +24,9 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         (folder / name).write_text(text)
     done = subprocess.run(
         command(
-            "launch.train", "--config=configs/text.py:smoke", f"--config.data.train_files={folder}/a.txt,{folder}/b.txt",
-            f"--config.data.heldout_files={folder}/held.md", *SMALL, f"--workdir={folder}/run",
+            "launch.train", "--config=configs/text.py:smoke", *SMALL, f"--workdir={folder}/run",
+            f"--config.data.train_files={folder}/a.txt,{folder}/b.txt",
+            "--config.data.heldout_files", f"('{folder}/held.md',)",
         ),
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -102,3 +103,17 @@ def test_mistakes(
         run(monkeypatch, f"--checkpoint={workdir}/run", *arguments)
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        (["--config.data.imports=a.b"], ["--config.data.imports=('a.b',)"]),
+        (["--config.data.imports", "a,b", "-x"], ["--config.data.imports", "('a', 'b')", "-x"]),
+        (["--config.data.imports="], ["--config.data.imports=()"]),
+        (["--config.data.imports=('a',)", "a,b"], ["--config.data.imports=('a',)", "a,b"]),
+        (["--config.data.stage_blocks=(2,)"], ["--config.data.stage_blocks=(2,)"]),
+    ],
+)
+def test_lists_of_words_need_no_quotes(given: list[str], passed: list[str]) -> None:
+    assert read_config._with_quoted_words(given) == passed
