@@ -46,7 +46,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _with_quoted_words(argv: list[str]) -> list[str]:
-    """Values of fields that are lists of words, such as a.txt,b.txt, as Python has them: config_flags knows no other."""
+    """Values of fields that are lists of words, such as a.txt,b.txt, in the quotes that config_flags asks for."""
     found, names_words = [], False
     for argument in argv:
         name, equals, value = argument.partition("=")
