@@ -82,14 +82,25 @@ def build(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], A
         inputs = [q, *[array(batch, tokens, dim) if mqa else q] * 2]
     else:
         blocks = tokens // case.block_size
-        q, k = array(batch, tokens, case.heads, dim), array(batch, tokens, case.kv_heads, dim)
-        inputs = [q, k, k, *[array(batch, blocks, case.fam, case.kv_heads, dim)] * 2]
+        # The kernels read heads side by side, which a reshape of such an array hands on as it is.
+        flat = case.implementation == "pallas"
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, fam_k: jax.Array, fam_v: jax.Array) -> jax.Array:
-            return block_attention(
+        def side_by_side(*shape: int) -> jax.ShapeDtypeStruct:
+            return array(*shape[:-2], shape[-2] * shape[-1]) if flat else array(*shape)
+
+        q = side_by_side(batch, tokens, case.heads, dim)
+        k = side_by_side(batch, tokens, case.kv_heads, dim)
+        inputs = [q, k, k, *[side_by_side(batch, blocks, case.fam, case.kv_heads, dim)] * 2]
+
+        def attend(*inputs: jax.Array) -> jax.Array:
+            q, k, v, fam_k, fam_v = (
+                x.reshape(*x.shape[:-1], x.shape[-1] // dim, dim) if flat else x for x in inputs
+            )
+            out = block_attention(
                 q, k, v, fam_k, fam_v, None, None,
                 block_size=case.block_size, memory_segments=case.segments, implementation=case.implementation,
             )  # fmt: skip
+            return out.reshape(inputs[0].shape)
 
     if not case.gradient:
         return attend, inputs, context

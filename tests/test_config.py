@@ -32,7 +32,9 @@ from fam_jax.config import (
 from fam_jax.data_config import TASK_FIELDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CONFIG_FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
+CONFIG_FILES = sorted(
+    path for path in (ROOT / "configs").glob("*.py") if "def get_config" in path.read_text()
+)
 
 
 def fields() -> dict[str, Any]:

@@ -56,6 +56,7 @@ def specs(shardings: dict) -> dict:
         (MeshConfig(), (8, 1, 1)),
         (MeshConfig(fsdp=2, tensor=2), (2, 2, 2)),
         (MeshConfig(data=1, fsdp=8), (1, 8, 1)),
+        (MeshConfig(data=2, fsdp=0, tensor=2), (2, 2, 2)),
     ],
 )
 def test_mesh_takes_all_devices(config: MeshConfig, shape: tuple[int, ...]) -> None:
@@ -74,9 +75,9 @@ def test_mesh_on_fewer_devices() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(data=3), r"config\.mesh\.data: .* = 3, but there are 8 devices"),
-        (MeshConfig(data=4, fsdp=4), r"config\.mesh\.data: .* = 16, but there are 8 devices"),
-        (MeshConfig(fsdp=3), r"config\.mesh\.fsdp: fsdp \* tensor = 3 does not divide the 8 devices"),
+        (MeshConfig(data=3), r"config\.mesh: data \* fsdp \* tensor = 3, but there are 8 devices"),
+        (MeshConfig(data=4, fsdp=4), r"config\.mesh: .* = 16, but there are 8 devices"),
+        (MeshConfig(fsdp=3), r"config\.mesh: fsdp \* tensor = 3 does not divide the 8 devices"),
     ],
 )
 def test_mesh_that_does_not_fit(config: MeshConfig, message: str) -> None:

@@ -9,7 +9,6 @@ torus that its group spans (low), or along one (high).
 import collections
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -108,7 +107,7 @@ def estimate(
       module: of :func:`fam_jax.plan.hlo.parse`.
       chip: that it was compiled for.
       devices: in the order of the mesh; a single one, or none, where there are no collectives.
-      kernels: seconds, low and high, of one run of each Pallas kernel by its name, to which XLA may have added ".1".
+      kernels: seconds, low and high, of one run of each Pallas kernel, by a part of its name in the program.
 
     Raises:
       ValueError: a kernel whose time is not given, or a loop or collective that is not understood.
@@ -194,9 +193,9 @@ def _compute_cost(
                 if modelled
                 else None
             )
-        name = re.sub(r"\.\d+$", "", op.name)
-        if name not in kernels:
-            raise ValueError(f"no time is known of the kernel {name}")
+        name = next((name for name in kernels if name in op.name), None)
+        if name is None:
+            raise ValueError(f"no time is known of the kernel {op.name}")
         low, high = (times * max(seconds, traffic / chip.hbm_bandwidth) for seconds in kernels[name])
         return OpCost(op.name, "kernel", op.source, times, low, high, hbm_bytes=times * traffic)
     flops = 0
