@@ -1,0 +1,108 @@
+"""The planner: FLOPs and keys against brute force, meshes, memory, and what a user sees."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import fam_1b, fam_8b, fam_24b
+from fam_jax.config import Config, MeshConfig, resolve
+from fam_jax.plan.training import bytes_needed, model_flops, plan_training, sensible_meshes, visible_keys
+from fam_jax.train.loop import make_trainer
+from tests.plan.programs import needs_compiler
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+SMOKE = resolve(fam_1b.get_config("smoke,pretrain"))
+
+
+def with_model(**changes: int) -> Config:
+    return dataclasses.replace(SMOKE, model=dataclasses.replace(SMOKE.model, **changes))
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("tokens", [32, 100, 256])
+def test_visible_keys_by_counting(tokens: int, window: int) -> None:
+    config = with_model(block_size=32, memory_segments=2, fam_length=4, fam_previous_blocks=2, window=window)
+    q, k = np.arange(tokens)[:, None], np.arange(tokens)
+    seen = (q >= k) & (q // 32 - k // 32 <= 2)
+    if window:
+        seen &= q - k < window
+    fam = 4 * np.minimum(2, np.arange(tokens) // 32 + 1)
+    assert visible_keys(config, tokens) == seen.sum() + fam.sum()
+
+
+def test_flops_are_six_per_parameter_and_token() -> None:
+    trainer = make_trainer(SMOKE)
+    model, rows, tokens = SMOKE.model, SMOKE.train.batch_size, 64
+    layer = model.model_dim * (4 * model.num_heads * model.head_dim + 3 * model.ff_dim)
+    weights = model.num_layers * layer + model.vocab_size * model.model_dim
+    scores = model.num_layers * model.num_heads * rows * visible_keys(SMOKE, tokens)
+    expected = 6 * weights * rows * tokens + 12 * model.head_dim * scores
+    assert model_flops(SMOKE, trainer, tokens) == expected
+
+
+def test_lora_leaves_out_gradients_of_frozen_weights() -> None:
+    lora = resolve(fam_1b.get_config("smoke"))
+    full, less = (model_flops(config, make_trainer(config), 64) for config in (SMOKE, lora))
+    assert 0.6 * full < less < full
+
+
+@pytest.mark.parametrize("module", [fam_1b, fam_8b, fam_24b])
+@pytest.mark.parametrize("topology", ["v5p:2x4x4", "v5p:4x4x8", "v5e:4x8"])
+def test_sensible_meshes_divide_everything(module: object, topology: str) -> None:
+    config = resolve(module.get_config())  # type: ignore[attr-defined]
+    chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+    meshes = sensible_meshes(config, topology)
+    assert meshes
+    for mesh in meshes:
+        assert mesh.data * mesh.fsdp * mesh.tensor == chips
+        assert config.train.batch_size % (mesh.data * mesh.fsdp) == 0
+        assert config.model.model_dim % mesh.fsdp == 0
+        assert config.model.num_heads % mesh.tensor == 0
+        assert mesh.fsdp < chips
+
+
+def test_memory_from_the_compilers_complaint() -> None:
+    text = "Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded hbm capacity by 5.75G."
+    assert bytes_needed(text) == int(21.5 * 2**30)
+    assert bytes_needed("something else") is None
+
+
+@needs_compiler
+def test_a_plan_of_a_small_model() -> None:
+    plan = plan_training(SMOKE, "v5e:2x2", 128, MeshConfig(data=2, fsdp=2))
+    report = json.loads(json.dumps(plan.report()))
+    assert report["fits"] and report["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert 0 < report["step_seconds_low"] <= report["step_seconds_high"]
+    assert 0 < report["mfu_low"] <= report["mfu_high"] < 1
+    assert report["hbm_capacity_bytes"] == 16 * 2**30
+    assert report["hbm_peak_bytes"] > report["hbm_parameter_bytes"] + report["hbm_optimizer_bytes"] > 0
+    assert report["collectives"] and report["compile_seconds"] > 0
+    # The compiler counts what the model's FLOPs leave out, attention's scores in part and FAM.
+    assert report["compiled_flops"] > 0.8 * report["model_flops"]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v5q:2x2"], "unknown generation v5q"),
+        (["--topology=v5e:3x5"], "topology 'v5e:3x5'"),
+        (["--topology=v5e:2x2", "--config.mesh.data=3"], "config.mesh: data"),
+        (
+            ["--topology=v5e:2x2", "--config.train.batch_size=6"],
+            "config.train.batch_size: 6 rows cannot be divided",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "launch.plan", "--config=configs/fam_1b.py:smoke", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2, result.stderr[-2000:]
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and message in line
