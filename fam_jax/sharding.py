@@ -8,7 +8,7 @@ Batches are spread over data and fsdp; parameters and optimizer state over fsdp 
 import fnmatch
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,6 +94,41 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays whose first axis is the batch."""
     return NamedSharding(mesh, P(AXES["batch"][0]))
+
+
+def global_batch(sharding: NamedSharding, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The batch of which the i-th of n processes made the i-th n-th of the rows: `rows`, with B / n on each first axis.
+
+    Row r of the batch is the same whatever the number of processes. Where the rows that a process made are not those
+    that its devices are to hold (the mesh of a TPU slice follows its wiring, and the tensor axis may span hosts), they
+    are exchanged.
+    """
+    size = next(iter(rows.values())).shape[0] * jax.process_count()
+    if _holds_what_it_made(sharding, size):
+        return {name: jax.make_array_from_process_local_data(sharding, own) for name, own in rows.items()}
+    made = {
+        name: jax.make_array_from_process_local_data(_by_process(sharding.mesh), own)
+        for name, own in rows.items()
+    }
+    return jax.device_put(made, sharding)
+
+
+@functools.lru_cache(maxsize=32)
+def _holds_what_it_made(sharding: NamedSharding, size: int) -> bool:
+    """Whether on every process, as all have to exchange rows, or none."""
+    held: dict[int, set[int]] = {}
+    indices: Mapping[Any, Any] = sharding.devices_indices_map((size,))
+    for device, (rows, *_) in indices.items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(size)))
+    share = size // len(held)
+    return all(rows == set(range(i * share, (i + 1) * share)) for i, rows in held.items())
+
+
+@functools.lru_cache(maxsize=32)
+def _by_process(mesh: Mesh) -> NamedSharding:
+    devices = sorted(mesh.devices.flat, key=lambda device: (device.process_index, device.id))
+    grid = np.array(devices).reshape(jax.process_count(), -1)
+    return NamedSharding(Mesh(grid, ("process", "local"), axis_types=(AxisType.Auto,) * 2), P("process"))
 
 
 def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

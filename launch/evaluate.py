@@ -6,6 +6,8 @@
 Restores the parameters alone, on whatever devices there are, with the config of the run. Prints a table and writes
 all results, with what made them, as JSON: by default to evaluation_STEP.json in the checkpoint's folder. For text, a
 picture of the loss by position lies beside it.
+
+On the hosts of a TPU slice, type it on all of them. Jobs of several processes elsewhere: see launch/processes.py.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from fam_jax.config import Config, MeshConfig, UserError, validate
 from fam_jax.generate.restore import load_model
 from fam_jax.sharding import make_mesh
 from launch.errors import ArgumentParser, integers, user_errors, words
+from launch.processes import join, leaving_together
 
 VERSIONS = ("fam-jax", "jax", "flax", "numpy")
 
@@ -117,10 +120,11 @@ def write_json(path: epath.Path, results: dict[str, Any]) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
 
 
+@leaving_together()
 @user_errors()
 def main() -> None:
     """Entry point."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(join(sys.argv, stop_together=False)[1:])
     mesh = make_mesh(MeshConfig(*arguments.mesh))
     config, params, step = load_model(arguments.checkpoint, arguments.step, mesh)
     config = with_arguments(config, arguments)

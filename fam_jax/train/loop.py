@@ -4,13 +4,12 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from fam_jax import sharding
 from fam_jax.checkpoint import Checkpoints, absolute, saved_steps
@@ -21,21 +20,15 @@ from fam_jax.data.tasks import packed_stream
 from fam_jax.model import count_parameters
 from fam_jax.train.base import load_base
 from fam_jax.train.compiler import compiler_options
+from fam_jax.train.interruption import Interrupted, stop_requests
 from fam_jax.train.metrics import MetricsWriter, ProgressReport
 from fam_jax.train.optimizer import make_optimizer
 from fam_jax.train.state import TrainState, init_state
 from fam_jax.train.step import make_train_step
+from fam_jax.train.trace import StepTrace
 
 # (parameters, step) -> numbers; called every config.evaluate.every steps.
 Evaluate = Callable[[Any, int], dict[str, Any]]
-
-
-class Interrupted(Exception):
-    """Training was asked to stop (Ctrl-C, or SIGTERM on preemption); everything is saved."""
-
-    def __init__(self, step: int, signal_number: int):
-        super().__init__(f"stopped at step {step}; all is saved: the same command resumes")
-        self.exit_code = 128 + signal_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,18 +81,20 @@ def train(
     *,
     evaluate: Evaluate | None = None,
     restore_step: int | None = None,
+    profile_steps: tuple[int, int] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Trains until config.train.steps, from the latest checkpoint of `workdir` if there is one.
 
     Writes below `workdir`: `config.json`, a folder per checkpoint, `metrics.jsonl`, `tensorboard/`,
-    `evaluation/STEP.json`.
+    `evaluation/STEP.json`, `profile/`. In a job of several processes all call this, and the first one reports.
 
     Args:
       config: resolved.
-      workdir: of the run.
+      workdir: of the run: a local folder, or one in a bucket (`gs://...`) that all processes reach.
       evaluate: called with the parameters every config.evaluate.every steps.
       restore_step: checkpoint to go back to, in place of the latest; later ones are given up.
+      profile_steps: first and last step of a profiler trace.
       quiet: no progress on the terminal.
 
     Returns:
@@ -111,9 +106,9 @@ def train(
     """
     trainer = make_trainer(config)
     stream = _make_stream(config)
-    folder = Path(workdir)
+    folder, first = absolute(workdir), jax.process_index() == 0
     state = None
-    if restore_step is None and not saved_steps(absolute(folder)):
+    if restore_step is None and not saved_steps(folder):
         state = trainer.create()  # before the folder is made: a base that is not to be had leaves no trace
     with Checkpoints(
         folder, config=dataclasses.asdict(config), keep=config.train.keep_checkpoints
@@ -122,12 +117,17 @@ def train(
             values, position = checkpoints.restore(restore_step, _as_dict(trainer.state_shapes))
             state = TrainState(**values)
             stream.restore(position)
+        remaining = range(int(state.step) + 1, config.train.steps + 1)
+        writing: contextlib.AbstractContextManager[MetricsWriter | None] = (
+            MetricsWriter(folder, resume_step=int(state.step)) if first else contextlib.nullcontext()
+        )
         with (
-            MetricsWriter(folder, resume_step=int(state.step)) as writer,
-            ProgressReport(config.train.steps, int(state.step), quiet=quiet) as progress,
+            writing as writer,
+            ProgressReport(config.train.steps, int(state.step), quiet=quiet or not first) as progress,
+            StepTrace(folder, profile_steps, remaining=remaining) as trace,
         ):
-            run = _Run(trainer, stream, checkpoints, writer, progress, evaluate, folder)
-            return run(state)
+            run = _Run(trainer, stream, checkpoints, writer, progress, trace, evaluate, folder)
+            return run(state, remaining)
 
 
 def _make_stream(config: Config) -> PasskeyStream | PackedStream:
@@ -157,29 +157,29 @@ class _Run:
     trainer: Trainer
     stream: PasskeyStream | PackedStream
     checkpoints: Checkpoints
-    writer: MetricsWriter
+    writer: MetricsWriter | None  # of the first process
     progress: ProgressReport
+    trace: StepTrace
     evaluate: Evaluate | None
-    folder: Path
+    folder: epath.Path
 
-    def __call__(self, state: TrainState) -> dict[str, Any]:
+    def __call__(self, state: TrainState, remaining: range) -> dict[str, Any]:
         config = self.trainer.config.train
         batch_sharding = sharding.batch_sharding(self.trainer.mesh)
         last: dict[str, Any] = {"parameters": count_parameters(state.params)}
         began, tokens = time.perf_counter(), 0
-        with _stop_signal() as stop:
-            for step in range(int(state.step) + 1, config.steps + 1):
-                arrays = {
-                    name: jax.make_array_from_process_local_data(batch_sharding, rows)
-                    for name, rows in self.stream.next_batch().items()
-                }
-                state, metrics = self.trainer.step(state, arrays)
+        with stop_requests() as stop:
+            for step in remaining:
+                arrays = sharding.global_batch(batch_sharding, self.stream.next_batch())
+                with self.trace.step(step):
+                    state, metrics = self.trainer.step(state, arrays)
+                self.trace.end(step, metrics)
                 if self.stream.advancing:
                     self.stream.report(float(metrics["exact_match"]))
                 tokens += math.prod(arrays["inputs"].shape)
                 self.progress.advance(step)
-                stopping, ending = bool(stop), step == config.steps
-                saving = stopping or ending or step % config.checkpoint_every == 0
+                signal_number, ending = stop(step), step == config.steps
+                saving = bool(signal_number) or ending or step % config.checkpoint_every == 0
                 logging = ending or step % config.log_every == 0
                 lost = ""
                 if saving or logging:
@@ -192,13 +192,15 @@ class _Run:
                     raise UserError(lost)
                 if saving:
                     self.checkpoints.save(step, _as_dict(state), self.stream.state())
+                    if self.writer is not None:
+                        self.writer.flush()
                 every = self.trainer.config.evaluate.every
                 if self.evaluate is not None and every and step % every == 0:
                     self._evaluate(step, state)
                     began, tokens = time.perf_counter(), 0
-                if stopping:
+                if signal_number:
                     self.checkpoints.wait()
-                    raise Interrupted(step, stop[0])
+                    raise Interrupted(step, signal_number)
         return last
 
     def _what_is_lost(self, step: int, metrics: dict[str, jax.Array]) -> str:
@@ -218,7 +220,8 @@ class _Run:
             "tokens_per_second": tokens_per_second,
             **self.stream.metrics(),
         }
-        self.writer.write(step, values)
+        if self.writer is not None:
+            self.writer.write(step, values)
         self.progress.note(
             step,
             f"loss {values['loss']:.3f}  {self.stream.note(values)}  {tokens_per_second:,.0f} tokens/s",
@@ -228,6 +231,8 @@ class _Run:
     def _evaluate(self, step: int, state: TrainState) -> None:
         assert self.evaluate is not None
         result = self.evaluate(state.params, step)
+        if self.writer is None:
+            return
         self.writer.write(step, {"evaluation": result})
         path = self.folder / "evaluation" / f"{step}.json"
         path.parent.mkdir(exist_ok=True)
@@ -236,25 +241,3 @@ class _Run:
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """A list that a first SIGINT or SIGTERM is put in; a second one acts as it would without this."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, _: Any) -> None:
-        received.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        restore()

@@ -4,10 +4,10 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from etils import epath
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,20 +19,25 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
+from fam_jax.train.mirror import Mirror
+
+UPLOAD_SECONDS = 60.0  # between uploads of a run's metrics to its bucket, beside those at checkpoints
+
 
 class MetricsWriter:
     """Writes `metrics.jsonl` and TensorBoard event files below a run's folder; a context manager."""
 
-    def __init__(self, workdir: Path, *, resume_step: int):
+    def __init__(self, workdir: epath.Path, *, resume_step: int):
         """Opens the files; lines of steps after `resume_step`, from before an interruption, are dropped."""
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._path = workdir / "metrics.jsonl"
+        self._mirror = Mirror(workdir)
+        self._uploaded_at = time.monotonic()
+        path = self._mirror.fetch("metrics.jsonl")
         kept = []
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= resume_step]
-        self._path.write_text("".join(line + "\n" for line in kept))
-        self._file = self._path.open("a", buffering=1)
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        self._events = SummaryWriter(str(self._mirror.local / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends a line; numbers, nested ones too, also go to TensorBoard. What is not finite becomes null."""
@@ -40,6 +45,14 @@ class MetricsWriter:
         for name, value in _scalars(values):
             if math.isfinite(value):
                 self._events.add_scalar(name, value, step)
+        if time.monotonic() - self._uploaded_at > UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Makes sure that all is where it is to stay, should the process die now."""
+        self._events.flush()
+        self._mirror.upload()
+        self._uploaded_at = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -47,6 +60,7 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self._file.close()
         self._events.close()
+        self._mirror.close()
 
 
 def _without_nan(value: Any) -> Any:

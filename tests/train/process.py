@@ -37,7 +37,27 @@ def train_rows(config: Config, first: int, rows: int) -> dict[str, np.ndarray]:
     return {name: multihost_utils.process_allgather(array, tiled=True) for name, array in arrays.items()}
 
 
+def check_batches() -> None:
+    """Rows arrive in their places on every mesh.
+
+    Also where the order of the devices mixes the processes, and where the tensor axis spans them: both need all rows.
+    """
+    rows, devices = np.arange(16).reshape(8, 2), np.array(jax.devices())
+    own = np.split(rows, jax.process_count())[jax.process_index()]
+    for grid in (
+        devices.reshape(8, 1, 1),
+        devices[[0, 5, 1, 4, 7, 2, 6, 3]].reshape(8, 1, 1),
+        devices.reshape(1, 1, 8),
+    ):
+        mesh = jax.sharding.Mesh(grid, sharding.MESH_AXES)
+        batch = sharding.global_batch(sharding.batch_sharding(mesh), {"rows": own})["rows"]
+        assert batch.sharding == sharding.batch_sharding(mesh)
+        for shard in batch.addressable_shards:
+            np.testing.assert_array_equal(shard.data, rows[shard.index])
+
+
 if __name__ == "__main__":
+    check_batches()
     rows = CONFIG.train.batch_size // count
     found = train_rows(CONFIG, index * rows, rows)
     if index == 0:

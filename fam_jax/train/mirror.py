@@ -1,0 +1,48 @@
+"""Files that grow, below a run's folder that may be in a bucket."""
+
+import os
+import pathlib
+import tempfile
+
+from etils import epath
+
+
+class Mirror:
+    """The local folder in which to write what belongs into `folder`: itself, or a temporary one to be uploaded.
+
+    Objects in a bucket cannot be appended to, and the profiler and TensorBoard's writer know local paths only.
+    """
+
+    def __init__(self, folder: epath.Path):
+        """Makes the local folder."""
+        self._remote = folder if "://" in os.fspath(folder) else None
+        self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}
+        self._temporary = tempfile.TemporaryDirectory() if self._remote is not None else None
+        self.local = pathlib.Path(self._temporary.name if self._temporary is not None else folder)
+        self.local.mkdir(parents=True, exist_ok=True)
+
+    def fetch(self, name: str) -> pathlib.Path:
+        """Local path of a file, with what it holds in the bucket."""
+        path = self.local / name
+        if self._remote is not None and (self._remote / name).exists():
+            path.write_bytes((self._remote / name).read_bytes())
+        return path
+
+    def upload(self) -> None:
+        """Copies the files that have changed since the last call."""
+        if self._remote is None:
+            return
+        for path in sorted(self.local.rglob("*")):
+            status = path.stat()
+            version = (status.st_size, status.st_mtime_ns)
+            if path.is_file() and self._uploaded.get(path) != version:
+                target = self._remote / path.relative_to(self.local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+                self._uploaded[path] = version
+
+    def close(self) -> None:
+        """Uploads what is left, and removes the temporary folder."""
+        self.upload()
+        if self._temporary is not None:
+            self._temporary.cleanup()

@@ -1,0 +1,231 @@
+"""A job of two processes is the job of one: its results, its checkpoints, its end."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from fam_jax.checkpoint import Checkpoints
+from fam_jax.config import Config, resolve
+from fam_jax.train import loop
+from launch import processes
+from tests.launch.group import Group, finish, free_port, group
+from tests.launch.running import ROOT, TINY, command, environment
+
+STEPS, HALF = 6, 3
+TRAIN = [
+    "launch.train", "--config=configs/passkey.py:smoke",
+    *(field for field in TINY if "stage_blocks" not in field and "heads" not in field), "--config.model.num_heads=8",
+    "--config.model.num_kv_heads=8", "--config.model.head_dim=2", "--config.train.batch_size=8",
+    "--config.data.stage_blocks=(2,3)", "--config.data.max_stage_steps=2", f"--config.train.checkpoint_every={HALF}",
+    "--config.train.log_every=1",
+]  # fmt: skip
+CUBE = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+# The batch is on every device, and each process makes half of it.
+TENSOR = ["--config.mesh.data=1", "--config.mesh.tensor=8"]
+# Float32: other meshes, and gloo's all-reduce against XLA's own, sum the same terms in another order.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def config_of(folder: pathlib.Path) -> Config:
+    return resolve(json.loads((folder / "config.json").read_text()))
+
+
+def metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in found]
+
+
+def saved(folder: pathlib.Path, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """All arrays of a checkpoint, and the position of the data, read by this process alone."""
+    config = config_of(folder)
+    shapes = loop._as_dict(loop.make_trainer(config).state_shapes)
+    with Checkpoints(folder, config=dataclasses.asdict(config), keep=9) as checkpoints:
+        state, position = checkpoints.restore(step, shapes)
+    state["key"] = jax.random.key_data(state["key"])
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, position
+
+
+def assert_same_run(one: pathlib.Path, other: pathlib.Path, steps: slice = slice(None)) -> None:
+    (arrays, position), (wanted, wanted_position) = saved(one, STEPS), saved(other, STEPS)
+    assert position == wanted_position
+    assert arrays.keys() == wanted.keys() and len(arrays) > 20
+    for name, array in arrays.items():
+        np.testing.assert_allclose(array, wanted[name], err_msg=name, **ROUNDING)
+    lines, wanted_lines = metrics(one)[steps], metrics(other)[steps]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))[steps]
+    for line, expected in zip(lines, wanted_lines, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Most of these jobs compile the same programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The run of two processes; its folder is `run`."""
+    folder = tmp_path_factory.mktemp("together")
+    started = finish(folder, *TRAIN, *CUBE, f"--config.train.steps={STEPS}", f"--workdir={folder / 'run'}")
+    assert started.errors(1) == started.outputs[1].read_text() == started.printed(0) == ""
+    lines = started.errors(0).splitlines()
+    reports = [line.partition("/")[0] for line in lines if line.startswith("step ")]
+    assert reports == [f"step {step}" for step in range(1, STEPS + 1)]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(together: pathlib.Path) -> pathlib.Path:
+    """The same run by this process, which has eight devices."""
+    loop.train(config_of(together / "run"), str(together / "alone"), quiet=True)
+    return together / "alone"
+
+
+def first_half(folder: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
+    """A copy of a run that got no further than step HALF."""
+    shutil.copytree(folder, to)
+    shutil.rmtree(to / str(STEPS))
+    return to
+
+
+def test_two_processes_train_as_one(together: pathlib.Path, alone: pathlib.Path) -> None:
+    assert_same_run(together / "run", alone)
+
+
+def test_one_process_goes_on_from_two_on_another_mesh(
+    together: pathlib.Path, alone: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    run = first_half(together / "run", tmp_path / "run")
+    config = config_of(run)
+    loop.train(dataclasses.replace(config, mesh=type(config.mesh)()), str(run), quiet=True)
+    assert_same_run(run, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_one_on_another_mesh(alone: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """On this mesh every device needs the whole batch, of which each process makes half."""
+    run = first_half(alone, tmp_path / "run")
+    finish(tmp_path, *TRAIN, *TENSOR, f"--config.train.steps={STEPS}", f"--workdir={run}")
+    assert_same_run(run, alone)
+
+
+def test_two_processes_evaluate_as_one(together: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    evaluate = ["launch.evaluate", f"--checkpoint={together / 'run'}", "--lengths=2", "--keys=4"]
+    started = finish(tmp_path, *evaluate, "--batch_size=4", "--mesh=2,2,2", f"--out={tmp_path / 'two.json'}")
+    assert "PassKey retrieval" in started.printed(0)
+    assert started.errors(1) == started.outputs[1].read_text() == ""
+    found = json.loads((tmp_path / "two.json").read_text())
+
+    from fam_jax.checkpoint import load_params
+    from fam_jax.data.vocabulary import load_vocabulary
+    from fam_jax.evaluate.passkey import evaluate_passkey
+
+    params, values, step = load_params(together / "run")
+    assert found["step"] == step == STEPS and found["devices"] == "8 x cpu"
+    config = resolve({**values, "evaluate": found["config"]["evaluate"]})
+    wanted = evaluate_passkey(config, params, vocabulary=load_vocabulary(config.data.vocabulary))
+    for row in (found["lengths"]["2"], wanted["lengths"]["2"]):
+        assert row.pop("seconds") > 0
+    assert found["lengths"] == wanted["lengths"]
+
+
+def start(folder: pathlib.Path, *arguments: str, **how: str) -> Any:
+    return group(
+        folder, *TRAIN, *CUBE, "--config.train.steps=100000", *arguments, f"--workdir={folder / 'run'}", **how
+    )
+
+
+def steps_of(folder: pathlib.Path) -> list[int]:
+    return sorted(int(path.name) for path in (folder / "run").iterdir() if path.name.isdigit())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_both_at_the_same_step(
+    number: signal.Signals, tmp_path: pathlib.Path
+) -> None:
+    with start(tmp_path, "--config.train.checkpoint_every=1000000") as running:
+        running.await_line("step 2/")
+        os.kill(running.processes[1].pid, number)
+        assert running.wait() == [143, 143], running.everything()
+    (step,) = steps_of(tmp_path)
+    last = running.errors(0).splitlines()[-1]
+    assert last == f"stopped at step {step}; all is saved: the same command resumes"
+    assert running.errors(1) == ""
+
+
+def survivor_stops(running: Group, victim: int) -> tuple[str, float]:
+    """What the survivor says once the other is dead, and after how many seconds it is gone."""
+    running.await_line("step 4/")
+    began = time.monotonic()
+    running.processes[victim].kill()
+    assert running.processes[1 - victim].wait(90) == processes.WORKER_LOST, running.everything()
+    took = time.monotonic() - began
+    print(f"process {1 - victim} stopped after {took:.1f} seconds")
+    last = [line for line in running.errors(1 - victim).splitlines() if "error: " in line]
+    assert len(last) == 1, running.everything()
+    return last[0], took
+
+
+@pytest.mark.slow
+def test_when_a_worker_dies_the_others_stop_and_a_restart_resumes(tmp_path: pathlib.Path) -> None:
+    """With the default timeout; the whole worker dies with the process that was started."""
+    with start(tmp_path) as running:
+        line, took = survivor_stops(running, victim=1)
+    assert line.startswith("error: process 1 died or cannot be reached")
+    assert line.endswith("start all processes again to resume from the latest checkpoint")
+    assert took < 60, took
+    latest = steps_of(tmp_path)[-1]
+    with start(tmp_path) as running:
+        running.await_line(f"step {latest + 1}/")
+        first = next(line for line in running.errors(0).splitlines() if line.startswith("step "))
+        assert first.startswith(f"step {latest + 1}/")
+
+
+@pytest.mark.slow
+def test_when_the_first_process_dies_the_others_stop(tmp_path: pathlib.Path) -> None:
+    with start(tmp_path) as running:
+        line, took = survivor_stops(running, victim=0)
+    assert line.startswith("[1/2] error: process 0, the coordinator, died or cannot be reached")
+    assert took < 60, took
+
+
+@pytest.mark.slow
+def test_when_one_process_fails_alone_the_others_stop(tmp_path: pathlib.Path) -> None:
+    """It must not wait for them on its way out, as they wait for it."""
+    wrong = "--config.data.vocabulary=missing.model"
+    with start(tmp_path, "--heartbeat_timeout=10", last=wrong) as running:
+        assert running.wait() == [processes.WORKER_LOST, 2], running.everything()
+    assert running.errors(0).startswith("error: process 1 died or cannot be reached; its own log may say why")
+    assert running.errors(1).startswith("[1/2] error: vocabulary 'missing.model': no such file")
+
+
+def test_a_process_that_finds_no_others_says_so(tmp_path: pathlib.Path) -> None:
+    placed = [
+        f"--coordinator=localhost:{free_port()}",
+        "--num_processes=2",
+        "--process_id=0",
+        "--join_timeout=3",
+    ]
+    result = subprocess.run(
+        command(*TRAIN, f"--workdir={tmp_path / 'run'}", *placed), cwd=ROOT, env=environment(),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == processes.WORKER_LOST, result.stderr
+    assert result.stderr.startswith("error: this process could not join its job; is every process started")
+    assert result.stderr.count("\n") == 1
