@@ -35,7 +35,7 @@ BUCKET = "gs://bucket"
 def one_device() -> Iterator[None]:
     make_mesh, make_trainer = sharding.make_mesh, loop.make_trainer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+        patch.setattr(sharding, "make_mesh", lambda mesh, _=None: make_mesh(mesh, jax.devices()[:1]))
         trainer = quick_trainer(RUN, make_trainer)
         patch.setattr(loop, "make_trainer", lambda _: trainer)
         yield

@@ -51,7 +51,7 @@ def trainer_of(config: Config) -> loop.Trainer:
 def one_device() -> Iterator[None]:
     """All runs on the first of the simulated devices, with shared compilations."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+        patch.setattr(sharding, "make_mesh", lambda mesh, _=None: make_mesh(mesh, jax.devices()[:1]))
         patch.setattr(loop, "make_trainer", trainer_of)
         yield
 
