@@ -41,6 +41,7 @@ class Problem:
     head_dim: int  # hd
     blocks: int = 8  # N
     group: int = 1  # G, query heads per key head
+    missing: int = 0  # tokens that the last block lacks
 
     @property
     def cores(self) -> int:
@@ -60,6 +61,7 @@ class Problem:
             kv_heads=self.cores,
             head_dim=self.head_dim,
             stop_gradient=False,
+            missing=self.missing,
         )
 
     def tiles(self) -> Tiles:
@@ -68,11 +70,12 @@ class Problem:
 
     def macs(self, which: str) -> float:
         """Multiplications that the visible scores of a group of heads take at least, on the core that has it."""
-        size, keys = self.block_size, 0.0
+        size, keys = self.block_size, 0.0  # keys that each query sees, summed
         for block in range(self.blocks):
-            keys += min(block, self.segments) * size + self.fam + size / 2
+            rows = size - (self.missing if block == self.blocks - 1 else 0)
+            keys += rows * (min(block, self.segments) * size + self.fam + rows / 2)
         products = {"forward": 2, "backward": 5}[which]
-        return products * self.group * size * keys * self.head_dim
+        return products * self.group * keys * self.head_dim
 
 
 @functools.cache
@@ -104,6 +107,10 @@ def kernel_seconds(
         model.head_dim,
         -(-tokens // model.block_size),
         min(group, GROUP),
+    )
+    tile = problem.tiles().rows
+    problem = dataclasses.replace(
+        problem, missing=problem.blocks * model.block_size - -(-tokens // tile) * tile
     )
     found = {}
     for which in ("forward", "backward"):
@@ -145,7 +152,7 @@ def compile_kernel(problem: Problem, which: str, tiles: Tiles) -> Any:
     """The executable, for the first chip of the slice."""
     mesh = make_mesh(MeshConfig(), topology_devices(problem.topology)[:1])
     geometry, layout = problem.geometry(), Layout(problem.head_dim)
-    tokens = problem.blocks * problem.block_size
+    tokens = geometry.tokens
 
     def array(rows: int, heads: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(layout.shape(1, rows, heads), jnp.bfloat16, sharding=replicated(mesh))

@@ -141,16 +141,27 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry = ""
     current: Computation | None = None
-    for line in text.splitlines():
-        if line.startswith(("%", "ENTRY ")):
-            if match := _COMPUTATION.match(line):
-                current = computations.setdefault(match[2], {})
-                entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
+    for line in _whole_lines(text):
+        if match := _COMPUTATION.match(line):
+            current = computations.setdefault(match[2], {})
+            entry = match[2] if match[1] else entry
+        elif line == "}":
             current = None
         elif current is not None and (match := _OP.match(line)):
             current[match[2]] = _parse_op(match[2], bool(match[1]), match[3])
     return Module(computations, entry)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines of the text, those joined to one that an attribute of many lines belongs to."""
+    whole = ""
+    for line in text.splitlines():
+        if line == "}" or _OP.match(line) or line.startswith(("%", "ENTRY ", "HloModule ")):
+            yield whole
+            whole = line
+        else:
+            whole += line
+    yield whole
 
 
 def _parse_op(name: str, is_root: bool, text: str) -> Op:

@@ -50,6 +50,12 @@ TRAINING_CASES = {
     "training, window across blocks": dataclasses.replace(TRAINING, window=6),
     "training, stop-gradient": dataclasses.replace(TRAINING, stop_gradient=True),
     "training, a block that is no power of two": dataclasses.replace(TRAINING, block_size=12, length=30),
+    # Of a length that is whole tiles but not whole blocks: the kernels leave what is missing of the last block alone.
+    "training, half of the last block": dataclasses.replace(TRAINING, block_size=16, length=38),
+    "training, half of the only block": dataclasses.replace(TRAINING, block_size=16, length=5, kv_heads=1),
+    "training, half of the last block in a window": dataclasses.replace(
+        TRAINING, block_size=16, length=52, window=20, stop_gradient=True
+    ),
 }
 ALL_CASES = CASES | TRAINING_CASES
 # Those that are made for the machine that the tests run on, in float64; and the kernels, in their interpreter.

@@ -57,6 +57,14 @@ def test_a_loop_without_a_limit_is_refused() -> None:
         list(parse(LOOP.replace("constant(9)", "parameter(1)")).walk())
 
 
+def test_attributes_of_many_lines() -> None:
+    text = LOOP.replace(
+        "index=1\n  %w", 'index=1, frontend_attributes={metadata={\n"a": "{}"\n}}, known={}\n  %w'
+    )
+    assert "known={}" in parse(text).computations["body.1"]["x"].attributes
+    assert [op.name for op, _, _ in parse(text).walk()] == [op.name for op, _, _ in parse(LOOP).walk()]
+
+
 @pytest.mark.parametrize(
     ("notation", "group"),
     [

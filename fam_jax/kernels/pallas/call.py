@@ -109,9 +109,13 @@ def _attend_here(
     )
     sizes = sizes or choose_tiles(chip, geometry, q.dtype, static)
     sizes.check(size)
+    # The last block may not be full. The resident kernels leave what is missing alone, in whole tiles.
+    unit = sizes.rows if sizes.resident_forward and sizes.resident_backward else size
+    padded = -(-length // unit) * unit
+    geometry = dataclasses.replace(geometry, missing=blocks * size - padded)
     call = _Call(geometry, sizes, pltpu.InterpretParams() if interpret is True else interpret)
 
-    tail = ((0, 0), (0, blocks * size - length), (0, 0), (0, 0))  # the last block may not be full
+    tail = ((0, 0), (0, padded - length), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, tail) for x in (q, k, v))
     fam_tail = ((0, 0), (0, 0), (0, geometry.fam_slots - fam_keys), (0, 0), (0, 0))
     fam_k, fam_v = (jnp.pad(x, fam_tail) for x in (fam_k, fam_v))

@@ -30,11 +30,22 @@ class Geometry:
     kv_heads: int  # K
     head_dim: int  # hd
     stop_gradient: bool
+    missing: int = 0  # tokens that the last block lacks; not 0 in the resident kernels alone
 
     @property
     def group(self) -> int:
         """G: query heads per key head."""
         return self.heads // self.kv_heads
+
+    @property
+    def tokens(self) -> int:
+        """T, after padding."""
+        return self.blocks * self.block_size - self.missing
+
+    @property
+    def whole_blocks(self) -> int:
+        """Blocks that lack nothing: all, or all but the last."""
+        return self.blocks - (self.missing > 0)
 
     @property
     def scale(self) -> float:

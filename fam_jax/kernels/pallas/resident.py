@@ -45,11 +45,19 @@ class Window(NamedTuple):
         return self.blocks[len(self.blocks) - 1 + block][pl.ds(start, keys.size), :]
 
 
-def by_past(block: jax.Array, segments: int, body: Callable[[int], None]) -> None:
-    """Calls `body` with the number of past blocks that block number `block` sees: compiled once for each."""
-    for past in range(segments):
-        pl.when(block == past)(functools.partial(body, past))
-    pl.when(block >= segments)(functools.partial(body, segments))
+def by_past(block: jax.Array, geometry: Geometry, body: Callable[[int, int], None]) -> None:
+    """Calls `body` with the number of past blocks that block number `block` sees, and its tokens.
+
+    It is compiled once for each number, and once more for a last block that is not full: what lies beyond its end is
+    never read.
+    """
+    size, segments, whole = geometry.block_size, geometry.segments, geometry.whole_blocks
+    for past in range(min(segments, whole)):
+        pl.when(block == past)(functools.partial(body, past, size))
+    if whole > segments:
+        pl.when((block >= segments) & (block < whole))(functools.partial(body, segments, size))
+    if geometry.missing:
+        pl.when(block == whole)(functools.partial(body, min(whole, segments), size - geometry.missing))
 
 
 def forward(
@@ -79,7 +87,7 @@ def forward(
         out_specs=[queries, stats],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, geometry.heads, 1, geometry.blocks * size), jnp.float32),
+            jax.ShapeDtypeStruct((batch, geometry.heads, 1, geometry.tokens), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
@@ -97,15 +105,15 @@ def _forward_kernel(q: Any, *refs: Any, geometry: Geometry, sizes: Tiles) -> Non
     fam_k, fam_v = refs[2 * count : -2] or (None, None)
     keys, values = Window(refs[:count], fam_k), Window(refs[count : 2 * count], fam_v)
 
-    def body(past: int) -> None:
-        for queries in tiles(Span(0, geometry.block_size), sizes.rows):
+    def body(past: int, tokens: int) -> None:
+        for queries in tiles(Span(0, tokens), sizes.rows):
             spans = list(_seen(queries, past, geometry, sizes))
             rows = pl.ds(queries.start, queries.size)
             o, stats = _softmax(q[rows, :], queries, spans, keys, values, geometry)
             out[rows, :] = o.astype(out.dtype)
             logsum[:, rows] = as_row(stats)
 
-    by_past(pl.program_id(2), geometry.segments, body)
+    by_past(pl.program_id(2), geometry, body)
 
 
 def _seen(queries: Span, past: int, geometry: Geometry, sizes: Tiles) -> Iterator[Span | None]:

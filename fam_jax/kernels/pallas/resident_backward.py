@@ -131,10 +131,14 @@ def _kernel(q: Any, d_out: Any, out: Any, logsum: Any, *refs: Any, geometry: Geo
         """First row of the ring that belongs to a block of keys."""
         return (block % (waiting + 1)) * size if waiting else 0
 
-    def read(span: Span) -> None:
+    def read(tokens: int, span: Span) -> None:
         block, start = divmod(span.start, size)
         wanted = block == 0 or not geometry.stop_gradient
-        k, v, readers = keys.read(span, size), values.read(span, size), _readers(span, geometry, sizes)
+        k, v, readers = (
+            keys.read(span, size),
+            values.read(span, size),
+            _readers(span, tokens, geometry, sizes),
+        )
         gradients = _tile(k, v, side, readers, wanted, geometry)
         if wanted:
             rows = rows_from(ring(n + (waiting + 1 + block)) + start, span.size)
@@ -151,17 +155,24 @@ def _kernel(q: Any, d_out: Any, out: Any, logsum: Any, *refs: Any, geometry: Geo
         dq_sum[...] = jnp.zeros_like(dq_sum)
         products = d_out[...].astype(jnp.float32) * out[...].astype(jnp.float32)
         delta[...] = as_row(products.sum(axis=1, keepdims=True))
-        if fam_sums:
-            readers = _all_queries(geometry, sizes)
-            gradients = _tile(keys.fam[...], values.fam[...], side, readers, True, geometry)
-            _accumulate(fam_sums, ..., gradients)
 
-    def read_block(back: int) -> None:
-        for span in tiles(Span(-back * size, size), sizes.back_keys):
-            read(span)
+    def read_fam(tokens: int) -> None:
+        readers = _all_queries(tokens, geometry, sizes)
+        gradients = _tile(keys.fam[...], values.fam[...], side, readers, True, geometry)
+        _accumulate(fam_sums, ..., gradients)
 
-    for back in range(geometry.segments + 1):
-        pl.when((n >= back) & (n < blocks))(functools.partial(read_block, back))
+    def read_block(back: int, tokens: int) -> None:
+        for span in tiles(Span(-back * size, size if back else tokens), sizes.back_keys):
+            read(tokens, span)
+
+    # Once for whole blocks, and once more for a last one that is not: what lies beyond its end is never read.
+    whole = geometry.whole_blocks
+    for first, end, tokens in ((0, whole, size), (whole, blocks, size - geometry.missing)):
+        if first < end and fam_sums:
+            pl.when((n >= first) & (n < end))(functools.partial(read_fam, tokens))
+        for back in range(geometry.segments + 1):
+            if max(first, back) < end:
+                pl.when((n >= max(first, back)) & (n < end))(functools.partial(read_block, back, tokens))
 
     @pl.when(n < blocks)
     def _() -> None:
@@ -182,21 +193,24 @@ def _kernel(q: Any, d_out: Any, out: Any, logsum: Any, *refs: Any, geometry: Geo
 _Mask = Callable[[tuple[int, ...]], jax.Array] | None
 
 
-def _all_queries(geometry: Geometry, sizes: Tiles) -> Iterator[tuple[Span, _Mask]]:
-    """Tiles of the queries, all of which see the feedback keys; and which of these are padding."""
+def _all_queries(tokens: int, geometry: Geometry, sizes: Tiles) -> Iterator[tuple[Span, _Mask]]:
+    """Tiles of the block's queries, all of which see the feedback keys; and which of these are padding."""
 
     def mask(shape: tuple[int, ...]) -> jax.Array:
         return jax.lax.broadcasted_iota(jnp.int32, shape, 0) < geometry.fam_keys
 
-    for queries in tiles(Span(0, geometry.block_size), sizes.back_rows):
+    for queries in tiles(Span(0, tokens), sizes.back_rows):
         yield queries, mask if geometry.fam_keys < geometry.fam_slots else None
 
 
-def _readers(keys: Span, geometry: Geometry, sizes: Tiles) -> Iterator[tuple[Span, _Mask]]:
+def _readers(keys: Span, tokens: int, geometry: Geometry, sizes: Tiles) -> Iterator[tuple[Span, _Mask]]:
     """Tiles of the block's queries that see some of `keys`, and which; the diagonal has one of its own."""
-    size, window = geometry.block_size, geometry.window
+    window = geometry.window
     after = max(keys.start + keys.size, 0)
-    for queries in [*([keys] if keys.start >= 0 else []), *tiles(Span(after, size - after), sizes.back_rows)]:
+    for queries in [
+        *([keys] if keys.start >= 0 else []),
+        *tiles(Span(after, tokens - after), sizes.back_rows),
+    ]:
 
         def mask(_: tuple[int, ...], queries: Span = queries) -> jax.Array:
             return visible(distances(queries, keys, 1), window)
