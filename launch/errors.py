@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fam_jax.config import UserError
 
@@ -30,7 +30,18 @@ def user_errors() -> Iterator[None]:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Raises :class:`UserError` for arguments that it cannot parse."""
+    """Raises :class:`UserError` for arguments that it cannot parse; takes --some-flag and --some_flag alike."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Called by argparse, also for `parse_args`."""
+        given = sys.argv[1:] if args is None else [*args]
+        spelled = {option.replace("_", "-"): option for option in self._option_string_actions}
+
+        def respell(argument: str) -> str:
+            name, equals, value = argument.partition("=")
+            return spelled.get(name.replace("_", "-"), name) + equals + value
+
+        return super().parse_known_args([respell(argument) for argument in given], namespace)
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse."""

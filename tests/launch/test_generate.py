@@ -1,0 +1,240 @@
+"""`python -m launch.generate`: read, ask, remember, batches; every mistake in one line."""
+
+import dataclasses
+import io
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fam_jax.checkpoint import Checkpoints
+from fam_jax.config import Config, DataConfig
+from fam_jax.generate.text import TextModel
+from launch import generate
+from tests.generate.tiny import CONFIG
+from tests.model.tiny import params_of, quick_jit
+
+BOOK = "The quick brown fox jumps over the lazy dog.\n" * 9
+LIMIT = "--max-tokens=12"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", quick_jit)
+        yield
+
+
+def save(folder: pathlib.Path, seed: int = 0) -> str:
+    config = Config(model=dataclasses.replace(CONFIG, vocab_size=259), data=DataConfig(vocabulary="bytes"))
+    with Checkpoints(folder, config=dataclasses.asdict(config), keep=1) as checkpoints:
+        params = jax.tree.map(jnp.asarray, params_of(config.model, seed))
+        checkpoints.save(5, {"params": params, "step": jnp.int32(5)}, {})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def book(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "book.txt"
+    path.write_text(BOOK)
+    return path
+
+
+Launch = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: str) -> Launch:
+    """Runs the command; its exit code, standard output and standard error."""
+
+    def run(*arguments: object, of: str = checkpoint) -> tuple[int, str, str]:
+        argv = ["generate", f"--checkpoint={of}", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            generate.main()
+            code = 0
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def expected(checkpoint: str, *texts: str, tokens: int = 12) -> str:
+    model = TextModel.restore(checkpoint)
+    state = None
+    for text in texts:
+        state = model.read(text, state)
+    assert state is not None
+    return model.generate(state, max_tokens=tokens).text
+
+
+def test_a_book_and_a_question(launch: Launch, checkpoint: str, book: pathlib.Path) -> None:
+    code, out, err = launch(f"--prompt-file={book}", "--question=Who?", LIMIT)
+    assert code == 0, err
+    assert out == expected(checkpoint, BOOK, "Who?") + "\n"
+    assert f"read {len(BOOK):,} tokens in " in err and "12 tokens in " in err and "tokens/s" in err
+    assert launch(f"--prompt_file={book}", "--question=Who?", "--max_tokens=12")[1] == out
+
+
+def test_standard_input(
+    launch: Launch, checkpoint: str, monkeypatch: pytest.MonkeyPatch, book: pathlib.Path
+) -> None:
+    want = expected(checkpoint, BOOK) + "\n"
+    for arguments in ([], ["--prompt-file=-"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(BOOK.encode())))
+        assert launch(*arguments, LIMIT)[1] == want
+    assert launch(f"--prompt={BOOK}", LIMIT)[1] == want
+
+
+def test_read_once_ask_often(
+    launch: Launch, checkpoint: str, book: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    memory = tmp_path / "book.memory"
+    code, out, err = launch(f"--prompt-file={book}", f"--save-memory={memory}", "--max-tokens=0")
+    assert (code, out) == (0, "") and f"memory of {len(BOOK):,} tokens written to {memory}" in err
+    for question in ("Who?", "Why?", "Who?"):
+        code, out, err = launch(f"--load-memory={memory}", f"--question={question}", LIMIT)
+        assert code == 0, err
+        assert out == expected(checkpoint, BOOK, question) + "\n"
+    chapter = launch(f"--load-memory={memory}", "--prompt=More.", f"--save-memory={memory}.2", LIMIT)
+    assert chapter[1] == expected(checkpoint, BOOK, "More.") + "\n"
+    assert launch(f"--load-memory={memory}.2", "--question=Who?", LIMIT)[0] == 0
+
+
+def test_sampling_and_stops(launch: Launch, book: pathlib.Path) -> None:
+    drawn = ["--prompt-file", book, "--temperature=1", "--top-k=20", "--top-p=0.9", "--max-tokens=40"]
+    text = launch(*drawn, "--seed=3")[1]
+    assert launch(*drawn, "--seed=3")[1] == text != launch(*drawn, "--seed=4")[1]
+    place = next(i for i in range(2, len(text)) if text[i] not in text[:i])
+    code, out, err = launch(*drawn, "--seed=3", "--stop", "never this", "--stop", text[place])
+    assert (code, out) == (0, text[:place] + "\n")
+    assert f"ended by {text[place]!r}" in err
+
+
+def lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+QUESTIONS = [
+    {"question": "Who?", "id": 7}, {"prompt": "A \u2028 B", "question": "Why?"}, {"prompt": 3}, {"text": "x"},
+    {"prompt_file": "missing.txt"}, {"question": "How?"},
+]  # fmt: skip
+
+
+def test_a_batch_answers_what_can_be_answered(
+    launch: Launch, checkpoint: str, book: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    texts = [json.dumps(question, ensure_ascii=False) for question in QUESTIONS]
+    source.write_text("\n".join([*texts[:3], "{no json", *texts[3:]]) + "\n")
+    arguments = [f"--batch={source}", f"--out={out}", f"--prompt-file={book}", LIMIT]
+    code, printed, err = launch(*arguments)
+    assert (code, printed) == (2, "")
+    assert err.splitlines()[-1] == f"error: 4 of 7 lines have an error in place of a text; {out} says which"
+    found = lines(out)
+    assert [record["line"] for record in found] == [1, 2, 3, 4, 5, 6, 7]
+    assert [record["input"] for record in found] == [*QUESTIONS[:3], "{no json", *QUESTIONS[3:]]
+    assert found[0]["text"] == expected(checkpoint, BOOK, "Who?")
+    assert found[0]["tokens_read"] == len(BOOK) + 4 and found[0]["tokens"] == 12
+    assert found[1]["text"] == expected(checkpoint, BOOK, "A \u2028 B", "Why?")
+    assert found[6]["text"] == expected(checkpoint, BOOK, "How?")
+    errors = [record.get("error", "") for record in found]
+    assert [bool(error) for error in errors] == [False, False, True, True, True, True, False]
+    assert "missing.txt: cannot be read" in errors[5]
+
+    # Killed in the middle of a line, and taken up again.
+    whole = out.read_bytes()
+    kept = whole.splitlines(keepends=True)
+    out.write_bytes(b"".join(kept[:5]) + kept[5][:9])
+    assert launch(*arguments)[0] == 2
+    assert out.read_bytes() == whole
+    # Nothing is overwritten by the results of others.
+    source.write_text("\n".join(texts[::-1]))
+    code, _, err = launch(*arguments)
+    assert code == 2 and "holds something other than results of these lines" in err
+    assert out.read_bytes() == whole
+
+
+def test_a_batch_of_separate_streams(launch: Launch, checkpoint: str, tmp_path: pathlib.Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "One."}\n{"prompt": "Two."}\n')
+    code, _, err = launch(f"--batch={source}", f"--out={out}", LIMIT)
+    assert code == 0 and err.splitlines()[-1] == f"2 lines are answered in {out}"
+    assert [record["text"] for record in lines(out)] == [
+        expected(checkpoint, text) for text in ("One.", "Two.")
+    ]
+
+
+def one_line(result: tuple[int, str, str]) -> str:
+    code, out, err = result
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err.removeprefix("error: ").strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature=-1"], "temperature: must be 0 (greedy) or a positive number, got -1.0"),
+        (["--top-p=0", "--temperature=1"], "top_p: must be above 0"),
+        (["--top-k=5"], "temperature: 0 is greedy and ignores top_k"),
+        (["--max-tokens=-1"], "argument --max-tokens: must be at least 0, got -1"),
+        (["--max-tokens=0"], "argument --max-tokens: 0 reads only"),
+        (["--chunk-blocks=0"], "argument --chunk-blocks: must be at least 1, got 0"),
+        (["--mesh=1,2"], "argument --mesh: expected three numbers"),
+        (["--prompt=a", "--prompt-file=b"], "give --prompt or --prompt-file, not both"),
+        (["--question="], "--prompt and --question must not be empty"),
+        (["--stop="], "argument --stop: must not be empty"),
+        (["--batch=a"], "--batch and --out belong together"),
+        (["--load-memory=a"], "--load-memory: a memory does not say what comes next"),
+        (["--batch=a", "--out=b", "--question=c"], "with --batch, questions are in its lines"),
+        (["--batch=a", "--out=b", "--save-memory=c"], "--save-memory: with --batch, it takes a --prompt-file"),
+        (["--tempratur=1"], "unrecognized arguments: --tempratur=1; --help lists the arguments"),
+        (["--prompt=a", "--step=4"], ": has no step 4; saved are 5"),
+        (["--prompt-file=missing.txt"], "missing.txt: cannot be read (No such file or directory)"),
+        (["--load-memory=missing.memory", "--question=a"], "missing.memory: cannot be read"),
+        (["--batch=missing.jsonl", "--out=out.jsonl"], "missing.jsonl: cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_mistakes_are_told_in_a_line(launch: Launch, arguments: list[str], message: str) -> None:
+    assert message in one_line(launch(*arguments))
+
+
+def test_a_checkpoint_that_is_not_there(launch: Launch, tmp_path: pathlib.Path) -> None:
+    assert "missing: no such folder" in one_line(launch("--prompt=a", of=str(tmp_path / "missing")))
+
+
+def test_prompts_that_cannot_be_read(launch: Launch, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "empty.txt").write_bytes(b"")
+    assert "empty.txt: is empty" in one_line(launch(f"--prompt-file={tmp_path / 'empty.txt'}"))
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    message = one_line(launch(f"--prompt-file={tmp_path / 'latin.txt'}"))
+    assert "latin.txt: is not valid UTF-8 at byte 2 (0xef: invalid continuation byte)" in message
+
+
+def test_memories_that_cannot_be_loaded(launch: Launch, book: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    memory = tmp_path / "book.memory"
+    assert launch(f"--prompt-file={book}", f"--save-memory={memory}", "--max-tokens=0")[0] == 0
+    other = save(tmp_path / "other", seed=1)
+    message = one_line(launch(f"--load-memory={memory}", "--question=a", of=other))
+    assert "is of a model of the same shape with other weights" in message
+    memory.write_bytes(memory.read_bytes()[:-1])
+    assert "is damaged" in one_line(launch(f"--load-memory={memory}", "--question=a"))
+
+
+def test_a_memory_that_cannot_be_written(launch: Launch, tmp_path: pathlib.Path) -> None:
+    code, out, err = launch("--prompt=a", f"--save-memory={tmp_path}/missing/some.memory", LIMIT)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: ") and "cannot be written" in err
