@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import drift, passkey, training
+from benchmarks import drift, generation, passkey, training
 from benchmarks.arithmetic import count_flops
 from benchmarks.naive import naive_hidden
 from benchmarks.timing import LEAST_ROUNDS, Times, interleave
@@ -273,3 +273,11 @@ def test_drift_follows_a_stream() -> None:
     assert norms.shape == (4, 2) and (np.diff(norms, axis=0) > 0).all()  # the residual adds up
     assert found["course"][0]["direction_spread"][0] > 0
     assert len(found["misread"]) == 6  # a space, five digits
+
+
+def test_generation_record(tmp_path: pathlib.Path) -> None:
+    generation.main(["--lengths=300,700", f"--json={tmp_path / 'generation.json'}"])
+    record = json.loads((tmp_path / "generation.json").read_text())
+    assert [sample["tokens"] for sample in record["results"]["samples"]] == [300, 700]
+    assert all(sample["peak_rss_bytes"] > 2**27 for sample in record["results"]["samples"])
+    assert record["command"].startswith("python -m benchmarks.generation --lengths=300,700")

@@ -3,7 +3,7 @@
 model = TextModel.restore("runs/book")
 with open("book.txt", "rb") as book:
 state = model.read(book)
-print(model.generate(model.continue_with(state, "Who did it?"), max_tokens=32).text)
+print(model.generate(model.read("Who did it?", state), max_tokens=32).text)
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ class TextModel:
 
         Args:
           source: a binary file of UTF-8 text, or the text itself.
-          state: to continue; it stays valid. None: a new stream.
+          state: to continue, the text being encoded by itself; it stays valid. None: a new stream.
           chunk_blocks: blocks that go through the model at once.
           on_progress: called with the number of tokens read so far.
 
@@ -114,10 +114,6 @@ class TextModel:
         if memory is None or logits is None:
             raise UserError(f"{name}: holds no tokens; give at least one character to read")
         return State(memory, logits)
-
-    def continue_with(self, state: State, text: str) -> State:
-        """`state` after some more text, such as a question, which is encoded by itself."""
-        return self.read(text, state)
 
     def generate(
         self,

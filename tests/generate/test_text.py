@@ -53,8 +53,8 @@ def test_any_division_of_a_text_is_the_same(model: TextModel, state: State, cut:
     told: list[int] = []
     first = model.read(TEXT[:cut], chunk_blocks=3, on_progress=told.append)
     assert told[-1] == cut
-    assert_same(model.continue_with(first, TEXT[cut:]), state)
-    assert_same(model.continue_with(first, TEXT[cut:]), state)  # a state may be continued again
+    assert_same(model.read(TEXT[cut:], first), state)
+    assert_same(model.read(TEXT[cut:], first), state)  # a state may be continued again
 
 
 def test_a_memory_file_continues_the_text(model: TextModel, state: State, tmp_path: pathlib.Path) -> None:
@@ -62,7 +62,7 @@ def test_a_memory_file_continues_the_text(model: TextModel, state: State, tmp_pa
     model.save(tmp_path / "some.memory", first)
     loaded = model.load(tmp_path / "some.memory")
     assert loaded.tokens_read == 50
-    assert_same(model.continue_with(loaded, TEXT[50:]), state)
+    assert_same(model.read(TEXT[50:], loaded), state)
     with pytest.raises(UserError, match="does not say what comes next"):
         model.generate(loaded, max_tokens=1)
     with pytest.raises(MemoryFileError, match="another model"):

@@ -14,7 +14,8 @@ from fam_jax.generate import tokenize
 from fam_jax.generate.tokenize import Detokenizer, encode_pieces, read_text
 
 WORDS = [
-    "the", "pass", "key", "is", "grass", "", "blue\n\nsky\t12345", "é", "naïve", "日本語テキスト", "🙂🙂", "e\u0301", "ﬁ",
+    "the", "pass", "key", "is", "grass", "", "blue\n\nsky\t12345", "é", "naïve", "日本語テキスト", "🙂🙂", "e\u0301",
+    "ﬁ",
 ]  # fmt: skip
 KINDS = {
     "unigram": {"model_type": "unigram"},
