@@ -91,8 +91,12 @@ def test_a_sharded_step_is_the_step_of_one_device() -> None:
     assert moments and set(moments) == {specs["output"]["lora_a"]}
 
 
+def on_one_device(config: Config) -> Any:
+    return quick_trainer(config, functools.partial(make_trainer, devices=jax.devices()[:1]))
+
+
 def compiled(config: Config) -> Any:
-    trainer = quick_trainer(config, make_trainer)
+    trainer = on_one_device(config)
     batch = {name: jax.ShapeDtypeStruct(rows.shape, rows.dtype) for name, rows in some_batch().items()}
     return trainer.step.lower(trainer.state_shapes, batch).compile()  # type: ignore[attr-defined]
 
@@ -120,14 +124,8 @@ BASE = changed(
 @pytest.fixture(scope="module", autouse=True)
 def one_device() -> Any:
     """Loops on the first of the simulated devices; compiled once per config."""
-    make_mesh = sharding.make_mesh
-    cached = functools.cache(lambda config: quick_trainer(config, make_trainer))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_trainer", cached)
-        patch.setattr(
-            sharding, "make_mesh",
-            lambda mesh: make_mesh(mesh, jax.devices()[:1] if mesh.fsdp * mesh.tensor == 1 else None),
-        )  # fmt: skip
+        patch.setattr(loop, "make_trainer", functools.cache(on_one_device))
         yield
 
 
