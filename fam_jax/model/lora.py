@@ -6,6 +6,7 @@ parameters keep their paths, a base model's fit in unchanged, and `layers/query`
 """
 
 import fnmatch
+import functools
 import math
 from typing import Any
 
@@ -38,8 +39,12 @@ class LoraLinear(Linear):
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product of one layer: x (..., *in) to (..., *out)."""
         low = contract(x, self.lora_a[...].astype(x.dtype), self.in_axes)
-        update = contract(low, self.lora_b[...].astype(x.dtype), 1)
-        return super().__call__(x) + self.scale * update
+        # A batch axis of one keeps this product from being saved beside x W by the remat policy "dots": it is
+        # recomputed from x A, for next to nothing.
+        update = jax.vmap(functools.partial(contract, in_axes=1))(
+            low[None], self.lora_b[...].astype(x.dtype)[None]
+        )
+        return super().__call__(x) + self.scale * update[0]
 
 
 def create_model(config: Config, *, rngs: nnx.Rngs) -> Transformer:
