@@ -16,6 +16,7 @@ from flax import nnx
 
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import Part, joint_attention
+from fam_jax.model.gather import keep_rows
 from fam_jax.model.layers import Apply, DecoderLayer, FrozenParam, Linear, apply_linear
 from fam_jax.model.rope import Rope, Rotation, rotate
 
@@ -105,8 +106,11 @@ def scan_updates(merge: Merge, frozen: Any, weights: Any, rest: Any, fam: jax.Ar
     """
     frozen, weights = _cast((frozen, weights), fam.dtype)
 
+    def apply(linear: Linear, h: jax.Array) -> jax.Array:
+        return keep_rows(linear(keep_rows(h)))
+
     def body(fam: jax.Array, block: Any) -> tuple[jax.Array, Any]:
-        return update_fam(merge(frozen, weights, rest), fam, block)
+        return update_fam(merge(frozen, weights, rest), keep_rows(fam), block, apply)
 
     return jax.lax.scan(body, fam, blocks)
 
@@ -125,10 +129,10 @@ def _scan_forward(
 
             def apply(linear: Linear, h: jax.Array) -> jax.Array:
                 assert linear.name not in inputs, f"{linear.name} is applied twice in a step"
-                inputs[linear.name] = h
-                return linear(h) + nudge[linear.name]
+                inputs[linear.name] = h = keep_rows(h)
+                return keep_rows(linear(h) + nudge[linear.name])
 
-            fam, y = update_fam(merge(cast_frozen, cast, rest), fam, block, apply)
+            fam, y = update_fam(merge(cast_frozen, cast, rest), keep_rows(fam), block, apply)
             return fam, (y, inputs)
 
         fam, (ys, inputs) = jax.lax.scan(body, fam, (blocks, nudges))

@@ -6,6 +6,7 @@ Nothing is done where no mesh is in use (`fam_jax.sharding.traced_for`), or one 
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -64,13 +65,30 @@ def _gather_backward(spec: P, whole: P, _: None, cotangent: jax.Array) -> tuple[
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+def keep_rows(x: jax.Array) -> jax.Array:
+    """`x` (B, ...), held to the devices that have its rows.
+
+    Left to itself the compiler may spread the width of FAM over the devices, since so are its weights' gradients: and
+    then it brings the weights together in every step of the loop over blocks.
+    """
+    if not divides_rows(x.shape[0]):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(ROW_AXES, *[P.UNCONSTRAINED] * (x.ndim - 1)))
+
+
+def divides_rows(rows: int) -> bool:
+    """Whether weights are to be gathered, and the devices that gather them have equal shares of a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return is_spread() and rows % math.prod(mesh.shape[axis] for axis in ROW_AXES) == 0
+
+
 def embed(table: jax.Array, tokens: jax.Array, dtype: str) -> jax.Array:
     """Rows (B, T, D) of the embedding table (V, D), in `dtype`.
 
     Each device gathers the table and looks up its own rows of the batch. Gradients of the rows are summed in the
     table's dtype, on each device by itself, and then spread.
     """
-    if not is_spread():
+    if not divides_rows(tokens.shape[0]):
         return table[tokens].astype(dtype)
     return _embed_sharded(dtype, table, tokens)
 

@@ -11,7 +11,7 @@ from flax import nnx
 from fam_jax.config import ModelConfig
 from fam_jax.model.blocks import chunk_frames, read_blocks
 from fam_jax.model.fam import local_rotation, prompt_step
-from fam_jax.model.gather import embed, gather_layer
+from fam_jax.model.gather import embed, gather_layer, keep_rows
 from fam_jax.model.layers import DecoderLayer, Linear, Norm, embedding_stddev, initial_fam
 from fam_jax.model.memory import LayerMemory, Memory, empty_memory
 from fam_jax.model.pieces import close_blocks, extend_memory, piece_frames, read_piece
@@ -167,6 +167,7 @@ class Transformer(nnx.Module):
         def body(carry: Any, xs: tuple[nnx.State, LayerMemory]) -> tuple[Any, LayerMemory]:
             x, prompt = carry
             layer, layer_memory = nnx.merge(graphdef, gather_layer(xs[0], config.dtype)), xs[1]
+            x = keep_rows(x)
             initial, prompt = _initial_fam(layer, prompt, own)
             carried = layer_memory.fam
             start = jnp.where(memory.carries_context[:, None, None], carried, initial.astype(carried.dtype))

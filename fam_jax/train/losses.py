@@ -11,7 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from fam_jax.model import Transformer
-from fam_jax.model.gather import FSDP, is_spread, on_rows, spread
+from fam_jax.model.gather import FSDP, divides_rows, on_rows, spread
 from fam_jax.sharding import ROW_AXES
 
 
@@ -90,7 +90,7 @@ def _on_mesh(
     form: _Form, wanted: tuple[int, ...], table: jax.Array, hidden: jax.Array, *rest: jax.Array
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """The three results, and gradients of the loss to the arrays `wanted` of (table, hidden)."""
-    if not is_spread():
+    if not divides_rows(hidden.shape[0]):
         return _local(form, wanted, table, hidden, *rest)
 
     def local(table: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
