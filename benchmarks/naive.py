@@ -92,6 +92,10 @@ def _check(config: ModelConfig, length: int) -> None:
         fam_previous_blocks=1,
         window=0,
         stop_gradient=False,
+        attention_softcap=0.0,
+        rope_scaling="none",
+        layer_pattern=("global",),
+        local_window=0,
         scale_embeddings=False,
         remat="none",
     )

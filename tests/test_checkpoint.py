@@ -130,6 +130,16 @@ def test_save_does_not_keep_donated_buffers(tmp_path: pathlib.Path) -> None:
             np.testing.assert_array_equal(found["params"]["x"], expected + number - 1)
 
 
+def test_written_a_few_bytes_at_a_time(tmp_path: pathlib.Path) -> None:
+    state = make_state(mesh_of(2, 2))
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(state["params"]))
+    with Checkpoints(tmp_path / "run", config=CONFIG, keep=1, in_flight_bytes=largest) as checkpoints:
+        checkpoints.save(1, {"params": state["params"]}, {}, wait=True)
+    params, _, step = load_params(tmp_path / "run")
+    assert step == 1
+    assert_same(params, jax.tree.map(np.asarray, state["params"]))
+
+
 def test_params_alone(saved: pathlib.Path) -> None:
     expected = make_state(mesh_of(1, 1))["params"]
     params, config, step = load_params(saved)

@@ -29,7 +29,7 @@ from fam_jax.config import (
     resolve,
     to_json,
 )
-from fam_jax.data_config import TASK_FIELDS
+from fam_jax.config.data import TASK_FIELDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG_FILES = sorted(
@@ -167,7 +167,8 @@ def test_every_field_has_a_range() -> None:
     """Fields added later must say what they allow."""
     own_rule = {
         "model.norm_epsilon", "model.rope_base", "data.task", "data.stage_blocks", "data.vocabulary",
-        "evaluate.filler_blocks", "evaluate.ablations", "lora.alpha",
+        "evaluate.filler_blocks", "evaluate.ablations", "lora.alpha", "model.rope_low_freq_factor",
+        "model.rope_high_freq_factor", "model.layer_pattern", "model.local_rope_base",
     }  # fmt: skip
     own_rule |= {f"data.{name}" for name in (*TASK_FIELDS["text"], *TASK_FIELDS["seqio"])}  # words
     free = {field for field, kind in fields().items() if kind is bool} | {"train.init_from"}
@@ -185,6 +186,24 @@ def test_every_field_has_a_range() -> None:
         ({"model__norm_epsilon": 0.0}, "model.norm_epsilon: must be positive, got 0.0"),
         ({"model__rope_base": 1.0}, "model.rope_base: must be above 1, got 1.0"),
         ({"model__window": 34, "model__block_size": 32, "model__memory_segments": 1}, "model.window: 34 is further"),
+        (
+            {"model__attention": "pallas", "model__block_size": 128, "model__attention_softcap": 50.0},
+            "model.attention: pallas has no attention_softcap; set auto, xla or reference",
+        ),
+        (
+            {"model__rope_scaling": "llama3", "model__rope_low_freq_factor": 4.0},
+            "model.rope_low_freq_factor: must be above 0 and below rope_high_freq_factor 4.0, got 4.0",
+        ),
+        ({"model__layer_pattern": ()}, "model.layer_pattern: expected 1 to num_layers 3 of global and local, got ()"),
+        ({"model__layer_pattern": ("full",)}, "model.layer_pattern: expected 1 to num_layers 3 of global and local"),
+        ({"model__layer_pattern": ("global",) * 4}, "model.layer_pattern: expected 1 to num_layers 3 of global"),
+        ({"model__layer_pattern": ("local",)}, "model.local_window: is of the local layers in layer_pattern"),
+        ({"model__local_window": 3}, "model.local_window: is of the local layers in layer_pattern"),
+        (
+            {"model__layer_pattern": ("local",), "model__local_window": 34, "model__block_size": 32},
+            "model.local_window: 34 is further back",
+        ),
+        ({"model__local_rope_base": 0.5}, "model.local_rope_base: must be above 1, or 0 for rope_base, got 0.5"),
         ({"model__attention": "pallas"}, "model.attention: pallas needs a block_size that is a multiple of 128"),
         (
             {"model__attention": "pallas_interpret", "model__block_size": 128, "model__remat": "dots"},

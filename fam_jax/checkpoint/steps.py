@@ -42,6 +42,7 @@ class Checkpoints:
         config: Mapping[str, Any],
         keep: int,
         may_change: Sequence[str] = MAY_CHANGE,
+        in_flight_bytes: int | None = None,
     ):
         """Opens `folder` for training; a new one is made and gets the config as `config.json`.
 
@@ -50,6 +51,9 @@ class Checkpoints:
           config: The resolved config as nested dict, from `dataclasses.asdict`.
           keep: How many of the latest steps stay on disk.
           may_change: Patterns of config fields that a run may change between sessions.
+          in_flight_bytes: None copies all arrays at once, so that a save returns early. A number writes them from
+            where they are, so many bytes at a time (at least those of the largest array), and so takes no second copy
+            of them in host memory; they must stay as they are until the save is complete.
 
         Raises:
           CheckpointError: the folder holds a run whose config differs elsewhere, or cannot be written.
@@ -60,7 +64,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._steps = ocp.training.Checkpointer(
             self.folder,
-            context=_context(),
+            context=_context(in_flight_bytes),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
         )
 
@@ -286,10 +290,14 @@ def _split(state: Mapping[str, PyTree]) -> dict[str, PyTree]:
     return {"params": state["params"], "training": {k: v for k, v in state.items() if k != "params"}}
 
 
-def _context() -> ocp.Context:
+def _context(in_flight_bytes: int | None = None) -> ocp.Context:
     # Left to itself, Orbax may take a JSON for a tree of arrays.
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="contents")
     context = ocp.Context()
     context.checkpointables.registry = registry
+    if in_flight_bytes is not None:
+        context.memory.deepcopy_host_arrays = False
+        limit = in_flight_bytes + 1  # Orbax takes it for the first size that is too large
+        context.memory.transfer_concurrent_bytes = context.memory.write_concurrent_bytes = limit
     return context

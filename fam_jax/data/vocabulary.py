@@ -1,26 +1,31 @@
-"""Vocabularies by name: the one of the PassKey task, bytes, or any SentencePiece model."""
+"""Vocabularies by name: the one of the PassKey task, bytes, any SentencePiece model or `tokenizer.json`."""
 
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
 from fam_jax.config import UserError
+from fam_jax.data.hf_tokenizer import TokenizerVocabulary
 from fam_jax.data.quiet_seqio import seqio, tf
 
 SHIPPED = {"passkey": Path(__file__).parent / "assets" / "passkey.model"}
 
 
 def load_vocabulary(name: str) -> seqio.Vocabulary:
-    """Loads "passkey" (ships with the package), "bytes", or the SentencePiece model file at path `name`.
+    """Loads "passkey" (ships with the package), "bytes", or the file at path `name`.
+
+    That is a SentencePiece model or, if the name ends in .json, a file of the tokenizers library.
 
     The size, `vocabulary.vocab_size`, is what `model.vocab_size` must at least be. Paths may be of any
     filesystem that TensorFlow reads, such as gs://.
 
     Raises:
-      UserError: the file is missing, cannot be read, or is not a SentencePiece model.
+      UserError: the file is missing, cannot be read, or is neither of the two.
     """
     if name == "bytes":
         return seqio.ByteVocabulary()
+    if name.endswith(".json"):
+        return _load_tokenizer(name)
     vocabulary = seqio.SentencePieceVocabulary(str(SHIPPED.get(name, name)))
     try:
         vocabulary.load_model()  # otherwise a bad file shows only when the first text is encoded
@@ -33,3 +38,14 @@ def load_vocabulary(name: str) -> seqio.Vocabulary:
     except (DecodeError, RuntimeError) as error:
         raise UserError(f"vocabulary {name!r}: not a SentencePiece model, or a damaged one") from error
     return vocabulary
+
+
+def _load_tokenizer(name: str) -> seqio.Vocabulary:
+    try:
+        return TokenizerVocabulary(name)
+    except FileNotFoundError as error:
+        raise UserError(f"vocabulary {name!r}: no such file; name a tokenizer.json") from error
+    except OSError as error:
+        raise UserError(f"vocabulary {name!r}: cannot be read ({type(error).__name__})") from error
+    except ValueError as error:
+        raise UserError(f"vocabulary {name!r}: not a tokenizer.json, or a damaged one") from error

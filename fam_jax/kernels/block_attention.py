@@ -32,6 +32,7 @@ def block_attention(
     memory_segments: int,
     window: int = 0,
     stop_gradient: bool = False,
+    softcap: float = 0.0,
     implementation: str = "auto",
 ) -> jax.Array:
     """Block Sliding Window Attention with feedback keys (token path of algorithm 2, sections 2.1 and 2.2).
@@ -54,6 +55,7 @@ def block_attention(
       window: if positive, keys `window` tokens or more behind the query are hidden too, never feedback keys
         (sliding window, Transformer-XL); at most m * C + 1.
       stop_gradient: no gradient into keys and values of earlier blocks (figure 3a, `M1_SG`).
+      softcap: if positive, scores are softcap * tanh(scores / softcap).
       implementation: a key of `IMPLEMENTATIONS`, or "auto": "pallas" where it can run, else "xla".
 
     Returns:
@@ -66,8 +68,8 @@ def block_attention(
     if implementation != "auto" and implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"unknown attention implementation {implementation!r}; there are auto, {known}")
-    shape = BlockShape(block_size, memory_segments, window, stop_gradient)
+    shape = BlockShape(block_size, memory_segments, window, stop_gradient, softcap)
     check_shapes(q, k, v, fam_k, fam_v, shape)
     if implementation == "auto":
-        implementation = "pallas" if target_chip() and not why_not_pallas(q, block_size) else "xla"
+        implementation = "pallas" if target_chip() and not why_not_pallas(q, shape) else "xla"
     return IMPLEMENTATIONS[implementation](q, k, v, fam_k, fam_v, past_length, fam_count, shape)

@@ -25,15 +25,20 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def joint_attention(parts: Sequence[Part]) -> jax.Array:
-    """Softmax attention over the keys of all `parts` together; scores are divided by sqrt(hd).
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """Keeps x within (-cap, cap): cap * tanh(x / cap); 0 leaves it as it is."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def joint_attention(parts: Sequence[Part], *, softcap: float = 0.0) -> jax.Array:
+    """Softmax attention over the keys of all `parts` together; scores are divided by sqrt(hd), then soft-capped.
 
     Every query must see at least one key. Meant for short queries (decoding, FAM): the scores are materialised.
 
     Returns:
       (B, T, H, hd), in the dtype of the queries.
     """
-    scores = [_scores(part) for part in parts]
+    scores = [_scores(part, softcap) for part in parts]
     probabilities = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     batch, length, heads, head_dim = parts[0].q.shape
     out: jax.Array = jnp.zeros((), accumulation_dtype(parts[0].v.dtype))
@@ -46,13 +51,14 @@ def joint_attention(parts: Sequence[Part]) -> jax.Array:
     return out.reshape(batch, length, heads, head_dim).astype(parts[0].q.dtype)
 
 
-def _scores(part: Part) -> jax.Array:
+def _scores(part: Part, softcap: float) -> jax.Array:
     """(B, K, G, T, S) scaled scores, -inf where hidden."""
     batch, length, heads, head_dim = part.q.shape
     kv_heads = part.k.shape[2]
     dtype = accumulation_dtype(part.q.dtype)
     q = part.q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", q, part.k, preferred_element_type=dtype) * head_dim**-0.5
+    scores = soft_cap(scores, softcap)
     if part.mask is not None:
         scores = jnp.where(part.mask[:, None, None], scores, -jnp.inf)
     return scores

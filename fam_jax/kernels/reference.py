@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fam_jax.kernels.joint import accumulation_dtype
+from fam_jax.kernels.joint import accumulation_dtype, soft_cap
 from fam_jax.kernels.shapes import BlockShape, fill_in
 
 
@@ -42,7 +42,7 @@ def reference_block_attention(
     def scores(keys: jax.Array) -> jax.Array:
         grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
         products = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=dtype)
-        return products * head_dim**-0.5
+        return soft_cap(products * head_dim**-0.5, shape.softcap)
 
     def weighted(p: jax.Array, values: jax.Array) -> jax.Array:
         return jnp.einsum("bkgts,bskd->btkgd", p.astype(values.dtype), values, preferred_element_type=dtype)

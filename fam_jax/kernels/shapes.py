@@ -13,6 +13,7 @@ class BlockShape(NamedTuple):
     memory_segments: int  # m
     window: int  # 0 = no further limit
     stop_gradient: bool
+    softcap: float = 0.0  # scores are softcap * tanh(scores / softcap); 0 = as they are
 
 
 def check_shapes(

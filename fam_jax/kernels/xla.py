@@ -7,7 +7,7 @@ blocks together would be large, groups of blocks are taken one after the other a
 import jax
 import jax.numpy as jnp
 
-from fam_jax.kernels.joint import accumulation_dtype
+from fam_jax.kernels.joint import accumulation_dtype, soft_cap
 from fam_jax.kernels.shapes import BlockShape, fill_in
 
 # Bytes of scores that may exist at one time, per call.
@@ -107,7 +107,7 @@ def _attend(
     )  # (B, N, C, S + (m + 1) * C)
 
     scores = jnp.einsum("bnckgd,bnskd->bnkgcs", q, keys, preferred_element_type=dtype) * q.shape[-1] ** -0.5
-    scores = jnp.where(mask[:, :, None, None], scores, -jnp.inf)
+    scores = jnp.where(mask[:, :, None, None], soft_cap(scores, shape.softcap), -jnp.inf)
     # The softmax is normalised after the product with the values: C x hd divisions in place of C x S.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     out = jnp.einsum(

@@ -1,6 +1,8 @@
 """A layer over whole blocks: all tokens at once, the FAM chain, all tokens at once (training and prefill)."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,35 +12,33 @@ import numpy as np
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import block_attention
 from fam_jax.model.fam import BlockInputs, local_rotation, run_chain
+from fam_jax.model.kinds import Kind, visible_segments
 from fam_jax.model.layers import DecoderLayer
 from fam_jax.model.memory import LayerMemory, Memory
-from fam_jax.model.rope import Rope, Rotation, rotate
+from fam_jax.model.rope import Rotation, rotate
 
 
 class ChunkFrames(NamedTuple):
-    """Positions and counts of a chunk that starts at a block border: the same for every layer.
+    """Positions and counts of a chunk that starts at a block border: the same for every layer of a kind.
 
     The frame of the chunk has its zero at the chunk's first token, or `offset` tokens before it.
     """
 
     tokens: Rotation  # (B or 1, T, 1, hd/2)
-    past: Rotation  # (B or 1, cached blocks, 1, 1, hd/2), from each cached block's own frame
+    past: Rotation  # (B or 1, visible cached blocks, 1, 1, hd/2), from each block's own frame
     fams: Rotation  # (B or 1, R + full blocks, 1, 1, hd/2), from the own frame of F_{-R} .. F_last
     own_tokens: Rotation  # (C, 1, hd/2), in the block's own frame
     own_fam: Rotation  # (M, 1, hd/2), in the own frame of a FAM
-    past_length: (
-        jax.Array | None
-    )  # (B,) existing tokens of the memory segment; None: there is no room for any
+    past_length: jax.Array | None  # (B,) existing tokens of the visible cached blocks; None: there are none
     fam_count: jax.Array | None  # (B, N) existing feedback keys; None: all of them
     carries_context: jax.Array  # (B,) bool
 
 
-def chunk_frames(
-    config: ModelConfig, rope: Rope, memory: Memory, length: int, offset: jax.Array | None
-) -> ChunkFrames:
+def chunk_frames(kind: Kind, memory: Memory, length: int, offset: jax.Array | None) -> ChunkFrames:
     """Frames of a chunk of `length` tokens; `offset` is (B,) int32, the random position offset, or None."""
+    config, rope = kind
     size, previous = config.block_size, config.fam_previous_blocks
-    cached = memory.layers.keys.shape[2]
+    cached = min(memory.layers.keys.shape[2], visible_segments(config))
     full, blocks = length // size, -(-length // size)
     shift = jnp.zeros(1, jnp.int32) if offset is None else offset
     fam_blocks = np.arange(-(previous - 1), full + 1)  # the block that follows each FAM
@@ -63,33 +63,48 @@ def chunk_frames(
 
 def read_blocks(
     layer: DecoderLayer,
-    config: ModelConfig,
+    kinds: Sequence[tuple[Kind, ChunkFrames]],
+    which: jax.Array,
     x: jax.Array,
     memory: LayerMemory,
     start_fam: jax.Array,
-    frames: ChunkFrames,
 ) -> tuple[jax.Array, LayerMemory]:
     """One layer over a chunk whose first token begins a block (algorithm 2 of the paper, rearranged).
 
     Args:
       layer: the layer's parameters.
-      config: the model's.
+      kinds: of the model's layers, with the frames of the chunk.
+      which: () int32, the kind of this layer.
       x: (B, T, D) activations; T need not be a multiple of C.
       memory: this layer's, of streams that all stand at a block border.
       start_fam: (B, M, D) FAM before the first block.
-      frames: of the chunk.
 
     Returns:
       (B, T, D) activations for the next layer, and the layer's memory after the chunk.
     """
-    batch, size = x.shape[0], config.block_size
-    q, k, v = layer.project(x)
-    rotated = rotate(k, frames.tokens)
+    branches = [functools.partial(_attend, layer, kind.config, frames) for kind, frames in kinds]
+    attended, memory = jax.lax.switch(which, branches, *layer.project(x), memory, start_fam)
+    return layer.finish(attended, x), memory
 
+
+def _attend(
+    layer: DecoderLayer,
+    config: ModelConfig,
+    frames: ChunkFrames,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    memory: LayerMemory,
+    start_fam: jax.Array,
+) -> tuple[jax.Array, LayerMemory]:
+    """What differs between kinds of layers: (B, T, H, hd) attended values, and the memory after the chunk."""
+    rotated = rotate(k, frames.tokens)
     fam, fam_k, fam_v, memory = _read_fam(layer, config, rotated, v, memory, start_fam, frames)
 
-    past_k = rotate(memory.keys, frames.past).reshape(batch, -1, *k.shape[2:])
-    past_v = memory.values.reshape(past_k.shape)
+    segments = visible_segments(config)
+    unseen = max(memory.keys.shape[1] - segments, 0)
+    past_k = rotate(memory.keys[:, unseen:], frames.past).reshape(k.shape[0], -1, *k.shape[2:])
+    past_v = memory.values[:, unseen:].reshape(past_k.shape)
     attended = block_attention(
         rotate(q, frames.tokens),
         jnp.concatenate([past_k, rotated], axis=1),
@@ -98,13 +113,14 @@ def read_blocks(
         fam_v,
         frames.past_length,
         frames.fam_count,
-        block_size=size,
-        memory_segments=config.memory_segments,
+        block_size=config.block_size,
+        memory_segments=segments,
         window=config.window,
         stop_gradient=config.stop_gradient,
+        softcap=config.attention_softcap,
         implementation=config.attention,
     )
-    return layer.finish(attended, x), _remember(config, dataclasses.replace(memory, fam=fam), k, v, frames)
+    return attended, _remember(config, dataclasses.replace(memory, fam=fam), k, v, frames)
 
 
 def _read_fam(

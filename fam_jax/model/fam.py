@@ -59,6 +59,7 @@ def update_fam(
     q = rotate(q, block.rotation)
     attended = joint_attention(
         [Part(q, rotate(k, block.rotation), v), Part(q, block.keys, block.values)],
+        softcap=layer.attention_softcap,
     )
     residual = jnp.where(block.keep[:, None, None], fam, 0)
     return layer.finish(attended, residual, apply), (k, v)
@@ -193,5 +194,6 @@ def prompt_step(layer: DecoderLayer, prompt: jax.Array, rotation: Rotation) -> j
     """
     stream = prompt[None]
     q, k, v = layer.project(stream)
-    attended = joint_attention([Part(rotate(q, rotation), rotate(k, rotation), v)])
+    itself = Part(rotate(q, rotation), rotate(k, rotation), v)
+    attended = joint_attention([itself], softcap=layer.attention_softcap)
     return layer.finish(attended, stream)[0]

@@ -49,8 +49,10 @@ def gather_weight(x: jax.Array, spec: P, dtype: str) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gather(spec: P, whole: P, x: jax.Array) -> jax.Array:
-    # The barrier keeps the compiler from moving the gather into the loop over blocks, to be done again in every step.
-    return jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(x, whole))
+    # The barrier keeps the compiler from moving the gather into the loop over blocks, to be done again in every step;
+    # the second constraint from spreading the weight anew for that loop.
+    gathered = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(x, whole))
+    return jax.lax.with_sharding_constraint(gathered, whole)
 
 
 def _gather_forward(spec: P, whole: P, x: jax.Array) -> tuple[jax.Array, None]:

@@ -50,14 +50,14 @@ def apply_linear(linear: Linear, x: jax.Array) -> jax.Array:
 
 
 class Norm(nnx.Module):
-    """RMSNorm or LayerNorm over D, computed in float32 at least."""
+    """RMSNorm or LayerNorm over the last axis, D wide unless said otherwise, computed in float32 at least."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, width: int | None = None):
         self.epsilon = config.norm_epsilon
-        self.scale = nnx.Param(jnp.ones(config.model_dim, jnp.float32))
-        self.bias = (
-            nnx.Param(jnp.zeros(config.model_dim, jnp.float32)) if config.norm == "layernorm" else None
-        )
+        self.offset = 1.0 if config.norm_offset else 0.0
+        width = width or config.model_dim
+        self.scale = nnx.Param(jnp.full(width, 1.0 - self.offset, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32)) if config.norm == "layernorm" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises x (..., D)."""
@@ -65,7 +65,7 @@ class Norm(nnx.Module):
         if self.bias is not None:
             wide = wide - wide.mean(axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        wide = wide * self.scale[...].astype(wide.dtype)
+        wide = wide * (self.offset + self.scale[...].astype(wide.dtype))
         if self.bias is not None:
             wide = wide + self.bias[...].astype(wide.dtype)
         return wide.astype(x.dtype)
@@ -82,16 +82,26 @@ class DecoderLayer(nnx.Module):
             config.head_dim,
         )
         self.activation = config.activation
+        self.attention_softcap = config.attention_softcap
+        self.query_factor = math.sqrt(head_dim / (config.query_pre_attn_scalar or head_dim))
         self.attention_norm = Norm(config)
         self.query = Linear("query", (width,), (heads, head_dim), rngs=rngs)
         self.key = Linear("key", (width,), (kv_heads, head_dim), rngs=rngs)
         self.value = Linear("value", (width,), (kv_heads, head_dim), rngs=rngs)
         self.output = Linear("output", (heads, head_dim), (width,), rngs=rngs)
+        # Beside the projections, not in them: the FAM chain gathers the gradients of kernels alone in its own way.
+        self.query_bias = nnx.Param(jnp.zeros((heads, head_dim), jnp.float32)) if config.qkv_bias else None
+        self.key_bias = nnx.Param(jnp.zeros((kv_heads, head_dim), jnp.float32)) if config.qkv_bias else None
+        self.value_bias = nnx.Param(jnp.zeros((kv_heads, head_dim), jnp.float32)) if config.qkv_bias else None
+        self.query_norm = Norm(config, head_dim) if config.qk_norm else None
+        self.key_norm = Norm(config, head_dim) if config.qk_norm else None
+        self.attention_post_norm = Norm(config) if config.post_norms else None
         self.ff_norm = Norm(config)
         self.up = Linear("up", (width,), (config.ff_dim,), rngs=rngs)
         gated = config.activation != "gelu"
         self.gate = Linear("gate", (width,), (config.ff_dim,), rngs=rngs) if gated else None
         self.down = Linear("down", (config.ff_dim,), (width,), rngs=rngs)
+        self.ff_post_norm = Norm(config) if config.post_norms else None
         has_prefix = config.fam_length > 0 and config.fam_init == "prefix"
         self.initial_fam = nnx.Param(initial_fam(config, rngs)) if has_prefix else None
 
@@ -101,15 +111,26 @@ class DecoderLayer(nnx.Module):
         return {linear.name: linear for linear in found if linear is not None}
 
     def project(self, x: jax.Array, apply: Apply = apply_linear) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Norm, then queries (B, T, H, hd), keys and values (B, T, K, hd) of x (B, T, D); no RoPE yet."""
+        """Norm, then queries (B, T, H, hd), keys and values (B, T, K, hd) of x (B, T, D); no RoPE yet.
+
+        The queries are scaled such that scores are to be divided by sqrt(hd).
+        """
         h = self.attention_norm(x)
-        return apply(self.query, h), apply(self.key, h), apply(self.value, h)
+        q, k, v = apply(self.query, h), apply(self.key, h), apply(self.value, h)
+        if self.query_bias is not None and self.key_bias is not None and self.value_bias is not None:
+            biases = (bias[...].astype(x.dtype) for bias in (self.query_bias, self.key_bias, self.value_bias))
+            q, k, v = (y + bias for y, bias in zip((q, k, v), biases, strict=True))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return q if self.query_factor == 1 else q * self.query_factor, k, v
 
     def finish(
         self, attended: jax.Array, residual: jax.Array | None, apply: Apply = apply_linear
     ) -> jax.Array:
         """Output projection and residual (none = zero), then feed-forward and its residual; (B, T, D)."""
         x = apply(self.output, attended)
+        if self.attention_post_norm is not None:
+            x = self.attention_post_norm(x)
         if residual is not None:
             x = x + residual
         h = self.ff_norm(x)
@@ -119,7 +140,8 @@ class DecoderLayer(nnx.Module):
         else:
             nonlinearity = jax.nn.silu if self.activation == "swiglu" else jax.nn.gelu
             hidden = nonlinearity(apply(self.gate, h)) * up
-        return x + apply(self.down, hidden)
+        down = apply(self.down, hidden)
+        return x + (down if self.ff_post_norm is None else self.ff_post_norm(down))
 
 
 def initial_fam(config: ModelConfig, rngs: nnx.Rngs) -> jax.Array:

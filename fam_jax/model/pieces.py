@@ -5,6 +5,8 @@ FAM is updated there for the rows whose block the piece has completed.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,26 +17,30 @@ from flax import nnx
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import Part, joint_attention
 from fam_jax.model.fam import BlockInputs, local_rotation, update_fam
+from fam_jax.model.kinds import Kind, kind_of_layers, kinds_of, visible_segments
 from fam_jax.model.layers import DecoderLayer
 from fam_jax.model.memory import LayerMemory, Memory
-from fam_jax.model.rope import Rope, Rotation, rotate
+from fam_jax.model.rope import Rotation, rotate
 
 
 class PieceFrames(NamedTuple):
-    """Rotations of the piece's queries in the frames of what they see, and what of it exists; as for every layer."""
+    """Rotations of the piece's queries in the frames of what they see, and what of it exists; per kind of layer."""
 
     own: Rotation  # (B, W, 1, hd/2), in the frame of their own block
-    past: list[Rotation]  # m of them: in the frame of each cached block, oldest first
+    past: list[
+        Rotation
+    ]  # m of them, or as many as are visible: in the frame of each cached block, oldest first
     fams: list[Rotation]  # R of them: in the frame of each FAM, newest first
     block_mask: jax.Array  # (B, W, C) cached keys of the unfinished block
     piece_mask: jax.Array  # (1, W, W)
-    past_masks: list[jax.Array]  # m of (B, W, C)
+    past_masks: list[jax.Array]  # as many of (B, W, C)
     fam_masks: list[jax.Array]  # R of (B, 1, 1)
 
 
-def piece_frames(config: ModelConfig, rope: Rope, memory: Memory, width: int) -> PieceFrames:
+def piece_frames(kind: Kind, memory: Memory, width: int) -> PieceFrames:
     """Frames of a piece of `width` tokens that follows what each row has in its unfinished block."""
-    size, segments, previous = config.block_size, config.memory_segments, config.fam_previous_blocks
+    config, rope = kind
+    size, segments, previous = config.block_size, visible_segments(config), config.fam_previous_blocks
     position = memory.filled[:, None] + np.arange(width)  # (B, W) in the block
     own = rope.at(position)
     if config.fam_positions == "zero":
@@ -61,20 +67,34 @@ def piece_frames(config: ModelConfig, rope: Rope, memory: Memory, width: int) ->
 
 
 def read_piece(
-    layer: DecoderLayer, config: ModelConfig, x: jax.Array, memory: LayerMemory, frames: PieceFrames
+    layer: DecoderLayer,
+    kinds: Sequence[tuple[Kind, PieceFrames]],
+    which: jax.Array,
+    x: jax.Array,
+    memory: LayerMemory,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """One layer over a piece x (B, W, D).
+    """One layer, of kind `which`, over a piece x (B, W, D).
 
     Returns:
       (B, W, D) activations, and the piece's keys (in the frame of their block) and values (B, W, K, hd).
     """
+    branches = [functools.partial(_attend, kind.config, frames) for kind, frames in kinds]
     q, k, v = layer.project(x)
+    attended, k = jax.lax.switch(which, branches, q, k, v, memory)
+    return layer.finish(attended, x), (k, v)
+
+
+def _attend(
+    config: ModelConfig, frames: PieceFrames, q: jax.Array, k: jax.Array, v: jax.Array, memory: LayerMemory
+) -> tuple[jax.Array, jax.Array]:
+    """What differs between kinds of layers: (B, W, H, hd) attended values, and the rotated keys."""
     own_q, k = rotate(q, frames.own), rotate(k, frames.own)
     parts = [
         Part(own_q, memory.block_keys, memory.block_values, frames.block_mask),
         Part(own_q, k, v, frames.piece_mask),
     ]
-    past_keys, past_values = memory.keys, memory.values
+    unseen = memory.keys.shape[1] - len(frames.past)
+    past_keys, past_values = memory.keys[:, unseen:], memory.values[:, unseen:]
     if config.stop_gradient:
         past_keys, past_values = jax.lax.stop_gradient((past_keys, past_values))
     for j, (rotation, mask) in enumerate(zip(frames.past, frames.past_masks, strict=True)):
@@ -82,7 +102,7 @@ def read_piece(
     if config.fam_length:
         for r, (rotation, mask) in enumerate(zip(frames.fams, frames.fam_masks, strict=True)):
             parts.append(Part(rotate(q, rotation), memory.fam_keys[:, r], memory.fam_values[:, r], mask))
-    return layer.finish(joint_attention(parts), x), (k, v)
+    return joint_attention(parts, softcap=config.attention_softcap), k
 
 
 def extend_memory(memory: Memory, keys: jax.Array, values: jax.Array, count: jax.Array) -> Memory:
@@ -104,7 +124,7 @@ def extend_memory(memory: Memory, keys: jax.Array, values: jax.Array, count: jax
     return dataclasses.replace(memory, layers=layers, filled=memory.filled + count)
 
 
-def close_blocks(layers: DecoderLayer, config: ModelConfig, rope: Rope, memory: Memory) -> Memory:
+def close_blocks(layers: DecoderLayer, config: ModelConfig, memory: Memory) -> Memory:
     """For the rows whose block is full: updates FAM and moves the block into the memory segment.
 
     `layers` are the stacked parameters. Costs nothing, beyond the test, while no row's block is full.
@@ -114,9 +134,11 @@ def close_blocks(layers: DecoderLayer, config: ModelConfig, rope: Rope, memory: 
     def close(memory: Memory) -> Memory:
         graphdef, state = nnx.split(layers)
 
-        def body(carry: None, xs: tuple[nnx.State, LayerMemory]) -> tuple[None, LayerMemory]:
-            layer_state, layer_memory = xs
-            closed = _close_layer(nnx.merge(graphdef, layer_state), config, rope, layer_memory, memory)
+        def body(carry: None, xs: tuple[nnx.State, LayerMemory, jax.Array]) -> tuple[None, LayerMemory]:
+            layer_state, layer_memory, which = xs
+            layer = nnx.merge(graphdef, layer_state)
+            branches = [functools.partial(_close_layer, layer, kind) for kind in kinds_of(config)]
+            closed = jax.lax.switch(which, branches, layer_memory, memory)
             keep = jax.tree.map(
                 lambda new, old: jnp.where(full.reshape(-1, *[1] * (new.ndim - 1)), new, old),
                 closed,
@@ -124,7 +146,7 @@ def close_blocks(layers: DecoderLayer, config: ModelConfig, rope: Rope, memory: 
             )
             return carry, keep
 
-        _, new_layers = jax.lax.scan(body, None, (state, memory.layers))
+        _, new_layers = jax.lax.scan(body, None, (state, memory.layers, kind_of_layers(config)))
         return Memory(
             layers=new_layers,
             carries_context=memory.carries_context | (full & (config.fam_length > 0)),
@@ -135,9 +157,8 @@ def close_blocks(layers: DecoderLayer, config: ModelConfig, rope: Rope, memory: 
     return jax.lax.cond(full.any(), close, lambda memory: memory, memory)
 
 
-def _close_layer(
-    layer: DecoderLayer, config: ModelConfig, rope: Rope, memory: LayerMemory, rows: Memory
-) -> LayerMemory:
+def _close_layer(layer: DecoderLayer, kind: Kind, memory: LayerMemory, rows: Memory) -> LayerMemory:
+    config, rope = kind
     if config.fam_length:
         own = local_rotation(config, rope)
         rotation = own[None]

@@ -6,12 +6,15 @@ whose rotations, tabulated in float64, are multiplied.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from fam_jax.config import ModelConfig
 
 DIGIT = 256
 LEVELS = 4  # covers int32
@@ -47,15 +50,16 @@ class Rotation:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """RoPE of one head width: feature pairs (i, i + hd/2) turn at base ** (-2i / hd) radians per position."""
+    """RoPE of one head width: feature pairs (i, i + hd/2) turn at base ** (-2i / hd) radians per position, scaled."""
 
     head_dim: int
     base: float
     dtype: str  # of the cosines and sines
+    scaling: Callable[[np.ndarray], np.ndarray] = lambda frequencies: frequencies
 
     def frequencies(self) -> np.ndarray:
         """(hd / 2,) radians per position, float64."""
-        return self.base ** (-np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
+        return self.scaling(self.base ** (-np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim))
 
     def static(self, positions: np.ndarray) -> Rotation:
         """Rotation at positions known when tracing, whole or fractional; (...,) gives (..., 1, hd / 2)."""
@@ -76,6 +80,29 @@ class Rope:
         assert result is not None
         sign = jnp.where(positions < 0, -1, 1)[..., None].astype(self.dtype)
         return Rotation(result.cos[..., None, :], (result.sin * sign)[..., None, :])
+
+
+def rope_of(config: ModelConfig) -> Rope:
+    """The RoPE that `config` describes."""
+    dtype = jnp.promote_types(config.dtype, jnp.float32)
+    return Rope(config.head_dim, config.rope_base, str(dtype), functools.partial(scale_frequencies, config))
+
+
+def scale_frequencies(config: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
+    """`config.rope_scaling` of unscaled frequencies, in radians per position.
+
+    "linear" divides all of them by rope_factor (Chen et al. 2023). "llama3" divides those of long wavelengths, leaves
+    those of short ones, and between the two goes from one to the other linearly in the number of turns that fit in the
+    original context (Llama 3.1).
+    """
+    if config.rope_scaling == "none":
+        return frequencies
+    if config.rope_scaling == "linear":
+        return frequencies / config.rope_factor
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_length * frequencies / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return frequencies * (kept + (1 - kept) / config.rope_factor)
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:

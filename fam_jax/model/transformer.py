@@ -9,13 +9,15 @@ import numpy as np
 from flax import nnx
 
 from fam_jax.config import ModelConfig
+from fam_jax.kernels import soft_cap
 from fam_jax.model.blocks import chunk_frames, read_blocks
 from fam_jax.model.fam import local_rotation, prompt_step
 from fam_jax.model.gather import embed, gather_layer, keep_rows
+from fam_jax.model.kinds import kind_of_layers, kinds_of
 from fam_jax.model.layers import DecoderLayer, Linear, Norm, embedding_stddev, initial_fam
 from fam_jax.model.memory import LayerMemory, Memory, empty_memory
 from fam_jax.model.pieces import close_blocks, extend_memory, piece_frames, read_piece
-from fam_jax.model.rope import Rope, Rotation, rotate
+from fam_jax.model.rope import Rotation, rotate
 
 # The kernels' results are kept beside those of the products: a kernel is no dot, and would run twice.
 REMAT_POLICIES = {
@@ -121,7 +123,8 @@ class Transformer(nnx.Module):
         """:meth:`logits` with another array in place of :attr:`output_table`."""
         product = "...d,vd->...v" if self.unembedding is None else "...d,dv->...v"
         dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jnp.einsum(product, hidden, table.astype(hidden.dtype), preferred_element_type=dtype)
+        logits = jnp.einsum(product, hidden, table.astype(hidden.dtype), preferred_element_type=dtype)
+        return soft_cap(logits, self.config.logit_softcap)
 
     def init_memory(self, batch_size: int) -> Memory:
         """The memory of `batch_size` streams that have read nothing; holds the initial FAM of every layer."""
@@ -130,18 +133,18 @@ class Transformer(nnx.Module):
         if config.fam_length == 0:
             return memory
         graphdef, state = nnx.split(self.layers)
-        own = local_rotation(config, self._rope())
+        own = _own_rotations(config)
 
         def body(
-            prompt: jax.Array | None, layer_state: nnx.State
+            prompt: jax.Array | None, xs: tuple[nnx.State, Rotation]
         ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
-            layer = nnx.merge(graphdef, gather_layer(layer_state, config.dtype))
-            fam, prompt = _initial_fam(layer, prompt, own)
+            layer = nnx.merge(graphdef, gather_layer(xs[0], config.dtype))
+            fam, prompt = _initial_fam(layer, prompt, xs[1])
             fam = fam.astype(config.dtype)
             _, k, v = layer.project(fam[None])
-            return prompt, (fam, k[0], v[0])
+            return prompt, (fam, rotate(k, xs[1])[0], v[0])
 
-        _, (fam, k, v) = jax.lax.scan(body, self._prompt(), state)
+        _, (fam, k, v) = jax.lax.scan(body, self._prompt(), (state, own))
 
         def start(into: jax.Array, initial: jax.Array) -> jax.Array:
             return jnp.broadcast_to(initial[:, None], into.shape).astype(into.dtype)
@@ -150,7 +153,7 @@ class Transformer(nnx.Module):
         layers = dataclasses.replace(
             layers,
             fam=start(layers.fam, fam),
-            fam_keys=layers.fam_keys.at[:, :, 0].set(start(layers.fam_keys[:, :, 0], rotate(k, own))),
+            fam_keys=layers.fam_keys.at[:, :, 0].set(start(layers.fam_keys[:, :, 0], k)),
             fam_values=layers.fam_values.at[:, :, 0].set(start(layers.fam_values[:, :, 0], v)),
         )
         return dataclasses.replace(memory, layers=layers)
@@ -158,25 +161,26 @@ class Transformer(nnx.Module):
     def _read_aligned(
         self, tokens: jax.Array, memory: Memory, position_offset: jax.Array | None
     ) -> tuple[jax.Array, Memory]:
-        config, rope = self.config, self._rope()
-        length = tokens.shape[1]
-        frames = chunk_frames(config, rope, memory, length, position_offset)
-        own = frames.own_fam
+        config, length = self.config, tokens.shape[1]
+        kinds = [(kind, chunk_frames(kind, memory, length, position_offset)) for kind in kinds_of(config)]
         graphdef, state = nnx.split(self.layers)
 
-        def body(carry: Any, xs: tuple[nnx.State, LayerMemory]) -> tuple[Any, LayerMemory]:
+        def body(
+            carry: Any, xs: tuple[nnx.State, LayerMemory, jax.Array, Rotation]
+        ) -> tuple[Any, LayerMemory]:
             x, prompt = carry
-            layer, layer_memory = nnx.merge(graphdef, gather_layer(xs[0], config.dtype)), xs[1]
+            layer, layer_memory, which, own = nnx.merge(graphdef, gather_layer(xs[0], config.dtype)), *xs[1:]
             x = keep_rows(x)
             initial, prompt = _initial_fam(layer, prompt, own)
             carried = layer_memory.fam
             start = jnp.where(memory.carries_context[:, None, None], carried, initial.astype(carried.dtype))
-            x, layer_memory = read_blocks(layer, config, x, layer_memory, start, frames)
+            x, layer_memory = read_blocks(layer, kinds, which, x, layer_memory, start)
             return (x, prompt), layer_memory
 
         if config.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-        (x, _), layers = jax.lax.scan(body, (self._embed(tokens), self._prompt()), (state, memory.layers))
+        per_layer = (state, memory.layers, kind_of_layers(config), _own_rotations(config))
+        (x, _), layers = jax.lax.scan(body, (self._embed(tokens), self._prompt()), per_layer)
         full = length // config.block_size
         updated = config.fam_length > 0 and full > 0
         after = Memory(
@@ -214,18 +218,19 @@ class Transformer(nnx.Module):
 
     def _read_piece(self, tokens: jax.Array, memory: Memory, count: jax.Array) -> tuple[jax.Array, Memory]:
         """Reads the first `count` (B,) tokens of each row of (B, W), none of which may cross a block border."""
-        config, rope = self.config, self._rope()
-        frames = piece_frames(config, rope, memory, tokens.shape[1])
+        config = self.config
+        kinds = [(kind, piece_frames(kind, memory, tokens.shape[1])) for kind in kinds_of(config)]
         graphdef, state = nnx.split(self.layers)
 
         def body(
-            x: jax.Array, xs: tuple[nnx.State, LayerMemory]
+            x: jax.Array, xs: tuple[nnx.State, LayerMemory, jax.Array]
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            layer = nnx.merge(graphdef, gather_layer(xs[0], config.dtype))
-            return read_piece(layer, config, x, xs[1], frames)
+            layer, layer_memory, which = nnx.merge(graphdef, gather_layer(xs[0], config.dtype)), *xs[1:]
+            return read_piece(layer, kinds, which, x, layer_memory)
 
-        x, (keys, values) = jax.lax.scan(body, self._embed(tokens), (state, memory.layers))
-        memory = close_blocks(self.layers, config, rope, extend_memory(memory, keys, values, count))
+        per_layer = (state, memory.layers, kind_of_layers(config))
+        x, (keys, values) = jax.lax.scan(body, self._embed(tokens), per_layer)
+        memory = close_blocks(self.layers, config, extend_memory(memory, keys, values, count))
         return self.final_norm(x), memory
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
@@ -236,9 +241,12 @@ class Transformer(nnx.Module):
         """(M, D) learned vectors at the level of embeddings."""
         return None if self.initial_fam is None else self.initial_fam[...].astype(self.config.dtype)
 
-    def _rope(self) -> Rope:
-        dtype = jnp.promote_types(self.config.dtype, jnp.float32)
-        return Rope(self.config.head_dim, self.config.rope_base, str(dtype))
+
+def _own_rotations(config: ModelConfig) -> Rotation:
+    """Rotation (L, M, 1, hd/2) of every layer's FAM in the frame of the block that follows it."""
+    kinds = [local_rotation(config, kind.rope) for kind in kinds_of(config)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *kinds)
+    return stacked[kind_of_layers(config)]
 
 
 def _initial_fam(

@@ -113,11 +113,15 @@ def estimate(
       ValueError: a kernel whose time is not given, or a loop or collective that is not understood.
     """
     costs = []
+    counted: set[tuple[int, str | None]] = set()
     for op, computation, times in module.walk():
         if op.opcode in FREE or op.opcode.endswith("-done"):
             continue
         collective, inner, hidden = _collective(module, op, computation)
-        if collective is not None:
+        channel = (id(computation), collective.attribute(r"channel_id=(\d+)")) if collective else (0, None)
+        # One that is spread over several fusions stands in each of them, on the same channel.
+        if collective is not None and not (hidden and channel in counted):
+            counted.add(channel)
             scatter = op.opcode == "fusion" and not hidden
             kind = "reduce-scatter" if scatter else collective.opcode.removesuffix("-start")
             costs.append(_collective_cost(collective, kind, inner, times, chip, devices, hidden))

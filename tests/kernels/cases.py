@@ -26,6 +26,7 @@ class Case:
     fam_slots: int = 3  # S
     window: int = 0
     stop_gradient: bool = False
+    softcap: float = 0.0
     past_blocks: tuple[int, ...] = (2, 1, 0)  # per row: how many blocks of the past exist
     head_dim: int = 4
     slots: int = -1  # blocks of the past that there is room for; -1 = m
@@ -45,7 +46,7 @@ class Case:
         """Keyword arguments of the call."""
         return {
             "block_size": self.block_size, "memory_segments": self.memory_segments, "window": self.window,
-            "stop_gradient": self.stop_gradient,
+            "stop_gradient": self.stop_gradient, "softcap": self.softcap,
         }  # fmt: skip
 
     def wider(self) -> "Case":
@@ -138,13 +139,17 @@ def dense_attention(
         return np.einsum(equation, a, b, optimize=True)  # as matrix products
 
     k, v = all_keys(inputs["k"], inputs["fam_k"]), all_keys(inputs["v"], inputs["fam_v"])
-    scores = np.where(seen[:, :, None], sums("bthd,bshd->bths", q, k) * scale, -np.inf)
+    scores, slope = sums("bthd,bshd->bths", q, k) * scale, np.ones(1)
+    if case.softcap:
+        capped = np.tanh(scores / case.softcap)
+        scores, slope = case.softcap * capped, 1 - capped**2
+    scores = np.where(seen[:, :, None], scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     d_p = sums("bthd,bshd->bths", cotangent, v)
     mean = (p * d_p).sum(-1, keepdims=True)
-    d_scores = p * (d_p - mean) * scale
-    d_scores_size = p * (np.abs(d_p) + np.abs(mean)) * scale
+    d_scores = p * (d_p - mean) * slope * scale
+    d_scores_size = p * (np.abs(d_p) + np.abs(mean)) * slope * scale
 
     def by_source(name: str, d: np.ndarray) -> Arrays:  # the reverse of all_keys
         d = d.reshape(*d.shape[:2], case.kv_heads, group, case.head_dim).sum(3)

@@ -58,6 +58,11 @@ TRAINING_CASES = {
     ),
 }
 ALL_CASES = CASES | TRAINING_CASES
+SOFT_CAPPED = {
+    "soft cap": Case(softcap=1.5),
+    "soft cap, stop-gradient in a window": Case(softcap=0.5, stop_gradient=True, window=6, length=11),
+    "soft cap, training": dataclasses.replace(TRAINING, softcap=1.0),
+}
 # Those that are made for the machine that the tests run on, in float64; and the kernels, in their interpreter.
 PORTABLE = ("reference", "xla")
 RUNNABLE = (*PORTABLE, "pallas_interpret")
@@ -72,7 +77,7 @@ def test_every_implementation_is_tested() -> None:
 
 
 @pytest.mark.parametrize("implementation", PORTABLE)
-@pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
+@pytest.mark.parametrize("case", (ALL_CASES | SOFT_CAPPED).values(), ids=ALL_CASES | SOFT_CAPPED)
 def test_is_dense_attention_under_its_mask(case: Case, implementation: str) -> None:
     check(case, implementation, "float64", roundings=16)
 
@@ -234,6 +239,14 @@ def test_the_kernels_refuse_float64() -> None:
     call = draw(case)
     with jax.enable_x64(True), pytest.raises(ValueError, match="bfloat16 and float32"):
         attend(case, call, {name: jnp.asarray(x) for name, x in call.inputs.items()}, "pallas_interpret")
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "pallas_interpret"])
+def test_the_kernels_refuse_a_soft_cap(implementation: str) -> None:
+    case = dataclasses.replace(Case(), softcap=1.0).wider()
+    call = draw(case)
+    with pytest.raises(ValueError, match="no soft cap"):
+        attend(case, call, single(call.inputs), implementation)
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:

@@ -1,5 +1,6 @@
 """Gradients: against finite differences of the oracle, between ways of computing them, and where they must be zero."""
 
+import dataclasses
 import functools
 
 import jax
@@ -59,8 +60,24 @@ EXACT = {"rtol": 1e-9, "atol": 1e-10}
             "scale_embeddings": True,
             "num_kv_heads": 4,
         },
+        {
+            "layer_pattern": ("local", "global"),
+            "local_window": 4,
+            "num_layers": 3,
+            "qkv_bias": True,
+            "qk_norm": True,
+            "post_norms": True,
+            "norm_offset": True,
+            "attention_softcap": 1.5,
+            "logit_softcap": 2.0,
+        },
     ],
-    ids=["prompt", "prefix, layernorm, gelu, untied", "zero positions, geglu, window"],
+    ids=[
+        "prompt",
+        "prefix, layernorm, gelu, untied",
+        "zero positions, geglu, window",
+        "local layers, soft caps, biases, all norms",
+    ],
 )
 def test_every_parameter_against_finite_differences_of_the_oracle(changes):
     """Along a random direction of each parameter, central differences of the token-by-token forward."""
@@ -110,10 +127,12 @@ def test_parallel_and_piecewise_gradients_are_equal(changes):
         assert_same(gradients(config), gradients(config, aligned=False), **EXACT)
 
 
+@pytest.mark.parametrize("changes", [{}, {"layer_pattern": ("local", "global"), "local_window": 4}], ids=str)
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_no_gradient(remat):
+def test_rematerialisation_changes_no_gradient(remat, changes):
     with jax.enable_x64(True):
-        assert_same(gradients(variant(dtype="float64", remat=remat)), gradients(WIDE), **EXACT)
+        config = dataclasses.replace(WIDE, **changes)
+        assert_same(gradients(dataclasses.replace(config, remat=remat)), gradients(config), **EXACT)
 
 
 def test_less_than_a_block_has_gradients_too():

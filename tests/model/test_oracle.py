@@ -42,6 +42,22 @@ CONFIGS = {
     "segments and FAMs beyond the sequence": {"memory_segments": 5, "fam_previous_blocks": 6},
     "one sequence in half a block": {"block_size": 32},
     "reference attention": {"attention": "reference", "window": 4},
+    "biases, q/k norms, llama3 rope": {
+        "qkv_bias": True, "qk_norm": True, "rope_scaling": "llama3", "rope_factor": 8.0, "rope_low_freq_factor": 1.5,
+        "rope_original_length": 16, "rope_base": 40.0, "query_pre_attn_scalar": 7.0,
+    },
+    "soft caps, post-norms, norms from 1, linear rope": {
+        "attention_softcap": 1.5, "logit_softcap": 2.0, "post_norms": True, "norm_offset": True,
+        "scale_embeddings": True, "rope_scaling": "linear", "rope_factor": 4.0,
+    },
+    "local and global layers, a rest of the pattern": {
+        "layer_pattern": ("local", "global", "local"), "local_window": 4, "local_rope_base": 30.0, "num_layers": 4,
+        "memory_segments": 2, "rope_scaling": "linear", "rope_factor": 2.0, "fam_previous_blocks": 2,
+    },
+    "local layers, prefix, layernorm, reference attention": {
+        "layer_pattern": ("global", "local"), "local_window": 5, "fam_init": "prefix", "fam_positions": "zero",
+        "norm": "layernorm", "norm_offset": True, "qk_norm": True, "attention_softcap": 1.0, "attention": "reference",
+    },
     "xla attention, stop-gradient, remat": {"attention": "xla", "stop_gradient": True, "remat": "full"},
 }  # fmt: skip
 
@@ -82,7 +98,12 @@ def configs(draw):
         scale_embeddings=pick(True, False), block_size=size, memory_segments=segments,
         window=draw(st.integers(0, segments * size + 1)), fam_length=draw(st.integers(0, size)),
         fam_init=pick("prompt", "prefix"), fam_positions=pick("last", "float", "zero"),
-        fam_previous_blocks=pick(1, 2, 3), attention=pick("reference", "xla"),
+        fam_previous_blocks=pick(1, 2, 3), attention=pick("reference", "xla"), qkv_bias=pick(True, False),
+        qk_norm=pick(True, False), post_norms=pick(True, False), norm_offset=pick(True, False),
+        attention_softcap=pick(0.0, 1.5), logit_softcap=pick(0.0, 2.0), query_pre_attn_scalar=pick(0.0, 7.0),
+        rope_scaling=pick("none", "linear", "llama3"), rope_factor=4.0, rope_original_length=16,
+        **pick({}, {"layer_pattern": ("local",), "local_window": 1},
+               {"layer_pattern": ("local", "global")[: pick(1, 2)], "local_window": segments * size + 1}),
     )  # fmt: skip
 
 
@@ -95,6 +116,12 @@ def test_options_together(config, seed):
 
 ROWS, WIDTH = 3, 5
 STREAMS = {
+    "local and global layers, soft-capped": {
+        "layer_pattern": ("global", "local"),
+        "local_window": 4,
+        "attention_softcap": 1.5,
+        "memory_segments": 2,
+    },
     "tiny": {"memory_segments": 2, "fam_previous_blocks": 2},
     "zero positions in a window": {"fam_positions": "zero", "window": 4, "fam_previous_blocks": 2},
     "BSWA": {"fam_length": 0},

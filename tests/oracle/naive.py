@@ -36,6 +36,7 @@ class _LayerState:
     values: list[list[Array]]  # as keys, not rotated
     fams: list[Array]  # fams[tau + 1] = F_tau: (M, D); fams[0] is the starting FAM
     carries_context: bool  # whether the starting FAM does; all later ones do
+    local: bool  # sliding window attention without FAM, whose starting FAM nobody reads
 
 
 def naive_forward(
@@ -89,12 +90,12 @@ def initial_fams(params: Params, config: ModelConfig, origin: float = 0.0) -> li
     fams = []
     for index in range(config.num_layers):
         fams.append(stream)  # the value that *enters* the layer
-        layer = _layer_params(params, index)
-        q, k, v = _fam_qkv(layer, config, stream, positions)
+        layer, own = _layer_params(params, index), _layer_config(config, index)
+        q, k, v = _fam_qkv(layer, own, stream, positions)
         new = []
         for i in range(config.fam_length):  # every vector attends to all of them, to nothing else
-            a = _output(layer, _attend(q[i], k, v)) + stream[i]
-            new.append(_feed_forward(layer, config, a) + a)
+            a = _output(layer, own, _attend(own, q[i], k, v)) + stream[i]
+            new.append(_feed_forward(layer, own, a) + a)
         stream = np.array(new)
     return fams
 
@@ -119,8 +120,12 @@ def _row(
     unembedding = (
         table.T if config.tie_embeddings else np.asarray(params["unembedding"]["kernel"], np.float64)
     )
-    layers = [_layer_params(params, index) for index in range(config.num_layers)]
-    states = [_LayerState([], [], [fam], carries) for fam in start]
+    indices = range(config.num_layers)
+    layers = [(_layer_params(params, index), _layer_config(config, index)) for index in indices]
+    states = [
+        _LayerState([], [], [fam], carries, _is_local(config, index))
+        for index, fam in zip(indices, start, strict=True)
+    ]
     logits = []
     for t, token in enumerate(tokens):
         tau, within = divmod(t, config.block_size)
@@ -131,13 +136,13 @@ def _row(
         x = table[token]
         if config.scale_embeddings:
             x = x * math.sqrt(config.model_dim)
-        for layer, state in zip(layers, states, strict=True):
-            x = _token_step(layer, config, state, x, t, origin)
+        for (layer, own), state in zip(layers, states, strict=True):
+            x = _token_step(layer, own, state, x, t, origin)
         h = _norm(config, params["final_norm"], x)
-        logits.append(h @ unembedding)
+        logits.append(_soft_cap(h @ unembedding, config.logit_softcap))
         if within == config.block_size - 1:
-            for layer, state in zip(layers, states, strict=True):
-                state.fams.append(_next_fam(layer, config, state, tau, origin))
+            for (layer, own), state in zip(layers, states, strict=True):
+                state.fams.append(_next_fam(layer, own, state, tau, origin))
     return np.array(logits), np.array([state.fams[-1] for state in states])
 
 
@@ -146,10 +151,9 @@ def _token_step(
 ) -> Array:
     """Algorithm 2, token path: the layer's output (D,) for token t, whose key joins the state."""
     tau = t // config.block_size
-    normed = _norm(config, layer["attention_norm"], x)
-    q = _rope(config, _project(normed, layer["query"]), origin + t)
-    state.keys[tau].append(_rope(config, _project(normed, layer["key"]), origin + t))
-    state.values[tau].append(_project(normed, layer["value"]))
+    q, k, v = _qkv(layer, config, x, origin + t)
+    state.keys[tau].append(k)
+    state.values[tau].append(v)
 
     keys: list[Array] = []
     values: list[Array] = []
@@ -161,24 +165,27 @@ def _token_step(
                 keys.append(k)
                 values.append(v)
     # FAM of the blocks before: F_{tau-1}, F_{tau-2}, ... F_{tau-R}, as far back as F_{-1}.
-    for block in range(tau - 1, max(-1, tau - config.fam_previous_blocks) - 1, -1):
+    oldest = tau if state.local else max(-1, tau - config.fam_previous_blocks)
+    for block in range(tau - 1, oldest - 1, -1):
         fam, positions = state.fams[block + 1], fam_positions(config, block, origin)
         _, fam_keys, fam_values = _fam_qkv(layer, config, fam, positions)
         keys += fam_keys
         values += fam_values
 
-    a = _output(layer, _attend(q, keys, values)) + x
+    a = _output(layer, config, _attend(config, q, keys, values)) + x
     return _feed_forward(layer, config, a) + a
 
 
 def _next_fam(layer: Params, config: ModelConfig, state: _LayerState, tau: int, origin: float) -> Array:
     """Algorithm 2, FAM path: F_tau (M, D) from F_{tau-1} and block `tau`, which is complete."""
     previous = state.fams[tau]  # F_{tau-1}
+    if state.local:
+        return previous
     carries = state.carries_context if tau == 0 else True
     q, k, v = _fam_qkv(layer, config, previous, fam_positions(config, tau - 1, origin))
     new = []
     for i in range(config.fam_length):
-        a = _output(layer, _attend(q[i], k + state.keys[tau], v + state.values[tau]))
+        a = _output(layer, config, _attend(config, q[i], k + state.keys[tau], v + state.values[tau]))
         if carries:  # the "FAM copy"; the learned initial FAM has no context to copy (appendix B.1)
             a = a + previous[i]
         new.append(_feed_forward(layer, config, a) + a)
@@ -191,20 +198,49 @@ def _fam_qkv(
     """QF (H, hd), KF and VF (K, hd) of each of the M vectors, by the weights of the tokens."""
     q, k, v = [], [], []
     for x, p in zip(fam, positions, strict=True):
-        normed = _norm(config, layer["attention_norm"], x)
-        q.append(_rope(config, _project(normed, layer["query"]), p))
-        k.append(_rope(config, _project(normed, layer["key"]), p))
-        v.append(_project(normed, layer["value"]))
+        for into, y in zip((q, k, v), _qkv(layer, config, x, p), strict=True):
+            into.append(y)
     return q, k, v
 
 
-def _attend(q: Array, keys: list[Array], values: list[Array]) -> Array:
+def _qkv(layer: Params, config: ModelConfig, x: Array, position: float) -> tuple[Array, Array, Array]:
+    """Query (H, hd), key and value (K, hd) of one vector (D,), the first two rotated."""
+    normed = _norm(config, layer["attention_norm"], x)
+    q, k, v = (_project(normed, layer[name]) for name in ("query", "key", "value"))
+    if config.qkv_bias:
+        q, k, v = q + layer["query_bias"], k + layer["key_bias"], v + layer["value_bias"]
+    if config.qk_norm:
+        q = np.array([_norm(config, layer["query_norm"], head) for head in q])
+        k = np.array([_norm(config, layer["key_norm"], head) for head in k])
+    return _rope(config, q, position), _rope(config, k, position), v
+
+
+def _is_local(config: ModelConfig, index: int) -> bool:
+    return config.layer_pattern[index % len(config.layer_pattern)] == "local"
+
+
+def _layer_config(config: ModelConfig, index: int) -> ModelConfig:
+    """The config as layer `index` goes by it."""
+    if not _is_local(config, index):
+        return config
+    config = dataclasses.replace(config, window=config.local_window)
+    if config.local_rope_base:
+        config = dataclasses.replace(config, rope_base=config.local_rope_base, rope_scaling="none")
+    return config
+
+
+def _soft_cap(x: Any, cap: float) -> Any:
+    return cap * np.tanh(x / cap) if cap > 0 else x
+
+
+def _attend(config: ModelConfig, q: Array, keys: list[Array], values: list[Array]) -> Array:
     """One query (H, hd) over a list of keys and values (K, hd); query head h reads kv head h // G."""
     heads, width = q.shape
     group = heads // keys[0].shape[0]
     out = np.zeros_like(q)
     for h in range(heads):
-        scores = np.array([q[h] @ k[h // group] / math.sqrt(width) for k in keys])
+        scale = math.sqrt(config.query_pre_attn_scalar or width)
+        scores = np.array([_soft_cap(q[h] @ k[h // group] / scale, config.attention_softcap) for k in keys])
         weights = np.exp(scores - scores.max())
         weights /= weights.sum()
         for weight, v in zip(weights, values, strict=True):
@@ -213,23 +249,42 @@ def _attend(q: Array, keys: list[Array], values: list[Array]) -> Array:
 
 
 def _rope(config: ModelConfig, x: Array, position: float) -> Array:
-    """Rotates the pairs (i, i + hd/2) of x (heads, hd) by position * base^(-2i/hd)."""
+    """Rotates the pairs (i, i + hd/2) of x (heads, hd) by position * base^(-2i/hd), scaled."""
     half = config.head_dim // 2
     out = np.empty_like(x)
     for i in range(half):
-        angle = position * config.rope_base ** (-2.0 * i / config.head_dim)
+        angle = position * _scaled(config, config.rope_base ** (-2.0 * i / config.head_dim))
         out[:, i] = x[:, i] * math.cos(angle) - x[:, i + half] * math.sin(angle)
         out[:, i + half] = x[:, i] * math.sin(angle) + x[:, i + half] * math.cos(angle)
     return out
 
 
+def _scaled(config: ModelConfig, frequency: float) -> float:
+    """Radians per position after the scaling of RoPE."""
+    if config.rope_scaling == "linear":
+        return frequency / config.rope_factor
+    if config.rope_scaling == "none":
+        return frequency
+    wavelength = 2 * math.pi / frequency
+    if wavelength > config.rope_original_length / config.rope_low_freq_factor:
+        return frequency / config.rope_factor
+    if wavelength < config.rope_original_length / config.rope_high_freq_factor:
+        return frequency
+    turns = config.rope_original_length / wavelength
+    smooth = (turns - config.rope_low_freq_factor) / (
+        config.rope_high_freq_factor - config.rope_low_freq_factor
+    )
+    return (1 - smooth) * frequency / config.rope_factor + smooth * frequency
+
+
 def _norm(config: ModelConfig, norm: Params, x: Array) -> Array:
+    scale = np.asarray(norm["scale"], np.float64) + (1 if config.norm_offset else 0)
     if config.norm == "layernorm":
         centred = x - x.mean()
         normed = centred / math.sqrt((centred**2).mean() + config.norm_epsilon)
-        return normed * np.asarray(norm["scale"], np.float64) + np.asarray(norm["bias"], np.float64)
+        return normed * scale + np.asarray(norm["bias"], np.float64)
     assert config.norm == "rmsnorm"
-    return x / math.sqrt((x**2).mean() + config.norm_epsilon) * np.asarray(norm["scale"], np.float64)
+    return x / math.sqrt((x**2).mean() + config.norm_epsilon) * scale
 
 
 def _project(x: Array, linear: Params) -> Array:
@@ -237,9 +292,10 @@ def _project(x: Array, linear: Params) -> Array:
     return np.einsum("d,dhk->hk", x, linear["kernel"])
 
 
-def _output(layer: Params, x: Array) -> Array:
+def _output(layer: Params, config: ModelConfig, x: Array) -> Array:
     """(H, hd) by (H, hd, D)."""
-    return np.einsum("hk,hkd->d", x, layer["output"]["kernel"])
+    out = np.einsum("hk,hkd->d", x, layer["output"]["kernel"])
+    return _norm(config, layer["attention_post_norm"], out) if config.post_norms else out
 
 
 def _feed_forward(layer: Params, config: ModelConfig, x: Array) -> Array:
@@ -250,7 +306,8 @@ def _feed_forward(layer: Params, config: ModelConfig, x: Array) -> Array:
     else:
         gate = normed @ layer["gate"]["kernel"]
         hidden = {"swiglu": _silu, "geglu": _gelu}[config.activation](gate) * up
-    return hidden @ layer["down"]["kernel"]
+    down = hidden @ layer["down"]["kernel"]
+    return _norm(config, layer["ff_post_norm"], down) if config.post_norms else down
 
 
 def _silu(x: Array) -> Array:
@@ -290,7 +347,7 @@ def random_params(config: ModelConfig, seed: int) -> dict[str, Any]:
         return {"kernel": normal(name, *shape) / math.sqrt(fan_in)}
 
     def norm(name: str, *shape: int) -> dict[str, Array]:
-        out = {"scale": 1.0 + 0.3 * normal(name + "/scale", *shape)}
+        out = {"scale": 0.3 * normal(name + "/scale", *shape) + (0 if config.norm_offset else 1)}
         if config.norm == "layernorm":
             out["bias"] = 0.3 * normal(name + "/bias", *shape)
         return out
@@ -307,6 +364,13 @@ def random_params(config: ModelConfig, seed: int) -> dict[str, Any]:
     }
     if config.activation != "gelu":
         layers["gate"] = kernel("gate", count, width, ff, fan_in=width)
+    if config.qkv_bias:
+        for name, number in (("query", heads), ("key", kv_heads), ("value", kv_heads)):
+            layers[f"{name}_bias"] = 0.3 * normal(f"{name}_bias", count, number, head_dim)
+    if config.qk_norm:
+        layers |= {name: norm(name, count, head_dim) for name in ("query_norm", "key_norm")}
+    if config.post_norms:
+        layers |= {name: norm(name, count, width) for name in ("attention_post_norm", "ff_post_norm")}
     params: dict[str, Any] = {
         "embedding": {"table": normal("embedding", config.vocab_size, width) / math.sqrt(width)},
         "final_norm": norm("final_norm", width),

@@ -10,6 +10,11 @@ from fam_jax.train.loop import make_trainer
 from tests.train.tiny import assert_close, changed, quick_trainer, run, some_batch, start
 
 ALWAYS = changed(train__random_state_passing=1.0)
+# Every option of open checkpoints that is spread over a mesh, or chosen per layer.
+OPEN = changed(
+    ALWAYS, model__layer_pattern=("local", "global"), model__local_window=3, model__qkv_bias=True, model__qk_norm=True,
+    model__post_norms=True, model__norm_offset=True, model__logit_softcap=2.0, model__attention_softcap=2.0,
+)  # fmt: skip
 
 
 def mesh_of(data: int, fsdp: int, tensor: int, base: Config = ALWAYS) -> Config:
@@ -17,15 +22,20 @@ def mesh_of(data: int, fsdp: int, tensor: int, base: Config = ALWAYS) -> Config:
 
 
 @pytest.mark.parametrize(
-    "config",
-    [mesh_of(2, 2, 2, changed(ALWAYS, train__accumulation=2)), mesh_of(2, 1, 4), mesh_of(0, 4, 1)],
-    ids=["data_fsdp_tensor_accumulation", "data_tensor", "data_fsdp"],
+    ("base", "config"),
+    [
+        (ALWAYS, mesh_of(2, 2, 2, changed(ALWAYS, train__accumulation=2))),
+        (ALWAYS, mesh_of(2, 1, 4)),
+        (ALWAYS, mesh_of(0, 4, 1)),
+        (OPEN, mesh_of(2, 2, 2, OPEN)),
+    ],
+    ids=["data_fsdp_tensor_accumulation", "data_tensor", "data_fsdp", "options_of_open_checkpoints"],
 )
-def test_a_sharded_step_is_the_step_of_one_device(config: Config) -> None:
+def test_a_sharded_step_is_the_step_of_one_device(base: Config, config: Config) -> None:
     """Two steps, the second from the saved FAM; four key/value heads' worth of devices share two."""
-    expected, metrics = run(ALWAYS, 2)
+    expected, metrics = run(base, 2)
     trainer = quick_trainer(config, make_trainer)
-    state = jax.device_put(start(ALWAYS), jax.tree.map(lambda leaf: leaf.sharding, trainer.state_shapes))
+    state = jax.device_put(start(base), jax.tree.map(lambda leaf: leaf.sharding, trainer.state_shapes))
     for leaf in jax.tree.leaves(state):
         assert len(leaf.sharding.device_set) == 8
     for step in range(2):

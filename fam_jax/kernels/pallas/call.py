@@ -34,12 +34,14 @@ class _Call:
     interpret: Any
 
 
-def why_not_pallas(q: jax.Array, block_size: int) -> str:
+def why_not_pallas(q: jax.Array, shape: BlockShape) -> str:
     """Why the kernels cannot compute attention of `q` (B, T, H, hd); empty if they can, on a TPU."""
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"its kernels take bfloat16 and float32, and the queries are {q.dtype}"
-    if block_size % LANES:
-        return f"its kernels need a block size that is a multiple of {LANES}, and it is {block_size}"
+    if shape.block_size % LANES:
+        return f"its kernels need a block size that is a multiple of {LANES}, and it is {shape.block_size}"
+    if shape.softcap:
+        return "its kernels have no soft cap of scores"
     if q.shape[-1] % 8:
         return f"its kernels need a head dimension that is a multiple of 8, and it is {q.shape[-1]}"
     return ""
@@ -67,7 +69,7 @@ def pallas_block_attention(
       AttentionError: the kernels do not take such shapes, or the program is not being compiled for a TPU.
     """
     chip = "interpreter" if interpret else target_chip()
-    reason = why_not_pallas(q, shape.block_size)
+    reason = why_not_pallas(q, shape)
     if not reason and not chip:
         reason = "its kernels run on TPUs, and there is none (pallas_interpret runs them in an interpreter)"
     if reason:

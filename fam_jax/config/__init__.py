@@ -15,48 +15,27 @@ from typing import Any
 
 import ml_collections
 
-from fam_jax.data_config import DataConfig, task_mistake
+from fam_jax.config.data import DataConfig, task_mistake
+from fam_jax.config.errors import ConfigError, UserError, require
+from fam_jax.config.model import ModelConfig, validate_model
 
-
-class UserError(Exception):
-    """A mistake of the user's, told in one line; entry points print it and exit with code 2."""
-
-
-class ConfigError(UserError):
-    """A field of a config is unknown, of the wrong type, or cannot be combined with another."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The decoder. Letters are those of the shape legend in `fam_jax/model/__init__.py`."""
-
-    vocab_size: int = 64  # V
-    num_layers: int = 3  # L
-    model_dim: int = 96  # D
-    num_heads: int = 4  # H
-    num_kv_heads: int = 4  # K: H is MHA, 1 is MQA, between them GQA
-    head_dim: int = 24  # hd, even (RoPE rotates pairs)
-    ff_dim: int = 384  # F
-    activation: str = "swiglu"  # swiglu | geglu | gelu
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
-    norm_epsilon: float = 1e-6
-    tie_embeddings: bool = True
-    scale_embeddings: bool = False  # multiply embeddings by sqrt(D) on their way in
-    rope_base: float = 10_000.0
-    dtype: str = "float32"  # of activations; parameters are always float32
-    # Block Sliding Window Attention (section 2.1 of the paper).
-    block_size: int = 32  # C
-    memory_segments: int = 1  # m: past blocks that stay visible; 0 is allowed
-    stop_gradient: bool = False  # no gradient into cached keys and values (Transformer-XL)
-    window: int = 0  # if > 0, keys further back than window - 1 tokens are hidden too
-    # Feedback Attention Memory (section 2.2). fam_length 0 is plain BSWA.
-    fam_length: int = 8  # M
-    fam_init: str = "prompt"  # prompt | prefix (appendix B.1)
-    fam_positions: str = "last"  # last | float | zero (appendix B.2.1)
-    fam_previous_blocks: int = 1  # FAMs of how many past blocks a token sees (appendix B.4.2)
-    # Execution.
-    attention: str = "auto"  # auto | reference | xla | pallas (TPU) | pallas_interpret: see README
-    remat: str = "none"  # none | dots | full: what a layer keeps for its backward pass
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluateConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "UserError",
+    "check_field",
+    "default_config",
+    "resolve",
+    "to_json",
+    "validate",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +122,7 @@ class MeshConfig:
 class Config:
     """A whole experiment."""
 
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = ModelConfig()  # noqa: RUF009  (it is frozen)
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()  # noqa: RUF009 (it is frozen)
     train: TrainConfig = TrainConfig()
@@ -226,6 +205,7 @@ CHOICES = {
     "model.activation": ("swiglu", "geglu", "gelu"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.dtype": ("float32", "bfloat16", "float64"),
+    "model.rope_scaling": ("none", "linear", "llama3"),
     "model.fam_init": ("prompt", "prefix"),
     "model.fam_positions": ("last", "float", "zero"),
     "model.attention": ("auto", "reference", "xla", "pallas", "pallas_interpret"),
@@ -241,13 +221,15 @@ MINIMA = {
     **dict.fromkeys(
         ("model.vocab_size", "model.num_layers", "model.model_dim", "model.num_heads", "model.num_kv_heads",
          "model.head_dim", "model.ff_dim", "model.block_size", "model.fam_previous_blocks",
+         "model.rope_factor", "model.rope_original_length",
          "data.digits", "data.filler_step", "data.shuffle_batches",
          "train.steps", "train.batch_size", "train.accumulation", "train.loss_chunk", "train.log_every",
          "train.checkpoint_every", "train.keep_checkpoints", "evaluate.keys", "evaluate.batch_size",
          "evaluate.chunk_blocks", "optimizer.min_factored_dim", "mesh.tensor"), 1),
     "data.sequence_length": 2,
     **dict.fromkeys(
-        ("model.memory_segments", "model.window", "model.fam_length", "optimizer.warmup_steps",
+        ("model.memory_segments", "model.window", "model.fam_length", "model.local_window",
+         "model.logit_softcap", "model.attention_softcap", "model.query_pre_attn_scalar", "optimizer.warmup_steps",
          "optimizer.block_rms_clip", "optimizer.epsilon", "optimizer.weight_decay", "optimizer.clip_norm",
          "optimizer.learning_rate", "data.min_filler_blocks", "data.max_stage_steps", "data.prompt_weight",
          "data.repeat_segment", "data.repeat_weight", "train.seed", "train.z_loss",
@@ -294,85 +276,49 @@ def validate(config: Config) -> None:
     for field in FRACTIONS:
         if not 0 <= get(field) <= 1:
             raise ConfigError(f"config.{field}: must be between 0 and 1, got {get(field)}")
-    _validate_model(config.model)
+    validate_model(config.model)
     if wrong := task_mistake(config.data):
         raise ConfigError(f"config.data.{wrong}")
     _validate_rest(config)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _validate_model(model: ModelConfig) -> None:
-    _require(
-        model.num_heads % model.num_kv_heads == 0,
-        f"config.model.num_kv_heads: {model.num_kv_heads} does not divide num_heads {model.num_heads}",
-    )
-    _require(model.head_dim % 2 == 0, f"config.model.head_dim: must be even for RoPE, got {model.head_dim}")
-    _require(
-        model.fam_length <= model.block_size,
-        f"config.model.fam_length: {model.fam_length} is longer than block_size {model.block_size}",
-    )
-    _require(model.norm_epsilon > 0, f"config.model.norm_epsilon: must be positive, got {model.norm_epsilon}")
-    _require(model.rope_base > 1, f"config.model.rope_base: must be above 1, got {model.rope_base}")
-    _require(
-        not model.attention.startswith("pallas") or model.block_size % 128 == 0,
-        f"config.model.attention: {model.attention} needs a block_size that is a multiple of 128, "
-        f"got {model.block_size}",
-    )
-    _require(
-        model.attention != "pallas_interpret" or model.remat == "none",
-        f"config.model.remat: the interpreter of pallas_interpret cannot run under it, got {model.remat}; set none",
-    )
-    reach = model.memory_segments * model.block_size + 1
-    _require(
-        model.window <= reach,
-        f"config.model.window: {model.window} is further back than every token can see, which is "
-        f"memory_segments * block_size + 1 = {reach}",
-    )
-
-
 def _validate_rest(config: Config) -> None:
     train, data, evaluate = config.train, config.data, config.evaluate
-    _require(
+    require(
         train.batch_size % train.accumulation == 0,
         f"config.train.accumulation: {train.accumulation} does not divide batch_size {train.batch_size}",
     )
-    _require(
+    require(
         train.random_state_passing == 0 or config.model.fam_length > 0,
         "config.train.random_state_passing: needs a FAM, but model.fam_length is 0",
     )
-    _require(
+    require(
         config.mesh.data > 0 or config.mesh.fsdp > 0,
         "config.mesh.fsdp: 0 takes what data leaves, but data is 0 too",
     )
     stages = data.stage_blocks
-    _require(len(stages) > 0, "config.data.stage_blocks: must name at least one length")
-    _require(
+    require(len(stages) > 0, "config.data.stage_blocks: must name at least one length")
+    require(
         all(a < b for a, b in zip((data.min_filler_blocks, *stages), stages, strict=False)),
         f"config.data.stage_blocks: must rise and lie above min_filler_blocks {data.min_filler_blocks}, got {stages}",
     )
-    _require(
+    require(
         config.model.block_size % data.filler_step == 0,
         f"config.data.filler_step: {data.filler_step} does not divide model.block_size {config.model.block_size}",
     )
-    _require(
+    require(
         len(evaluate.filler_blocks) > 0 and min(evaluate.filler_blocks) > 0,
         f"config.evaluate.filler_blocks: must be positive lengths, got {evaluate.filler_blocks}",
     )
-    _require(config.lora.alpha > 0, f"config.lora.alpha: must be positive, got {config.lora.alpha}")
-    _require(
+    require(config.lora.alpha > 0, f"config.lora.alpha: must be positive, got {config.lora.alpha}")
+    require(
         config.lora.rank == 0 or len(config.lora.targets) > 0,
         "config.lora.targets: must name at least one kernel, or set rank to 0",
     )
     unknown = [name for name in evaluate.ablations if name not in ABLATIONS]
-    _require(
-        not unknown, f"config.evaluate.ablations: expected some of {', '.join(ABLATIONS)}, got {unknown}"
-    )
-    _require(
+    require(not unknown, f"config.evaluate.ablations: expected some of {', '.join(ABLATIONS)}, got {unknown}")
+    require(
         not evaluate.ablations or config.model.fam_length > 0,
         "config.evaluate.ablations: there is no FAM to ablate, as model.fam_length is 0",
     )
-    _require(data.digits <= 9, f"config.data.digits: at most 9, got {data.digits}")
+    require(data.digits <= 9, f"config.data.digits: at most 9, got {data.digits}")

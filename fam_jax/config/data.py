@@ -8,7 +8,7 @@ class DataConfig:
     """What is trained on. PassKey examples (section 3.2) are a key, filler, the question; all else is packed."""
 
     task: str = "passkey"  # passkey | text | seqio:NAME, a task or mixture that `imports` registers
-    vocabulary: str = "passkey"  # passkey (ships with the package) | bytes | path of a SentencePiece model
+    vocabulary: str = "passkey"  # passkey (shipped) | bytes | path of a SentencePiece model or tokenizer.json
     # PassKey: lengths in blocks of the model.
     digits: int = 5
     stage_blocks: tuple[int, ...] = (2, 3, 4, 6, 9, 13, 18)  # filler length of each curriculum stage

@@ -1,0 +1,134 @@
+"""Peak host memory of `launch.import_hf` against the size of what it reads and makes.
+
+    python -m benchmarks.import_memory --json docs/results/import.json
+
+Writes random models of the shape of Llama 3 8B at a fraction of its width, in four safetensors files each, and imports
+every one in a process of its own. On a CPU the imported parameters lie in host memory, so that the bound is: one file,
+and the result. The slope of the peak over their sum is what would be left at any size.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from benchmarks.record import write_record
+from benchmarks.report import print_table
+from fam_jax.config import ModelConfig
+from fam_jax.convert import hf_config
+from fam_jax.convert.folder import INDEX
+from fam_jax.convert.names import tensors
+from launch.errors import ArgumentParser, integers, user_errors
+
+FILES = 4
+WIDTHS = (512, 1024, 1536, 2048)  # Llama 3 8B: 4096
+MIB = 2**20
+
+
+def llama(width: int, num_layers: int = 32) -> ModelConfig:
+    """The proportions of Llama 3 8B: heads of 128, four queries to a key, a vocabulary of 31.3 times the width."""
+    return ModelConfig(
+        vocab_size=width * 128256 // 4096, num_layers=num_layers, model_dim=width, num_heads=max(width // 128, 1),
+        num_kv_heads=max(width // 512, 1), head_dim=128, ff_dim=width * 7 // 2, tie_embeddings=False, rope_base=5e5,
+        block_size=1024, memory_segments=7, fam_length=0,
+    )  # fmt: skip
+
+
+def write_model(folder: Path, model: ModelConfig, seed: int) -> list[int]:
+    """Writes a random model in bfloat16; returns the sizes of its files in bytes."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config(model, dtype="bfloat16")))
+    named = [(name, tensor.file_shape) for tensor in tensors(model) for name in tensor.names]
+    named.sort(key=lambda item: [int(part) if part.isdigit() else -1 for part in item[0].split(".")])
+    total = sum(int(np.prod(shape)) for _, shape in named)
+    rng = np.random.default_rng(seed)
+    weight_map: dict[str, str] = {}
+    arrays: dict[str, np.ndarray] = {}
+    sizes: list[int] = []
+    written = 0
+    for number, (name, shape) in enumerate(named):
+        file = f"model-{len(sizes) + 1:05d}-of-{FILES:05d}.safetensors"
+        arrays[name] = (rng.random(shape, np.float32) - 0.5).astype(ml_dtypes.bfloat16)
+        weight_map[name] = file
+        written += arrays[name].size
+        if written >= total * (len(sizes) + 1) / FILES or number == len(named) - 1:
+            save_file(arrays, folder / file)
+            sizes.append((folder / file).stat().st_size)
+            arrays = {}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return sizes
+
+
+def import_once(source: Path, out: Path) -> tuple[int, float]:
+    """Peak resident bytes and seconds of an import in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "launch.import_hf",
+        f"--source={source}",
+        f"--out={out}",
+        "--tokenizer=none",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
+    return usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
+
+
+def measure(widths: Sequence[int], num_layers: int, seed: int, scratch: Path) -> dict[str, Any]:
+    """A row for every width, and the line through them."""
+    rows = []
+    for width in widths:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            sizes = write_model(Path(folder) / "source", llama(width, num_layers), seed)
+            peak, seconds = import_once(Path(folder) / "source", Path(folder) / "out")
+        rows.append({
+            "width": width, "result_bytes": sum(sizes), "largest_file_bytes": max(sizes), "peak_rss_bytes": peak,
+            "cpu_seconds": seconds,
+        })  # fmt: skip
+    bound = [row["result_bytes"] + row["largest_file_bytes"] for row in rows]
+    slope, start = np.polyfit(bound, [row["peak_rss_bytes"] for row in rows], 1)
+    return {"rows": rows, "slope": float(slope), "intercept_bytes": float(start)}
+
+
+@user_errors()
+def main(argv: Sequence[str]) -> None:
+    """Entry point."""
+    parser = ArgumentParser(prog="benchmarks.import_memory", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--widths", type=integers, default=WIDTHS)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="some 10 GB are needed"
+    )
+    parser.add_argument("--json", type=Path, default=Path("runs/bench/import.json"))
+    arguments = parser.parse_args(argv)
+    results = measure(arguments.widths, arguments.layers, arguments.seed, arguments.scratch)
+    settings = {"models": [dataclasses.asdict(llama(width, arguments.layers)) for width in arguments.widths]}
+    write_record(arguments.json, "import_memory", argv, settings | {"seed": arguments.seed}, results)
+    print_table(
+        f"Peak memory of an import: slope {results['slope']:.2f}",
+        ("width", "largest file MiB", "result MiB", "peak MiB"),
+        [
+            [
+                row["width"],
+                *(row[name] // MIB for name in ("largest_file_bytes", "result_bytes", "peak_rss_bytes")),
+            ]
+            for row in results["rows"]
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

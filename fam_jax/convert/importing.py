@@ -1,0 +1,182 @@
+"""Tensors of a Hugging Face folder into parameters, one at a time and straight into their shards."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from fam_jax.config import ModelConfig
+from fam_jax.convert.families import ConvertError
+from fam_jax.convert.folder import FAM_FILE, Folder
+from fam_jax.convert.names import Tensor, tensors
+from fam_jax.model.parameters import flatten, unflatten
+
+Progress = Callable[[int, int], None]
+Shardings = Callable[[dict[str, Any]], dict[str, Any]]
+FAM_FIELDS = (
+    "fam_length",
+    "fam_init",
+    "fam_positions",
+    "fam_previous_blocks",
+    "block_size",
+    "memory_segments",
+)
+
+
+def import_parameters(
+    folder: Folder,
+    model: ModelConfig,
+    shardings: Shardings,
+    *,
+    param_dtype: str | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The nested dict of a model's parameters, each spread over its devices as it is read.
+
+    Host memory holds one file's pages and the local shards of one parameter (all its layers) at a time.
+
+    Args:
+      folder: whose `config.json` `model` was made from.
+      model: with a FAM, its initial FAM is the one that lies in the folder, or else rows of the embedding table drawn
+        at random, as usual for learned prompts.
+      shardings: from the nested dict of shapes to that of shardings.
+      param_dtype: None keeps the file's.
+      seed: of the rows.
+      on_progress: called with the number of tensors read and to be read.
+
+    Raises:
+      ConvertError: a tensor is missing, not expected, or of another shape or dtype than the model's.
+    """
+    wanted = tensors(model)
+    check_tensors(folder, model, wanted)
+    shapes = {t.path: jax.ShapeDtypeStruct(t.shape, param_dtype or _dtype(folder, t)) for t in wanted}
+    fam_path = None
+    if model.fam_length:
+        prefix = model.fam_init == "prefix"
+        fam_path = "layers/initial_fam" if prefix else "initial_fam"
+        shape = (model.num_layers,) * prefix + (model.fam_length, model.model_dim)
+        shapes[fam_path] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    placed = flatten(shardings(unflatten(shapes)))
+    total, done = sum(t.layers for t in wanted), 0
+    params = {}
+    for tensor in wanted:
+        struct = shapes[tensor.path]
+        params[tensor.path] = _load(folder, tensor, struct.dtype, placed[tensor.path])
+        done += tensor.layers
+        if on_progress is not None:
+            on_progress(done, total)
+    folder.close()
+    if fam_path is not None:
+        params[fam_path] = _initial_fam(folder, model, shapes[fam_path], params, placed[fam_path], seed)
+    return unflatten(params)
+
+
+def check_tensors(folder: Folder, model: ModelConfig, wanted: list[Tensor]) -> None:
+    """Raises :class:`ConvertError` unless the folder holds just the tensors of `model`, in their shapes."""
+    expected = {name: tensor.file_shape for tensor in wanted for name in tensor.names}
+    present = {
+        name for name in folder.names if not name.endswith("rotary_emb.inv_freq")
+    }  # of old files, computed
+    if model.tie_embeddings and "lm_head.weight" in present:
+        present.remove("lm_head.weight")
+        _check_tied(folder)
+    problems = [f"tensor {name} is missing" for name in expected if name not in present]
+    problems += [
+        f"tensor {name} in {folder.file(name)} is not expected" for name in sorted(present - set(expected))
+    ]
+    problems += [
+        f"tensor {name} in {folder.file(name)} has shape {list(folder.shape(name))}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in present and folder.shape(name) != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ConvertError(
+            f"{folder.path}: {'; '.join(problems[:3])}{more}; is it the model of its config.json?"
+        )
+
+
+def stored_fam(folder: Folder) -> dict[str, Any]:
+    """Fields of :class:`ModelConfig` under which the initial FAM beside the model was trained; none if there is none.
+
+    Raises:
+      ConvertError: the file is damaged or no FAM of ours.
+    """
+    path = folder.path / FAM_FILE
+    if not path.is_file():
+        return {}
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            fields = json.loads((file.metadata() or {})["config"])
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ConvertError(
+            f"{path}: holds no initial FAM, or is damaged; fetch it again or remove it"
+        ) from error
+    return {name: fields[name] for name in FAM_FIELDS}
+
+
+def _check_tied(folder: Folder) -> None:
+    """A tied model may be stored with its unembedding all the same: then it must be the table."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    rows, step = folder.shape(names[1])[0], 4096
+    same = names[0] in folder.names and folder.shape(names[0]) == folder.shape(names[1])
+    for begin in range(0, rows if same else 0, step):
+        a, b = (folder.read(name, (slice(begin, min(begin + step, rows)), slice(None))) for name in names)
+        same = same and a.tobytes() == b.tobytes()
+    if not same:
+        raise ConvertError(
+            f"{folder.path}: tensor lm_head.weight differs from model.embed_tokens.weight, but config.json ties them; "
+            "set tie_word_embeddings to false there if they are two"
+        )
+
+
+def _dtype(folder: Folder, tensor: Tensor) -> np.dtype:
+    found = {folder.dtype(name): name for name in tensor.names}
+    if len(found) > 1:
+        (a, first), (b, second) = list(found.items())[:2]
+        raise ConvertError(
+            f"{folder.path}: tensors {first} ({a}) and {second} ({b}) differ in dtype; set --param_dtype"
+        )
+    return next(iter(found))
+
+
+def _load(folder: Folder, tensor: Tensor, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    def part(index: Any) -> np.ndarray:  # slices
+        shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, tensor.shape, strict=True))
+        out = np.empty(shape, dtype)
+        if not tensor.stacked:
+            tensor.to_own(folder.read(tensor.name, tensor.file_index(index)), out)
+            return out
+        layers = range(*index[0].indices(tensor.layers))
+        for row, layer in zip(out, layers, strict=True):
+            name = tensor.names[layer]
+            tensor.to_own(folder.read(name, tensor.file_index(index[1:])), row)
+        return out
+
+    return jax.make_array_from_callback(tensor.shape, sharding, part, dtype=dtype)
+
+
+def _initial_fam(
+    folder: Folder, model: ModelConfig, like: Any, params: dict[str, Any], sharding: Any, seed: int
+) -> jax.Array:
+    path = folder.path / FAM_FILE
+    if path.is_file():
+        with safetensors.safe_open(path, framework="np") as file:
+            names = list(file.keys())
+            values = file.get_tensor(names[0]) if names == ["initial_fam"] else np.zeros(0)
+        if values.shape != like.shape:
+            raise ConvertError(
+                f"{path}: its initial FAM has shape {list(values.shape)}, and the model's has {list(like.shape)}; set "
+                "fam_length and fam_init to those that it was trained with, or remove the file"
+            )
+        return jax.device_put(values, sharding)
+    table = params["embedding/table"]
+    rows = jax.random.randint(jax.random.key(seed), like.shape[:-1], 0, table.shape[0])
+    factor = model.model_dim**0.5 if model.scale_embeddings else 1.0
+    draw = jax.jit(lambda table: table[rows].astype(jnp.float32) * factor, out_shardings=sharding)
+    return draw(table)

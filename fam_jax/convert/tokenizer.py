@@ -1,0 +1,48 @@
+"""The tokenizer of a Hugging Face folder: which file it is, and whether it fits the model."""
+
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+
+from fam_jax.convert.families import ConvertError
+
+FILES = ("tokenizer.model", "tokenizer.json")
+PADDING = 1024  # rows of an embedding table that may have no piece: tables are padded to round sizes
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The SentencePiece model or, if there is none, the `tokenizers` file in `folder`."""
+    return next((folder / name for name in FILES if (folder / name).is_file()), None)
+
+
+def check_tokenizer(path: Path, vocab_size: int) -> None:
+    """Raises :class:`ConvertError` unless the tokenizer can be read and has the size of the model's vocabulary.
+
+    Added pieces of no use to the text model, such as those for images, may lie beyond it.
+    """
+    size, added = _sizes(path)
+    if size > vocab_size or size + added < vocab_size - PADDING:
+        raise ConvertError(
+            f"{path}: has {size + added} pieces, and the model's vocab_size is {vocab_size}; give the model's own by "
+            "--tokenizer=FILE, or --tokenizer=none"
+        )
+
+
+def _sizes(path: Path) -> tuple[int, int]:
+    """Pieces, and added ones."""
+    if not path.is_file():
+        raise ConvertError(
+            f"{path}: no such file; give a tokenizer.model or tokenizer.json by --tokenizer=FILE"
+        )
+    try:
+        if path.suffix == ".json":
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            size = tokenizer.get_vocab_size(with_added_tokens=False)
+            return size, tokenizer.get_vocab_size(with_added_tokens=True) - size
+        return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size(), 0
+    except Exception as error:  # both libraries raise bare exceptions
+        raise ConvertError(
+            f"{path}: is no tokenizer, or is damaged ({str(error).splitlines()[0][:120] if str(error) else ''}); "
+            "give another by --tokenizer=FILE, or --tokenizer=none"
+        ) from error

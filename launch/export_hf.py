@@ -1,0 +1,91 @@
+"""Exports a checkpoint to Hugging Face format, which transformers loads.
+
+    python -m launch.export_hf --checkpoint=runs/gemma --out=exported
+    python -m launch.export_hf --checkpoint=runs/retrofit --out=adapter --lora=adapter
+
+Of a run with LoRA: the model with the updates merged into its weights (in float32 unless told otherwise), the base
+model without them, or the updates alone as an adapter for the PEFT library.
+
+Writes config.json, safetensors files, the tokenizer's files if the checkpoint was imported with any, and the initial
+FAM, if there is one, as fam.safetensors. transformers has neither blocks nor FAM: there the model attends to its whole
+context.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from fam_jax.checkpoint import absolute, load_params
+from fam_jax.config import Config, resolve
+from fam_jax.convert import export_adapter, export_folder, hf_config, updated_config, without_adapter
+from fam_jax.convert.folder import CONFIG, copy_companions
+from fam_jax.model import lora
+from launch.errors import ArgumentParser, user_errors
+from launch.import_hf import COMPANIONS, progress_bar
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+      UserError: an argument is unknown, missing or malformed.
+    """
+    parser = ArgumentParser(prog="python -m launch.export_hf", description=str(__doc__).partition("\n")[0])
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="an imported checkpoint, or a workdir"
+    )
+    parser.add_argument("--step", type=int, help="saved step; default: the latest")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--lora", choices=("merged", "base", "adapter"), default="merged",
+                        help="what to export of a run with LoRA; default: merged")  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="of the tensors; default: as in the checkpoint, float32 if merged")  # fmt: skip
+    parser.add_argument(
+        "--shard_gb", type=float, default=4.0, help="largest size of a safetensors file, in GiB"
+    )
+    return parser.parse_args(arguments)
+
+
+@user_errors()
+def main() -> None:
+    """Entry point."""
+    arguments = parse_arguments()
+    params, values, step = load_params(arguments.checkpoint, arguments.step)  # in host memory
+    config, dtype = resolve(values), arguments.dtype
+    if arguments.lora == "adapter":
+        export_adapter(arguments.out, config, params, config.train.init_from)
+        print(f"adapter of step {step} written to {arguments.out}")
+        return
+    if config.lora.rank and arguments.lora == "merged":
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            params, dtype = lora.merge(params, config.lora), dtype or "float32"
+    params = without_adapter(params)
+    kept = _companions(arguments.checkpoint, config)
+    stored = str(params["embedding"]["table"].dtype)
+    if kept is None:
+        hf = hf_config(config.model, dtype=stored)
+    else:
+        hf = updated_config(config.model, json.loads((kept / CONFIG).read_text()), dtype=stored)
+    with progress_bar("writing") as show:
+        export_folder(
+            arguments.out, config.model, params, hf, dtype=dtype,
+            shard_bytes=int(arguments.shard_gb * 2**30), on_progress=show,
+        )  # fmt: skip
+    if kept is not None:
+        copy_companions(kept, Path(arguments.out).expanduser(), config=False)
+    print(f"step {step} written to {arguments.out}, for {hf['architectures'][0]}")
+
+
+def _companions(checkpoint: str, config: Config) -> epath.Path | None:
+    """The folder of the small files that the model was imported with: its own, or that of the run it began with."""
+    places = [absolute(folder) for folder in (checkpoint, config.train.init_from) if folder]
+    # A run may begin with a step of another, workdir/STEP.
+    found = [place / COMPANIONS for place in (*places, places[-1].parent)]
+    return next((kept for kept in found if (kept / CONFIG).is_file()), None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Imports an open model in Hugging Face format: Llama 2 and 3, Mistral, Qwen 2 and 3, Gemma 1 to 3 (text).
+
+    python -m launch.import_hf --source=DIR --out=runs/gemma
+    python -m launch.import_hf --source=DIR --out=runs/gemma_fam --block_size=1024 --memory_segments=3 --fam_length=64
+
+Reads tensor by tensor, each straight into its shards, and writes a checkpoint that training, evaluation and
+generation restore. On the hosts of a TPU slice, type it on all of them. With the defaults the model is the original
+one for the first (memory_segments + 1) * block_size tokens. The original config.json and the tokenizer's files are
+kept in OUT/huggingface.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+from etils import epath
+
+from fam_jax.checkpoint import Checkpoints, absolute
+from fam_jax.config import Config, MeshConfig, ModelConfig, UserError, resolve
+from fam_jax.convert import (
+    ConvertError,
+    Folder,
+    check_tokenizer,
+    find_tokenizer,
+    import_parameters,
+    model_fields,
+)
+from fam_jax.convert.families import OWN_FIELDS
+from fam_jax.convert.folder import copy_companions
+from fam_jax.convert.importing import stored_fam
+from fam_jax.sharding import make_mesh, param_shardings
+from launch.errors import ArgumentParser, integers, user_errors
+from launch.processes import join, leaving_together
+
+COMPANIONS = "huggingface"  # folder of a checkpoint that holds the original's small files
+CONTEXT = 8192  # tokens that the defaults let a model see at a time, if it was made for as many
+DTYPES = {
+    "bfloat16": "bfloat16",
+    "float64": "float64",
+}  # of activations, by the embedding table's; else float32
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; fields of the model that are not given are None.
+
+    Raises:
+      UserError: an argument is unknown, missing or malformed.
+    """
+    parser = ArgumentParser(prog="python -m launch.import_hf", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--source", required=True, metavar="DIR", help="config.json, safetensors, tokenizer")
+    parser.add_argument("--out", required=True, metavar="CKPT", help="folder of the new checkpoint")
+    parser.add_argument("--param_dtype", choices=("float32", "bfloat16"), help="default: as in the files")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE|none", help="default: the source's tokenizer.model or .json"
+    )
+    parser.add_argument("--ignore_option", action="append", default=[], metavar="NAME",
+                        help="of config.json, known to change nothing that the model computes")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the initial FAM")
+    parser.add_argument("--mesh", type=integers, metavar="DATA,FSDP,TENSOR", default=(0, 1, 1),
+                        help="devices along each axis of the mesh; default: all along data")  # fmt: skip
+    group = parser.add_argument_group("fields of the model, see fam_jax/config/model.py")
+    types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+    for name in (*OWN_FIELDS, "window"):
+        kind: Any = (lambda text: text.lower() == "true") if types[name] is bool else types[name]
+        group.add_argument(f"--{name}", type=kind)
+    found = parser.parse_args(arguments)
+    if len(found.mesh) != 3:
+        raise UserError(f"argument --mesh: expected three numbers such as 0,1,1, got {len(found.mesh)}")
+    return found
+
+
+def imported_config(folder: Folder, arguments: argparse.Namespace, vocabulary: str | None) -> Config:
+    """The config of the imported model.
+
+    Raises:
+      UserError: the folder's model is not supported, or the arguments do not fit it.
+    """
+    original = model_fields(folder.config, arguments.ignore_option)
+    given = {name: getattr(arguments, name) for name in (*OWN_FIELDS, "window")}
+    given = stored_fam(folder) | {name: value for name, value in given.items() if value is not None}
+    table = "model.embed_tokens.weight"
+    dtype = str(folder.dtype(table)) if table in folder.names else "float32"
+    fields: dict[str, Any] = {"block_size": 1024, "fam_length": 0, "dtype": DTYPES.get(dtype, "float32")}
+    fields |= original | given
+    if "memory_segments" not in given and fields["block_size"] > 0:
+        context = min(folder.config.get("max_position_embeddings", CONTEXT), CONTEXT)
+        # A window reaches window - 1 tokens beyond a token, which may be the first of its block.
+        reach = max(context - fields["block_size"], fields["window"] - 1, fields["local_window"] - 1, 0)
+        fields["memory_segments"] = -(-reach // fields["block_size"])
+    data = {} if vocabulary is None else {"vocabulary": vocabulary}
+    return resolve({"model": fields, "data": data})
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, to be told (done, total); none if that is no terminal."""
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+def chosen_tokenizer(folder: Folder, out: epath.Path, choice: str | None) -> tuple[Path | None, str | None]:
+    """The tokenizer file to check, and the path of `data.vocabulary`, which is where it will lie."""
+    if choice == "none":
+        return None, None
+    file = find_tokenizer(folder.path) if choice is None else Path(choice).expanduser()
+    if file is None:
+        raise ConvertError(
+            f"{folder.path}: holds neither tokenizer.model nor tokenizer.json; give one by --tokenizer=FILE, or "
+            "--tokenizer=none to import the model without"
+        )
+    return file, str((out / COMPANIONS / file.name) if choice is None else file.absolute())
+
+
+@leaving_together()
+@user_errors()
+def main() -> None:
+    """Entry point."""
+    arguments = parse_arguments(join(sys.argv, stop_together=False)[1:])
+    out = absolute(arguments.out)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty; give a new folder as --out")
+    mesh = make_mesh(MeshConfig(*arguments.mesh))
+    folder = Folder(arguments.source)
+    tokenizer, vocabulary = chosen_tokenizer(folder, out, arguments.tokenizer)
+    config = imported_config(folder, arguments, vocabulary)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, config.model.vocab_size)
+    with progress_bar("reading") as show:
+        params = import_parameters(
+            folder, config.model, lambda shapes: param_shardings(shapes, mesh),
+            param_dtype=arguments.param_dtype, seed=arguments.seed, on_progress=show,
+        )  # fmt: skip
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    with Checkpoints(out, config=dataclasses.asdict(config), keep=1, in_flight_bytes=largest) as checkpoints:
+        checkpoints.save(0, {"params": params}, {}, wait=True)
+    if jax.process_index() > 0:
+        return
+    copy_companions(folder.path, out / COMPANIONS)
+    model = config.model
+    print(
+        f"written to {out}: {model.num_layers} layers of width {model.model_dim}, vocabulary {vocabulary or 'none'}"
+    )
+    seen = (model.memory_segments + 1) * model.block_size
+    if model.fam_length == 0:
+        print(
+            f"equal to the original for the first {seen} tokens, and a sliding window of blocks beyond",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Every folder that cannot be read exactly is refused in one line that names what is wrong."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fam_jax.convert import ConvertError, Folder, model_fields
+from tests.convert.recorded import DATA, imported
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the recorded Llama, to be spoilt."""
+    shutil.copytree(DATA / "llama", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def message_of(folder):
+    with pytest.raises(ConvertError) as caught:
+        imported(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    return message
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_no_folder(tmp_path):
+    assert "no such folder" in message_of(tmp_path / "nothing")
+
+
+def test_no_config(folder):
+    (folder / "config.json").unlink()
+    assert "holds no config.json" in message_of(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_a_config_that_is_no_json_object(folder, content):
+    (folder / "config.json").write_text(content)
+    assert "config.json: " in message_of(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
+def test_pytorch_files_only(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    assert "PyTorch files only" in message_of(folder)
+    assert "save_pretrained" in message_of(folder)
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert "holds neither model.safetensors" in message_of(folder)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[: len(data) // 2],
+    lambda data: b"\xff" * 8 + data[8:],
+    lambda data: data[:8] + b"#" + data[9:],
+    lambda data: data[:4],
+    lambda data: b"version https://git-lfs.github.com/spec/v1\n",
+])  # fmt: skip
+def test_a_damaged_file(folder, damage):
+    path = folder / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    assert "model.safetensors: is no safetensors file or is damaged" in message_of(folder)
+
+
+def test_a_part_that_the_index_names_is_missing(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "model-00002-of-00002.safetensors is missing" in message_of(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "has no weight_map" in message_of(folder)
+
+
+def test_a_tensor_is_missing(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    assert "tensor model.layers.1.mlp.up_proj.weight is missing" in message_of(folder)
+
+
+def test_a_tensor_is_not_expected(folder):
+    edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(24, "f4")}))
+    assert "tensor model.layers.0.self_attn.q_proj.bias in model.safetensors is not expected" in message_of(
+        folder
+    )
+
+
+def test_a_tensor_of_another_shape(folder):
+    edit_config(folder, vocab_size=41)
+    assert (
+        "tensor model.embed_tokens.weight in model.safetensors has shape [40, 16], not [41, 16]"
+        in message_of(folder)
+    )
+    assert "lm_head.weight" in message_of(folder)
+
+
+def test_tensors_of_quantised_models(folder):
+    edit_tensors(folder, lambda t: t.update({"model.norm.weight": np.ones(16, "i1")}))
+    assert "tensor model.norm.weight has dtype I8" in message_of(folder)
+
+
+def test_layers_of_different_dtypes(folder):
+    name = "model.layers.2.mlp.up_proj.weight"
+    edit_tensors(folder, lambda t: t.update({name: t[name].astype("f2")}))
+    assert f"{name} (float16) differ in dtype; set --param_dtype" in message_of(folder)
+
+
+def test_buffers_of_old_files_are_left_out(folder):
+    edit_tensors(
+        folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, "f4")})
+    )
+    imported(folder)
+
+
+def test_an_unembedding_beside_tied_embeddings_must_be_the_same(folder):
+    edit_config(folder, tie_word_embeddings=True)
+    assert "lm_head.weight differs from model.embed_tokens.weight" in message_of(folder)
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    assert "unembedding" not in imported(folder)[1]
+
+
+OPTIONS = {
+    "architecture LlamaModel is not supported; of model_type llama it is LlamaForCausalLM": {
+        "architectures": ["LlamaModel"],
+    },
+    "architecture PhiForCausalLM (model_type phi) is not supported; supported are llama": {
+        "model_type": "phi", "architectures": ["PhiForCausalLM"],
+    },
+    "architecture Gemma3ForConditionalGeneration (model_type gemma3) is not supported": {
+        "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
+    },
+    "option attention_bias = True is not supported": {"attention_bias": True},
+    "option mlp_bias = True is not supported": {"mlp_bias": True},
+    "option quantization_config": {"quantization_config": {"bits": 4}},
+    "option residual_scale = 0.3 is not supported for llama; if it": {"residual_scale": 0.3},
+    "hidden_act relu is not supported; supported are silu": {"hidden_act": "relu"},
+    "rope_type yarn is not supported": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+    "rope_type dynamic is not supported": {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None},
+    "option partial_rotary_factor of rope": {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}},
+    "rope_type linear needs factor": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+    "num_hidden_layers is missing": {"num_hidden_layers": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("says", "changes"), OPTIONS.items(), ids=OPTIONS)
+def test_options_that_are_not_supported(folder, says, changes):
+    edit_config(folder, **changes)
+    assert f"config.json: {says}" in message_of(folder)
+
+
+def test_an_option_may_be_ignored_by_name_unless_it_is_known_to_matter(folder):
+    config = Folder(folder).config
+    plain = model_fields(config)
+    assert model_fields(config | {"residual_scale": 0.3}, ["residual_scale"]) == plain
+    with pytest.raises(ConvertError, match="attention_bias"):
+        model_fields(config | {"attention_bias": True}, ["attention_bias"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("gemma2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "do not fit num_hidden_layers 3"),
+        ("gemma2", {"sliding_window": None}, "do not fit num_hidden_layers 3 and sliding_window None"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "option layer_types"),
+        ("gemma3", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {
+            "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}}, "scaled rope of the sliding_attention layers"),
+    ],
+)  # fmt: skip
+def test_windows_that_are_not_supported(name, changes, says):
+    with pytest.raises(ConvertError) as caught:
+        model_fields(Folder(DATA / name).config | changes)
+    assert says in str(caught.value)

@@ -1,0 +1,126 @@
+"""Runs with LoRA, exported: merged into the weights, as an adapter of PEFT, and the base without it."""
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from fam_jax.checkpoint import Checkpoints
+from fam_jax.config import Config, LoraConfig, TrainConfig
+from fam_jax.convert import ConvertError, export_adapter
+from fam_jax.model import create_model, from_dict, lora, to_dict
+from launch import export_hf
+from launch.import_hf import COMPANIONS
+from tests.convert.recorded import DATA, imported, recorded_tokens
+from tests.model.tiny import Reader, quick_jit
+
+LORA = LoraConfig(rank=3, alpha=6.0)
+
+
+def run_with_lora(name, config=LORA, **changes):
+    """Config, parameters and logits of a recorded model with updates that are not zero."""
+    model, params = imported(DATA / name, **changes)
+    config = Config(model=model, lora=config, train=TrainConfig(init_from=str(DATA.parent / "base")))
+    fresh = nnx.state(create_model(config, rngs=nnx.Rngs(1)))
+    params = lora.join(to_dict(fresh), params)
+    noise = np.random.default_rng(0)
+
+    def shake(path, leaf):
+        is_b = jax.tree_util.keystr(path, simple=True, separator="/").endswith("lora_b")
+        return jnp.asarray(0.3 * noise.normal(size=leaf.shape), jnp.float32) if is_b else leaf
+
+    params = jax.tree_util.tree_map_with_path(shake, params)
+
+    @quick_jit
+    def logits(params):
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: create_model(config, rngs=nnx.Rngs(0))))
+        built = nnx.merge(graphdef, from_dict(state, params))
+        return built(recorded_tokens(), built.init_memory(2), aligned=True)[0]
+
+    return config, params, np.asarray(logits(params))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run with LoRA that began with an imported Gemma 2, with its logits."""
+    config, params, logits = run_with_lora("gemma2")
+    base = tmp_path / "base"
+    (base / COMPANIONS).mkdir(parents=True)
+    shutil.copyfile(DATA / "gemma2" / "config.json", base / COMPANIONS / "config.json")
+    config = dataclasses.replace(config, train=TrainConfig(init_from=str(base / "0")))
+    with Checkpoints(tmp_path / "run", config=dataclasses.asdict(config), keep=1) as checkpoints:
+        checkpoints.save(5, {"params": params}, {}, wait=True)
+    return tmp_path / "run", logits
+
+
+def export(monkeypatch, run, out, *arguments):
+    monkeypatch.setattr(sys, "argv", ["export_hf", f"--checkpoint={run}", f"--out={out}", *arguments])
+    export_hf.main()
+
+
+def test_the_base_and_the_merged_model(monkeypatch, workdir, tmp_path):
+    run, logits = workdir
+    export(monkeypatch, run, tmp_path / "base_again", "--lora=base")
+    original = DATA / "gemma2" / "model.safetensors"
+    assert (tmp_path / "base_again" / "model.safetensors").read_bytes() == original.read_bytes()
+
+    export(monkeypatch, run, tmp_path / "merged")
+    config, params = imported(tmp_path / "merged")
+    got = Reader(config, params, 2).read(recorded_tokens(), aligned=True)
+    np.testing.assert_allclose(got, logits, rtol=0, atol=1e-4)
+    transformers = pytest.importorskip("transformers", reason="only transformers itself can read it")
+    from tests.convert.hf_models import logits_of
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager"
+    )
+    np.testing.assert_allclose(logits_of(model, recorded_tokens()), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "targets", [("layers/*/kernel",), ("layers/query/kernel", "layers/down/kernel")], ids=str
+)
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_peft_loads_the_adapter_upon_the_base(name, targets, tmp_path):
+    config, params, logits = run_with_lora(name, dataclasses.replace(LORA, targets=targets))
+    export_adapter(tmp_path / "adapter", config, params, "base")
+    described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (described["r"], described["lora_alpha"]) == (3, 6.0)
+    assert ("q_proj" in described["target_modules"], len(described["target_modules"]) == 7) == (
+        True,
+        len(targets) == 1,
+    )
+    peft = pytest.importorskip("peft", reason="only PEFT itself can read it")
+    import transformers
+
+    from tests.convert.hf_models import logits_of
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(DATA / name, attn_implementation="eager")
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    np.testing.assert_allclose(logits_of(model, recorded_tokens()), logits, rtol=0, atol=1e-4)
+
+
+def test_the_initial_fam_lies_beside_the_adapter(monkeypatch, tmp_path):
+    config, params, _ = run_with_lora("qwen3", fam_length=2)
+    with Checkpoints(tmp_path / "run", config=dataclasses.asdict(config), keep=1) as checkpoints:
+        checkpoints.save(5, {"params": params}, {}, wait=True)
+    export(monkeypatch, tmp_path / "run", tmp_path / "adapter", "--lora=adapter")
+    names = {"adapter_config.json", "adapter_model.safetensors", "fam.safetensors"}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == names
+    fam = load_file(tmp_path / "adapter" / "fam.safetensors")["initial_fam"]
+    np.testing.assert_array_equal(fam, params["initial_fam"])
+
+
+def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
+    config, params, _ = run_with_lora("qwen3", dataclasses.replace(LORA, train=("layers/*_norm/scale",)))
+    with pytest.raises(ConvertError, match="layers/attention_norm/scale was trained too"):
+        export_adapter(tmp_path, config, params)
+    with pytest.raises(ConvertError, match="there is no adapter"):
+        export_adapter(tmp_path, dataclasses.replace(config, lora=LoraConfig()), params)

@@ -1,0 +1,91 @@
+"""Tokenizers of open checkpoints: found, checked against the model, and read as vocabularies."""
+
+import json
+
+import pytest
+import tokenizers
+
+from fam_jax.config import UserError
+from fam_jax.convert import ConvertError, check_tokenizer, find_tokenizer
+from fam_jax.data.quiet_seqio import tf
+from fam_jax.data.vocabulary import SHIPPED, load_vocabulary
+
+TEXT = "Grün ist das Gras."
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A byte-level tokenizer that ends texts with </s>, as transformers saves it."""
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([TEXT] * 3, vocab_size=300, special_tokens=["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "</s>"}, "bos_token": None})
+    )
+    return tmp_path
+
+
+def size_of(folder):
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+
+
+def test_a_tokenizer_file_is_a_vocabulary(folder):
+    vocabulary = load_vocabulary(str(folder / "tokenizer.json"))
+    ids = vocabulary.encode(TEXT)
+    assert 0 < len(ids) < len(TEXT.encode())
+    assert vocabulary.decode(ids) == TEXT
+    assert vocabulary.vocab_size == size_of(folder)
+    assert (vocabulary.eos_id, vocabulary.bos_id, vocabulary.unk_id) == (0, None, None)
+    assert vocabulary.decode([*ids, 0, *ids]) == TEXT  # up to the end of the text
+
+
+def test_it_works_in_tensorflow_too(folder):
+    vocabulary = load_vocabulary(str(folder / "tokenizer.json"))
+    data = tf.data.Dataset.from_tensors(TEXT).map(vocabulary.encode_tf)
+    (ids,) = list(data.as_numpy_iterator())
+    assert ids.tolist() == vocabulary.encode(TEXT)
+    assert vocabulary.decode_tf(tf.constant([ids, ids])).numpy().tolist() == [TEXT.encode()] * 2
+
+
+def test_without_a_config_beside_it_no_piece_is_special(folder):
+    (folder / "tokenizer_config.json").unlink()
+    assert load_vocabulary(str(folder / "tokenizer.json")).eos_id is None
+
+
+def test_a_missing_or_damaged_vocabulary_is_told_in_one_line(folder):
+    (folder / "damaged.json").write_text("{}")
+    for name, says in (("damaged.json", "damaged one"), ("missing.json", "no such file")):
+        with pytest.raises(UserError, match=says):
+            load_vocabulary(str(folder / name))
+
+
+def test_a_sentencepiece_model_comes_first(folder):
+    assert find_tokenizer(folder).name == "tokenizer.json"
+    (folder / "tokenizer.model").write_bytes(SHIPPED["passkey"].read_bytes())
+    assert find_tokenizer(folder).name == "tokenizer.model"
+    for path in folder.iterdir():
+        path.unlink()
+    assert find_tokenizer(folder) is None
+
+
+def test_a_tokenizer_fits_a_table_of_its_size_or_a_padded_one(folder):
+    size = size_of(folder)
+    for vocab_size in (size, size + 512):
+        check_tokenizer(folder / "tokenizer.json", vocab_size)
+    for vocab_size in (size - 2, size + 2000):
+        with pytest.raises(
+            ConvertError, match=f"has {size} pieces, and the model's vocab_size is {vocab_size}"
+        ):
+            check_tokenizer(folder / "tokenizer.json", vocab_size)
+    with pytest.raises(ConvertError, match="pieces, and the model's vocab_size is 10"):
+        check_tokenizer(SHIPPED["passkey"], 10)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_damaged_tokenizer_is_refused(folder, name):
+    (folder / name).write_bytes(b"nothing")
+    with pytest.raises(ConvertError, match="is no tokenizer, or is damaged"):
+        check_tokenizer(folder / name, 300)
+    (folder / name).unlink()
+    with pytest.raises(ConvertError, match="no such file"):
+        check_tokenizer(folder / name, 300)
