@@ -8,7 +8,6 @@ best go to `fam_jax/kernels/pallas/tiles.json`, from where the kernels take them
 
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from benchmarks.record import write_record
 from benchmarks.report import print_table
 from fam_jax.config import UserError
 from fam_jax.kernels.pallas import tiles
@@ -90,10 +90,7 @@ def main(argv: Sequence[str]) -> None:
         ordered = sorted((r for r in results if r["cycles"]), key=lambda r: r["cycles"])
         print_table(f"{which}, {problem.topology}", list(ordered[0]), [list(r.values()) for r in ordered])
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(
-            json.dumps({"problem": dataclasses.asdict(problem), **found}, indent=1) + "\n"
-        )
+        write_record(arguments.json, "tune_attention", argv, problem, found)
     if arguments.record:
         choice = {
             name: value

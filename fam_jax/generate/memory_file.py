@@ -129,7 +129,7 @@ def _parse(path: Any, content: bytes) -> tuple[dict[str, str], dict[str, Any], b
 
 
 def _check_model(path: Any, metadata: dict[str, str], config: ModelConfig, params: dict[str, Any]) -> None:
-    saved, own = json.loads(metadata["config"]), _meaning(config)
+    saved, own = json.loads(metadata["config"]), json.loads(json.dumps(_meaning(config)))
     differing = [
         f"{field} was {json.dumps(saved.get(field))}, is {json.dumps(own.get(field))}"
         for field in sorted(saved.keys() | own.keys())

@@ -253,6 +253,8 @@ def _read(module: Module, fused: Computation, name: str) -> float:
             total += user.result_bytes(hbm_only=False)
         elif user.opcode == "dynamic-update-slice" and place == 0:
             continue
+        elif user.opcode == "tuple" or user.opcode in COLLECTIVES:
+            continue  # handed on, or the collective's own
         elif user.opcode == "bitcast":
             total += _read(module, fused, user.name)
         elif user.opcode == "fusion":
@@ -281,7 +283,9 @@ def _written(fused: Computation, op: Op) -> int:
         size = result.bytes if result.in_hbm else 0
         while leaf.opcode == "bitcast" and leaf.operands[0] in fused:
             leaf = fused[leaf.operands[0]]
-        if leaf.opcode == "dynamic-update-slice" and (update := fused.get(leaf.operands[1])):
+        if leaf.opcode == "parameter" or leaf.opcode in COLLECTIVES:
+            size = 0  # handed on, or the collective's own
+        elif leaf.opcode == "dynamic-update-slice" and (update := fused.get(leaf.operands[1])):
             size = min(size, update.result_bytes(hbm_only=False))
         total += size
     return total

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -235,11 +234,15 @@ def replica_group(op: Op) -> list[int]:
         if match[3]:
             devices = devices.transpose(_numbers(match[3]))
         return [int(device) for device in devices.reshape(shape)[0]]
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", text):
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
-        grouped = re.findall(r"'([^']+)'", match[2])
-        steps = [range(size) if name in grouped else (0,) for name, size in axes.items()]
-        return [int(np.ravel_multi_index(index, tuple(axes.values()))) for index in itertools.product(*steps)]
+        order = np.arange(math.prod(axes.values()))
+        if ids := re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", match[2]):
+            order = order.reshape(_numbers(ids[1]))
+            order = order.transpose(_numbers(ids[2])) if ids[2] else order
+        grouped = re.findall(r"'([^']+)'", match[3])
+        first = tuple(slice(None) if name in grouped else 0 for name in axes)
+        return [int(device) for device in order.reshape(tuple(axes.values()))[first].flat]
     if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
         return [int(match[1]), int(match[2])]
     raise ValueError(f"cannot tell the groups of {op.name}")

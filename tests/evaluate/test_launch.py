@@ -78,7 +78,7 @@ def test_error_of_the_command(tmp_path: pathlib.Path) -> None:
         (["--checkpoint=RUN", "--keys=0"], "config.evaluate.keys: must be at least 1"),
         (["--checkpoint=RUN", "--step=7"], "has no step 7; saved are 5, 10"),
         (["--checkpoint=RUN", "--mesh=1,2"], "argument --mesh: expected three numbers"),
-        (["--checkpoint=RUN", "--mesh=3,1,1"], "config.mesh.data: data * fsdp * tensor = 3, but there are 8 devices"),
+        (["--checkpoint=RUN", "--mesh=3,1,1"], "config.mesh: data * fsdp * tensor = 3, but there are 8 devices"),
         (["--checkpoint=RUN", "--mesh=1,1,8"], "8 does not divide model.vocab_size 51"),
     ],
     ids=str,

@@ -73,6 +73,8 @@ def test_attributes_of_many_lines() -> None:
         ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [0, 4]),
         ("source_target_pairs={{0,1},{1,2}}", [0, 1]),
     ],
 )

@@ -60,8 +60,8 @@ def test_fresh_parameters_do_not_depend_on_the_mesh() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (mesh_of(3, 1, 1), "config.mesh.data: data * fsdp * tensor = 3, but there are 8 devices"),
-        (mesh_of(0, 3, 1), "config.mesh.fsdp: fsdp * tensor = 3 does not divide the 8 devices"),
+        (mesh_of(3, 1, 1), "config.mesh: data * fsdp * tensor = 3, but there are 8 devices"),
+        (mesh_of(0, 3, 1), "config.mesh: fsdp * tensor = 3 does not divide the 8 devices"),
         (mesh_of(0, 1, 8), "config.mesh.tensor: 8 does not divide model.vocab_size 12"),
         (mesh_of(8, 1, 1, changed(ALWAYS, train__accumulation=2)), "config.train.batch_size: 4 rows cannot"),
     ],
