@@ -87,6 +87,19 @@ def test_the_kernels_are_dense_attention_under_its_mask(case: Case) -> None:
     check(case.wider(), "pallas_interpret", "float32", roundings=8)
 
 
+@pytest.mark.parametrize("past_blocks", [(0,), (2,)])
+def test_one_key_head_for_two_cores(past_blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an odd number of rows and key heads, which two cores cannot divide."""
+    monkeypatch.setattr("fam_jax.kernels.pallas.call.CORES", {"interpreter": 2})
+    case = dataclasses.replace(
+        TRAINING, kv_heads=1, past_blocks=past_blocks, slots=-1 if past_blocks[0] else 0
+    )
+    call = draw(case.wider())
+    trace = str(jax.make_jaxpr(lambda x: attend(case.wider(), call, x, "pallas_interpret"))(call.inputs))
+    assert ",2,8]" in trace  # keys of two heads, eight wide
+    check(case.wider(), "pallas_interpret", "float32", roundings=8)
+
+
 @pytest.mark.parametrize("implementation", RUNNABLE)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", ["plain", "stop-gradient in a window", "training"])

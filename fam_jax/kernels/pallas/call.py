@@ -18,6 +18,7 @@ from fam_jax.kernels.pallas.tiles import LANES, Tiles, choose_tiles
 from fam_jax.kernels.platform import target_chip
 from fam_jax.kernels.shapes import BlockShape
 
+CORES = dict.fromkeys(("TPU v4", "TPU v5", "TPU v5p"), 2)  # that one kernel runs on; 1 elsewhere
 FAM_ROWS = 16  # feedback keys are padded to whole tiles of fast memory
 
 
@@ -94,6 +95,9 @@ def _attend_here(
     sizes: Tiles | None,
 ) -> jax.Array:
     """The rows and heads of one device."""
+    if CORES.get(chip, 1) == 2 and (q.shape[0] * k.shape[2]) % 2 and (q.shape[2] // k.shape[2]) % 2 == 0:
+        # The cores divide rows and key heads among them: of an odd number one is taken for two, with half its queries.
+        k, v, fam_k, fam_v = (jnp.repeat(x, 2, axis=-2) for x in (k, v, fam_k, fam_v))
     length, slots, size = q.shape[1], k.shape[1] - q.shape[1], shape.block_size
     blocks, fam_keys = fam_k.shape[1], fam_k.shape[2]
     static = slots == 0 and fam_count is None

@@ -158,8 +158,7 @@ def _kernel(q: Any, d_out: Any, out: Any, logsum: Any, *refs: Any, geometry: Geo
 
     def read_fam(tokens: int) -> None:
         readers = _all_queries(tokens, geometry, sizes)
-        gradients = _tile(keys.fam[...], values.fam[...], side, readers, True, geometry)
-        _accumulate(fam_sums, ..., gradients)
+        _accumulate(fam_sums, ..., _tile(keys.fam[...], values.fam[...], side, readers, True, geometry))
 
     def read_block(back: int, tokens: int) -> None:
         for span in tiles(Span(-back * size, size if back else tokens), sizes.back_keys):
@@ -174,20 +173,19 @@ def _kernel(q: Any, d_out: Any, out: Any, logsum: Any, *refs: Any, geometry: Geo
             if max(first, back) < end:
                 pl.when((n >= max(first, back)) & (n < end))(functools.partial(read_block, back, tokens))
 
-    @pl.when(n < blocks)
-    def _() -> None:
-        dq[...] = (dq_sum[...] * geometry.scale).astype(dq.dtype)
-
-    @pl.when((n < blocks) & (g == last))
-    def _() -> None:
-        for result, sums, factor in zip(d_fam, fam_sums, (geometry.scale, 1.0), strict=False):
-            result[...] = (sums[...] * factor).astype(result.dtype)
+    write = functools.partial(_write, geometry)
+    pl.when(n < blocks)(functools.partial(write, (dq,), (dq_sum,), ..., (True,)))
+    pl.when((n < blocks) & (g == last))(functools.partial(write, d_fam, fam_sums, ..., (True, False)))
 
     @pl.when((n >= waiting) & (g == last))
     def _() -> None:
-        done = rows_from(ring(n - waiting), size)
-        dk[...] = (dk_ring[done] * geometry.scale).astype(dk.dtype)
-        dv[...] = dv_ring[done].astype(dv.dtype)
+        write((dk, dv), (dk_ring, dv_ring), rows_from(ring(n - waiting), size), (True, False))
+
+
+def _write(geometry: Geometry, results: Any, sums: Any, rows: Any, scaled: tuple[bool, ...]) -> None:
+    """Rows of the sums to the results; the scores' scale, where it was left out, is put in."""
+    for result, total, scale in zip(results, sums, scaled, strict=False):
+        result[...] = (total[rows] * (geometry.scale if scale else 1.0)).astype(result.dtype)
 
 
 _Mask = Callable[[tuple[int, ...]], jax.Array] | None
