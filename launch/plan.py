@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"{argv[1]}: not a flag; fields of the config are set as --config.group.field=value")
     config = resolved_config("config")
+    logging.set_verbosity(logging.WARNING)  # JAX tells that there is no TPU
     from fam_jax.plan import topology_devices  # after the config: TensorFlow takes seconds
     from fam_jax.plan.training import advice, best_plan, plan_training, sensible_meshes
 

@@ -124,6 +124,7 @@ def test_two_processes_go_on_from_one_on_another_mesh(alone: pathlib.Path, tmp_p
     assert_same_run(run, alone)
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(together: pathlib.Path, tmp_path: pathlib.Path) -> None:
     evaluate = ["launch.evaluate", f"--checkpoint={together / 'run'}", "--lengths=2", "--keys=4"]
     started = finish(tmp_path, *evaluate, "--batch_size=4", "--mesh=2,2,2", f"--out={tmp_path / 'two.json'}")

@@ -58,6 +58,7 @@ def test_the_dtype_of_the_base(base_dtype: str, stored: str) -> None:
     assert params["layers"]["down"]["lora_a"].dtype == "float32"
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing() -> None:
     """Two steps, the second from the saved FAM."""
     whole, metrics = run(LORA, 2)
@@ -202,6 +203,7 @@ def test_a_step_of_the_base_may_be_named(base: pathlib.Path, tmp_path: pathlib.P
     np.testing.assert_array_equal(params_at(tmp_path / "run")["layers/up/kernel"], before["layers/up/kernel"])
 
 
+@pytest.mark.slow
 def test_a_base_without_fam_gets_one(tmp_path: pathlib.Path) -> None:
     train(changed(BASE, model__fam_length=0, train__steps=1), str(tmp_path / "base"), quiet=True)
     train(adapting(tmp_path / "base", train__steps=1), str(tmp_path / "run"), quiet=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from tests.train.process import CONFIG, STEPS
 from tests.train.tiny import changed, run
@@ -20,6 +21,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_train_as_one_device(tmp_path: pathlib.Path) -> None:
     """Every process makes half of each batch's rows; the mesh spans both."""
     out, address = tmp_path / "found.npz", f"localhost:{free_port()}"
