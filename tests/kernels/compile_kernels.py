@@ -1,6 +1,7 @@
 """Run by test_tpu_compiler: compiles attention and its gradients for a TPU that is not there; prints the kernels."""
 
 import json
+import math
 import re
 import sys
 from typing import Any
@@ -14,12 +15,13 @@ from fam_jax.config import MeshConfig
 from fam_jax.kernels import block_attention
 from fam_jax.sharding import make_mesh, traced_for
 
-# (B, H, K, hd, C, N, m, S, P / C, dtype); P = 0 are the resident kernels where they fit, else the streamed ones.
+# (B, H, K, hd, C, T / C, m, S, P / C, dtype); P = 0 are the resident kernels where they fit, else the streamed ones.
 SHAPES = {
     "training": (1, 2, 2, 128, 256, 4, 2, 16, 0, jnp.bfloat16),
     "training, multi-query": (1, 2, 1, 128, 256, 4, 2, 16, 0, jnp.bfloat16),
     "training, 64 wide heads, float32": (1, 2, 1, 64, 128, 4, 1, 8, 0, jnp.float32),
     "training, no feedback": (1, 2, 2, 256, 128, 2, 1, 0, 0, jnp.bfloat16),
+    "training, half of the last block": (1, 2, 1, 128, 512, 2.5, 2, 16, 0, jnp.bfloat16),
     "prefill": (2, 2, 1, 128, 256, 2, 2, 64, 2, jnp.bfloat16),
     "prefill, 64 wide heads, float32": (1, 2, 2, 64, 128, 2, 1, 8, 1, jnp.float32),
     "prefill, long memory": (1, 2, 1, 128, 1024, 1, 12, 256, 12, jnp.bfloat16),
@@ -30,14 +32,16 @@ SHAPES = {
 
 def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **options: Any) -> set[str]:
     """Names of the Pallas kernels in the executable, for a mesh of so many chips."""
-    batch, heads, kv_heads, head_dim, size, blocks, segments, fam, past, dtype = SHAPES[name]
+    batch, heads, kv_heads, head_dim, size, length, segments, fam, past, dtype = SHAPES[name]
+    blocks = math.ceil(length)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), devices[: fsdp * tensor])
 
     def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    tokens, keys = blocks * size, (past + blocks) * size
+    tokens = int(length * size)
+    keys = past * size + tokens
     inputs = (
         array(batch, tokens, heads, head_dim),
         *[array(batch, keys, kv_heads, head_dim)] * 2,
