@@ -263,6 +263,7 @@ def test_misread_tokens_are_counted_by_place() -> None:
     assert second == {"wrong": 1.0, "pairs": {"three as two": 2, "two as three": 1}}
 
 
+@pytest.mark.slow
 def test_drift_follows_a_stream() -> None:
     config = get_config("smoke")
     resolved = resolve(config)
@@ -275,6 +276,7 @@ def test_drift_follows_a_stream() -> None:
     assert len(found["misread"]) == 6  # a space, five digits
 
 
+@pytest.mark.slow
 def test_generation_record(tmp_path: pathlib.Path) -> None:
     generation.main(["--lengths=300", f"--json={tmp_path / 'generation.json'}"])
     record = json.loads((tmp_path / "generation.json").read_text())

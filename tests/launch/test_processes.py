@@ -107,6 +107,7 @@ def test_two_processes_train_as_one(together: pathlib.Path, alone: pathlib.Path)
     assert_same_run(together / "run", alone)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_two_on_another_mesh(
     together: pathlib.Path, alone: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import fam_1b, fam_8b, fam_24b
-from fam_jax.config import Config, MeshConfig, resolve
+from fam_jax.config import Config, ConfigError, MeshConfig, UserError, resolve
 from fam_jax.plan.training import bytes_needed, model_flops, plan_training, sensible_meshes, visible_keys
 from fam_jax.train.loop import make_trainer
 from tests.plan.programs import needs_compiler
@@ -85,6 +85,19 @@ def test_a_plan_of_a_small_model() -> None:
     assert report["collectives"] and report["compile_seconds"] > 0
     # The compiler counts what the model's FLOPs leave out, attention's scores in part and FAM.
     assert report["compiled_flops"] > 0.8 * report["model_flops"]
+
+
+@needs_compiler
+def test_a_slice_that_the_compiler_does_not_know() -> None:
+    with pytest.raises(UserError, match="topology 'v5e:3x5'"):
+        plan_training(SMOKE, "v5e:3x5", 128)
+
+
+@needs_compiler
+def test_a_batch_that_does_not_divide() -> None:
+    config = dataclasses.replace(SMOKE, train=dataclasses.replace(SMOKE.train, batch_size=6))
+    with pytest.raises(ConfigError, match=r"config\.train\.batch_size: 6 rows cannot be divided"):
+        plan_training(config, "v5e:2x2", 128)
 
 
 @needs_compiler

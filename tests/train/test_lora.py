@@ -68,6 +68,7 @@ def test_accumulation_changes_nothing() -> None:
     assert_close(same, metrics, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_sharded_step_is_the_step_of_one_device() -> None:
     expected, metrics = run(LORA, 2)
     config = changed(LORA, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
@@ -102,6 +103,7 @@ def compiled(config: Config) -> Any:
     return trainer.step.lower(trainer.state_shapes, batch).compile()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_step_costs_less_than_one_of_full_training() -> None:
     """By XLA's own count: fewer operations, less state, less memory besides."""
     wide = changed(TINY, model__model_dim=128, model__ff_dim=512, model__head_dim=32, model__remat="dots")
