@@ -15,6 +15,7 @@ from tests.launch.running import ROOT, TINY, command, environment
 STEPS = 400
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "run"
     train = command(
