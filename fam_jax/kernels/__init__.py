@@ -6,5 +6,6 @@
 
 from fam_jax.kernels.block_attention import IMPLEMENTATIONS, block_attention
 from fam_jax.kernels.joint import Part, joint_attention, soft_cap
+from fam_jax.kernels.rotary import rotary, turn
 
-__all__ = ["IMPLEMENTATIONS", "Part", "block_attention", "joint_attention", "soft_cap"]
+__all__ = ["IMPLEMENTATIONS", "Part", "block_attention", "joint_attention", "rotary", "soft_cap", "turn"]

@@ -15,7 +15,7 @@ from fam_jax.model.fam import BlockInputs, local_rotation, run_chain
 from fam_jax.model.kinds import Kind, visible_segments
 from fam_jax.model.layers import DecoderLayer
 from fam_jax.model.memory import LayerMemory, Memory
-from fam_jax.model.rope import Rotation, rotate
+from fam_jax.model.rope import Rotation, rotate, rotate_tokens
 
 
 class ChunkFrames(NamedTuple):
@@ -98,7 +98,7 @@ def _attend(
     start_fam: jax.Array,
 ) -> tuple[jax.Array, LayerMemory]:
     """What differs between kinds of layers: (B, T, H, hd) attended values, and the memory after the chunk."""
-    rotated = rotate(k, frames.tokens)
+    rotated = rotate_tokens(k, frames.tokens, config.attention)
     fam, fam_k, fam_v, memory = _read_fam(layer, config, rotated, v, memory, start_fam, frames)
 
     segments = visible_segments(config)
@@ -106,7 +106,7 @@ def _attend(
     past_k = rotate(memory.keys[:, unseen:], frames.past).reshape(k.shape[0], -1, *k.shape[2:])
     past_v = memory.values[:, unseen:].reshape(past_k.shape)
     attended = block_attention(
-        rotate(q, frames.tokens),
+        rotate_tokens(q, frames.tokens, config.attention),
         jnp.concatenate([past_k, rotated], axis=1),
         jnp.concatenate([past_v, v], axis=1),
         fam_k,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.config import ModelConfig
+from fam_jax.kernels import rotary, turn
 
 DIGIT = 256
 LEVELS = 4  # covers int32
@@ -107,6 +108,9 @@ def scale_frequencies(config: ModelConfig, frequencies: np.ndarray) -> np.ndarra
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotates x (..., heads, hd) by `rotation` (..., 1, hd / 2)."""
-    first, second = jnp.split(x.astype(rotation.cos.dtype), 2, axis=-1)
-    turned = (first * rotation.cos - second * rotation.sin, second * rotation.cos + first * rotation.sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return turn(x, rotation.cos, rotation.sin)
+
+
+def rotate_tokens(x: jax.Array, rotation: Rotation, implementation: str) -> jax.Array:
+    """:func:`rotate` of many tokens: x (B, T, heads, hd) by (B or 1, T, 1, hd / 2), by a kernel where there is one."""
+    return rotary(x, rotation.cos, rotation.sin, implementation=implementation)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 
 from fam_jax.config import UserError
 from fam_jax.kernels.pallas import resident, resident_backward, streamed, streamed_backward
-from fam_jax.kernels.pallas.partition import over_mesh
+from fam_jax.kernels.pallas.partition import division, over_mesh
 from fam_jax.kernels.pallas.parts import Geometry, Layout
 from fam_jax.kernels.pallas.tiles import LANES, Tiles, choose_tiles
 from fam_jax.kernels.platform import target_chip
@@ -77,7 +78,10 @@ def pallas_block_attention(
         raise AttentionError(f"attention implementation pallas: {reason}")
 
     attend = functools.partial(_attend_here, shape=shape, chip=chip, interpret=interpret, sizes=sizes)
-    return over_mesh(attend, q, k, v, fam_k, fam_v, past_length, fam_count)
+    rows, heads, kv_heads = division(q.shape[0], q.shape[2], k.shape[2])
+    tokens, keys, fam = P(rows, None, heads), P(rows, None, kv_heads), P(rows, None, None, kv_heads)
+    arrays = (q, k, v, fam_k, fam_v, past_length, fam_count)
+    return over_mesh(attend, arrays, (tokens, keys, keys, fam, fam, P(rows), P(rows)), tokens)
 
 
 def _attend_here(
