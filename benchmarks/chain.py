@@ -10,12 +10,13 @@ from flax import nnx
 
 from benchmarks.workload import Workload
 from fam_jax.config import ModelConfig
+from fam_jax.kernels import Part, joint_attention
 from fam_jax.model import from_dict
-from fam_jax.model.fam import BlockInputs, local_rotation, run_chain, update_fam
+from fam_jax.model.fam import ChainAttention, ChainInputs, local_rotation, run_chain, update_fam
 from fam_jax.model.layers import DecoderLayer
-from fam_jax.model.rope import Rope
+from fam_jax.model.rope import Rope, rotate
 
-Chain = Callable[[DecoderLayer, jax.Array, BlockInputs], Any]
+Chain = Callable[[DecoderLayer, jax.Array, ChainInputs, ChainAttention], Any]
 
 
 def layer_structure(model: ModelConfig) -> tuple[Any, Any]:
@@ -23,23 +24,39 @@ def layer_structure(model: ModelConfig) -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(lambda: DecoderLayer(model, rngs=nnx.Rngs(0))))
 
 
-def plain_chain(layer: DecoderLayer, fam: jax.Array, blocks: BlockInputs) -> Any:
-    """The same as `run_chain`; its backward pass adds to every weight's gradient at every block."""
-    return jax.lax.scan(lambda fam, block: update_fam(layer, fam, block), fam, blocks)
+def plain_chain(layer: DecoderLayer, fam: jax.Array, inputs: ChainInputs, attention: ChainAttention) -> Any:
+    """The same as `run_chain`; its backward pass adds to every gradient at every block."""
+
+    def body(fam: jax.Array, step: Any) -> Any:
+        block, rotation, keep = step
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            size = attention.block_size
+            keys, values = (
+                jax.lax.dynamic_slice_in_dim(x, block * size, size, 1).reshape(len(x), size, *k.shape[2:])
+                for x in inputs[:2]
+            )
+            q, k = rotate(q, rotation), rotate(k, rotation)
+            return joint_attention([Part(q, k, v), Part(q, keys, values)])
+
+        return update_fam(layer, fam, keep, attend)
+
+    return jax.lax.scan(body, fam, (jnp.arange(len(inputs.keep)), inputs.rotation, inputs.keep))
 
 
 def chain_loss(model: ModelConfig, chain: Chain) -> Callable[..., jax.Array]:
-    """loss(layer parameters, fam (B, M, D), keys, values (N, B, C, K, hd)): half the squares of all that it returns."""
+    """loss(layer parameters, fam (B, M, D), keys, values (B, T, K * hd)): half the squares of all that it returns."""
     graphdef, _ = layer_structure(model)
     own = local_rotation(model, Rope(model.head_dim, model.rope_base, "float32"))
 
     def loss(parameters: Any, fam: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         layer = nnx.merge(graphdef, parameters)
-        blocks, batch = keys.shape[:2]
+        batch, blocks = keys.shape[0], keys.shape[1] // model.block_size
         # Every block's keys stand in its own frame: one rotation does for all.
         rotation = own.map(lambda r: jnp.broadcast_to(r, (blocks, 1, *r.shape)))
         keep = jnp.broadcast_to(np.arange(blocks)[:, None] > 0, (blocks, batch))
-        out = chain(layer, fam, BlockInputs(keys, values, rotation, keep))
+        attention = ChainAttention(model.block_size, 0.0, "auto")
+        out = chain(layer, fam, ChainInputs(keys, values, rotation, keep), attention)
         return sum((jnp.vdot(x, x) for x in jax.tree.leaves(out)), jnp.zeros(())) / 2
 
     return loss
@@ -49,8 +66,7 @@ def chain_inputs(work: Workload, model: ModelConfig, params: dict[str, Any]) -> 
     """Arguments of `chain_loss`: the first layer's parameters, and random activations of unit variance."""
     _, abstract = layer_structure(model)
     parameters = from_dict(abstract, jax.tree.map(lambda x: x[0], params["layers"]))
-    blocks = work.length // model.block_size
-    shape = (blocks, work.batch, model.block_size, model.num_kv_heads, model.head_dim)
+    shape = (work.batch, work.length, model.num_kv_heads * model.head_dim)
     fam_key, *keys = jax.random.split(jax.random.key(work.seed), 3)
     fam = jax.random.normal(fam_key, (work.batch, model.fam_length, model.model_dim))
     return parameters, fam, *(jax.random.normal(key, shape) for key in keys)

@@ -11,7 +11,7 @@ import numpy as np
 
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import block_attention
-from fam_jax.model.fam import BlockInputs, local_rotation, run_chain
+from fam_jax.model.fam import ChainAttention, ChainInputs, local_rotation, run_chain
 from fam_jax.model.kinds import Kind, visible_segments
 from fam_jax.model.layers import DecoderLayer
 from fam_jax.model.memory import LayerMemory, Memory
@@ -140,26 +140,12 @@ def _read_fam(
     """
     batch, length, kv_heads, head_dim = k.shape
     size, previous = config.block_size, config.fam_previous_blocks
-    full, blocks = length // size, -(-length // size)
+    blocks = -(-length // size)
     if config.fam_length == 0:
         nothing = jnp.zeros((batch, blocks, 0, kv_heads, head_dim), k.dtype)
         return start_fam, nothing, nothing, memory
 
-    def by_block(a: jax.Array) -> jax.Array:  # (N, B, C, K, hd), complete blocks only
-        return a[:, : full * size].reshape(batch, full, size, kv_heads, head_dim).swapaxes(0, 1)
-
-    # The rotation of the FAM before each block: its own, then that of its frame in the chunk.
-    rotation = frames.own_fam.after(
-        frames.fams[:, previous - 1 : previous - 1 + full]
-    )  # (B or 1, N, M, 1, hd/2)
-    keep = frames.carries_context[None] | (np.arange(full) > 0)[:, None]
-    chain = BlockInputs(
-        by_block(k),
-        by_block(v),
-        rotation.map(lambda r: r.swapaxes(0, 1)),
-        jnp.broadcast_to(keep, (full, batch)),
-    )
-    fam, (chain_k, chain_v) = run_chain(layer, start_fam, chain)
+    fam, chain_k, chain_v = _update_by_block(layer, config, k, v, start_fam, frames)
     _, last_k, last_v = layer.project(fam)
 
     # All FAMs in order of time, in their own frames: older ones from memory, those before each block, the last.
@@ -177,6 +163,31 @@ def _read_fam(
     newest = slice(-1, -previous - 1, -1)
     memory = dataclasses.replace(memory, fam_keys=keys[:, newest], fam_values=values[:, newest])
     return fam, seen(rotate(keys, frames.fams)), seen(values), memory
+
+
+def _update_by_block(
+    layer: DecoderLayer,
+    config: ModelConfig,
+    k: jax.Array,
+    v: jax.Array,
+    fam: jax.Array,
+    frames: ChunkFrames,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The FAM after the complete blocks of rotated keys and values, and the keys and values of those before."""
+    batch, length, kv_heads, head_dim = k.shape
+    previous, full = config.fam_previous_blocks, length // config.block_size
+    if full == 0:
+        nothing = jnp.zeros((0, batch, config.fam_length, kv_heads, head_dim), k.dtype)
+        return fam, nothing, nothing
+    # The rotation of the FAM before each block: its own, then that of its frame in the chunk.
+    before = frames.fams[:, previous - 1 : previous - 1 + full]
+    rotation = frames.own_fam.after(before).map(lambda r: r.swapaxes(0, 1))  # (N, B or 1, M, 1, hd/2)
+    keep = frames.carries_context[None] | (np.arange(full) > 0)[:, None]
+    keys, values = (x.reshape(batch, length, -1) for x in (k, v))
+    inputs = ChainInputs(keys, values, rotation, jnp.broadcast_to(keep, (full, batch)))
+    attention = ChainAttention(config.block_size, config.attention_softcap, config.attention)
+    fam, (chain_k, chain_v) = run_chain(layer, fam, inputs, attention)
+    return fam, chain_k, chain_v
 
 
 def _remember(

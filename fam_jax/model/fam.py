@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 
 from fam_jax.config import ModelConfig
-from fam_jax.kernels import Part, joint_attention
+from fam_jax.kernels import Part, joint_attention, update_attention
 from fam_jax.model.gather import keep_rows
 from fam_jax.model.layers import Apply, DecoderLayer, FrozenParam, Linear, apply_linear
-from fam_jax.model.rope import Rope, Rotation, rotate
+from fam_jax.model.rope import Rope, Rotation, rotate, rotate_tokens
 
 # (frozen, weights, rest) -> the layer of these parameters.
 Merge = Callable[[Any, Any, Any], DecoderLayer]
@@ -38,35 +38,49 @@ def local_rotation(config: ModelConfig, rope: Rope) -> Rotation:
     return rope.static(0 * index)
 
 
-class BlockInputs(NamedTuple):
-    """What one FAM update reads beside the FAM; in a chain every array has a leading N axis."""
+# (queries (B, M, H, hd), keys and values (B, M, K, hd) of a FAM, no RoPE yet) -> (B, M, H, hd).
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-    keys: jax.Array  # (B, C, K, hd) of the block's tokens, rotated
-    values: jax.Array  # (B, C, K, hd)
-    rotation: Rotation  # (B or 1, M, 1, hd/2) of the FAM, in the frame of the keys
-    keep: jax.Array  # (B,) bool: the FAM carries context, so the update has its residual
+
+class ChainInputs(NamedTuple):
+    """What a chain of N updates reads beside the FAM."""
+
+    keys: jax.Array  # (B, T, K * hd) of all tokens, rotated; N * C of them are read
+    values: jax.Array  # (B, T, K * hd)
+    rotation: Rotation  # (N, B or 1, M, 1, hd/2) of the FAM before each block, in the frame of the keys
+    keep: jax.Array  # (N, B) bool: the FAM carries context, so the update has its residual
+
+
+class ChainAttention(NamedTuple):
+    """What is static about the attention of a chain."""
+
+    block_size: int  # C
+    softcap: float
+    implementation: str
 
 
 def update_fam(
-    layer: DecoderLayer, fam: jax.Array, block: BlockInputs, apply: Apply = apply_linear
+    layer: DecoderLayer, fam: jax.Array, keep: jax.Array, attend: Attend, apply: Apply = apply_linear
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """F_tau from F_{tau-1} (B, M, D) and block tau: the FAM path of algorithm 2.
+
+    Args:
+      layer: whose FAM it is.
+      fam: F_{tau-1}.
+      keep: (B,) bool: it carries context, so the update has its residual.
+      attend: to F_{tau-1} itself and all tokens of block tau.
+      apply: how projections are applied.
 
     Returns:
       F_tau, and the unrotated keys and values (B, M, K, hd) of F_{tau-1}, which the tokens of the block see.
     """
     q, k, v = layer.project(fam, apply)
-    q = rotate(q, block.rotation)
-    attended = joint_attention(
-        [Part(q, rotate(k, block.rotation), v), Part(q, block.keys, block.values)],
-        softcap=layer.attention_softcap,
-    )
-    residual = jnp.where(block.keep[:, None, None], fam, 0)
-    return layer.finish(attended, residual, apply), (k, v)
+    residual = jnp.where(keep[:, None, None], fam, 0)
+    return layer.finish(attend(q, k, v), residual, apply), (k, v)
 
 
 def run_chain(
-    layer: DecoderLayer, fam: jax.Array, blocks: BlockInputs
+    layer: DecoderLayer, fam: jax.Array, inputs: ChainInputs, attention: ChainAttention
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Updates `fam` (B, M, D) over N blocks.
 
@@ -83,84 +97,155 @@ def run_chain(
     def merge(frozen: nnx.State, weights: nnx.State, rest: nnx.State) -> DecoderLayer:
         return nnx.merge(graphdef, frozen, weights, rest)
 
-    return scan_updates(merge, frozen, weights, rest, fam, blocks)
+    return scan_updates(merge, attention, frozen, weights, rest, fam, inputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan_updates(merge: Merge, frozen: Any, weights: Any, rest: Any, fam: jax.Array, blocks: Any) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def scan_updates(
+    merge: Merge,
+    attention: ChainAttention,
+    frozen: Any,
+    weights: Any,
+    rest: Any,
+    fam: jax.Array,
+    inputs: ChainInputs,
+) -> Any:
     """`lax.scan` of :func:`update_fam` whose backward pass forms each weight gradient once, over all blocks.
 
-    Differentiated as it stands, a scan adds the gradient of every weight to an accumulator at every step: N times the
-    traffic of all the layer's weights. Here the backward scan yields only the cotangents of the projections' outputs;
-    after it, each projection is differentiated once, at its stacked inputs and cotangents.
+    Differentiated as it stands, a scan adds the gradient of every weight, and that of all keys and values, to an
+    accumulator at every step: N times the traffic of all the layer's weights. Here the backward scan yields only the
+    cotangents of the projections' outputs and of each block's keys and values; after it, each projection is
+    differentiated once, at its stacked inputs and cotangents.
 
     Args:
       merge: (frozen, weights, rest) -> layer.
+      attention: what is static about it.
       frozen: parameters of projections that are not trained, and get no gradient.
       weights: the other parameters of projections.
       rest: the other parameters, differentiated the usual way.
       fam: carry.
-      blocks: xs of the scan.
+      inputs: keys and values get gradients, positions do not.
 
     Returns:
       (carry, stacked ys), as `lax.scan`.
     """
     frozen, weights = _cast((frozen, weights), fam.dtype)
+    layer = merge(frozen, weights, rest)
 
     def apply(linear: Linear, h: jax.Array) -> jax.Array:
         return keep_rows(linear(keep_rows(h)))
 
-    def body(fam: jax.Array, block: Any) -> tuple[jax.Array, Any]:
-        return update_fam(merge(frozen, weights, rest), keep_rows(fam), block, apply)
+    def body(fam: jax.Array, step: Any) -> tuple[jax.Array, Any]:
+        block, rotation, keep = step
+        attend = _attend_to(inputs, block, rotation, _taps(inputs, attention), attention)
+        return update_fam(layer, keep_rows(fam), keep, attend, apply)
 
-    return jax.lax.scan(body, fam, blocks)
+    return jax.lax.scan(body, fam, _steps(inputs))
+
+
+def _steps(inputs: ChainInputs) -> tuple[jax.Array, Rotation, jax.Array]:
+    """Number, rotation and residual of each block."""
+    return jnp.arange(len(inputs.keep)), inputs.rotation, inputs.keep
+
+
+def _taps(inputs: ChainInputs, attention: ChainAttention) -> tuple[jax.Array, jax.Array]:
+    """Whose cotangents are those of a block's keys and values."""
+    batch, _, width = inputs.keys.shape
+    tap = jnp.zeros((batch, attention.block_size, width), inputs.keys.dtype)
+    return tap, tap
+
+
+def _attend_to(
+    inputs: ChainInputs,
+    block: jax.Array,
+    rotation: Rotation,
+    taps: tuple[jax.Array, jax.Array],
+    attention: ChainAttention,
+) -> Attend:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q, k = (rotate_tokens(x, rotation, attention.implementation) for x in (q, k))
+        return update_attention(
+            q,
+            k,
+            v,
+            inputs.keys,
+            inputs.values,
+            block,
+            taps,
+            softcap=attention.softcap,
+            implementation=attention.implementation,
+        )
+
+    return attend
 
 
 def _scan_forward(
-    merge: Merge, frozen: Any, weights: Any, rest: Any, fam: jax.Array, blocks: Any
+    merge: Merge,
+    attention: ChainAttention,
+    frozen: Any,
+    weights: Any,
+    rest: Any,
+    fam: jax.Array,
+    inputs: ChainInputs,
 ) -> tuple[Any, Any]:
     cast_frozen, cast = _cast((frozen, weights), fam.dtype)
+    tap = _taps(inputs, attention)
 
-    def tapped(rest: Any, fam: jax.Array, blocks: Any, nudges: dict[str, jax.Array]) -> tuple[Any, Any]:
+    def tapped(
+        rest: Any, fam: jax.Array, taps: tuple[jax.Array, jax.Array], nudges: dict[str, jax.Array]
+    ) -> tuple[Any, Any]:
         """The scan, with a zero added to every projection's output, to be differentiated by, and inputs recorded."""
+        layer = merge(cast_frozen, cast, rest)
 
         def body(fam: jax.Array, x: Any) -> tuple[jax.Array, Any]:
-            block, nudge = x
-            inputs: dict[str, jax.Array] = {}
+            (block, rotation, keep), tap, nudge = x
+            recorded: dict[str, jax.Array] = {}
 
             def apply(linear: Linear, h: jax.Array) -> jax.Array:
-                assert linear.name not in inputs, f"{linear.name} is applied twice in a step"
-                inputs[linear.name] = h = keep_rows(h)
+                assert linear.name not in recorded, f"{linear.name} is applied twice in a step"
+                recorded[linear.name] = h = keep_rows(h)
                 return keep_rows(linear(h) + nudge[linear.name])
 
-            fam, y = update_fam(merge(cast_frozen, cast, rest), keep_rows(fam), block, apply)
-            return fam, (y, inputs)
+            attend = _attend_to(inputs, block, rotation, tap, attention)
+            fam, y = update_fam(layer, keep_rows(fam), keep, attend, apply)
+            return fam, (y, recorded)
 
-        fam, (ys, inputs) = jax.lax.scan(body, fam, (blocks, nudges))
-        return (fam, ys), inputs
+        fam, (ys, recorded) = jax.lax.scan(body, fam, (_steps(inputs), taps, nudges))
+        return (fam, ys), recorded
 
-    nudges = _zeros_like_outputs(merge(cast_frozen, cast, rest), fam, blocks)
-    out, pullback, inputs = jax.vjp(tapped, rest, fam, blocks, nudges, has_aux=True)
-    return out, (pullback, inputs, frozen, weights, rest)
+    count = len(inputs.keep)
+    taps = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), tap)
+    nudges = _zeros_like_outputs(merge(cast_frozen, cast, rest), fam, count)
+    out, pullback, recorded = jax.vjp(tapped, rest, fam, taps, nudges, has_aux=True)
+    return out, (pullback, recorded, frozen, weights, rest, inputs)
 
 
-def _scan_backward(merge: Merge, residuals: Any, cotangents: Any) -> Any:
-    pullback, inputs, frozen, weights, rest = residuals
-    d_rest, d_fam, d_blocks, d_outputs = pullback(cotangents)
+def _scan_backward(merge: Merge, attention: ChainAttention, residuals: Any, cotangents: Any) -> Any:
+    pullback, recorded, frozen, weights, rest, inputs = residuals
+    d_rest, d_fam, d_taps, d_outputs = pullback(cotangents)
 
-    def batch_first(
-        x: jax.Array,
-    ) -> jax.Array:  # projections merge the leading axes; a mesh divides the batch
+    def batch_first(x: jax.Array) -> jax.Array:
+        # Projections merge the leading axes, and a mesh divides the batch: (N, B, M, ...) -> (B, N, M, ...).
         return x.swapaxes(0, 1)
 
-    inputs, d_outputs = jax.tree.map(batch_first, (inputs, d_outputs))  # (N, B, M, ...) -> (B, N, M, ...)
+    recorded, d_outputs = jax.tree.map(batch_first, (recorded, d_outputs))
 
     def outputs(weights: Any) -> dict[str, jax.Array]:
         linears = merge(frozen, weights, rest).linears()
-        return {name: linear(inputs[name]) for name, linear in linears.items()}
+        return {name: linear(recorded[name]) for name, linear in linears.items()}
 
     (d_weights,) = jax.vjp(outputs, weights)[1](d_outputs)
-    return None, d_weights, d_rest, d_fam, d_blocks
+
+    def of_tokens(tapped: jax.Array, like: jax.Array) -> jax.Array:
+        """(N, B, C, K * hd) as (B, T, K * hd), zero where no block was read."""
+        read = tapped.swapaxes(0, 1).reshape(like.shape[0], -1, like.shape[2])
+        return jnp.pad(read, ((0, 0), (0, like.shape[1] - read.shape[1]), (0, 0)))
+
+    d_keys, d_values = (
+        of_tokens(tapped, like) for tapped, like in zip(d_taps, (inputs.keys, inputs.values), strict=True)
+    )
+    d_inputs = ChainInputs(d_keys, d_values, None, None)  # type: ignore[arg-type]
+    return None, d_weights, d_rest, d_fam, d_inputs
 
 
 scan_updates.defvjp(_scan_forward, _scan_backward)
@@ -171,7 +256,7 @@ def _cast(params: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda w: w.astype(dtype), params)
 
 
-def _zeros_like_outputs(layer: DecoderLayer, fam: jax.Array, blocks: Any) -> dict[str, jax.Array]:
+def _zeros_like_outputs(layer: DecoderLayer, fam: jax.Array, count: int) -> dict[str, jax.Array]:
     """Zeros (N, B, M, *out) for every projection."""
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -180,10 +265,8 @@ def _zeros_like_outputs(layer: DecoderLayer, fam: jax.Array, blocks: Any) -> dic
         shapes[linear.name] = y.shape
         return y
 
-    # Shapes only, so that a chain of no blocks has them too.
-    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), blocks)
-    jax.eval_shape(lambda fam, block: update_fam(layer, fam, block, apply), fam, first)
-    count = jax.tree.leaves(blocks)[0].shape[0]
+    keep = jnp.zeros(len(fam), bool)
+    jax.eval_shape(lambda fam: update_fam(layer, fam, keep, lambda q, k, v: q, apply), fam)
     return {name: jnp.zeros((count, *shape), fam.dtype) for name, shape in shapes.items()}
 
 

@@ -42,9 +42,19 @@ def gather_layer(state: Any, dtype: str) -> Any:
 
 
 def gather_weight(x: jax.Array, spec: P, dtype: str) -> jax.Array:
-    """A weight that lies as `spec` says, whole on every device of the fsdp axis."""
-    whole = P(*(None if axis == FSDP else axis for axis in spec))
-    return _gather(spec, whole, x.astype(dtype))
+    """A weight (two or three axes) that lies as `spec` says, whole on every device of the fsdp axis.
+
+    It passes as the matrix that it is multiplied as, heads and their features on one axis. Else the compiler forms its
+    gradient with an axis of heads, for which it transposes activations.
+    """
+    axes = list(spec)
+    matrix = x
+    if x.ndim == 3:
+        first = 1 if spec[0] == FSDP else 0  # of the two that become one; of these only the first is spread
+        axes.pop(first + 1)
+        matrix = x.reshape(*x.shape[:first], -1, *x.shape[first + 2 :])
+    whole = [None if axis == FSDP else axis for axis in axes]
+    return _gather(P(*axes), P(*whole), matrix.astype(dtype)).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

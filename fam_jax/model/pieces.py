@@ -16,7 +16,7 @@ from flax import nnx
 
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import Part, joint_attention
-from fam_jax.model.fam import BlockInputs, local_rotation, update_fam
+from fam_jax.model.fam import local_rotation, update_fam
 from fam_jax.model.kinds import Kind, kind_of_layers, kinds_of, visible_segments
 from fam_jax.model.layers import DecoderLayer
 from fam_jax.model.memory import LayerMemory, Memory
@@ -164,8 +164,13 @@ def _close_layer(layer: DecoderLayer, kind: Kind, memory: LayerMemory, rows: Mem
         rotation = own[None]
         if config.fam_positions == "zero":
             rotation = rope.at(-rows.blocks, unit=config.block_size)[:, None]  # (B, 1, 1, hd/2): all M alike
-        block = BlockInputs(memory.block_keys, memory.block_values, rotation, rows.carries_context)
-        fam, _ = update_fam(layer, memory.fam, block)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+            parts = [Part(q, k, v), Part(q, memory.block_keys, memory.block_values)]
+            return joint_attention(parts, softcap=config.attention_softcap)
+
+        fam, _ = update_fam(layer, memory.fam, rows.carries_context, attend)
         _, k, v = layer.project(fam)
         memory = dataclasses.replace(
             memory,

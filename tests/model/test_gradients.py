@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fam_jax.kernels import Part, joint_attention
 from fam_jax.model import empty_memory, fam, with_fam
+from fam_jax.model.rope import rotate
 from tests.model.tiny import build, params_of, quick_jit, some_tokens, variant
 from tests.oracle.naive import naive_forward, random_params
 
@@ -103,10 +105,25 @@ def test_every_parameter_against_finite_differences_of_the_oracle(changes):
         np.testing.assert_allclose(slope, difference, rtol=1e-6, err_msg=name)
 
 
-def plain_scan(merge, frozen, weights, rest, start, blocks):
+def plain_scan(merge, attention, frozen, weights, rest, start, inputs):
     """`scan_updates` as `lax.scan` differentiates it."""
     layer = merge(frozen, weights, rest)
-    return jax.lax.scan(lambda carry, block: fam.update_fam(layer, carry, block), start, blocks)
+    blocks, size = len(inputs.keep), attention.block_size
+
+    def by_block(x):
+        x = x.reshape(*x.shape[:2], -1, layer.key.kernel.shape[-1])
+        return jnp.stack([x[:, i * size : (i + 1) * size] for i in range(blocks)])
+
+    def body(carry, step):
+        keys, values, rotation, keep = step
+
+        def attend(q, k, v):
+            q, k = rotate(q, rotation), rotate(k, rotation)
+            return joint_attention([Part(q, k, v), Part(q, keys, values)], softcap=attention.softcap)
+
+        return fam.update_fam(layer, carry, keep, attend)
+
+    return jax.lax.scan(body, start, (by_block(inputs.keys), by_block(inputs.values), *inputs[2:]))
 
 
 def test_deferred_weight_gradients_are_those_of_a_plain_scan(monkeypatch):
