@@ -20,6 +20,8 @@ from fam_jax.model.gather import keep_rows
 from fam_jax.model.layers import Apply, DecoderLayer, FrozenParam, Linear, apply_linear
 from fam_jax.model.rope import Rope, Rotation, rotate, rotate_tokens
 
+SAVE_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
 # (frozen, weights, rest) -> the layer of these parameters.
 Merge = Callable[[Any, Any, Any], DecoderLayer]
 
@@ -210,6 +212,8 @@ def _scan_forward(
             fam, y = update_fam(layer, keep_rows(fam), keep, attend, apply)
             return fam, (y, recorded)
 
+        # Only products are kept for the way back: what is kept passes through the stacks of all blocks.
+        body = jax.checkpoint(body, policy=SAVE_PRODUCTS, prevent_cse=False)
         fam, (ys, recorded) = jax.lax.scan(body, fam, (_steps(inputs), taps, nudges))
         return (fam, ys), recorded
 
