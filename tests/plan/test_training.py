@@ -7,12 +7,12 @@ import pathlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from configs import fam_1b, fam_8b, fam_24b
-from fam_jax.config import Config, ConfigError, MeshConfig, UserError, resolve
-from fam_jax.plan.training import bytes_needed, model_flops, plan_training, sensible_meshes, visible_keys
+from fam_jax.config import ConfigError, MeshConfig, UserError, resolve
+from fam_jax.plan.kinds import keys_of_layers
+from fam_jax.plan.training import bytes_needed, model_flops, plan_training, sensible_meshes
 from fam_jax.train.loop import make_trainer
 from tests.plan.programs import needs_compiler
 
@@ -20,28 +20,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SMOKE = resolve(fam_1b.get_config("smoke,pretrain"))
 
 
-def with_model(**changes: int) -> Config:
-    return dataclasses.replace(SMOKE, model=dataclasses.replace(SMOKE.model, **changes))
-
-
-@pytest.mark.parametrize("window", [0, 40])
-@pytest.mark.parametrize("tokens", [32, 100, 256])
-def test_visible_keys_by_counting(tokens: int, window: int) -> None:
-    config = with_model(block_size=32, memory_segments=2, fam_length=4, fam_previous_blocks=2, window=window)
-    q, k = np.arange(tokens)[:, None], np.arange(tokens)
-    seen = (q >= k) & (q // 32 - k // 32 <= 2)
-    if window:
-        seen &= q - k < window
-    fam = 4 * np.minimum(2, np.arange(tokens) // 32 + 1)
-    assert visible_keys(config, tokens) == seen.sum() + fam.sum()
-
-
 def test_flops_are_six_per_parameter_and_token() -> None:
     trainer = make_trainer(SMOKE)
     model, rows, tokens = SMOKE.model, SMOKE.train.batch_size, 64
     layer = model.model_dim * (4 * model.num_heads * model.head_dim + 3 * model.ff_dim)
     weights = model.num_layers * layer + model.vocab_size * model.model_dim
-    scores = model.num_layers * model.num_heads * rows * visible_keys(SMOKE, tokens)
+    scores = model.num_heads * rows * keys_of_layers(model, tokens)
     expected = 6 * weights * rows * tokens + 12 * model.head_dim * scores
     assert model_flops(SMOKE, trainer, tokens) == expected
 
