@@ -2,13 +2,16 @@
 
 import functools
 import importlib.util
+import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -52,7 +55,9 @@ def topology_devices(topology: str) -> tuple[jax.Device, ...]:
     require_compiler()
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     # The two cores of a v4 chip are two devices unless this is said; those of v5p are one in any case.
-    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    if all(side == "1" for side in topology.partition(":")[2].split("x")):
+        options["chips_per_host_bounds"] = (1, 1, 1)  # a host with a single chip; others have four at least
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except jax.errors.JaxRuntimeError as error:
@@ -78,3 +83,39 @@ def compile_on(
     jitted = function if hasattr(function, "trace") and not options else jax.jit(function, **options)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jitted.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+
+
+def compile_or_size(lowered: jax.stages.Lowered) -> jax.stages.Compiled | int:
+    """The executable; or, where the program does not fit, the bytes of HBM that it would need."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = bytes_needed(str(error))
+        if needed is None:
+            raise
+        return needed
+
+
+def bytes_needed(message: str) -> int | None:
+    """Of HBM, from what the compiler says of a program that does not fit; None if it says something else."""
+    match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    if match is None:
+        return None
+    return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2]))))
+
+
+def peak_bytes(compiled: jax.stages.Compiled | int) -> int:
+    """Of HBM, on a chip, for a result of :func:`compile_or_size`."""
+    if isinstance(compiled, int):
+        return compiled
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.peak_memory_in_bytes
+
+
+def local_bytes(tree: Any) -> int:
+    """Of one device's share of `jax.ShapeDtypeStruct`s that have shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(
+        jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves if x.shape
+    )

@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 
 from fam_jax.config import Config, MeshConfig
 from fam_jax.plan.chips import GIB, Chip, chip_of
-from fam_jax.plan.compile import topology_devices
+from fam_jax.plan.compile import compile_or_size, local_bytes, peak_bytes, topology_devices
 from fam_jax.plan.cost import Estimate, estimate
 from fam_jax.plan.hlo import parse
 from fam_jax.plan.kinds import kernels_of_kinds, keys_of_layers, shares_of_kinds
@@ -138,42 +137,14 @@ def _compile(trainer: Trainer, batch: int, tokens: int) -> jax.stages.Compiled |
         name: jax.ShapeDtypeStruct((batch, tokens), dtype, sharding=rows) for name, dtype in BATCH.items()
     }
     lowered = trainer.step.trace(trainer.state_shapes, arrays).lower(lowering_platforms=("tpu",))  # type: ignore[attr-defined]
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = bytes_needed(str(error))
-        if needed is None:
-            raise
-        return needed
-
-
-def bytes_needed(message: str) -> int | None:
-    """Of HBM, from what the compiler says of a program that does not fit; None if it says something else."""
-    match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    if match is None:
-        return None
-    return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2]))))
+    return compile_or_size(lowered)
 
 
 def _memory(trainer: Trainer, executable: jax.stages.Compiled | int, chip: Chip) -> Memory:
     state = trainer.state_shapes
-    parameters, optimizer = (_local_bytes(tree) for tree in (state.params, state.optimizer))
-    if isinstance(executable, int):
-        peak = executable
-    else:
-        analysis = executable.memory_analysis()
-        assert analysis is not None
-        peak = analysis.peak_memory_in_bytes
+    parameters, optimizer = (local_bytes(tree) for tree in (state.params, state.optimizer))
+    peak = peak_bytes(executable)
     return Memory(peak, chip.hbm_bytes, parameters, optimizer, max(peak - parameters - optimizer, 0))
-
-
-def _local_bytes(tree: Any) -> int:
-    """Of one device's share."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        total += jnp.dtype(leaf.dtype).itemsize * int(jnp.prod(jnp.array(shape))) if shape else 0
-    return total
 
 
 def model_flops(config: Config, trainer: Trainer, tokens: int) -> float:
