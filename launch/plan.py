@@ -122,7 +122,7 @@ def plan_streams(console: Console, config: Config) -> dict[str, Any]:
     best = best_serving(plans)
     report = best.report() | {"tried": [plan.report() for plan in plans] if len(plans) > 1 else []}
     if not best.fits:
-        report["advice"] = serving_advice(best)
+        report["advice"] = serving_advice(config, best)
     print_phases(console, report)
     return report
 
@@ -209,7 +209,7 @@ def span(found: dict[str, Any], name: str, digits: str) -> str:
 
 def print_phases(console: Console, report: dict[str, Any]) -> None:
     """As a table."""
-    title = f"{report['topology']}, mesh {report['mesh']}, {report['streams']} streams"
+    title = f"{report['topology']}, mesh {report['mesh']}, streams: {report['streams']}"
     table = Table(title=title, title_justify="left", show_header=False)
     peak, loading, capacity, parameters, memory = (
         report[f"hbm_{name}_bytes"] / 2**30 for name in ("peak", "loading", "capacity", "parameter", "memory")

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from fam_jax.config import UserError
-from fam_jax.plan.chips import chip_of
+from fam_jax.plan.chips import Chip, chip_of
 
 # The library is not to ask for the chips of this machine, nor to lock itself against a second process.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -85,29 +85,37 @@ def compile_on(
         return jitted.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
 
 
-def compile_or_size(lowered: jax.stages.Lowered) -> jax.stages.Compiled | int:
-    """The executable; or, where the program does not fit, the bytes of HBM that it would need."""
+def compile_or_miss(lowered: jax.stages.Lowered) -> jax.stages.Compiled | int:
+    """The executable; or, where the program does not fit, the bytes of HBM that it needs beyond what there are."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = bytes_needed(str(error))
-        if needed is None:
+        missing = bytes_missing(str(error))
+        if missing is None:
             raise
-        return needed
+        return missing
 
 
-def bytes_needed(message: str) -> int | None:
+# The compiler gives up early or late, and says so in other words. A part of HBM is not for programs.
+COMPLAINTS = (
+    r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
+    r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
+)
+
+
+def bytes_missing(message: str) -> int | None:
     """Of HBM, from what the compiler says of a program that does not fit; None if it says something else."""
-    match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    match = next(filter(None, (re.search(pattern, message) for pattern in COMPLAINTS)), None)
     if match is None:
         return None
-    return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2]))))
+    needed, available = (float(match[i]) * 2 ** (10 * (1 + "KMGT".index(match[i + 1]))) for i in (1, 3))
+    return max(int(needed - available), 1)
 
 
-def peak_bytes(compiled: jax.stages.Compiled | int) -> int:
-    """Of HBM, on a chip, for a result of :func:`compile_or_size`."""
+def peak_bytes(compiled: jax.stages.Compiled | int, chip: Chip) -> int:
+    """Of HBM, on a chip, for a result of :func:`compile_or_miss`."""
     if isinstance(compiled, int):
-        return compiled
+        return chip.hbm_bytes + compiled
     analysis = compiled.memory_analysis()
     assert analysis is not None
     return analysis.peak_memory_in_bytes

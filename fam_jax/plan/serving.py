@@ -24,7 +24,7 @@ from fam_jax.generate.sampling import GREEDY
 from fam_jax.generate.text import TOKENS_PER_CALL
 from fam_jax.model import Memory, create_model, lora, to_dict
 from fam_jax.plan.chips import GIB, chip_of
-from fam_jax.plan.compile import compile_or_size, local_bytes, peak_bytes, topology_devices
+from fam_jax.plan.compile import compile_or_miss, local_bytes, peak_bytes, topology_devices
 from fam_jax.plan.cost import Estimate, estimate
 from fam_jax.plan.hlo import Op, Shares, parse
 from fam_jax.plan.kinds import kernels_of_kinds, shares_of_kinds
@@ -215,10 +215,10 @@ class _Programs:
         )
 
     def compiled(self, phase: str) -> tuple[jax.stages.Compiled | int, float]:
-        """The executable or the bytes that it would need, and the seconds of compilation."""
+        """The executable or the bytes that are missing, and the seconds of compilation."""
         started = time.perf_counter()
         traced = getattr(self, phase)()
-        result = compile_or_size(traced.lower(lowering_platforms=("tpu",)))
+        result = compile_or_miss(traced.lower(lowering_platforms=("tpu",)))
         return result, time.perf_counter() - started
 
     def prefill(self) -> Any:
@@ -261,7 +261,8 @@ def _phase(
 ) -> Phase:
     model, streams = programs.config.model, programs.streams
     # A memory passed in stays valid: the program consumes a copy of it.
-    peak = peak_bytes(compiled) + local_bytes(programs.memory.layers)
+    chip = chip_of(topology)
+    peak = peak_bytes(compiled, chip) + local_bytes(programs.memory.layers)
     tokens = streams * (1 if name == "decode" else programs.tokens)
     if isinstance(compiled, int):
         return Phase(tokens, peak, None, compile_seconds, {})
@@ -269,7 +270,7 @@ def _phase(
 
     def cost(closing: float) -> Estimate:
         return estimate(
-            module, chip_of(topology), list(programs.mesh.devices.flat), kernels,
+            module, chip, list(programs.mesh.devices.flat), kernels,
             loops=TOKENS_PER_CALL, shares=_shares(model, closing),
         )  # fmt: skip
 
@@ -337,19 +338,22 @@ def best_serving(plans: Sequence[ServingPlan]) -> ServingPlan:
     return min(fitting, key=lambda plan: sum([*plan.phases.values()][-1].seconds or ()))
 
 
-def serving_advice(plan: ServingPlan) -> str:
+def serving_advice(config: Config, plan: ServingPlan) -> str:
     """How much memory is missing, and what would help."""
     missing = (max(plan.peak, plan.loading) - plan.capacity) / GIB
     helps = []
+    if jnp.dtype(config.model.dtype).itemsize > 2:
+        helps.append("config.model.dtype=bfloat16")
     if plan.mesh["data"] > 1 and plan.parameters > plan.memory:
         helps.append("a larger config.mesh.tensor or fsdp in place of data")
-    if plan.peak <= plan.capacity:
-        return f"{missing:.1f} GiB too much for a chip's {plan.capacity / GIB:.0f} GiB while loading; try more chips"
     if plan.memory * 4 > plan.capacity and plan.streams > 1:
         helps.append(f"--streams={plan.streams // 2}")
-    if plan.chunk_blocks > 1 and plan.phases.keys() - {"decode"}:
+    if plan.chunk_blocks > 1 and plan.parameters < plan.capacity < plan.peak:
         helps.append(f"--chunk_blocks={max(plan.chunk_blocks // 4, 1)}")
-    if "measure" in plan.phases:
+    if "measure" in plan.phases and plan.parameters < plan.capacity < plan.peak:
         helps.append("a smaller config.train.loss_chunk")
     helps.append("more chips")
-    return f"{missing:.1f} GiB too much for a chip's {plan.capacity / GIB:.0f} GiB; try {', '.join(helps)}"
+    when = "" if plan.peak > plan.capacity else " while it loads"
+    return (
+        f"{missing:.1f} GiB too much for a chip's {plan.capacity / GIB:.0f} GiB{when}; try {', '.join(helps)}"
+    )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fam_jax.config import Config, MeshConfig
 from fam_jax.plan.chips import GIB, Chip, chip_of
-from fam_jax.plan.compile import compile_or_size, local_bytes, peak_bytes, topology_devices
+from fam_jax.plan.compile import compile_or_miss, local_bytes, peak_bytes, topology_devices
 from fam_jax.plan.cost import Estimate, estimate
 from fam_jax.plan.hlo import parse
 from fam_jax.plan.kinds import kernels_of_kinds, keys_of_layers, shares_of_kinds
@@ -131,19 +131,19 @@ def plan_training(config: Config, topology: str, tokens: int, mesh: MeshConfig |
 
 
 def _compile(trainer: Trainer, batch: int, tokens: int) -> jax.stages.Compiled | int:
-    """The executable; or, where the program does not fit, the bytes that it would need."""
+    """The executable; or, where the program does not fit, the bytes that are missing."""
     rows = batch_sharding(trainer.mesh)
     arrays = {
         name: jax.ShapeDtypeStruct((batch, tokens), dtype, sharding=rows) for name, dtype in BATCH.items()
     }
     lowered = trainer.step.trace(trainer.state_shapes, arrays).lower(lowering_platforms=("tpu",))  # type: ignore[attr-defined]
-    return compile_or_size(lowered)
+    return compile_or_miss(lowered)
 
 
 def _memory(trainer: Trainer, executable: jax.stages.Compiled | int, chip: Chip) -> Memory:
     state = trainer.state_shapes
     parameters, optimizer = (local_bytes(tree) for tree in (state.params, state.optimizer))
-    peak = peak_bytes(executable)
+    peak = peak_bytes(executable, chip)
     return Memory(peak, chip.hbm_bytes, parameters, optimizer, max(peak - parameters - optimizer, 0))
 
 
