@@ -1,14 +1,19 @@
 """What a run needs on a TPU slice, told on a machine that has no TPU.
 
     python -m launch.plan --config=configs/fam_1b.py --topology=v5p:2x4x4 --json=plan.json
+    python -m launch.plan --config=configs/fam_24b.py --topology=v5e:4x4 --what=serve --streams=8
 
-Compiles the real train step, with the real kernels, by the TPU compiler (the extra `tpu`), and reports memory, a range
+Compiles the real programs, with the real kernels, by the TPU compiler (the extra `tpu`), and reports memory, a range
 for the time of a step, throughput and traffic. Estimates, never checked against hardware. Fields of the config can be
 set behind it, as for training. Exit code 1 if the run does not fit.
+
+`--what=train` plans the train step, `serve` what `launch.generate` runs (reading by chunks, writing token by token),
+and `evaluate` what `launch.evaluate` runs for the config's task.
 """
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,23 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, as v5p:4x4x8 or v5e:4x8
 JSON = flags.DEFINE_string("json", None, "File for the results.")
 TOKENS = flags.DEFINE_integer("tokens", None, "Length of the batch's rows, in place of what the data gives.")
 MESH = flags.DEFINE_enum(
-    "mesh", "config", ["config", "try"], "The config's mesh, or the best of the sensible ones."
+    "mesh",
+    None,
+    ["config", "try"],
+    "The config's mesh (the default for training), or the best of the sensible ones (for all else).",
+)
+WHAT = flags.DEFINE_enum("what", "train", ["train", "serve", "evaluate"], "What is planned.")
+STREAMS = flags.DEFINE_integer(
+    "streams",
+    None,
+    "Streams that are served together (1 by default), or documents evaluated (as the config says).",
+    lower_bound=1,
+)
+CHUNK_BLOCKS = flags.DEFINE_integer(
+    "chunk_blocks",
+    None,
+    "Blocks that are read at once, in place of config.evaluate.chunk_blocks.",
+    lower_bound=1,
 )
 
 DOES_NOT_FIT = 1
@@ -36,7 +57,30 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"{argv[1]}: not a flag; fields of the config are set as --config.group.field=value")
     config = resolved_config("config")
+    check_flags()
     logging.set_verbosity(logging.WARNING)  # JAX tells that there is no TPU
+    console = Console()
+    report = plan_training_run(console, config) if WHAT.value == "train" else plan_streams(console, config)
+    if JSON.value:
+        path = Path(JSON.value).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"written to {path}")
+    if not report["fits"]:
+        sys.exit(DOES_NOT_FIT)
+
+
+def check_flags() -> None:
+    """Raises UserError for a flag that has no meaning for what is planned."""
+    given = {"--tokens": TOKENS.value, "--streams": STREAMS.value, "--chunk_blocks": CHUNK_BLOCKS.value}
+    foreign = ("--streams", "--chunk_blocks") if WHAT.value == "train" else ("--tokens",)
+    for name in foreign:
+        if given[name] is not None:
+            raise UserError(f"{name}: has no meaning for --what={WHAT.value}")
+
+
+def plan_training_run(console: Console, config: Config) -> dict[str, Any]:
+    """The best plan of a train step, printed, for the JSON file."""
     from fam_jax.plan import topology_devices  # after the config: TensorFlow takes seconds
     from fam_jax.plan.training import advice, best_plan, plan_training, sensible_meshes
 
@@ -48,11 +92,8 @@ def main(argv: list[str]) -> None:
             f"no mesh of {chips} chips divides the batch of {config.train.batch_size} rows and the model's heads: "
             "change config.train.batch_size or the topology"
         )
-    console, plans = Console(), []
-    for number, mesh in enumerate(meshes, 1):
-        console.print(
-            f"{number}/{len(meshes)}  compiling for {TOPOLOGY.value}, {describe(mesh)} ...", highlight=False
-        )
+    plans = []
+    for mesh in announced(console, meshes):
         plans.append(plan_training(config, TOPOLOGY.value, tokens, mesh))
         console.print(summary(plans[-1].report()), highlight=False)
     best = best_plan(plans)
@@ -60,13 +101,39 @@ def main(argv: list[str]) -> None:
     if not best.memory.fits:
         report["advice"] = advice(config, best)
     print_report(console, report)
-    if JSON.value:
-        path = Path(JSON.value).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written to {path}")
-    if not best.memory.fits:
-        sys.exit(DOES_NOT_FIT)
+    return report
+
+
+def plan_streams(console: Console, config: Config) -> dict[str, Any]:
+    """The best plan of generation or evaluation, printed, for the JSON file."""
+    from fam_jax.plan.serving import SERVE, best_serving, plan_serving, serving_advice, serving_meshes
+
+    serving = WHAT.value == "serve"
+    streams = STREAMS.value or (1 if serving else config.evaluate.batch_size)
+    phases = SERVE if serving or config.data.task == "passkey" else ("measure",)
+    meshes = [config.mesh] if MESH.value == "config" else serving_meshes(config, TOPOLOGY.value, streams)
+    plans = []
+    for mesh in announced(console, meshes):
+        plan = plan_serving(
+            config, TOPOLOGY.value, streams, phases, mesh=mesh, chunk_blocks=CHUNK_BLOCKS.value
+        )
+        plans.append(plan)
+        console.print(summary_of_phases(plan.report()), highlight=False)
+    best = best_serving(plans)
+    report = best.report() | {"tried": [plan.report() for plan in plans] if len(plans) > 1 else []}
+    if not best.fits:
+        report["advice"] = serving_advice(config, best)
+    print_phases(console, report)
+    return report
+
+
+def announced(console: Console, meshes: list[MeshConfig]) -> Iterator[MeshConfig]:
+    """Each mesh, told before it is compiled for."""
+    for number, mesh in enumerate(meshes, 1):
+        console.print(
+            f"{number}/{len(meshes)}  compiling for {TOPOLOGY.value}, {describe(mesh)} ...", highlight=False
+        )
+        yield mesh
 
 
 def row_length(config: Config) -> int:
@@ -118,6 +185,59 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
         for kind, found in report["collectives"].items():
             span = f"{found['seconds_low']:.3f} to {found['seconds_high']:.3f} s"
             table.add_row(f"  {kind}", f"{found['bytes'] / 1e9:.2f} GB, {span}, {found['hidden']:.0%} hidden")
+    table.add_row("compilation", f"{report['compile_seconds']:.0f} s")
+    console.print(table)
+
+
+def summary_of_phases(report: dict[str, Any]) -> str:
+    """In a line."""
+    most = max(report["hbm_peak_bytes"], report["hbm_loading_bytes"])
+    memory = f"{most / 2**30:.1f} of {report['hbm_capacity_bytes'] / 2**30:.0f} GiB"
+    spans = [
+        f"{name} {span(found, 'tokens_per_second', ',.0f')} tokens/s"
+        for name, found in report["phases"].items()
+        if "step_seconds_low" in found
+    ]
+    fits = [] if report["fits"] else ["does not fit"]
+    return f"    {', '.join([memory, *fits, *spans])}, compiled in {report['compile_seconds']:.0f} s"
+
+
+def span(found: dict[str, Any], name: str, digits: str) -> str:
+    """A range."""
+    return f"{found[f'{name}_low']:{digits}} to {found[f'{name}_high']:{digits}}"
+
+
+def print_phases(console: Console, report: dict[str, Any]) -> None:
+    """As a table."""
+    title = f"{report['topology']}, mesh {report['mesh']}, streams: {report['streams']}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    peak, loading, capacity, parameters, memory = (
+        report[f"hbm_{name}_bytes"] / 2**30 for name in ("peak", "loading", "capacity", "parameter", "memory")
+    )
+    table.add_row("fits", "yes" if report["fits"] else f"no: {report['advice']}")
+    table.add_row("memory of a chip", f"{peak:.2f} of {capacity:.0f} GiB; {loading:.2f} while loading")
+    table.add_row("  parameters, streams", f"{parameters:.2f}, {memory:.2f}")
+    table.add_row("a stream of any length", f"{report['bytes_per_stream'] / 2**20:,.0f} MiB")
+    for name, found in report["phases"].items():
+        table.add_row(name, f"{found['hbm_peak_bytes'] / 2**30:.2f} GiB of a chip")
+        if "step_seconds_low" not in found:
+            continue
+        table.add_row(
+            "  step", f"{span(found, 'step_seconds', '.4f')} s, {found['tokens_per_step']:,} tokens"
+        )
+        table.add_row("  tokens/s, all streams", span(found, "tokens_per_second", ",.0f"))
+        if "border_seconds_low" in found:
+            table.add_row("  a step at a block's border", f"{span(found, 'border_seconds', '.4f')} s more")
+        for length in (100_000, 1_000_000):
+            if f"read_{length}_seconds_low" in found:
+                table.add_row(
+                    f"  to read {length:,} each", f"{span(found, f'read_{length}_seconds', '.1f')} s"
+                )
+        for kind, sums in found["collectives"].items():
+            seconds = span(sums, "seconds", ".4f")
+            table.add_row(
+                f"  {kind}", f"{sums['runs']:,.0f} of {sums['bytes'] / 1e6:,.1f} MB together, {seconds} s"
+            )
     table.add_row("compilation", f"{report['compile_seconds']:.0f} s")
     console.print(table)
 

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": BASE,
     "evaluate": BASE | {"generate"},
     "train": BASE | {"generate", "evaluate"},
-    "plan": BASE | {"train"},
+    "plan": BASE | {"generate", "train"},
 }
 
 

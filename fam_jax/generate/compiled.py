@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from fam_jax.config import ModelConfig
 from fam_jax.generate.sampling import Sampling, sample
-from fam_jax.model import Memory, Transformer, from_dict
+from fam_jax.model import LayerMemory, Memory, Transformer, from_dict
 from fam_jax.sharding import AXES, batch_sharding, replicated, traced_for
 
 Params = dict[str, Any]
@@ -80,10 +80,24 @@ def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return batch_sharding(mesh) if rows % ways == 0 else replicated(mesh)
 
 
-def memory_sharding(mesh: Mesh, rows: int) -> Memory:
-    """A prefix of a memory's tree. The counts of every row are on every device, to be read from any process."""
+def memory_sharding(mesh: Mesh, config: ModelConfig, rows: int) -> Memory:
+    """Of every array of a memory: rows over the batch axes, key heads over tensor, where these divide them.
+
+    The counts of every row are on every device, to be read from any process.
+    """
     everywhere = replicated(mesh)
-    layers: Any = NamedSharding(mesh, P(None, *rows_sharding(mesh, rows).spec))
+    batch = next(iter(rows_sharding(mesh, rows).spec), None)
+    axis = cast(str, AXES["kv_heads"][0])
+    heads = axis if config.num_kv_heads % mesh.shape[axis] == 0 else None
+
+    def place(*middle: None) -> Any:
+        return NamedSharding(mesh, P(None, batch, *middle, heads))
+
+    blocks, tokens = place(None, None), place(None)
+    layers = LayerMemory(
+        keys=blocks, values=blocks, block_keys=tokens, block_values=tokens,
+        fam=NamedSharding(mesh, P(None, batch)), fam_keys=blocks, fam_values=blocks,  # type: ignore[arg-type]
+    )  # fmt: skip
     return Memory(layers=layers, carries_context=everywhere, blocks=everywhere, filled=everywhere)  # type: ignore[arg-type]
 
 
@@ -123,7 +137,7 @@ def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
 
     placed: dict[str, dict[str, Any]] = {"memory": {}, "both": {}, "one": {}}
     if mesh is not None:
-        one, memory = replicated(mesh), memory_sharding(mesh, rows)
+        one, memory = replicated(mesh), memory_sharding(mesh, config, rows)
         placed = {
             name: {"out_shardings": out}
             for name, out in {"memory": memory, "both": (one, memory), "one": one}.items()

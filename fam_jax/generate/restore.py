@@ -4,9 +4,10 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fam_jax.checkpoint import load_params
-from fam_jax.config import Config, resolve
+from fam_jax.config import Config, ModelConfig, resolve
 from fam_jax.model import lora
 from fam_jax.sharding import param_shardings
 
@@ -15,6 +16,8 @@ def load_model(
     folder: str | os.PathLike[str], step: int | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Config, dict[str, Any], int]:
     """The config of a run, its parameters with LoRA merged into them, and their step.
+
+    Weights are in the dtype of the model's activations, if that is narrower than their own: the outputs are the same.
 
     Args:
       folder: Of the run.
@@ -34,6 +37,32 @@ def load_model(
 
     params, values, step = load_params(folder, step, shardings=places)
     config = resolve(values)
+    return config, _to_use(params, config), step
+
+
+def _to_use(params: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Merges LoRA, and rounds weights to the dtype that the model rounds them to at every use; consumes `params`."""
+
+    def narrow(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x.astype(dtype_of_use(path, x, config.model))
+
     if config.lora.rank:
-        params = jax.jit(lambda params: lora.merge(params, config.lora))(params)
-    return config, params, step
+        # In one program, so that there are never weights in float32 beside those given.
+        return jax.jit(
+            lambda params: jax.tree_util.tree_map_with_path(narrow, lora.merge(params, config.lora))
+        )(params)
+
+    def replaced(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        found = narrow(path, x)
+        if found.dtype != x.dtype:
+            x.delete()  # there may be no room for both, of all weights
+        return found
+
+    return jax.tree_util.tree_map_with_path(replaced, params)
+
+
+def dtype_of_use(path: tuple[Any, ...], x: Any, config: ModelConfig) -> jnp.dtype:
+    """That of the model for what it rounds to it, if that is narrower; else that of the parameter `x` itself."""
+    own, used = jnp.dtype(x.dtype), jnp.dtype(config.dtype)
+    is_weight = jax.tree_util.keystr(path[-1:], simple=True) in ("kernel", "table")
+    return used if is_weight and used.itemsize < own.itemsize else own

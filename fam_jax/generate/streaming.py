@@ -247,7 +247,9 @@ class Streamer:
                 f"memory: holds {memory.filled.shape[0]} streams, but {rows} rows are to continue them"
             )
         memory = jax.tree.map(lambda x: jnp.array(x, copy=True), memory)
-        return memory if self._mesh is None else jax.device_put(memory, memory_sharding(self._mesh, rows))
+        if self._mesh is None:
+            return memory
+        return jax.device_put(memory, memory_sharding(self._mesh, self.config, rows))
 
     def _checked(self, texts: Sequence[np.ndarray], kind: str) -> list[np.ndarray]:
         if len(texts) == 0:

@@ -1,4 +1,4 @@
-"""Time of the attention kernels in training, by the static profile of the TPU compiler.
+"""Time of the attention kernels, by the static profile of the TPU compiler where it has a figure.
 
 Its figure is linear in heads, so it is taken of as few as keep every core busy. `python -m fam_jax.plan.attention JSON`
 compiles one kernel: the simulator dies of a program that holds both.
@@ -18,7 +18,7 @@ from fam_jax.config import MeshConfig, ModelConfig
 from fam_jax.kernels.pallas import resident, resident_backward
 from fam_jax.kernels.pallas.parts import Geometry, Layout
 from fam_jax.kernels.pallas.tiles import Tiles, choose_tiles
-from fam_jax.plan.chips import chip_of
+from fam_jax.plan.chips import Chip, chip_of
 from fam_jax.plan.compile import compile_on, topology_devices
 from fam_jax.plan.profile import ProfileError, check_floor, static_profile
 from fam_jax.sharding import make_mesh, replicated
@@ -29,10 +29,50 @@ GROUP = 4  # query heads of a group that are profiled
 # Where there is no figure: the share of the matrix units' peak that the kernels reach, at best and at worst.
 UNKNOWN_SHARE = (0.8, 0.4)
 
+# Products per score of each kernel; the last sees feedback keys alone.
+RESIDENT = {"forward": {"forward": 2}, "backward": {"backward": 5}}
+STREAMED = {
+    "forward": {"streamed_forward": 2},
+    "backward": {"streamed_dq": 3, "streamed_dkv": 4, "streamed_dfam": 4},
+}
+
+
+def visible_keys(
+    tokens: int,
+    *,
+    block_size: int,
+    segments: int,
+    fam: int = 0,
+    fam_blocks: int = 1,
+    window: int = 0,
+    past: int = 0,
+) -> float:
+    """Sum over `tokens` queries of the keys that each sees.
+
+    Args:
+      tokens: T, from a block border on.
+      block_size: C.
+      segments: m.
+      fam: M.
+      fam_blocks: R, FAMs of how many past blocks a token sees.
+      window: 0 = no further limit.
+      past: blocks that were read before.
+    """
+    total = 0.0
+    for block in range(-(-tokens // block_size)):
+        count = min(block_size, tokens - block * block_size)
+        before = min(past + block, segments) * block_size
+        if window:
+            total += sum(min(window, before + place) for place in range(1, count + 1))
+        else:
+            total += count * (before + (count + 1) / 2)
+        total += count * fam * min(fam_blocks, past + block + 1)
+    return total
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A training call at bfloat16, one head per core."""
+    """A training call at bfloat16, one group of heads per core."""
 
     topology: str
     block_size: int  # C
@@ -42,6 +82,7 @@ class Problem:
     blocks: int = 8  # N
     group: int = 1  # G, query heads per key head
     missing: int = 0  # tokens that the last block lacks
+    window: int = 0  # 0 = no further limit
 
     @property
     def cores(self) -> int:
@@ -54,7 +95,7 @@ class Problem:
             block_size=self.block_size,
             blocks=self.blocks,
             segments=min(self.segments, self.blocks - 1),
-            window=0,
+            window=self.window,
             fam_slots=-(-self.fam // 16) * 16,
             fam_keys=self.fam,
             heads=self.cores * self.group,
@@ -70,30 +111,42 @@ class Problem:
 
     def macs(self, which: str) -> float:
         """Multiplications that the visible scores of a group of heads take at least, on the core that has it."""
-        size, keys = self.block_size, 0.0  # keys that each query sees, summed
-        for block in range(self.blocks):
-            rows = size - (self.missing if block == self.blocks - 1 else 0)
-            keys += rows * (min(block, self.segments) * size + self.fam + rows / 2)
-        products = {"forward": 2, "backward": 5}[which]
-        return products * self.group * keys * self.head_dim
+        keys = visible_keys(
+            self.blocks * self.block_size - self.missing,
+            block_size=self.block_size,
+            segments=self.segments,
+            fam=self.fam,
+            window=self.window,
+        )
+        return RESIDENT[which][which] * self.group * keys * self.head_dim
 
 
 @functools.cache
 def kernel_seconds(
-    topology: str, model: ModelConfig, rows: int, tokens: int, heads: int, kv_heads: int
+    topology: str,
+    model: ModelConfig,
+    rows: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    past: int = 0,
+    gradient: bool = True,
 ) -> dict[str, tuple[float, float]]:
-    """Time of one run of each kernel on one chip, low and high, in a training step at bfloat16.
+    """Time of one run of each kernel on one chip, low and high, at bfloat16.
 
-    The two are the same where the compiler gives a figure. It gives none for v4, nor for kernels whose work depends on
-    data, as those for long windows: then they come from the matrix units' peak, by `UNKNOWN_SHARE`.
+    The two are the same where the compiler gives a figure. It gives none for v4, nor for the streamed kernels, whose
+    work depends on data: then they come from the matrix units' peak, by `UNKNOWN_SHARE`.
 
     Args:
       topology: such as v5p:2x2x1.
-      model: block size and memory.
+      model: of one kind of layer: block size, memory and window.
       rows: of the batch on a chip.
       tokens: T.
       heads: query heads on a chip.
       kv_heads: key heads on a chip.
+      past: blocks that memory has room for; 0 in training.
+      gradient: the backward pass too.
 
     Raises:
       UserError: the TPU compiler is not installed.
@@ -107,22 +160,46 @@ def kernel_seconds(
         model.head_dim,
         -(-tokens // model.block_size),
         min(group, GROUP),
+        window=model.window,
     )
-    tile = problem.tiles().rows
-    problem = dataclasses.replace(
-        problem, missing=problem.blocks * model.block_size - -(-tokens // tile) * tile
-    )
+    tiles = problem.tiles()
+    padded = -(-tokens // tiles.rows) * tiles.rows
+    problem = dataclasses.replace(problem, missing=problem.blocks * model.block_size - padded)
+    whole = rows * heads / (problem.cores * problem.group)  # times the problem
+    static = past == 0 and model.fam_previous_blocks == 1
+    resident = {"forward": tiles.resident_forward, "backward": tiles.resident_backward}
     found = {}
-    for which in ("forward", "backward"):
-        count = cycles(problem, which, problem.tiles())
-        whole = rows * heads / (problem.cores * problem.group)  # times the problem
-        if count is not None and not model.window:
-            low = high = whole * count / chip.clock
+    for which in ("forward", "backward") if gradient else ("forward",):
+        if static and resident[which]:
+            seconds = {which: whole * problem.macs(which) / chip.macs_per_cycle / chip.clock}
+            count = cycles(problem, which, tiles)
+            if count is not None:
+                found[f"fam_attention_{which}"] = (whole * count / chip.clock,) * 2
+                continue
         else:
-            peak = whole * problem.macs(which) / chip.macs_per_cycle / chip.clock
-            low, high = (peak / share for share in UNKNOWN_SHARE)
-        found[f"fam_attention_{which}"] = (low, high)
+            seconds = streamed_seconds(chip, model, rows * heads, tokens, past, which)
+        for name, peak in seconds.items():
+            found[f"fam_attention_{name}"] = (peak / UNKNOWN_SHARE[0], peak / UNKNOWN_SHARE[1])
     return found
+
+
+def streamed_seconds(
+    chip: Chip, model: ModelConfig, heads: int, tokens: int, past: int, which: str
+) -> dict[str, float]:
+    """Least time of the streamed kernels of a pass at the matrix units' peak; `heads` are those of all rows."""
+    fam = model.fam_length * model.fam_previous_blocks
+    keys = visible_keys(
+        tokens, block_size=model.block_size, segments=model.memory_segments, window=model.window, past=past
+    )
+    fam_keys = tokens * fam
+    return {
+        name: products
+        * heads
+        * model.head_dim
+        * (fam_keys if name == "streamed_dfam" else keys + fam_keys * (name != "streamed_dkv"))
+        / (chip.cores * chip.macs_per_cycle * chip.clock)
+        for name, products in STREAMED[which].items()
+    }
 
 
 def device_kind(topology: str) -> str:

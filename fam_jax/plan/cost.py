@@ -9,13 +9,14 @@ torus that its group spans (low), or along one (high).
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from fam_jax.plan.chips import Chip
-from fam_jax.plan.hlo import Computation, Module, Op, product_flops, replica_group
+from fam_jax.plan.hlo import Computation, Module, Op, Shares, product_flops, replica_group
 
 PEAK_SHARE = 0.95  # of the matrix units' peak that a large product reaches at best
 
@@ -38,7 +39,7 @@ class OpCost:
     name: str
     kind: str  # product | kernel | vector | a collective
     source: str  # in the traced program
-    times: int  # it runs
+    times: float  # it runs
     low: float  # seconds
     high: float
     flops: float = 0.0
@@ -100,6 +101,9 @@ def estimate(
     chip: Chip,
     devices: Sequence[jax.Device] = (),
     kernels: Mapping[str, tuple[float, float]] | None = None,
+    *,
+    loops: int | None = None,
+    shares: Shares | None = None,
 ) -> Estimate:
     """Adds up a program.
 
@@ -107,14 +111,17 @@ def estimate(
       module: of :func:`fam_jax.plan.hlo.parse`.
       chip: that it was compiled for.
       devices: in the order of the mesh; a single one, or none, where there are no collectives.
-      kernels: seconds, low and high, of one run of each Pallas kernel, by a part of its name in the program.
+      kernels: seconds, low and high, of one run of each Pallas kernel, by a pattern (regular expression) that is found
+        in its place in the traced program, or in its name.
+      loops: as of :meth:`fam_jax.plan.hlo.Module.walk`.
+      shares: likewise.
 
     Raises:
       ValueError: a kernel whose time is not given, or a loop or collective that is not understood.
     """
     costs = []
     counted: set[tuple[int, str | None]] = set()
-    for op, computation, times in module.walk():
+    for op, computation, times in module.walk(loops=loops, shares=shares):
         if op.opcode in FREE or op.opcode.endswith("-done"):
             continue
         collective, inner, hidden = _collective(module, op, computation)
@@ -149,7 +156,7 @@ def _collective_cost(
     op: Op,
     kind: str,
     computation: Computation,
-    times: int,
+    times: float,
     chip: Chip,
     devices: Sequence[jax.Device],
     hidden: bool,
@@ -182,7 +189,7 @@ def _compute_cost(
     module: Module,
     op: Op,
     computation: Computation,
-    times: int,
+    times: float,
     chip: Chip,
     kernels: Mapping[str, tuple[float, float]],
 ) -> OpCost | None:
@@ -197,10 +204,11 @@ def _compute_cost(
                 if modelled
                 else None
             )
-        name = next((name for name in kernels if name in op.name), None)
-        if name is None:
+        place = f"{op.source} {op.name}"
+        pattern = next((pattern for pattern in kernels if re.search(pattern, place)), None)
+        if pattern is None:
             raise ValueError(f"no time is known of the kernel {op.name}")
-        low, high = (times * max(seconds, traffic / chip.hbm_bandwidth) for seconds in kernels[name])
+        low, high = (times * max(seconds, traffic / chip.hbm_bandwidth) for seconds in kernels[pattern])
         return OpCost(op.name, "kernel", op.source, times, low, high, hbm_bytes=times * traffic)
     flops = 0
     if op.opcode == "fusion":

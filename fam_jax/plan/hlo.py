@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -51,6 +51,11 @@ class Op:
         return listed + tuple(_CALLED.findall(self.attributes))
 
     @property
+    def branches(self) -> tuple[str, ...]:
+        """Of a conditional: the computations that it chooses among, in the order of their index; false before true."""
+        return self.called if "branch_computations=" in self.attributes else self.called[::-1]
+
+    @property
     def source(self) -> str:
         """Where in the traced program it comes from."""
         return self.attribute(r'op_name="([^"]*)"') or ""
@@ -67,6 +72,9 @@ class Op:
 
 Computation = dict[str, Op]
 
+# How often each branch of a conditional runs, per run of the conditional; None: not known.
+Shares = Callable[[Op], Sequence[float] | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Module:
@@ -75,36 +83,43 @@ class Module:
     computations: dict[str, Computation]
     entry: str
 
-    def walk(self, fused: bool = False) -> Iterator[tuple[Op, Computation, int]]:
+    def walk(
+        self, *, loops: int | None = None, shares: Shares | None = None
+    ) -> Iterator[tuple[Op, Computation, float]]:
         """Every operation that runs, its computation, and how often it does.
 
         Args:
-          fused: go into fusions too, beside yielding them.
+          loops: how often a loop runs that data ends; None refuses such.
+          shares: of conditionals. By default, and where not known, every branch counts as if all ran.
 
         Raises:
           ValueError: a loop whose trip count cannot be told.
         """
-        yield from self._walk(self.entry, 1, fused)
 
-    def _walk(self, name: str, times: int, fused: bool) -> Iterator[tuple[Op, Computation, int]]:
-        computation = self.computations[name]
-        for op in computation.values():
-            if op.opcode == "while":
-                (body,) = op.called
-                yield from self._walk(body, times * self.trip_count(op, computation), fused)
-            elif op.opcode in ("conditional", "call", "async-start"):
-                for called in op.called:
-                    yield from self._walk(called, times, fused)
-            else:
-                yield op, computation, times
-                if fused and op.opcode == "fusion":
-                    yield from self._walk(op.called[0], times, fused)
+        def walk(name: str, times: float) -> Iterator[tuple[Op, Computation, float]]:
+            computation = self.computations[name]
+            for op in computation.values():
+                if op.opcode == "while":
+                    (body,) = op.called
+                    yield from walk(body, times * self.trip_count(op, computation, loops))
+                elif op.opcode == "conditional":
+                    known = shares(op) if shares else None
+                    for branch, share in zip(op.branches, known or [1] * len(op.branches), strict=True):
+                        if share:
+                            yield from walk(branch, times * share)
+                elif op.opcode in ("call", "async-start"):
+                    for called in op.called:
+                        yield from walk(called, times)
+                else:
+                    yield op, computation, times
 
-    def trip_count(self, loop: Op, computation: Computation) -> int:
+        yield from walk(self.entry, 1)
+
+    def trip_count(self, loop: Op, computation: Computation, otherwise: int | None = None) -> int:
         """How often the body of a `while` runs: a counter of the carry is compared with a constant.
 
         Raises:
-          ValueError: the loop is of another kind.
+          ValueError: the loop is of another kind, and there is no `otherwise`.
         """
         condition = self.computations[loop.attribute(r"condition=%([^\s,]+)") or ""]
         (test,) = (op for op in condition.values() if op.is_root)
@@ -122,7 +137,9 @@ class Module:
             direction = test.attribute(r"direction=(\w+)")
             if limit is not None and direction in ("LT", "LE", "GT", "GE"):
                 return abs(limit - (counter or 0)) + (direction in ("LE", "GE"))
-        raise ValueError(f"cannot tell how often {loop.name} runs")
+        if otherwise is None:
+            raise ValueError(f"cannot tell how often {loop.name} runs")
+        return otherwise
 
     def flops(self, computation: str) -> int:
         """Of all products in a fused computation."""

@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from fam_jax.config import Config, MeshConfig
-from fam_jax.plan.attention import kernel_seconds
 from fam_jax.plan.chips import GIB, Chip, chip_of
-from fam_jax.plan.compile import topology_devices
+from fam_jax.plan.compile import compile_or_miss, local_bytes, peak_bytes, topology_devices
 from fam_jax.plan.cost import Estimate, estimate
 from fam_jax.plan.hlo import parse
+from fam_jax.plan.kinds import kernels_of_kinds, keys_of_layers, shares_of_kinds
 from fam_jax.sharding import batch_sharding
 from fam_jax.train.loop import Trainer, make_trainer
 
@@ -106,18 +105,19 @@ def plan_training(config: Config, topology: str, tokens: int, mesh: MeshConfig |
     chip, devices = chip_of(topology), topology_devices(topology)
     config = dataclasses.replace(config, mesh=mesh or config.mesh)
     trainer = make_trainer(config, devices)
-    kernels = _local_kernels(config, topology, tokens, trainer)
+    rows = config.train.batch_size // config.train.accumulation
     started = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         # The profile comes from processes of its own, beside this one's compilation.
-        profile = pool.submit(kernel_seconds, *kernels) if kernels else None
+        profile = pool.submit(kernels_of_kinds, topology, config.model, trainer.mesh.shape, rows, tokens)
         executable = _compile(trainer, config.train.batch_size, tokens)
         seconds = time.perf_counter() - started
-        times = profile.result() if profile else {}
+        times = profile.result()
     cost = None
     if isinstance(executable, jax.stages.Compiled):
         module = parse(executable.as_text() or "")
-        cost = estimate(module, chip, list(trainer.mesh.devices.flat), times)
+        ordered = list(trainer.mesh.devices.flat)
+        cost = estimate(module, chip, ordered, times, shares=shares_of_kinds(config.model))
     return TrainingPlan(
         topology=topology,
         chips=len(devices),
@@ -131,60 +131,20 @@ def plan_training(config: Config, topology: str, tokens: int, mesh: MeshConfig |
 
 
 def _compile(trainer: Trainer, batch: int, tokens: int) -> jax.stages.Compiled | int:
-    """The executable; or, where the program does not fit, the bytes that it would need."""
+    """The executable; or, where the program does not fit, the bytes that are missing."""
     rows = batch_sharding(trainer.mesh)
     arrays = {
         name: jax.ShapeDtypeStruct((batch, tokens), dtype, sharding=rows) for name, dtype in BATCH.items()
     }
     lowered = trainer.step.trace(trainer.state_shapes, arrays).lower(lowering_platforms=("tpu",))  # type: ignore[attr-defined]
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = bytes_needed(str(error))
-        if needed is None:
-            raise
-        return needed
-
-
-def bytes_needed(message: str) -> int | None:
-    """Of HBM, from what the compiler says of a program that does not fit; None if it says something else."""
-    match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    if match is None:
-        return None
-    return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2]))))
+    return compile_or_miss(lowered)
 
 
 def _memory(trainer: Trainer, executable: jax.stages.Compiled | int, chip: Chip) -> Memory:
     state = trainer.state_shapes
-    parameters, optimizer = (_local_bytes(tree) for tree in (state.params, state.optimizer))
-    if isinstance(executable, int):
-        peak = executable
-    else:
-        analysis = executable.memory_analysis()
-        assert analysis is not None
-        peak = analysis.peak_memory_in_bytes
+    parameters, optimizer = (local_bytes(tree) for tree in (state.params, state.optimizer))
+    peak = peak_bytes(executable, chip)
     return Memory(peak, chip.hbm_bytes, parameters, optimizer, max(peak - parameters - optimizer, 0))
-
-
-def _local_bytes(tree: Any) -> int:
-    """Of one device's share."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        total += jnp.dtype(leaf.dtype).itemsize * int(jnp.prod(jnp.array(shape))) if shape else 0
-    return total
-
-
-def _local_kernels(config: Config, topology: str, tokens: int, trainer: Trainer) -> tuple[Any, ...]:
-    """Arguments of `kernel_seconds` for what one chip computes; none where XLA does the attention."""
-    model, mesh = config.model, trainer.mesh.shape
-    takes_kernels = model.block_size % 128 == 0 and model.head_dim % 8 == 0 and model.dtype != "float64"
-    if model.attention not in ("auto", "pallas") or not takes_kernels:
-        return ()
-    rows = config.train.batch_size // config.train.accumulation // (mesh["data"] * mesh["fsdp"])
-    heads = model.num_heads // mesh["tensor"]
-    kv_heads = max(model.num_kv_heads // mesh["tensor"], 1)
-    return topology, model, rows, tokens, heads, kv_heads
 
 
 def model_flops(config: Config, trainer: Trainer, tokens: int) -> float:
@@ -205,27 +165,7 @@ def model_flops(config: Config, trainer: Trainer, tokens: int) -> float:
         if is_product:
             per_token = 4 if frozen and names[-1] in ("kernel", "table") else 6
             total += per_token * leaf.size * batch * tokens
-    attention = (
-        12 * model.head_dim * model.num_heads * model.num_layers * batch * visible_keys(config, tokens)
-    )
-    return total + attention
-
-
-def visible_keys(config: Config, tokens: int) -> float:
-    """Sum over a row's tokens of the keys that each sees."""
-    model = config.model
-    size, total = model.block_size, 0.0
-    for start in range(0, tokens, size):
-        count = min(size, tokens - start)
-        past = min(start // size, model.memory_segments) * size
-        fam = model.fam_length * min(model.fam_previous_blocks, start // size + 1)
-        if model.window:
-            ahead = range(start, start + count)
-            own = sum(min(model.window, past + token - start + 1) for token in ahead)
-            total += own + count * fam
-        else:
-            total += count * (past + fam + (count + 1) / 2)
-    return total
+    return total + 12 * model.head_dim * model.num_heads * batch * keys_of_layers(model, tokens)
 
 
 def sensible_meshes(config: Config, topology: str) -> list[MeshConfig]:

@@ -1,5 +1,7 @@
 """Reading and generating through memory equal one forward pass over everything."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -252,6 +254,26 @@ def test_spread_over_a_mesh(ragged) -> None:
     tokens = sharded.generate(found, memory, max_tokens=3, tokens_per_call=4).tokens
     expected = streamer().generate(logits, ragged[2], max_tokens=3, tokens_per_call=4).tokens
     np.testing.assert_array_equal(tokens, expected)
+
+
+def test_heads_spread_over_a_mesh() -> None:
+    """The memory's key heads lie where the parameters' do."""
+    config = dataclasses.replace(CONFIG, num_kv_heads=2)
+    params, prompts = params_of(config), texts(9, 21)
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    whole, spread = (
+        Streamer(config, params),
+        Streamer(config, jax.device_put(params, param_shardings(params, mesh))),
+    )
+    logits, memory = whole.read(prompts)
+    found, spread_memory = spread.read(prompts)
+    np.testing.assert_allclose(found, logits, **CLOSE)
+    layers = spread_memory.layers
+    assert layers.keys.sharding.spec == P(None, ("data", "fsdp"), None, None, "tensor")
+    assert layers.block_values.sharding.spec == P(None, ("data", "fsdp"), None, "tensor")
+    assert layers.fam.sharding.is_equivalent_to(NamedSharding(mesh, P(None, ("data", "fsdp"))), 4)
+    tokens = spread.generate(found, spread_memory, max_tokens=6).tokens  # beyond the border of a block
+    np.testing.assert_array_equal(tokens, whole.generate(logits, memory, max_tokens=6).tokens)
 
 
 def test_errors(ragged) -> None:

@@ -1,0 +1,104 @@
+"""The planner at the command line: exit codes, what it writes, and what a user sees of mistakes."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.plan.programs import needs_compiler
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+# Runs command lines, each in a fork of one process, for imports take seconds.
+FORKS = """
+import json, os, runpy, sys
+import fam_jax.plan.serving, fam_jax.plan.training, launch.read_config
+folder, lines = sys.argv[1], json.loads(sys.argv[2])
+for number, line in enumerate(lines):
+    child = os.fork()
+    if not child:
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{folder}/{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv = ["launch.plan", *line]
+        runpy.run_module("launch.plan", run_name="__main__")
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+SMALL = ("--config=configs/fam_1b.py:smoke", "--topology=v5e:2x2")
+WIDE = (  # too much for a chip
+    "--config=configs/fam_24b.py:smoke,pretrain", "--topology=v5e:1x1", "--config.model.num_layers=8",
+    "--config.model.model_dim=8192", "--config.model.ff_dim=32768", "--config.model.num_heads=32",
+    "--config.model.num_kv_heads=1", "--config.model.head_dim=128",
+)  # fmt: skip
+
+
+def run(folder: pathlib.Path, *lines: tuple[str, ...]) -> list[tuple[int, str, str]]:
+    """Exit code, standard output and standard error of each."""
+    command = [sys.executable, "-c", FORKS, str(folder), json.dumps(lines)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    def text(number: int, name: str) -> str:
+        return (folder / f"{number}.{name}").read_text()
+
+    codes = map(int, done.stdout.split())
+    return [(code, text(number, "out"), text(number, "err")) for number, code in enumerate(codes)]
+
+
+MISTAKES = {
+    ("--config=configs/fam_1b.py:smoke", "--topology=v5q:2x2"): "unknown generation v5q",
+    ("--config=configs/fam_1b.py:smoke", "--topology=v5e:3x5"): "topology 'v5e:3x5'",
+    (*SMALL, "--config.mesh.data=3"): "config.mesh: data * fsdp * tensor = 3, but there are 4 devices",
+    (*SMALL, "--config.train.batch_size=6"): "config.train.batch_size: 6 rows cannot be divided",
+    (
+        *SMALL,
+        "--what=serve",
+        "--config.mesh.data=3",
+        "--mesh=config",
+    ): "config.mesh: data * fsdp * tensor = 3",
+    (*SMALL, "--what=serve", "--topology=v5q:2x2"): "unknown generation v5q",
+    (*SMALL, "--what=serve", "--streams=0"): "streams",
+    (*SMALL, "--what=serve", "--tokens=8"): "--tokens: has no meaning for --what=serve",
+    (*SMALL, "--streams=8"): "--streams: has no meaning for --what=train",
+}
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_mistakes_are_one_line(tmp_path: pathlib.Path) -> None:
+    for (code, _, err), message in zip(run(tmp_path, *MISTAKES), MISTAKES.values(), strict=True):
+        assert code == 2, err
+        assert "Traceback" not in err
+        line = err.strip().splitlines()[-1]
+        assert line.startswith("error: ") and message in line
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_is_told_what_would_help(tmp_path: pathlib.Path) -> None:
+    report = tmp_path / "plan.json"
+    serve = ("--what=serve", "--mesh=config")
+    train, serving = run(tmp_path, (*WIDE, f"--json={report}"), (*WIDE, *serve))
+    assert train[0] == serving[0] == 1
+    found = json.loads(report.read_text())
+    assert not found["fits"] and "step_seconds_low" not in found
+    missing = found["hbm_peak_bytes"] - found["hbm_capacity_bytes"]
+    assert missing > 2 * found["hbm_capacity_bytes"]
+    assert found["advice"].startswith(
+        f"{missing / 2**30:.1f} GiB too much for a chip's 16 GiB; try config.model.remat"
+    )
+    assert "GiB too much for a chip's 16 GiB" in " ".join(serving[1].split())
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_generation_is_planned_on_the_best_of_some_meshes(tmp_path: pathlib.Path) -> None:
+    report = tmp_path / "plan.json"
+    ((code, out, err),) = run(tmp_path, (*SMALL, "--what=serve", "--streams=2", f"--json={report}"))
+    assert code == 0, err
+    found = json.loads(report.read_text())
+    assert found["fits"] and found["streams"] == 2 and len(found["tried"]) > 1
+    assert found["phases"].keys() == {"prefill", "decode"}
+    assert "to read 1,000,000" in out

@@ -1,0 +1,105 @@
+"""Plans of generation and evaluation: sizes by hand, phases of a real compilation, meshes, advice."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from flax import nnx
+
+from configs import fam_1b, fam_24b
+from fam_jax.config import ConfigError, MeshConfig, ModelConfig, resolve
+from fam_jax.generate.restore import dtype_of_use
+from fam_jax.model import Transformer, to_dict
+from fam_jax.plan.serving import (
+    ServingPlan,
+    plan_serving,
+    serving_meshes,
+    stream_bytes,
+)
+from tests.plan.programs import needs_compiler
+
+SMOKE = resolve(fam_1b.get_config("smoke"))
+LARGE = resolve(fam_24b.get_config())
+
+
+def test_a_stream_is_its_blocks_and_its_fams() -> None:
+    model = LARGE.model
+    keys = 2 * (model.memory_segments + 1) * model.block_size * model.num_kv_heads * model.head_dim
+    fams = model.fam_length * (model.model_dim + 2 * model.num_kv_heads * model.head_dim)
+    counts = 1 + 4 + 4  # whether FAM carries context, blocks, tokens of the open block
+    assert stream_bytes(model) == 2 * model.num_layers * (keys + fams) + counts
+
+
+@pytest.fixture(scope="module")
+def plan() -> ServingPlan:
+    """Blocks large enough for kernels."""
+    model = dataclasses.replace(SMOKE.model, block_size=128, head_dim=128, dtype="bfloat16")
+    config = dataclasses.replace(SMOKE, model=model)
+    phases = ("prefill", "measure", "decode")
+    return plan_serving(
+        config, "v5e:2x2", 4, phases, mesh=MeshConfig(data=1, fsdp=2, tensor=2), chunk_blocks=4
+    )
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_plan_of_a_small_model(plan: ServingPlan) -> None:
+    report = json.loads(json.dumps(plan.report()))
+    assert report["fits"] and report["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert report["hbm_capacity_bytes"] == 16 * 2**30
+    # Streams are spread over fsdp, their heads over tensor; what there is of FAM itself lies on both.
+    assert report["bytes_per_stream"] < report["hbm_memory_bytes"] < 1.1 * report["bytes_per_stream"]
+    assert report["hbm_peak_bytes"] > report["hbm_parameter_bytes"] + 2 * report["hbm_memory_bytes"]
+    assert report["hbm_loading_bytes"] > report["hbm_parameter_bytes"] > 0
+    prefill, measure, decode = (report["phases"][name] for name in ("prefill", "measure", "decode"))
+    assert (prefill["tokens_per_step"], decode["tokens_per_step"]) == (4 * 512, 4)
+    for phase in (prefill, measure, decode):
+        assert 0 < phase["step_seconds_low"] <= phase["step_seconds_high"]
+        assert phase["tokens_per_second_low"] * phase["step_seconds_high"] == pytest.approx(
+            phase["tokens_per_step"]
+        )
+    assert measure["step_seconds_low"] > prefill["step_seconds_low"]  # it forms logits too
+    assert prefill["read_1000000_seconds_low"] == pytest.approx(1e6 / 512 * prefill["step_seconds_low"])
+    assert decode["step_seconds_low"] < prefill["step_seconds_low"]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_border_is_shared_by_the_tokens_of_a_block(plan: ServingPlan) -> None:
+    decode = plan.phases["decode"]
+    assert decode.seconds is not None
+    low, high = decode.details["border_seconds_low"], decode.details["border_seconds_high"]
+    assert 0 < low <= high
+    assert decode.seconds[0] > low / 128 and decode.seconds[1] > high * 4 / 128
+
+
+def test_weights_lie_in_the_dtype_of_use() -> None:
+    model = dataclasses.replace(SMOKE.model, dtype="bfloat16")
+    shapes = to_dict(jax.eval_shape(lambda: _state(model)))
+    found = jax.tree_util.tree_map_with_path(lambda path, x: str(dtype_of_use(path, x, model)), shapes)
+    assert found["embedding"]["table"] == found["layers"]["query"]["kernel"] == "bfloat16"
+    assert found["layers"]["attention_norm"]["scale"] == found["initial_fam"] == "float32"
+    wide = dataclasses.replace(model, dtype="float64")
+    assert (
+        str(dtype_of_use((jax.tree_util.DictKey("kernel"),), shapes["embedding"]["table"], wide)) == "float32"
+    )
+
+
+def _state(model: ModelConfig) -> nnx.State:
+    return nnx.state(Transformer(model, rngs=nnx.Rngs(0)))
+
+
+@needs_compiler
+def test_meshes_have_heads_over_tensor_first() -> None:
+    meshes = serving_meshes(LARGE, "v5e:4x4", 8)
+    assert meshes[0] == MeshConfig(data=1, fsdp=1, tensor=16)
+    assert all(mesh.data * mesh.fsdp * mesh.tensor == 16 for mesh in meshes)
+    one = serving_meshes(LARGE, "v5e:4x4", 1)
+    assert all(mesh.data == 1 for mesh in one)  # a single stream cannot be divided
+
+
+@needs_compiler
+def test_a_mesh_of_another_slice() -> None:
+    with pytest.raises(ConfigError, match=r"config\.mesh: .* = 8, but there are 4 devices"):
+        plan_serving(SMOKE, "v5e:2x2", 1, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
