@@ -20,6 +20,9 @@ from fam_jax.plan.hlo import Computation, Module, Op, Shares, product_flops, rep
 
 PEAK_SHARE = 0.95  # of the matrix units' peak that a large product reaches at best
 
+# A kernel that reads a block of each operand; the seconds given for it include its traffic.
+READS_BLOCKS = "fam_update"
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 # A fusion of an all-reduce and the slice of its result that stays: the compiler's form of a reduce-scatter.
@@ -208,6 +211,8 @@ def _compute_cost(
         pattern = next((pattern for pattern in kernels if re.search(pattern, place)), None)
         if pattern is None:
             raise ValueError(f"no time is known of the kernel {op.name}")
+        if READS_BLOCKS in op.name:
+            traffic = 0
         low, high = (times * max(seconds, traffic / chip.hbm_bandwidth) for seconds in kernels[pattern])
         return OpCost(op.name, "kernel", op.source, times, low, high, hbm_bytes=times * traffic)
     flops = 0

@@ -11,10 +11,12 @@ import numpy as np
 
 from fam_jax.config import ModelConfig
 from fam_jax.kernels.pallas.call import why_not_pallas
+from fam_jax.kernels.pallas.update import why_not_pallas_update
 from fam_jax.kernels.shapes import BlockShape
 from fam_jax.model.kinds import Kind, kinds_of
 from fam_jax.plan.attention import kernel_seconds, visible_keys
 from fam_jax.plan.hlo import Op, Shares
+from fam_jax.plan.small_kernels import update_seconds
 from fam_jax.sharding import ROW_AXES
 
 
@@ -63,6 +65,12 @@ def takes_kernels(model: ModelConfig) -> bool:
     return model.attention in ("auto", "pallas") and not why_not_pallas(queries, shape)
 
 
+def updates_by_kernel(model: ModelConfig) -> bool:
+    """Whether FAM's own attention runs in Pallas kernels on a TPU."""
+    queries: Any = jax.ShapeDtypeStruct((1, model.fam_length, 1, model.head_dim), jnp.dtype(model.dtype))
+    return not why_not_pallas_update(queries, model.block_size, model.attention_softcap)
+
+
 def kernels_of_kinds(
     topology: str,
     model: ModelConfig,
@@ -73,7 +81,7 @@ def kernels_of_kinds(
     past: int = 0,
     gradient: bool = True,
 ) -> dict[str, tuple[float, float]]:
-    """Seconds of the attention kernels of every kind of layer, for :func:`fam_jax.plan.estimate`.
+    """Seconds of the kernels of every kind of layer, for :func:`fam_jax.plan.estimate`.
 
     Args:
       topology: such as v5p:2x2x1.
@@ -84,22 +92,22 @@ def kernels_of_kinds(
       past: as of :func:`kernel_seconds`.
       gradient: likewise.
     """
-    if not takes_kernels(model):
+    if model.attention not in ("auto", "pallas"):
         return {}
     kinds = kinds_of(model)
     ways = math.prod(mesh[axis] for axis in ROW_AXES)
-    found: dict[str, tuple[float, float]] = {}
+    local = rows // ways if rows % ways == 0 else rows
+    heads = model.num_heads // mesh["tensor"]
+    kv_heads = max(model.num_kv_heads // mesh["tensor"], 1)
+    found: dict[str, tuple[float, float]] = {"fam_rotary": (0.0, 0.0)}  # no more than its traffic
     for index, kind in enumerate(kinds):
-        seconds = kernel_seconds(
-            topology,
-            kind.config,
-            rows // ways if rows % ways == 0 else rows,
-            tokens,
-            model.num_heads // mesh["tensor"],
-            max(model.num_kv_heads // mesh["tensor"], 1),
-            past=past,
-            gradient=gradient,
-        )
+        seconds: dict[str, tuple[float, float]] = {}
+        if takes_kernels(kind.config):
+            seconds |= kernel_seconds(
+                topology, kind.config, local, tokens, heads, kv_heads, past=past, gradient=gradient
+            )
+        if kind.config.fam_length and updates_by_kernel(kind.config):
+            seconds |= update_seconds(topology, kind.config, local, heads, kv_heads)
         place = rf"branch_{index}_fun/(?!.*branch_).*" if len(kinds) > 1 else ""
         found |= {place + name: span for name, span in seconds.items()}
     return found

@@ -21,16 +21,20 @@ SHAPE = {"block_size": 128, "head_dim": 8, "num_heads": 2, "num_kv_heads": 1, "m
 @pytest.mark.parametrize("past_slots", [False, True], ids=["training", "prefill"])
 @pytest.mark.parametrize(
     "changes",
-    [{"fam_length": 3}, {"fam_previous_blocks": 2, "stop_gradient": True}],
-    ids=["padded FAM", "two FAMs, stop-gradient"],
+    [
+        {"fam_length": 3},
+        {"fam_previous_blocks": 2, "stop_gradient": True},
+        {"fam_length": 16, "head_dim": 128},
+    ],
+    ids=["padded FAM", "two FAMs, stop-gradient", "all kernels"],
 )
 def test_kernels_and_xla_agree(changes: dict[str, Any], past_slots: bool) -> None:
-    tokens = jnp.asarray(some_tokens(1, 300))
-    params = params_of(variant(**SHAPE, **changes))
-    weights = np.random.default_rng(1).normal(size=(1, 300, 11)).astype(np.float32)
+    tokens = jnp.asarray(some_tokens(1, 304))
+    params = params_of(variant(**SHAPE | changes))
+    weights = np.random.default_rng(1).normal(size=(1, 304, 11)).astype(np.float32)
 
     def result(attention: str) -> Any:
-        config = variant(**SHAPE, **changes, attention=attention)
+        config = variant(**SHAPE | changes, attention=attention)
 
         @quick_jit
         def call(params: Any) -> Any:

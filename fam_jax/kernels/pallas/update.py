@@ -57,7 +57,7 @@ def pallas_update_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(interpret: Any, *arrays: jax.Array) -> jax.Array:
-    return _forward(interpret, *arrays)[0]
+    return forward(interpret, *arrays)[0]
 
 
 def _grid(q: jax.Array, fam_k: jax.Array) -> tuple[int, int, int]:
@@ -81,7 +81,8 @@ def _flat(x: jax.Array) -> jax.Array:
 PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def _forward(interpret: Any, *arrays: jax.Array) -> tuple[jax.Array, Any]:
+def forward(interpret: Any, *arrays: jax.Array) -> tuple[jax.Array, Any]:
+    """The attention, and what its derivative needs: q, fam_k, fam_v, k, v, (1,) the block's number, two taps."""
     q, fam_k, fam_v, k, v, block, tap, _ = arrays
     grid = _grid(q, fam_k)
     queries, fam_keys, keys = _specs(q, grid[-1], tap.shape[1])
@@ -117,13 +118,15 @@ def _forward_kernel(block: Any, q: Any, fam_k: Any, fam_v: Any, k: Any, v: Any, 
     out[...] = result.astype(out.dtype)
 
 
-def _backward(interpret: Any, residuals: Any, d_out: jax.Array) -> tuple[Any, ...]:
+def backward(interpret: Any, residuals: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    """The cotangents of the arguments of :func:`forward`; of keys and values as those of the taps."""
     q, fam_k, fam_v, k, v, block, tap, _ = residuals
     grid = _grid(q, fam_k)
     queries, fam_keys, keys = _specs(q, grid[-1], tap.shape[1])
     tapped = pl.BlockSpec(keys.block_shape, lambda b, h, g, at: (b, 0, h))
     shapes = [(x.shape, x.dtype) for x in (*map(_flat, (q, fam_k, fam_v)), tap, tap)]
-    sums = [pltpu.VMEM(spec.block_shape[1:], jnp.float32) for spec in (fam_keys, fam_keys, tapped, tapped)]
+    lengths = (q.shape[1], q.shape[1], tap.shape[1], tap.shape[1])
+    sums = [pltpu.VMEM((length, q.shape[3]), jnp.float32) for length in lengths]
     gradients = pl.pallas_call(
         _backward_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -144,7 +147,7 @@ def _backward(interpret: Any, residuals: Any, d_out: jax.Array) -> tuple[Any, ..
     return dq, dfk, dfv, None, None, None, dk, dv
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(forward, backward)
 
 
 def _backward_kernel(
