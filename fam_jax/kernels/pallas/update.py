@@ -44,11 +44,11 @@ def pallas_update_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """See :func:`fam_jax.kernels.update_attention.update_attention`."""
+    """See :func:`fam_jax.kernels.update_attention.update_attention`; `interpret` is Pallas' plain interpreter."""
     rows, heads, kv_heads = division(q.shape[0], q.shape[2], fam_k.shape[2])
     queries, keys = P(rows, None, heads), P(rows, None, kv_heads)
     return over_mesh(
-        functools.partial(_attend, pltpu.InterpretParams() if interpret else False),
+        functools.partial(_attend, interpret),
         (q, fam_k, fam_v, k, v, block.reshape(1), *taps),
         (queries, keys, keys, keys, keys, P(), keys, keys),
         queries,
