@@ -38,10 +38,12 @@ AXES: dict[str, tuple[MeshAxes, str]] = {
     "ff": ("tensor", "model.ff_dim"),
     "fam": (None, "model.fam_length"),
     "rank": (None, "lora.rank"),
+    "spread_rank": ("fsdp", "lora.rank"),  # of a factor that has no width
 }
 
-# Multi-query attention has fewer key/value heads than the tensor axis has devices: each keeps a copy.
-COPIED_IF_INDIVISIBLE = frozenset({"kv_heads"})
+# Multi-query attention has fewer key/value heads than the tensor axis has devices, and a small rank may not divide
+# either: each device keeps a copy.
+COPIED_IF_INDIVISIBLE = frozenset({"kv_heads", "spread_rank"})
 
 # Pattern of the parameter's path -> its logical axes.
 PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -225,11 +227,11 @@ def logical_axes(path: str, ndim: int) -> tuple[str, ...] | None:
     if name in ("lora_a", "lora_b"):
         path = f"{group}/kernel"
     axes = next((axes for pattern, axes in PARAMETERS if fnmatch.fnmatch(path, pattern)), None)
-    if axes is not None and name == "lora_a":
-        return (*axes[: ndim - 1], "rank")
-    if axes is not None and name == "lora_b":
-        return ("layers", "rank", *axes[len(axes) - ndim + 2 :])
-    return axes
+    if axes is None or path == f"{group}/{name}":
+        return axes
+    own = axes[1 : ndim - 1] if name == "lora_a" else axes[len(axes) - ndim + 2 :]
+    rank = "rank" if "width" in own else "spread_rank"
+    return ("layers", *own, rank) if name == "lora_a" else ("layers", rank, *own)
 
 
 def _place_axis(axis: str, size: int, mesh: Mesh | AbstractMesh) -> MeshAxes:

@@ -6,7 +6,6 @@ parameters keep their paths, a base model's fit in unchanged, and `layers/query`
 """
 
 import fnmatch
-import functools
 import math
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fam_jax.config import Config, ConfigError, LoraConfig
-from fam_jax.model.layers import FrozenParam, Linear, contract
+from fam_jax.model.layers import FrozenParam, Linear
 from fam_jax.model.parameters import flatten, to_dict, unflatten
 from fam_jax.model.transformer import Transformer
 
@@ -38,13 +37,17 @@ class LoraLinear(Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product of one layer: x (..., *in) to (..., *out)."""
-        low = contract(x, self.lora_a[...].astype(x.dtype), self.in_axes)
+        kernel, a, b = (w[...].astype(x.dtype) for w in (self.kernel, self.lora_a, self.lora_b))
+        batch, out = x.shape[: x.ndim - self.in_axes], kernel.shape[self.in_axes :]
+        # Both products are added as matrices: XLA for TPU would bring each to an axis of heads, and the sum back.
+        width, rank = math.prod(kernel.shape[: self.in_axes]), b.shape[0]
+        rows = x.reshape(-1, width)
+        low = rows @ a.reshape(width, rank)
         # A batch axis of one keeps this product from being saved beside x W by the remat policy "dots": it is
         # recomputed from x A, for next to nothing.
-        update = jax.vmap(functools.partial(contract, in_axes=1))(
-            low[None], self.lora_b[...].astype(x.dtype)[None]
-        )
-        return super().__call__(x) + self.scale * update[0]
+        update = jnp.matmul(low[None], b.reshape(1, rank, -1))[0]
+        product = rows @ kernel.reshape(width, -1) + self.scale * update
+        return product.reshape(*batch, *out)
 
 
 def create_model(config: Config, *, rngs: nnx.Rngs) -> Transformer:
