@@ -6,8 +6,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from fam_jax.config import ModelConfig
+
+# What rematerialisation keeps by the policy "dots": the results of projections.
+PRODUCT = "product"
 
 
 class FrozenParam(nnx.Param):
@@ -37,7 +41,7 @@ def contract(x: jax.Array, kernel: jax.Array, in_axes: int) -> jax.Array:
     batch, out = x.shape[: x.ndim - in_axes], kernel.shape[in_axes:]
     width = math.prod(kernel.shape[:in_axes])
     product = x.reshape(math.prod(batch), width) @ kernel.reshape(width, math.prod(out))
-    return product.reshape(*batch, *out)
+    return checkpoint_name(product, PRODUCT).reshape(*batch, *out)
 
 
 # How a layer applies one of its projections. The FAM chain passes its own, to gather weight gradients.

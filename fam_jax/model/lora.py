@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from fam_jax.config import Config, ConfigError, LoraConfig
-from fam_jax.model.layers import FrozenParam, Linear
+from fam_jax.model.layers import PRODUCT, FrozenParam, Linear
 from fam_jax.model.parameters import flatten, to_dict, unflatten
 from fam_jax.model.transformer import Transformer
 
@@ -42,12 +43,9 @@ class LoraLinear(Linear):
         # Both products are added as matrices: XLA for TPU would bring each to an axis of heads, and the sum back.
         width, rank = math.prod(kernel.shape[: self.in_axes]), b.shape[0]
         rows = x.reshape(-1, width)
-        low = rows @ a.reshape(width, rank)
-        # A batch axis of one keeps this product from being saved beside x W by the remat policy "dots": it is
-        # recomputed from x A, for next to nothing.
-        update = jnp.matmul(low[None], b.reshape(1, rank, -1))[0]
-        product = rows @ kernel.reshape(width, -1) + self.scale * update
-        return product.reshape(*batch, *out)
+        low = checkpoint_name(rows @ a.reshape(width, rank), PRODUCT)
+        product = rows @ kernel.reshape(width, -1) + self.scale * (low @ b.reshape(rank, -1))
+        return checkpoint_name(product, PRODUCT).reshape(*batch, *out)
 
 
 def create_model(config: Config, *, rngs: nnx.Rngs) -> Transformer:
