@@ -21,8 +21,9 @@ from benchmarks.attention_programs import Case, compile_case, to_json
 from benchmarks.record import write_record
 from benchmarks.report import print_table
 from benchmarks.splash import SplashTiles
+from fam_jax.config import ModelConfig
 from fam_jax.plan import ProfileError, check_floor, estimate, parse, static_profile
-from fam_jax.plan.attention import Problem, cycles
+from fam_jax.plan.attention import kernel_seconds
 from launch.errors import ArgumentParser, user_errors
 
 SHAPES = {"1B": (12, 12), "8B": (32, 32), "24B": (32, 1)}  # query and key heads of the paper's models
@@ -57,28 +58,18 @@ class Profiler:
         return {name: times * count / case.chip.clock for name, count in self.known[text].items()}
 
     def _ours(self, case: Case, kernels: Sequence[str]) -> dict[str, float]:
-        """The simulator dies of a program that holds both of our kernels: each alone, as the tuner has them."""
-        group = min(case.heads // case.kv_heads, 4)
-        problem = Problem(
-            case.topology,
-            case.block_size,
-            case.segments,
-            case.fam,
-            case.head_dim,
-            case.tokens // case.block_size,
-            group,
+        """The simulator dies of a program that holds both of our kernels: each alone, as the planner has them."""
+        model = ModelConfig(
+            block_size=case.block_size,
+            memory_segments=case.segments,
+            fam_length=case.fam,
+            head_dim=case.head_dim,
         )
-        found = {}
+        spans = kernel_seconds(case.topology, model, case.batch, case.tokens, case.heads, case.kv_heads)
         for name in kernels:
-            key = f"{name} {problem}"
-            if key not in self.known:
-                count = cycles(problem, name.removeprefix("fam_attention_"), problem.tiles())
-                if count is None:
-                    raise ProfileError(f"{case.topology}: the compiler gives no figure for {name}")
-                self.known[key] = {name: count}
-            times = case.batch * case.heads / (problem.cores * group)
-            found[name] = times * self.known[key][name] / case.chip.clock
-        return found
+            if name not in spans or spans[name][0] < spans[name][1]:
+                raise ProfileError(f"{case.topology}: the compiler gives no figure for {name}")
+        return {name: spans[name][0] for name in kernels}
 
 
 def kernel_names(case: Case) -> list[str]:

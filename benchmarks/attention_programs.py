@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -15,9 +14,8 @@ from benchmarks.splash import SplashTiles, make_splash, static_schedule
 from fam_jax.config import MeshConfig
 from fam_jax.kernels import block_attention
 from fam_jax.plan import Chip, chip_of, compile_on, topology_devices
+from fam_jax.plan.attention import visible_keys
 from fam_jax.sharding import make_mesh, replicated
-
-BYTES = 2  # of a bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +45,14 @@ class Case:
         cores = self.chip.cores
         group = self.heads // self.kv_heads
         kv_heads = min(self.kv_heads, cores)
-        return dataclasses.replace(
-            self, batch=cores, heads=kv_heads * min(group, 4), kv_heads=kv_heads
-        )  # fmt: skip
+        return dataclasses.replace(self, batch=cores, heads=kv_heads * min(group, 4), kv_heads=kv_heads)
 
     def scores(self, *, whole_tiles: bool) -> float:
         """Visible scores of all rows and heads; with `whole_tiles` the masked half of a block's own square too."""
-        size, blocks = self.block_size, self.tokens // self.block_size
-        past = sum(min(block, self.segments) for block in range(blocks)) * size
-        own = size if whole_tiles else (size + 1) / 2
-        return self.batch * self.heads * size * (past + blocks * (own + self.fam))
+        size = self.block_size
+        keys = visible_keys(self.tokens, block_size=size, segments=self.segments, fam=self.fam)
+        masked = self.tokens * (size - 1) / 2
+        return self.batch * self.heads * (keys + whole_tiles * masked)
 
     def macs(self, *, whole_tiles: bool = False) -> float:
         """Of the products that no implementation can do without: 2 per score forward, 5 backward."""
@@ -74,9 +70,7 @@ def build(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], A
     if case.implementation == "splash":
         assert case.splash is not None and case.kv_heads in (1, case.heads)
         mqa = case.kv_heads < case.heads
-        attend, kernel = make_splash(
-            tokens, case.heads, case.block_size, case.segments, case.splash, mqa=mqa
-        )  # fmt: skip
+        attend, kernel = make_splash(tokens, case.heads, case.block_size, case.segments, case.splash, mqa=mqa)
         context = static_schedule(kernel)
         q = array(batch, case.heads, tokens, dim)
         inputs = [q, *[array(batch, tokens, dim) if mqa else q] * 2]
@@ -118,7 +112,7 @@ def compile_case(case: Case, *, static: bool = False) -> jax.stages.Compiled:
     function, arguments, context = build(case)
     placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)) for x in arguments]
     with context if static else contextlib.nullcontext():
-        return compile_on(mesh, functools.partial(function), *placed)
+        return compile_on(mesh, function, *placed)
 
 
 def to_json(case: Case) -> str:

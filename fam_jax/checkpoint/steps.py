@@ -28,6 +28,8 @@ from fam_jax.checkpoint.folder import (
 PyTree = Any
 Shardings = jax.sharding.Sharding | Callable[[PyTree], PyTree]
 
+CHUNK_BYTES = 64 * 2**20  # of an array on disk, where host memory is scarce
+
 
 class Checkpoints:
     """The checkpoints of a training run; a context manager, which waits for the last save on leaving.
@@ -300,4 +302,6 @@ def _context(in_flight_bytes: int | None = None) -> ocp.Context:
         context.memory.deepcopy_host_arrays = False
         limit = in_flight_bytes + 1  # Orbax takes it for the first size that is too large
         context.memory.transfer_concurrent_bytes = context.memory.write_concurrent_bytes = limit
+        # What is written is copied and compressed chunk by chunk.
+        context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     return context

@@ -1,6 +1,7 @@
 """Tensors of a Hugging Face folder into parameters, one at a time and straight into their shards."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from fam_jax.model.parameters import flatten, unflatten
 
 Progress = Callable[[int, int], None]
 Shardings = Callable[[dict[str, Any]], dict[str, Any]]
+ALIGNMENT = 64  # bytes
 FAM_FIELDS = (
     "fam_length",
     "fam_init",
@@ -38,7 +40,8 @@ def import_parameters(
 ) -> dict[str, Any]:
     """The nested dict of a model's parameters, each spread over its devices as it is read.
 
-    Host memory holds one file's pages and the local shards of one parameter (all its layers) at a time.
+    Host memory holds one file's pages and the local shards of one parameter (all its layers) at a time; on a CPU these
+    are the parameter.
 
     Args:
       folder: whose `config.json` `model` was made from.
@@ -148,7 +151,7 @@ def _dtype(folder: Folder, tensor: Tensor) -> np.dtype:
 def _load(folder: Folder, tensor: Tensor, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     def part(index: Any) -> np.ndarray:  # slices
         shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, tensor.shape, strict=True))
-        out = np.empty(shape, dtype)
+        out = _aligned(shape, dtype)
         if not tensor.stacked:
             tensor.to_own(folder.read(tensor.name, tensor.file_index(index)), out)
             return out
@@ -159,6 +162,14 @@ def _load(folder: Folder, tensor: Tensor, dtype: Any, sharding: jax.sharding.Sha
         return out
 
     return jax.make_array_from_callback(tensor.shape, sharding, part, dtype=dtype)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array that begins where XLA wants its own to begin: on a CPU it becomes the parameter without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _initial_fam(

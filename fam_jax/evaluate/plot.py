@@ -27,7 +27,7 @@ def plot_passkey(
       trained_blocks: longest filler in training, marked by a vertical line.
       title: above the axes.
     """
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.0), layout="constrained")
+    axes = _axes()
     lengths = sorted({int(length) for accuracies in models.values() for length in accuracies})
     for name, accuracies in models.items():
         label, color, marker = STYLES.get(name, (name, None, "o"))
@@ -54,13 +54,7 @@ def plot_passkey(
     axes.set_ylim(0, 101)
     axes.set_xlabel("filler between key and question (blocks)")
     axes.set_ylabel("pass key retrieved (%)")
-    axes.set_title(title, fontsize=10)
-    axes.grid(axis="y", color="0.9")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.35), fontsize=9)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    _save(axes, title, path, loc="center right", bbox_to_anchor=(1, 0.35))
 
 
 def plot_loss_by_position(
@@ -74,7 +68,7 @@ def plot_loss_by_position(
       trained_tokens: longest row in training, up to where the background is grey; 0 = not shown.
       title: above the axes.
     """
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.0), layout="constrained")
+    axes = _axes()
     for name, buckets in models.items():
         seen = [bucket for bucket in buckets if bucket["loss"] is not None]
         ends, losses = [bucket["end"] for bucket in seen], [bucket["loss"] for bucket in seen]
@@ -87,10 +81,19 @@ def plot_loss_by_position(
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("position in the document (tokens, end of bucket)")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title, fontsize=10)
+    _save(axes, title, path)
+
+
+def _axes() -> Any:
+    _, axes = pyplot.subplots(figsize=(7.2, 4.0), layout="constrained")
     axes.grid(axis="y", color="0.9")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return axes
+
+
+def _save(axes: Any, title: str, path: Any, **legend: Any) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=9, **legend)
+    axes.figure.savefig(path, dpi=150)
+    pyplot.close(axes.figure)

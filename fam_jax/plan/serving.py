@@ -334,7 +334,7 @@ def best_serving(plans: Sequence[ServingPlan]) -> ServingPlan:
     """Of those that fit, the one with the fastest last phase, by the middle of its range; else the smallest."""
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
-        return min(plans, key=lambda plan: plan.peak)
+        return min(plans, key=lambda plan: max(plan.peak, plan.loading))
     return min(fitting, key=lambda plan: sum([*plan.phases.values()][-1].seconds or ()))
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fam_jax.config import MeshConfig
 from fam_jax.kernels import block_attention
+from fam_jax.plan import topology_devices
 from fam_jax.sharding import make_mesh, traced_for
 
 # (B, H, K, hd, C, T / C, m, S, P / C, dtype); P = 0 are the resident kernels where they fit, else the streamed ones.
@@ -34,8 +34,7 @@ def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **op
     """Names of the Pallas kernels in the executable, for a mesh of so many chips."""
     batch, heads, kv_heads, head_dim, size, length, segments, fam, past, dtype = SHAPES[name]
     blocks = math.ceil(length)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), devices[: fsdp * tensor])
+    mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), topology_devices(topology)[: fsdp * tensor])
 
     def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))

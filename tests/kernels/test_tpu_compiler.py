@@ -1,40 +1,23 @@
 """The kernels go through the real TPU compiler, which needs no TPU, for every generation that is supported."""
 
-import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
+from fam_jax.plan.compile import has_compiler
+from fam_jax.plan.profile import run_module
 from tests.kernels import compile_kernels
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 RESIDENT = {"fam_attention_forward", "fam_attention_backward"}
 STREAMED = {f"fam_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dfam")}
-# The compiler finds no chip and must not look for one, nor lock the library against a second process.
-ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
-# `make test` installs the library beside the environment's packages, where JAX does not look: with it JAX would search
-# for chips, and complain that there are none, whenever it starts.
-LIBTPU = pathlib.Path(sys.prefix) / "tpu-compiler"
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None and not LIBTPU.is_dir(), reason="libtpu is not installed"
-)
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
 
 
 def compiled(topology: str, *names: str) -> dict[str, set[str]]:
     """The kernels in the executables of the named shapes."""
-    path = pathlib.Path(compile_kernels.__file__).relative_to(ROOT).with_suffix("")
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(LIBTPU)}
-    result = subprocess.run(
-        [sys.executable, "-m", ".".join(path.parts), topology, *names],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+    result = run_module(compile_kernels.__name__, [topology, *names], timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     kernels: dict[str, set[str]] = {}
     for line in result.stdout.splitlines():

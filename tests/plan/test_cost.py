@@ -1,12 +1,14 @@
 """Costs of compiled programs against hand counts."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from fam_jax.config import UserError
-from fam_jax.plan import CHIPS, ProfileError, check_floor, chip_of, estimate
+from fam_jax.plan import CHIPS, Chip, ProfileError, check_floor, chip_of, estimate
 from fam_jax.plan.profile import read_profiles, static_profile
 from tests.plan.programs import compiled, mesh, needs_compiler
 
@@ -14,10 +16,7 @@ CHIP = CHIPS["v5e"]
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-def test_peak_is_that_of_the_matrix_units(chip: object) -> None:
-    from fam_jax.plan import Chip
-
-    assert isinstance(chip, Chip)
+def test_peak_is_that_of_the_matrix_units(chip: Chip) -> None:
     assert 2 * chip.cores * chip.macs_per_cycle * chip.clock == pytest.approx(chip.flops, rel=0.01)
 
 
@@ -92,14 +91,11 @@ def test_figures_below_the_floor_are_refused() -> None:
         check_floor("kernel", 999, 1000 * CHIP.macs_per_cycle, CHIP)
 
 
-def test_profiles_are_read_by_name(tmp_path: object) -> None:
-    from pathlib import Path
-
-    folder = Path(str(tmp_path))
+def test_profiles_are_read_by_name(tmp_path: pathlib.Path) -> None:
     for number, name in enumerate(["attend.1", "attend_backward", "fusion.12"]):
         text = f'hlo_op_name: "{name}"\nestimated_cycles: {100 + number}\n'
-        (folder / f"{number}_static_llo_profile.textproto").write_text(text)
-    assert read_profiles(folder) == {"attend": 100, "attend_backward": 101, "fusion": 102}
+        (tmp_path / f"{number}_static_llo_profile.textproto").write_text(text)
+    assert read_profiles(tmp_path) == {"attend": 100, "attend_backward": 101, "fusion": 102}
 
 
 @needs_compiler

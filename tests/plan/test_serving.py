@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import pytest
@@ -12,8 +13,11 @@ from fam_jax.config import ConfigError, MeshConfig, ModelConfig, resolve
 from fam_jax.generate.restore import dtype_of_use
 from fam_jax.model import Transformer, to_dict
 from fam_jax.plan.serving import (
+    Phase,
     ServingPlan,
+    best_serving,
     plan_serving,
+    serving_advice,
     serving_meshes,
     stream_bytes,
 )
@@ -21,6 +25,7 @@ from tests.plan.programs import needs_compiler
 
 SMOKE = resolve(fam_1b.get_config("smoke"))
 LARGE = resolve(fam_24b.get_config())
+GIB = 2**30
 
 
 def test_a_stream_is_its_blocks_and_its_fams() -> None:
@@ -103,3 +108,43 @@ def test_meshes_have_heads_over_tensor_first() -> None:
 def test_a_mesh_of_another_slice() -> None:
     with pytest.raises(ConfigError, match=r"config\.mesh: .* = 8, but there are 4 devices"):
         plan_serving(SMOKE, "v5e:2x2", 1, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def fabricated(**changes: Any) -> ServingPlan:
+    """24B on four chips of 16 GiB."""
+    decode = Phase(8, 15 * GIB, (0.01, 0.02), 1.0, {})
+    plan = ServingPlan(
+        topology="v5e:2x2", chips=4, mesh={"data": 1, "fsdp": 1, "tensor": 4}, streams=8, chunk_blocks=16,
+        capacity=16 * GIB, parameters=12 * GIB, memory=GIB, stream=GIB // 8, loading=13 * GIB,
+        phases={"prefill": Phase(131072, 14 * GIB, (1.0, 2.0), 1.0, {}), "decode": decode},
+    )  # fmt: skip
+    return dataclasses.replace(plan, **changes)
+
+
+def test_advice_says_by_how_much_and_what_helps() -> None:
+    assert fabricated().fits and fabricated().peak == 15 * GIB
+    chunks = fabricated(phases={"prefill": Phase(131072, 18 * GIB, None, 1.0, {})})
+    assert not chunks.fits
+    assert serving_advice(LARGE, chunks) == (
+        "2.0 GiB too much for a chip's 16 GiB; try --chunk_blocks=4, more chips"
+    )
+    loading = fabricated(loading=24 * GIB)
+    assert not loading.fits
+    assert serving_advice(LARGE, loading) == (
+        "8.0 GiB too much for a chip's 16 GiB while it loads; try more chips"
+    )
+    many = fabricated(memory=5 * GIB, phases={"decode": Phase(8, 22 * GIB, None, 1.0, {})}, chunk_blocks=1)
+    assert "try --streams=4, more chips" in serving_advice(LARGE, many)
+    float32 = dataclasses.replace(LARGE, model=dataclasses.replace(LARGE.model, dtype="float32"))
+    copies = fabricated(parameters=24 * GIB, loading=25 * GIB, mesh={"data": 4, "fsdp": 1, "tensor": 1})
+    assert "config.model.dtype=bfloat16, a larger config.mesh.tensor" in serving_advice(float32, copies)
+
+
+def test_the_best_is_the_fastest_that_fits() -> None:
+    slow = fabricated()
+    quick = fabricated(phases=slow.phases | {"decode": Phase(8, 15 * GIB, (0.005, 0.01), 1.0, {})})
+    large = dataclasses.replace(quick, loading=17 * GIB)
+    assert best_serving([slow, large, quick]) is quick
+    assert best_serving([slow, large]) is slow
+    larger = dataclasses.replace(quick, phases={"decode": Phase(8, 30 * GIB, None, 1.0, {})})
+    assert best_serving([larger, large]) is large  # neither does

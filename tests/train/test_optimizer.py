@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from fam_jax.config import OptimizerConfig
+from fam_jax.model.parameters import unflatten
 from fam_jax.train.optimizer import learning_rate, make_optimizer, per_layer
 from tests.model.tiny import quick_jit
 
@@ -58,17 +59,6 @@ def some(seed: int, scale: float = 1.0) -> Flat:
     return flat
 
 
-def nested(flat: Flat) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *groups, last = name.split("/")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = value
-    return tree
-
-
 def flatten(tree: Any) -> Flat:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
@@ -89,10 +79,10 @@ def compiled(config: OptimizerConfig) -> tuple[Callable[..., Any], Callable[...,
 def run(config: OptimizerConfig, params: Flat, gradients: list[Flat]) -> list[Flat]:
     """Parameters after each step."""
     init, step = compiled(config)
-    values, found = nested(params), []
+    values, found = unflatten(params), []
     state = init(values)
     for grads in gradients:
-        state, values = step(state, values, nested(grads))
+        state, values = step(state, values, unflatten(grads))
         found.append(flatten(values))
     return found
 
@@ -272,7 +262,7 @@ def test_the_norms_of_many_layers_are_no_matrix(layers: int) -> None:
 def test_per_layer_counts_the_steps_of_every_layer_once() -> None:
     """A schedule inside the transformation sees the same step in the layers as outside."""
     schedule = optax.scale_by_schedule(lambda step: 1.0 + step)
-    params = nested(some(0))
+    params = unflatten(some(0))
     optimizer = per_layer(schedule)
     state = optimizer.init(params)
     ones = jax.tree.map(np.ones_like, params)
