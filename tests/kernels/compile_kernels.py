@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fam_jax.config import MeshConfig
-from fam_jax.kernels import block_attention
+from fam_jax.kernels import block_attention, rotary, update_attention
 from fam_jax.plan import topology_devices
 from fam_jax.sharding import make_mesh, traced_for
 
@@ -67,9 +67,36 @@ def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **op
     return set(re.findall(r"fam_attention_[a-z_]*[a-z]", text))
 
 
+def compile_small(topology: str) -> set[str]:
+    """Names of the kernels of a chain of updates and its gradients, of rotary embedding too."""
+    mesh = make_mesh(MeshConfig(), topology_devices(topology)[:1])
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def update_and_gradients(q: Any, own: Any, tokens: Any, tap: Any, cos: Any, sin: Any) -> Any:
+        def attend(q: Any, own: Any, tap: Any) -> jax.Array:
+            q = rotary(q, cos, sin, implementation="pallas")
+            return update_attention(
+                q, own, own, tokens, tokens, jnp.int32(1), (tap, tap), implementation="pallas"
+            )
+
+        out, pull = jax.vjp(attend, q, own, tap)
+        return out, pull(out)
+
+    shapes = (array(2, 32, 4, 128), array(2, 32, 2, 128), array(2, 640, 256), array(2, 256, 256))
+    angles = (array(1, 32, 1, 64, dtype=jnp.float32),) * 2
+    traced = jax.jit(traced_for(mesh, update_and_gradients)).trace(*shapes, *angles)
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    return set(re.findall(r"fam_(?:rotary|update_forward|update_backward)", text))
+
+
 def main(topology: str, *names: str) -> None:
-    """Compiles the named shapes; some a second time, with window and stop-gradient and over four chips."""
+    """Compiles the named shapes, some a second time, with window and stop-gradient; "small" are the other kernels."""
     for name in names:
+        if name == "small":
+            print(json.dumps([name, sorted(compile_small(topology))]), flush=True)
+            continue
         window = SHAPES[name][6] * SHAPES[name][4]
         for options in (
             ({}, {"window": window, "stop_gradient": True}) if name in ("training", "prefill") else ({},)

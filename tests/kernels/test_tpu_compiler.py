@@ -10,6 +10,7 @@ from tests.kernels import compile_kernels
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 RESIDENT = {"fam_attention_forward", "fam_attention_backward"}
+SMALL = {"fam_rotary", "fam_update_forward", "fam_update_backward"}
 STREAMED = {f"fam_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dfam")}
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
@@ -29,7 +30,8 @@ def compiled(topology: str, *names: str) -> dict[str, set[str]]:
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_training_kernels_compile(topology: str) -> None:
     names = [name for name in compile_kernels.SHAPES if name.startswith("training")]
-    kernels = compiled(topology, *names)
+    kernels = compiled(topology, *names, "small")
+    assert kernels.pop("small") == SMALL
     assert kernels.keys() == set(names)
     for name in names:
         assert kernels[name] == RESIDENT, name
