@@ -22,6 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "ff_dim": 32768,
             "num_heads": 32,
             "num_kv_heads": 1,
+            "remat": "wide",  # more does not fit a v5p chip
         },
         learning_rate=3e-3,
         mesh={"data": 4, "fsdp": 0},

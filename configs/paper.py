@@ -50,8 +50,7 @@ def paper_config(
         block_size=1024,
         memory_segments=3,
         fam_length=0 if "bswa" in words else 64,
-        remat="dots",
-        **model,
+        **{"remat": "dots"} | model,
     )
     config.optimizer.update(name="adafactor", learning_rate=learning_rate, beta1=0.9, beta2=0.99)
     config.data.update(

@@ -209,7 +209,7 @@ CHOICES = {
     "model.fam_init": ("prompt", "prefix"),
     "model.fam_positions": ("last", "float", "zero"),
     "model.attention": ("auto", "reference", "xla", "pallas", "pallas_interpret"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "wide", "full"),
     "optimizer.name": ("adafactor", "adamw"),
     "optimizer.schedule": ("constant", "cosine"),
     "optimizer.beta2_schedule": ("constant", "power"),

@@ -52,7 +52,9 @@ class ModelConfig:
     fam_previous_blocks: int = 1  # FAMs of how many past blocks a token sees (appendix B.4.2)
     # Execution.
     attention: str = "auto"  # auto | reference | xla | pallas (TPU) | pallas_interpret: see README
-    remat: str = "none"  # none | dots | full: what a layer keeps for its backward pass
+    # What a layer keeps for its backward pass. none: everything. dots: the results of its projections and of attention.
+    # wide: of these the feed-forward's and attention's. full: nothing.
+    remat: str = "none"
 
 
 def validate_model(model: ModelConfig) -> None:

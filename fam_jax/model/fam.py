@@ -17,10 +17,10 @@ from flax import nnx
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import Part, joint_attention, update_attention
 from fam_jax.model.gather import keep_rows
-from fam_jax.model.layers import PRODUCT, Apply, DecoderLayer, FrozenParam, Linear, apply_linear
+from fam_jax.model.layers import PROJECTIONS, Apply, DecoderLayer, FrozenParam, Linear, apply_linear
 from fam_jax.model.rope import Rope, Rotation, rotate, rotate_tokens
 
-SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(*PROJECTIONS)
 
 # (frozen, weights, rest) -> the layer of these parameters.
 Merge = Callable[[Any, Any, Any], DecoderLayer]

@@ -10,8 +10,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fam_jax.config import ModelConfig
 
-# What rematerialisation keeps by the policy "dots": the results of projections.
-PRODUCT = "product"
+# The projections, by which names rematerialisation knows their results; not all layers have all of them. The last is
+# x A of a low-rank update.
+LOW_RANK = "low_rank"
+PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down", LOW_RANK)
 
 
 class FrozenParam(nnx.Param):
@@ -30,18 +32,18 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product."""
-        return contract(x, self.kernel[...].astype(x.dtype), self.in_axes)
+        return contract(x, self.kernel[...].astype(x.dtype), self.in_axes, self.name)
 
 
-def contract(x: jax.Array, kernel: jax.Array, in_axes: int) -> jax.Array:
-    """Sums the last `in_axes` axes of x against the first of kernel.
+def contract(x: jax.Array, kernel: jax.Array, in_axes: int, name: str) -> jax.Array:
+    """Sums the last `in_axes` axes of x against the first of kernel; `name` is the result's for rematerialisation.
 
     As one product of two matrices: XLA for CPU transposes the activations to form the weights' gradient otherwise.
     """
     batch, out = x.shape[: x.ndim - in_axes], kernel.shape[in_axes:]
     width = math.prod(kernel.shape[:in_axes])
     product = x.reshape(math.prod(batch), width) @ kernel.reshape(width, math.prod(out))
-    return checkpoint_name(product, PRODUCT).reshape(*batch, *out)
+    return checkpoint_name(product, name).reshape(*batch, *out)
 
 
 # How a layer applies one of its projections. The FAM chain passes its own, to gather weight gradients.

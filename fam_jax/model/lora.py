@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from fam_jax.config import Config, ConfigError, LoraConfig
-from fam_jax.model.layers import PRODUCT, FrozenParam, Linear
+from fam_jax.model.layers import LOW_RANK, FrozenParam, Linear
 from fam_jax.model.parameters import flatten, to_dict, unflatten
 from fam_jax.model.transformer import Transformer
 
@@ -43,9 +43,9 @@ class LoraLinear(Linear):
         # Both products are added as matrices: XLA for TPU would bring each to an axis of heads, and the sum back.
         width, rank = math.prod(kernel.shape[: self.in_axes]), b.shape[0]
         rows = x.reshape(-1, width)
-        low = checkpoint_name(rows @ a.reshape(width, rank), PRODUCT)
+        low = checkpoint_name(rows @ a.reshape(width, rank), LOW_RANK)
         product = rows @ kernel.reshape(width, -1) + self.scale * (low @ b.reshape(rank, -1))
-        return checkpoint_name(product, PRODUCT).reshape(*batch, *out)
+        return checkpoint_name(product, self.name).reshape(*batch, *out)
 
 
 def create_model(config: Config, *, rngs: nnx.Rngs) -> Transformer:

@@ -14,14 +14,24 @@ from fam_jax.model.blocks import chunk_frames, read_blocks
 from fam_jax.model.fam import local_rotation, prompt_step
 from fam_jax.model.gather import embed, gather_layer, keep_rows
 from fam_jax.model.kinds import kind_of_layers, kinds_of
-from fam_jax.model.layers import PRODUCT, DecoderLayer, Linear, Norm, embedding_stddev, initial_fam
+from fam_jax.model.layers import (
+    LOW_RANK,
+    PROJECTIONS,
+    DecoderLayer,
+    Linear,
+    Norm,
+    embedding_stddev,
+    initial_fam,
+)
 from fam_jax.model.memory import LayerMemory, Memory, empty_memory
 from fam_jax.model.pieces import close_blocks, extend_memory, piece_frames, read_piece
 from fam_jax.model.rope import Rotation, rotate
 
-# The kernels' results are kept beside those of the products: a kernel is no dot, and would run twice.
+# The results of attention are kept beside those of products, lest its kernels run twice.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, "block_attention"),
+    "dots": jax.checkpoint_policies.save_only_these_names(*PROJECTIONS, "block_attention"),
+    # Queries, keys, values and the output are formed again.
+    "wide": jax.checkpoint_policies.save_only_these_names("gate", "up", LOW_RANK, "block_attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -145,7 +145,7 @@ def test_parallel_and_piecewise_gradients_are_equal(changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"layer_pattern": ("local", "global"), "local_window": 4}], ids=str)
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "wide", "full"])
 def test_rematerialisation_changes_no_gradient(remat, changes):
     with jax.enable_x64(True):
         config = dataclasses.replace(WIDE, **changes)
