@@ -38,8 +38,8 @@ def test_a_stream_is_its_blocks_and_its_fams() -> None:
 
 @pytest.fixture(scope="module")
 def plan() -> ServingPlan:
-    """Blocks large enough for kernels."""
-    model = dataclasses.replace(SMOKE.model, block_size=128, head_dim=128, dtype="bfloat16")
+    """Blocks large enough for kernels, and a vocabulary for logits to count."""
+    model = dataclasses.replace(SMOKE.model, block_size=128, head_dim=128, dtype="bfloat16", vocab_size=8192)
     config = dataclasses.replace(SMOKE, model=model)
     phases = ("prefill", "measure", "decode")
     return plan_serving(
