@@ -107,7 +107,7 @@ def kernels_of_kinds(
                 topology, kind.config, local, tokens, heads, kv_heads, past=past, gradient=gradient
             )
         if kind.config.fam_length and updates_by_kernel(kind.config):
-            seconds |= update_seconds(topology, kind.config, local, heads, kv_heads)
+            seconds |= update_seconds(topology, kind.config, local, heads, kv_heads, gradient=gradient)
         place = rf"branch_{index}_fun/(?!.*branch_).*" if len(kinds) > 1 else ""
         found |= {place + name: span for name, span in seconds.items()}
     return found

@@ -56,7 +56,7 @@ class UpdateProblem:
 
 @functools.cache
 def update_seconds(
-    topology: str, model: ModelConfig, rows: int, heads: int, kv_heads: int
+    topology: str, model: ModelConfig, rows: int, heads: int, kv_heads: int, *, gradient: bool = True
 ) -> dict[str, tuple[float, float]]:
     """Time of one run of each kernel on one chip, low and high, traffic included.
 
@@ -68,6 +68,7 @@ def update_seconds(
       rows: of the batch on a chip.
       heads: query heads on a chip.
       kv_heads: key heads on a chip.
+      gradient: the backward pass too.
 
     Raises:
       UserError: the TPU compiler is not installed, or its figure is below what the matrix units alone need.
@@ -75,7 +76,7 @@ def update_seconds(
     chip = chip_of(topology)
     problem = UpdateProblem(topology, model.block_size, model.fam_length, heads, kv_heads, model.head_dim)
     found = {}
-    for which in PRODUCTS:
+    for which in PRODUCTS if gradient else ("forward",):
         name = f"fam_update_{which}"
         count = _cycles(problem, which)
         if count is None:

@@ -165,8 +165,11 @@ def test_devices_share_rows_and_heads(kv_heads: int) -> None:
 
     def gradients(arrays: Any, tap: Any) -> Any:
         def of(own: Any, taps: Any) -> Any:
-            q = rotary(own["q"], jnp.cos(angles), jnp.sin(angles), implementation="pallas_interpret")
-            return attend(arrays | own | {"q": q}, 1, taps, "pallas_interpret")
+            turned = {
+                name: rotary(own[name], jnp.cos(angles), jnp.sin(angles), implementation="pallas_interpret")
+                for name in ("q", "fam_k")
+            }
+            return attend(arrays | own | turned, 1, taps, "pallas_interpret")
 
         out, pull = jax.vjp(of, {name: arrays[name] for name in NAMES[:3]}, (tap, tap))
         return out, pull(weights(out.shape).astype(out.dtype))

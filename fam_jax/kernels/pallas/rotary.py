@@ -33,7 +33,9 @@ def why_not_pallas_rotary(x: jax.Array) -> str:
 
 def pallas_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interpret: bool = False) -> jax.Array:
     """See :func:`fam_jax.kernels.rotary.rotary`; `interpret` is Pallas' plain interpreter."""
-    rows, heads, _ = division(x.shape[0], x.shape[2], x.shape[2])
+    rows, _, heads = division(
+        x.shape[0], 0, x.shape[2]
+    )  # as key heads are divided: a single one is everywhere
     angles = P(rows if cos.shape[0] > 1 else None)
     tokens = P(rows, None, heads)
     return over_mesh(
