@@ -53,7 +53,7 @@ def compile_step(work: Workload, adaptation: LoraConfig) -> tuple[Callable[[], A
 
     Returns:
       The call, which holds the state; and parameters, trained_parameters, state_bytes (parameters and optimizer state),
-      step_bytes (what a step needs beside them and the batch), flops.
+      step_bytes (what a step needs beside them and the batch).
     """
     config = Config(model=work.model, lora=adaptation, train=TrainConfig(loss_chunk=work.tokens))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -61,6 +61,7 @@ def compile_step(work: Workload, adaptation: LoraConfig) -> tuple[Callable[[], A
     state = jax.jit(lambda: init_state(config, optimizer, work.seed))()
     step = jax.jit(make_train_step(config, optimizer), donate_argnums=0).lower(state, batch).compile()
     memory = step.memory_analysis()
+    assert memory is not None
     trained, frozen = lora.divide(state.params, adaptation)
     parts = (state.params, state.optimizer)
     facts = {
@@ -68,7 +69,6 @@ def compile_step(work: Workload, adaptation: LoraConfig) -> tuple[Callable[[], A
         "trained_parameters": count_parameters(trained),
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(parts)),
         "step_bytes": memory.temp_size_in_bytes,
-        "flops": step.cost_analysis()["flops"],
     }
 
     def call() -> Any:
@@ -93,13 +93,13 @@ def measure(work: Workload, seconds: float) -> dict[str, Any]:
 def show(results: dict[str, Any]) -> None:
     """Prints a row per side."""
     table = Table(title="Steps of training")
-    headings = ("", "trained", "state MiB", "step MiB", "GFLOP", "seconds", "of full")
+    headings = ("", "trained", "state MiB", "step MiB", "seconds", "of full")
     for heading in headings:
         table.add_column(heading, justify="right")
     for name, row in results.items():
         table.add_row(
             name, f"{row['trained_parameters']:,}", f"{row['state_bytes'] / 2**20:,.1f}",
-            f"{row['step_bytes'] / 2**20:,.1f}", f"{row['flops'] / 1e9:,.1f}", str(row["seconds"]), str(row["ratio"]),
+            f"{row['step_bytes'] / 2**20:,.1f}", str(row["seconds"]), str(row["ratio"]),
         )  # fmt: skip
     Console().print(table)
 

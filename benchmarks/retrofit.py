@@ -143,6 +143,8 @@ def collect(place: Path) -> dict[str, Any]:
     read = {path.stem: json.loads(path.read_text()) for path in sorted((place / "results").glob("*.json"))}
     return {
         "round_trip": round_trip(place),
+        "longest_filler": BLOCK
+        * json.loads((place / "fam/config.json").read_text())["data"]["stage_blocks"][-1],
         "in_context": {name: in_context(read[f"{name}_text"]["by_position"]) for name in TEXT},
         "by_position": {name: read[f"{name}_long"]["by_position"] for name in LONG},
         "ablations": {k: v["by_position"] for k, v in read["fam_long"]["ablations"].items()},
