@@ -21,7 +21,7 @@ class Settings:
     long_tokens: int  # that these have at least
 
 
-FULL = Settings(500, {"fam": 600, "bswa": 300}, (1, 2, 4, 8, 16, 32, 64, 128), 32, 64, 6, 16_384)
+FULL = Settings(500, {"fam": 800, "bswa": 300}, (1, 2, 4, 8, 16, 32, 64, 128), 32, 64, 6, 16_384)
 QUICK = Settings(2, {"fam": 2, "bswa": 2}, (1, 2), 2, 2, 2, 40_000)
 
 
@@ -45,16 +45,17 @@ def retrofit_flags(place: Path, variant: str, settings: Settings) -> list[str]:
     fam = {} if variant == "bswa" else {"model.fam_length": 16}
     config = {
         "model.block_size": BLOCK, "model.memory_segments": 1, "model.remat": "none", **fam,
-        "lora.rank": 32, "lora.alpha": 32.0,
+        "lora.rank": 32, "lora.alpha": 64.0,  # half of what the config has: the base is 128 wide
         "data.task": "text+passkey", "data.train_files": place / "text/train",
         "data.heldout_files": place / "text/heldout", "data.file_suffixes": ".py",
-        "data.sequence_length": 1024, "data.repeat_segment": 0, "data.passkey_fraction": 0.75,
-        "data.filler_step": BLOCK, "data.stage_blocks": "(2,4,8,16)", "data.max_stage_steps": 150,
+        "data.sequence_length": 768, "data.repeat_segment": 0, "data.passkey_fraction": 0.85,
+        "data.filler_step": BLOCK, "data.stage_blocks": "(2,4,8,16)", "data.advance_accuracy": 0.7,
         "data.longest_fraction": 0.8, "data.prompt_weight": 0.001,
         "optimizer.learning_rate": 4e-3, "optimizer.warmup_steps": 30, "optimizer.schedule": "cosine",
         "optimizer.beta2_schedule": "power", "optimizer.weight_decay": 0.1,
         "train.random_state_passing": 0.0, "train.batch_size": 16, "train.accumulation": 4,
-        "train.loss_chunk": 1024, "train.steps": settings.steps[variant], "mesh.data": 0, "mesh.fsdp": 1,
+        "train.loss_chunk": 1024, "train.checkpoint_every": 50, "train.steps": settings.steps[variant],
+        "mesh.data": 0, "mesh.fsdp": 1,
     }  # fmt: skip
     return [f"--config=configs/retrofit.py:{place}/imported{words}", *_overrides(config)]
 

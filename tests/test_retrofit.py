@@ -24,6 +24,7 @@ from fam_jax.train.optimizer import make_optimizer
 from fam_jax.train.state import TrainState, init_state, model_structure
 from launch import import_hf
 from tests.convert.recorded import DATA, LENGTH, recorded_logits, recorded_tokens
+from tests.model.tiny import quick_jit
 
 # Parameters that the models' publishers count; of Gemma 3 27B those of its text model.
 PARAMETERS = {
@@ -34,6 +35,14 @@ PARAMETERS = {
     "mistral_7b": 7_248_023_552,
 }
 BLOCK = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Any:
+    """Nothing here runs long enough to miss XLA's optimisations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", quick_jit)
+        yield
 
 
 def shapes_of(config: Config) -> TrainState:
