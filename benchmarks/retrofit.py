@@ -23,19 +23,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import environment
+from benchmarks.retrofit_ablation import ablate_passkey
 from benchmarks.retrofit_settings import BLOCK, CONTEXT, FULL, QUICK, Settings, base_flags, retrofit_flags
 from fam_jax.config import UserError
 from fam_jax.generate.restore import load_model
 from fam_jax.generate.streaming import Streamer
-from launch.errors import ArgumentParser, user_errors
+from launch.errors import ArgumentParser, user_errors, words
 
 HELDOUT = 10  # of so many files one is held out
 VARIANTS = ("fam", "bswa")
 ABLATIONS = "zeroed,shuffled,frozen"
 # Folder of an import -> blocks behind its own that a token sees: as the base was trained, all, as after retrofitting.
-IMPORTS = {"imported": CONTEXT // BLOCK - 1, "full": 255, "window": 1}
-TEXT = ("imported", *VARIANTS)  # measured on documents of all lengths
-LONG = ("full", "window", *VARIANTS)  # measured on long documents
+IMPORTS = {"imported": CONTEXT // BLOCK - 1, "full": 127, "window": 1}
+TEXT = ("imported",)  # measured, beside the variants, on documents of all lengths
+LONG = ("full", "window")  # ... on long documents
 
 
 def copy_sources(folder: Path) -> None:
@@ -105,22 +106,22 @@ def round_trip(place: Path) -> float:
     return float(np.abs(found[0] - found[1]).max())
 
 
-def evaluate(place: Path, settings: Settings) -> None:
+def evaluate(place: Path, settings: Settings, variants: Sequence[str]) -> None:
     """All evaluations, one JSON file each below place/results."""
     (place / "results").mkdir(exist_ok=True)
     files = f"--files={patterns(place / 'text' / 'heldout')}"
     batch = "--batch_size=8"
-    for name in TEXT:
+    for name in (*TEXT, *variants):
         _evaluate(
             place, f"{name}_text", name, "--task=text", files, f"--documents={settings.documents}", batch
         )
-    for name in LONG:
+    for name in (*LONG, *variants):
         ablations = [f"--ablations={ABLATIONS}"] if name == "fam" else []
         _evaluate(
             place, f"{name}_long", name, "--task=text", files, f"--min_tokens={settings.long_tokens}",
             f"--documents={settings.long_documents}", "--batch_size=2", *ablations,
         )  # fmt: skip
-    for name in VARIANTS:
+    for name in variants:
         lengths = ",".join(map(str, settings.lengths))
         _evaluate(
             place,
@@ -138,26 +139,27 @@ def _evaluate(place: Path, result: str, checkpoint: str, *arguments: str) -> Non
         run("launch.evaluate", f"--checkpoint={place}/{checkpoint}", f"--out={out}", *arguments)
 
 
-def collect(place: Path) -> dict[str, Any]:
+def collect(place: Path, settings: Settings, variants: Sequence[str]) -> dict[str, Any]:
     """What the evaluations found, with the commands and settings that made them."""
     read = {path.stem: json.loads(path.read_text()) for path in sorted((place / "results").glob("*.json"))}
     return {
         "round_trip": round_trip(place),
         "longest_filler": BLOCK
         * json.loads((place / "fam/config.json").read_text())["data"]["stage_blocks"][-1],
-        "in_context": {name: in_context(read[f"{name}_text"]["by_position"]) for name in TEXT},
-        "by_position": {name: read[f"{name}_long"]["by_position"] for name in LONG},
+        "in_context": {name: in_context(read[f"{name}_text"]["by_position"]) for name in (*TEXT, *variants)},
+        "by_position": {name: read[f"{name}_long"]["by_position"] for name in (*LONG, *variants)},
         "ablations": {k: v["by_position"] for k, v in read["fam_long"]["ablations"].items()},
         "passkey": {
             name: {n: row["exact_match"] for n, row in read[f"{name}_passkey"]["lengths"].items()}
-            for name in VARIANTS
+            for name in variants
         },
+        "passkey_ablations": ablate_passkey(place / "fam", settings.lengths[0], settings.keys),
         "evaluations": {
             name: {key: found[key] for key in ("command", "step", "versions")}
             | {key: found[key] for key in ("loss", "documents", "tokens", "longest_document") if key in found}
             for name, found in read.items()
         },
-        "trainings": {name: _training(place / name) for name in ("base", *VARIANTS)},
+        "trainings": {name: _training(place / name) for name in ("base", *variants)},
     }
 
 
@@ -169,10 +171,15 @@ def in_context(buckets: Sequence[dict[str, Any]]) -> float:
 
 def _training(folder: Path) -> dict[str, Any]:
     """Config and course of a training."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = ("step", "loss", "exact_match", "stage_blocks", "passkey_batch", "tokens_per_second")
-    course = [{key: line[key] for key in kept if key in line} for line in lines if "loss" in line]
-    return {"config": json.loads((folder / "config.json").read_text()), "course": course[4::5]}
+    course = [{key: line[key] for key in kept if key in line} for line in _course(folder)[1::2]]
+    return {"config": json.loads((folder / "config.json").read_text()), "course": course}
+
+
+def _course(folder: Path) -> list[dict[str, Any]]:
+    """The metrics that a training logged."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
 
 
 def show(results: dict[str, Any]) -> None:
@@ -207,15 +214,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/retrofit"))
     parser.add_argument("--quick", action="store_true", help="a step each, to see that all of it runs")
     parser.add_argument("--json", type=Path, help="file to write; a picture lies beside it")
+    parser.add_argument("--variants", type=words, default=VARIANTS, help="fam,bswa, or fam alone")
     arguments = parser.parse_args(argv)
     settings = QUICK if arguments.quick else FULL
     place: Path = arguments.workdir
     place.mkdir(parents=True, exist_ok=True)
     make_base(place, settings)
-    for variant in VARIANTS:
+    for variant in arguments.variants:
         run("launch.train", *retrofit_flags(place, variant, settings), f"--workdir={place}/{variant}")
-    evaluate(place, settings)
-    results = collect(place)
+    evaluate(place, settings, arguments.variants)
+    results = collect(place, settings, arguments.variants)
     show(results)
     if arguments.json:
         from benchmarks.retrofit_plot import draw

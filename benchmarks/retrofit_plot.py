@@ -23,6 +23,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     """Draws what :func:`benchmarks.retrofit.collect` returns into a file, whose suffix chooses the format."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained")
     for name, (label, color, marker) in LINES.items():
+        if name not in results["by_position"]:
+            continue
         buckets = [b for b in results["by_position"][name] if b["loss"] is not None]
         left.plot(
             [b["end"] for b in buckets], [b["loss"] for b in buckets], label=label, color=color, marker=marker

@@ -21,7 +21,7 @@ class Settings:
     long_tokens: int  # that these have at least
 
 
-FULL = Settings(500, {"fam": 800, "bswa": 300}, (1, 2, 4, 8, 16, 32, 64, 128), 32, 64, 6, 16_384)
+FULL = Settings(500, {"fam": 800, "bswa": 300}, (2, 3, 4, 6, 8, 16, 32), 32, 32, 4, 16_384)
 QUICK = Settings(2, {"fam": 2, "bswa": 2}, (1, 2), 2, 2, 2, 40_000)
 
 

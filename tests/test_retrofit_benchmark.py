@@ -57,10 +57,10 @@ def test_the_flags_make_configs(variant: str, tmp_path: pathlib.Path) -> None:
 
 def test_the_picture(tmp_path: pathlib.Path) -> None:
     results = {
-        "by_position": {name: buckets([3.0, 2.0, 1.5]) for name in retrofit.LONG},
+        "by_position": {name: buckets([3.0, 2.0, 1.5]) for name in (*retrofit.LONG, *retrofit.VARIANTS)},
         "passkey": {name: {"2": 1.0, "4": 0.5} for name in retrofit.VARIANTS},
         "longest_filler": 256,
-        "in_context": dict.fromkeys(retrofit.TEXT, 2.0),
+        "in_context": dict.fromkeys((*retrofit.TEXT, *retrofit.VARIANTS), 2.0),
         "ablations": {"zeroed": buckets([3.0, 2.5, 2.0])},
     }
     draw(results, tmp_path / "picture.png")
