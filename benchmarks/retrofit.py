@@ -144,8 +144,7 @@ def collect(place: Path, settings: Settings, variants: Sequence[str]) -> dict[st
     read = {path.stem: json.loads(path.read_text()) for path in sorted((place / "results").glob("*.json"))}
     return {
         "round_trip": round_trip(place),
-        "longest_filler": BLOCK
-        * json.loads((place / "fam/config.json").read_text())["data"]["stage_blocks"][-1],
+        "longest_filler": BLOCK * int(max(line["stage_blocks"] for line in _course(place / "fam"))),
         "in_context": {name: in_context(read[f"{name}_text"]["by_position"]) for name in (*TEXT, *variants)},
         "by_position": {name: read[f"{name}_long"]["by_position"] for name in (*LONG, *variants)},
         "ablations": {k: v["by_position"] for k, v in read["fam_long"]["ablations"].items()},
