@@ -6,9 +6,9 @@
 Of a run with LoRA: the model with the updates merged into its weights (in float32 unless told otherwise), the base
 model without them, or the updates alone as an adapter for the PEFT library.
 
-Writes config.json, safetensors files, the tokenizer's files if the checkpoint was imported with any, and the initial
-FAM, if there is one, as fam.safetensors. transformers has neither blocks nor FAM: there the model attends to its whole
-context.
+Writes config.json, safetensors files, the tokenizer's files if the checkpoint was imported with any, or else the
+vocabulary that the run was trained with, and the initial FAM, if there is one, as fam.safetensors. transformers has
+neither blocks nor FAM: there the model attends to its whole context.
 """
 
 import argparse
@@ -20,7 +20,14 @@ from etils import epath
 
 from fam_jax.checkpoint import absolute, load_params
 from fam_jax.config import Config, resolve
-from fam_jax.convert import export_adapter, export_folder, hf_config, updated_config, without_adapter
+from fam_jax.convert import (
+    copy_tokenizer,
+    export_adapter,
+    export_folder,
+    hf_config,
+    updated_config,
+    without_adapter,
+)
 from fam_jax.convert.folder import CONFIG, copy_companions
 from fam_jax.model import lora
 from launch.errors import ArgumentParser, user_errors
@@ -74,8 +81,11 @@ def main() -> None:
             arguments.out, config.model, params, hf, dtype=dtype,
             shard_bytes=int(arguments.shard_gb * 2**30), on_progress=show,
         )  # fmt: skip
+    out = Path(arguments.out).expanduser()
     if kept is not None:
-        copy_companions(kept, Path(arguments.out).expanduser(), config=False)
+        copy_companions(kept, out, config=False)
+    else:
+        copy_tokenizer(config.data.vocabulary, out)
     print(f"step {step} written to {arguments.out}, for {hf['architectures'][0]}")
 
 

@@ -223,9 +223,9 @@ def test_every_field_has_a_range() -> None:
         ({"data__digits": 10}, "data.digits: at most 9, got 10"),
         ({"lora__alpha": 0.0}, "lora.alpha: must be positive, got 0.0"),
         ({"lora__rank": 4, "lora__targets": ()}, "lora.targets: must name at least one kernel"),
-        ({"data__task": "txt"}, "data.task: expected passkey, text or seqio:NAME, got 'txt'"),
-        ({"data__task": "seqio:"}, "data.task: expected passkey, text or seqio:NAME, got 'seqio:'"),
-        ({"data__task": "text:x"}, "data.task: expected passkey, text or seqio:NAME, got 'text:x'"),
+        ({"data__task": "txt"}, "data.task: expected passkey, text, text+passkey or seqio:NAME, got 'txt'"),
+        ({"data__task": "seqio:"}, "data.task: expected passkey, text, text+passkey or seqio:NAME, got 'seqio:'"),
+        ({"data__task": "text:x"}, "data.task: expected passkey, text, text+passkey or seqio:NAME, got 'text:x'"),
         ({"data__task": "text", "data__vocabulary": "bytes"}, "data.train_files: the task text needs files"),
         ({"data__task": "text", "data__train_files": ("a",)}, "data.vocabulary: passkey has the words of its own"),
         ({"data__train_files": ("a",)}, "data.train_files: belongs to the task text, but data.task is passkey;"),
@@ -281,7 +281,11 @@ def arguments(path: pathlib.Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("path", "argument"),
-    [(path, argument) for path in CONFIG_FILES for argument in [None, *arguments(path)]],
+    [
+        (path, argument)
+        for path in CONFIG_FILES
+        for argument in [*([] if path.stem == "retrofit" else [None]), *arguments(path)]  # it needs a base
+    ],
     ids=lambda value: getattr(value, "stem", str(value)),
 )
 def test_config_files_resolve(path: pathlib.Path, argument: str | None) -> None:

@@ -240,7 +240,7 @@ MINIMA = {
 DECAYS = ("optimizer.beta1", "optimizer.beta2", "optimizer.beta2_power")  # at least 0, below 1
 
 FRACTIONS = (
-    "data.advance_accuracy", "data.longest_fraction",
+    "data.advance_accuracy", "data.longest_fraction", "data.passkey_fraction",
     "train.random_state_passing",
 )  # fmt: skip
 

@@ -7,7 +7,8 @@ import dataclasses
 class DataConfig:
     """What is trained on. PassKey examples (section 3.2) are a key, filler, the question; all else is packed."""
 
-    task: str = "passkey"  # passkey | text | seqio:NAME, a task or mixture that `imports` registers
+    # passkey | text | text+passkey: batches of either | seqio:NAME, a task or mixture that `imports` registers
+    task: str = "passkey"
     vocabulary: str = "passkey"  # passkey (shipped) | bytes | path of a SentencePiece model or tokenizer.json
     # PassKey: lengths in blocks of the model.
     digits: int = 5
@@ -30,6 +31,8 @@ class DataConfig:
     heldout_files: tuple[str, ...] = ()  # for evaluation
     file_suffixes: tuple[str, ...] = (".txt",)  # files that count in a folder
     imports: tuple[str, ...] = ()  # seqio: modules to import
+    # Text and PassKey in turns, drawn at random.
+    passkey_fraction: float = 0.5  # of batches that are PassKey's; the others are text
 
 
 # Fields that one kind of task reads; under others they must stay at their defaults.
@@ -40,21 +43,23 @@ TASK_FIELDS = {
     "seqio": ("imports",),
     "text or seqio": ("sequence_length", "shuffle_batches", "repeat_segment", "repeat_weight"),
     "passkey or text": ("vocabulary",),
+    "text+passkey": ("passkey_fraction",),
 }  # fmt: skip
 
 
 def task_mistake(data: DataConfig) -> str:
     """What is wrong with the choice of task, beginning with the field's name; empty if nothing is."""
     kind, _, name = data.task.partition(":")
-    if data.task not in ("passkey", "text") and not (kind == "seqio" and name):
-        return f"task: expected passkey, text or seqio:NAME, got {data.task!r}"
+    if data.task not in ("passkey", "text", "text+passkey") and not (kind == "seqio" and name):
+        return f"task: expected passkey, text, text+passkey or seqio:NAME, got {data.task!r}"
+    parts = {kind, *kind.split("+")}
     for kinds, fields in TASK_FIELDS.items():
         for field in fields:
-            if kind not in kinds.split(" or ") and getattr(data, field) != getattr(DataConfig, field):
+            if not parts & {*kinds.split(" or ")} and getattr(data, field) != getattr(DataConfig, field):
                 return f"{field}: belongs to the task {kinds}, but data.task is {data.task}; leave it at its default"
-    if kind == "text" and not data.train_files:
-        return "train_files: the task text needs files to train on"
-    if kind == "text" and data.vocabulary == "passkey":
+    if "text" in parts and not data.train_files:
+        return f"train_files: the task {data.task} needs files to train on"
+    if "text" in parts and data.vocabulary == "passkey":
         return (
             "vocabulary: passkey has the words of its own task only; "
             "for text set bytes or the path of a SentencePiece model"

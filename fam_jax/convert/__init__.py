@@ -10,12 +10,13 @@ from fam_jax.convert.exporting import export_folder
 from fam_jax.convert.families import hf_config, model_fields, updated_config
 from fam_jax.convert.folder import ConvertError, Folder
 from fam_jax.convert.importing import import_parameters
-from fam_jax.convert.tokenizer import check_tokenizer, find_tokenizer
+from fam_jax.convert.tokenizer import check_tokenizer, copy_tokenizer, find_tokenizer
 
 __all__ = [
     "ConvertError",
     "Folder",
     "check_tokenizer",
+    "copy_tokenizer",
     "export_adapter",
     "export_folder",
     "find_tokenizer",

@@ -14,6 +14,7 @@ from fam_jax.config import ModelConfig
 from fam_jax.convert.families import ConvertError
 from fam_jax.convert.folder import FAM_FILE, Folder
 from fam_jax.convert.names import Tensor, tensors
+from fam_jax.model.initial import fam_of_embeddings, fam_path, fam_shape
 from fam_jax.model.parameters import flatten, unflatten
 
 Progress = Callable[[int, int], None]
@@ -46,7 +47,7 @@ def import_parameters(
     Args:
       folder: whose `config.json` `model` was made from.
       model: with a FAM, its initial FAM is the one that lies in the folder, or else rows of the embedding table drawn
-        at random, as usual for learned prompts.
+        at random: :func:`fam_jax.model.initial.fam_of_embeddings`.
       shardings: from the nested dict of shapes to that of shardings.
       param_dtype: None keeps the file's.
       seed: of the rows.
@@ -58,12 +59,9 @@ def import_parameters(
     wanted = tensors(model)
     check_tensors(folder, model, wanted)
     shapes = {t.path: jax.ShapeDtypeStruct(t.shape, param_dtype or _dtype(folder, t)) for t in wanted}
-    fam_path = None
-    if model.fam_length:
-        prefix = model.fam_init == "prefix"
-        fam_path = "layers/initial_fam" if prefix else "initial_fam"
-        shape = (model.num_layers,) * prefix + (model.fam_length, model.model_dim)
-        shapes[fam_path] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    fam = fam_path(model) if model.fam_length else None
+    if fam is not None:
+        shapes[fam] = jax.ShapeDtypeStruct(fam_shape(model), jnp.float32)
     placed = flatten(shardings(unflatten(shapes)))
     total, done = sum(t.layers for t in wanted), 0
     params = {}
@@ -74,8 +72,8 @@ def import_parameters(
         if on_progress is not None:
             on_progress(done, total)
     folder.close()
-    if fam_path is not None:
-        params[fam_path] = _initial_fam(folder, model, shapes[fam_path], params, placed[fam_path], seed)
+    if fam is not None:
+        params[fam] = _initial_fam(folder, model, shapes[fam], params, placed[fam], seed)
     return unflatten(params)
 
 
@@ -186,8 +184,5 @@ def _initial_fam(
                 "fam_length and fam_init to those that it was trained with, or remove the file"
             )
         return jax.device_put(values, sharding)
-    table = params["embedding/table"]
-    rows = jax.random.randint(jax.random.key(seed), like.shape[:-1], 0, table.shape[0])
-    factor = model.model_dim**0.5 if model.scale_embeddings else 1.0
-    draw = jax.jit(lambda table: table[rows].astype(jnp.float32) * factor, out_shardings=sharding)
-    return draw(table)
+    draw = jax.jit(lambda table: fam_of_embeddings(table, model, seed), out_shardings=sharding)
+    return draw(params["embedding/table"])

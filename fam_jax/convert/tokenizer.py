@@ -4,6 +4,7 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
+from etils import epath
 
 from fam_jax.convert.families import ConvertError
 
@@ -14,6 +15,13 @@ PADDING = 1024  # rows of an embedding table that may have no piece: tables are 
 def find_tokenizer(folder: Path) -> Path | None:
     """The SentencePiece model or, if there is none, the `tokenizers` file in `folder`."""
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
+
+
+def copy_tokenizer(vocabulary: str, folder: Path) -> None:
+    """Puts the file of a config's `data.vocabulary`, if it names one, where :func:`find_tokenizer` looks for it."""
+    file = epath.Path(vocabulary)
+    if vocabulary and file.is_file():
+        (folder / FILES[file.suffix == ".json"]).write_bytes(file.read_bytes())
 
 
 def check_tokenizer(path: Path, vocab_size: int) -> None:

@@ -30,7 +30,7 @@ class Heldout(NamedTuple):
 
 
 def packed_stream(config: Config, shard: tuple[int, int] = (0, 1)) -> PackedStream:
-    """The training batches of a config whose task is text or seqio; `shard` is (index, count) of this process.
+    """Packed training batches of a config with text or a seqio task; `shard` is (index, count) of this process.
 
     Raises:
       ConfigError: files are missing, not UTF-8 or held out too; seqio does not know the task; ...
@@ -38,7 +38,7 @@ def packed_stream(config: Config, shard: tuple[int, int] = (0, 1)) -> PackedStre
     """
     data, seed = config.data, config.train.seed
     examples: Examples
-    if data.task == "text":
+    if not data.task.startswith("seqio:"):
         examples = _text(config, data.train_files, "train_files", seed, shuffle=True)
         if not any(map(_is_tfds, (*data.train_files, *data.heldout_files))):
             train = find_files(data.train_files, data.file_suffixes, "config.data.train_files")

@@ -5,10 +5,13 @@ import fnmatch
 from typing import Any
 
 import jax
+from etils import epath
 
 from fam_jax.checkpoint import absolute, load_params, read_config
 from fam_jax.config import Config, ConfigError, resolve
 from fam_jax.model import lora
+from fam_jax.model.initial import fam_of_embeddings, fam_path
+from fam_jax.model.parameters import flatten, unflatten
 from fam_jax.sharding import param_shardings
 
 # Of ModelConfig: how a model remembers and executes. All else decides what its parameters are, or mean.
@@ -19,26 +22,46 @@ MAY_DIFFER = (
 FAM_FIELDS = ("fam_length", "fam_init")
 
 
+def locate(name: str) -> tuple[epath.Path, int | None]:
+    """Folder and step, if one is named, of a base such as workdir or workdir/STEP."""
+    folder = absolute(name)
+    return (folder.parent, int(folder.name)) if folder.name.isdigit() else (folder, None)
+
+
+def base_config(name: str) -> Config:
+    """The config of a base.
+
+    Raises:
+      CheckpointError: there is no such checkpoint.
+      ConfigError: its config is of another version.
+    """
+    return resolve(read_config(locate(name)[0]))
+
+
 def load_base(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Parameters from `config.train.init_from`, spread over `mesh`, with the base's own LoRA merged into them.
 
-    A base without FAM lacks the initial FAM, which then is the run's own.
+    Where the base has no FAM, the initial FAM of the run begins as embeddings of the base.
 
     Raises:
       ConfigError: the base is of another model; the message names the fields.
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    folder, step = absolute(config.train.init_from), None
-    if folder.name.isdigit():
-        folder, step = folder.parent, int(folder.name)
-    base = resolve(read_config(folder))
+    folder, step = locate(config.train.init_from)
+    base = base_config(config.train.init_from)
     _check_same_model(config, base)
     params, _, _ = load_params(folder, step, shardings=lambda shapes: param_shardings(shapes, mesh))
-    params = jax.jit(lambda params: lora.merge(params, base.lora))(params)
-    if config.model.fam_length == 0:
-        params.pop("initial_fam", None)
-        params["layers"].pop("initial_fam", None)
-    return params
+
+    def own(params: dict[str, Any]) -> dict[str, Any]:
+        flat = flatten(lora.merge(params, base.lora))
+        if config.model.fam_length == 0:
+            return unflatten({path: leaf for path, leaf in flat.items() if not path.endswith("initial_fam")})
+        if base.model.fam_length == 0:
+            fam = fam_of_embeddings(flat["embedding/table"], config.model, config.train.seed)
+            flat[fam_path(config.model)] = fam
+        return unflatten(flat)
+
+    return jax.jit(own)(params)
 
 
 def _check_same_model(config: Config, base: Config) -> None:

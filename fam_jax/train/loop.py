@@ -14,6 +14,7 @@ from etils import epath
 from fam_jax import sharding
 from fam_jax.checkpoint import Checkpoints, absolute, saved_steps
 from fam_jax.config import Config, ConfigError, UserError
+from fam_jax.data.mixture import MixedStream
 from fam_jax.data.packing import PackedStream
 from fam_jax.data.stream import PasskeyStream
 from fam_jax.data.tasks import packed_stream
@@ -130,20 +131,28 @@ def train(
             return run(state, remaining)
 
 
-def _make_stream(config: Config) -> PasskeyStream | PackedStream:
+Stream = PasskeyStream | PackedStream | MixedStream
+
+
+def _make_stream(config: Config) -> Stream:
     shard = jax.process_index(), jax.process_count()
-    stream: PasskeyStream | PackedStream
-    if config.data.task == "passkey":
-        stream = PasskeyStream(
-            config.data,
-            block_size=config.model.block_size,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            shard=shard,
+    data, size, seed = config.data, config.train.batch_size, config.train.seed
+
+    def passkey() -> PasskeyStream:
+        return PasskeyStream(
+            data, block_size=config.model.block_size, batch_size=size, seed=seed, shard=shard
+        )
+
+    stream: Stream
+    if data.task == "passkey":
+        stream = passkey()
+    elif data.task == "text+passkey":
+        stream = MixedStream(
+            packed_stream(config, shard), passkey(), passkey_fraction=data.passkey_fraction, seed=seed
         )
     else:
         stream = packed_stream(config, shard)
-    name = config.data.task if config.data.task.startswith("seqio:") else config.data.vocabulary
+    name = data.task if data.task.startswith("seqio:") else data.vocabulary
     if config.model.vocab_size < stream.vocabulary.vocab_size:
         raise ConfigError(
             f"config.model.vocab_size: {config.model.vocab_size} is smaller than the vocabulary "
@@ -155,7 +164,7 @@ def _make_stream(config: Config) -> PasskeyStream | PackedStream:
 @dataclasses.dataclass
 class _Run:
     trainer: Trainer
-    stream: PasskeyStream | PackedStream
+    stream: Stream
     checkpoints: Checkpoints
     writer: MetricsWriter | None  # of the first process
     progress: ProgressReport

@@ -82,6 +82,19 @@ def test_import_with_a_fam_export_and_import_again(monkeypatch, source, tmp_path
     np.testing.assert_array_equal(old["layers"]["down"]["kernel"], new["layers"]["down"]["kernel"])
 
 
+def test_a_run_s_own_vocabulary_goes_with_its_export(monkeypatch, source, tmp_path):
+    own, ckpt, out, again = (tmp_path / name for name in ("own", "ckpt", "out", "again"))
+    own.mkdir()
+    vocabulary = own / "mine.json"
+    shutil.move(source / "tokenizer.json", vocabulary)
+    how = ("--source", source, "--out", ckpt, "--block_size=8")
+    run(monkeypatch, import_hf, *how, "--tokenizer", vocabulary)
+    shutil.rmtree(ckpt / "huggingface")  # as if it had been trained here
+    run(monkeypatch, export_hf, "--checkpoint", ckpt, "--out", out)
+    assert (out / "tokenizer.json").read_bytes() == vocabulary.read_bytes()
+    run(monkeypatch, import_hf, "--source", out, "--out", again, "--block_size=8")
+
+
 def test_mistakes(monkeypatch, capsys, source, tmp_path):
     out = tmp_path / "ckpt"
 

@@ -1,0 +1,124 @@
+"""A step of retrofitting by LoRA against one of full fine-tuning: time, and memory as the compiler lays it out.
+
+Both train the same model with FAM by Adafactor on the same rows: one all of its parameters, the other low-rank updates
+of all projections and the initial FAM. The frozen base is stored in float32, or in bfloat16 and converted at every use.
+The steps run in turn, in one process; the ratios are those of rounds.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.record import write_record
+from benchmarks.timing import interleave
+from benchmarks.workload import Workload, random_batch
+from fam_jax.config import Config, LoraConfig, ModelConfig, TrainConfig
+from fam_jax.model import count_parameters, lora
+from fam_jax.train.optimizer import make_optimizer
+from fam_jax.train.state import init_state
+from fam_jax.train.step import make_train_step
+from launch.errors import ArgumentParser, user_errors
+
+SECONDS = 120.0
+# The proportions of Llama 3 8B: four query heads to a key head, a feed-forward of 3.5 times the width.
+FULL = Workload(
+    ModelConfig(
+        vocab_size=8192, num_layers=4, model_dim=1024, num_heads=8, num_kv_heads=2, head_dim=128, ff_dim=3584,
+        block_size=128, memory_segments=1, fam_length=8,
+    ),
+    batch=2, length=512, seed=0,
+)  # fmt: skip
+QUICK = Workload(
+    ModelConfig(
+        vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=1, head_dim=8, ff_dim=112,
+        block_size=16, memory_segments=1, fam_length=2,
+    ),
+    batch=2, length=64, seed=0,
+)  # fmt: skip
+SIDES = {
+    "full": LoraConfig(),
+    "lora": LoraConfig(rank=64),
+    "lora_bfloat16": LoraConfig(rank=64, base_dtype="bfloat16"),
+}
+
+
+def compile_step(work: Workload, adaptation: LoraConfig) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """A call that takes the next step of a training, and what the compiler says of it.
+
+    Returns:
+      The call, which holds the state; and parameters, trained_parameters, state_bytes (parameters and optimizer state),
+      step_bytes (what a step needs beside them and the batch).
+    """
+    config = Config(model=work.model, lora=adaptation, train=TrainConfig(loss_chunk=work.tokens))
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    batch = random_batch(work)
+    state = jax.jit(lambda: init_state(config, optimizer, work.seed))()
+    step = jax.jit(make_train_step(config, optimizer), donate_argnums=0).lower(state, batch).compile()
+    memory = step.memory_analysis()
+    assert memory is not None
+    trained, frozen = lora.divide(state.params, adaptation)
+    parts = (state.params, state.optimizer)
+    facts = {
+        "parameters": count_parameters(trained) + count_parameters(frozen),
+        "trained_parameters": count_parameters(trained),
+        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(parts)),
+        "step_bytes": memory.temp_size_in_bytes,
+    }
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics
+
+    return call, facts
+
+
+def measure(work: Workload, seconds: float) -> dict[str, Any]:
+    """Of every side: what the compiler says, seconds per step, and how many times full fine-tuning's that is."""
+    compiled = {name: compile_step(work, adaptation) for name, adaptation in SIDES.items()}
+    times = interleave({name: call for name, (call, _) in compiled.items()}, seconds)
+    taken = times.seconds()
+    return {
+        name: facts | {"seconds": taken[name], "ratio": times.ratio(name, "full")}
+        for name, (_, facts) in compiled.items()
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    """Prints a row per side."""
+    table = Table(title="Steps of training")
+    headings = ("", "trained", "state MiB", "step MiB", "seconds", "of full")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, row in results.items():
+        table.add_row(
+            name, f"{row['trained_parameters']:,}", f"{row['state_bytes'] / 2**20:,.1f}",
+            f"{row['step_bytes'] / 2**20:,.1f}", str(row["seconds"]), str(row["ratio"]),
+        )  # fmt: skip
+    Console().print(table)
+
+
+@user_errors()
+def main(argv: Sequence[str]) -> None:
+    """Measures, prints, writes."""
+    parser = ArgumentParser(prog="benchmarks.lora_step", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="to measure for, compilation apart")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all of it runs")
+    parser.add_argument("--json", type=Path, help="file to write")
+    arguments = parser.parse_args(argv)
+    work = QUICK if arguments.quick else FULL
+    results = measure(work, 0.0 if arguments.quick else arguments.seconds)
+    show(results)
+    if arguments.json:
+        settings = {"workload": work, "sides": {name: dataclasses.asdict(s) for name, s in SIDES.items()}}
+        write_record(arguments.json, "lora_step", argv, settings, results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,44 @@
+"""PassKey with the FAM that one block hands to the next made useless: whether it is FAM that carries the key."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fam_jax.data.passkey import passkey_examples
+from fam_jax.data.tasks import task_vocabulary
+from fam_jax.evaluate.text import ABLATE
+from fam_jax.generate.restore import load_model
+from fam_jax.generate.streaming import Streamer
+
+
+def ablate_passkey(checkpoint: Path, blocks: int, keys: int) -> dict[str, float]:
+    """Fraction of keys whose every token is the likeliest after the true ones before it, by ablation.
+
+    Args:
+      checkpoint: of a model with FAM.
+      blocks: of filler.
+      keys: examples, the same ones that `launch.evaluate` takes.
+    """
+    config, params, _ = load_model(str(checkpoint))
+    streamer, size = Streamer(config.model, params), config.model.block_size
+    examples = passkey_examples(
+        config.data, task_vocabulary(config), blocks * size, keys, config.evaluate.seed
+    )
+    rows = np.stack([np.concatenate(example) for example in examples])
+    inputs, targets = (
+        np.pad(part, ((0, 0), (0, -part.shape[1] % size))) for part in (rows[:, :-1], rows[:, 1:])
+    )
+    answer = slice(len(examples[0][0]) - 1, rows.shape[1] - 1)
+    found = {}
+    for name in ("none", *ABLATE):
+        memory = start = streamer.start(keys)
+        likeliest = []
+        for begin in range(0, inputs.shape[1], size):
+            block = slice(begin, begin + size)
+            tokens, _, memory = streamer.measure(inputs[:, block], targets[:, block], memory)
+            likeliest.append(tokens)
+            if name in ABLATE:
+                memory = ABLATE[name](memory, start)
+        right = np.concatenate(likeliest, axis=1)[:, answer] == targets[:, answer]
+        found[name] = float(right.all(axis=1).mean())
+    return found

@@ -1,0 +1,49 @@
+"""The picture of `benchmarks.retrofit`: loss by position, and PassKey by length."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from benchmarks.retrofit_settings import BLOCK, CONTEXT
+
+LINES = {
+    "full": ("base, full attention", "#7f8c8d", "^"),
+    "window": ("base, window of 2 blocks", "#b9a44c", "v"),
+    "bswa": ("BSWA, retrofitted", "#2c6fbb", "s"),
+    "fam": ("FAM, retrofitted", "#c0392b", "o"),
+}
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Draws what :func:`benchmarks.retrofit.collect` returns into a file, whose suffix chooses the format."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained")
+    for name, (label, color, marker) in LINES.items():
+        if name not in results["by_position"]:
+            continue
+        buckets = [b for b in results["by_position"][name] if b["loss"] is not None]
+        left.plot(
+            [b["end"] for b in buckets], [b["loss"] for b in buckets], label=label, color=color, marker=marker
+        )
+        if name in results["passkey"]:
+            found = {int(blocks) * BLOCK: 100 * share for blocks, share in results["passkey"][name].items()}
+            right.plot([*found], [*found.values()], label=label, color=color, marker=marker, clip_on=False)
+    left.axvline(CONTEXT, color="0.6", linestyle=":", label="context of the base's training")
+    left.set_xlabel("position in the document (tokens, end of bucket)")
+    left.set_ylabel("held-out loss (nats per token)")
+    right.axvline(results["longest_filler"], color="0.6", linestyle=":", label="longest filler in training")
+    right.set_ylim(0, 101)
+    right.set_xlabel("filler between key and question (tokens)")
+    right.set_ylabel("pass key retrieved (%)")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,89 @@
+"""What `benchmarks.retrofit` and `benchmarks.lora_step` make of what the entry points give them."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import pytest
+
+from benchmarks import lora_step, retrofit
+from benchmarks.retrofit_plot import draw
+from benchmarks.retrofit_settings import BLOCK, CONTEXT, FULL, base_flags, retrofit_flags
+from fam_jax.config import default_config, resolve
+from fam_jax.data.documents import find_files
+from fam_jax.evaluate.text import FIRST_EDGE
+
+
+def buckets(losses: list[float]) -> list[dict[str, float]]:
+    """As an evaluation gives them; the bucket of loss x has 10 x tokens."""
+    edges = [0, *(FIRST_EDGE * 2**i for i in range(len(losses)))]
+    spans = zip(edges[:-1], edges[1:], losses, strict=True)
+    return [{"begin": a, "end": b, "loss": loss, "tokens": 10 * loss} for a, b, loss in spans]
+
+
+def test_the_loss_within_the_context_leaves_out_what_is_beyond() -> None:
+    count = round(math.log2(CONTEXT / FIRST_EDGE)) + 1
+    inside = [1.0 + i for i in range(count)]
+    expected = sum(x * x for x in inside) / sum(inside)
+    assert retrofit.in_context(buckets([*inside, 100.0, 100.0])) == pytest.approx(expected)
+
+
+def test_patterns_find_modules_of_every_depth(tmp_path: pathlib.Path) -> None:
+    names = {"a.py", "b/c.py", "b/d/e/f.py", "b/d/e/g.py"}
+    for name in (*names, "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = find_files(retrofit.patterns(tmp_path).split(","), (".txt",), "--files")
+    assert {str(path.relative_to(tmp_path)) for path in found} == names
+
+
+@pytest.mark.parametrize("variant", retrofit.VARIANTS)
+def test_the_flags_make_configs(variant: str, tmp_path: pathlib.Path) -> None:
+    values = default_config()
+    flags = [*base_flags(tmp_path, FULL)[1:], *retrofit_flags(tmp_path, variant, FULL)[1:]]
+    for flag in flags:
+        field, _, value = flag.removeprefix("--config.").partition("=")
+        group, name = field.split(".")
+        kind = type(values[group][name])
+        if kind is tuple:
+            parsed = tuple(map(int, value.strip("()").split(","))) if value.startswith("(") else (value,)
+        else:
+            parsed = kind(value)
+        values[group][name] = parsed
+    config = resolve(values)
+    assert config.model.block_size == BLOCK and config.train.steps == FULL.steps[variant]
+
+
+def test_the_picture(tmp_path: pathlib.Path) -> None:
+    results = {
+        "by_position": {name: buckets([3.0, 2.0, 1.5]) for name in (*retrofit.LONG, *retrofit.VARIANTS)},
+        "passkey": {name: {"2": 1.0, "4": 0.5} for name in retrofit.VARIANTS},
+        "longest_filler": 256,
+        "in_context": dict.fromkeys((*retrofit.TEXT, *retrofit.VARIANTS), 2.0),
+        "ablations": {"zeroed": buckets([3.0, 2.5, 2.0])},
+    }
+    draw(results, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    retrofit.show(results)
+
+
+@pytest.mark.slow
+def test_steps_of_lora_and_of_full_fine_tuning(tmp_path: pathlib.Path) -> None:
+    lora_step.main(["--quick", f"--json={tmp_path}/record.json"])
+    results = json.loads((tmp_path / "record.json").read_text())["results"]
+    assert results.keys() == lora_step.SIDES.keys()
+    full, adapted, narrow = results.values()
+    assert full["trained_parameters"] == full["parameters"]
+    assert (
+        adapted["parameters"] - adapted["trained_parameters"] < full["parameters"]
+    )  # of which the initial FAM
+    assert narrow["state_bytes"] < adapted["state_bytes"]
+    assert all(row["step_bytes"] > 0 and row["seconds"]["median"] > 0 for row in results.values())
+    assert full["ratio"]["median"] == 1
+
+
+def test_the_proportions_of_the_measured_model() -> None:
+    model = lora_step.FULL.model
+    assert model.num_heads == 4 * model.num_kv_heads and model.ff_dim == 3.5 * model.model_dim
+    assert dataclasses.asdict(lora_step.SIDES["lora"])["rank"] == 64
