@@ -138,14 +138,16 @@ def announced(console: Console, meshes: list[MeshConfig]) -> Iterator[MeshConfig
 
 def row_length(config: Config) -> int:
     """Tokens of the longest rows that the config's data gives."""
-    if config.data.task != "passkey":
-        return config.data.sequence_length
+    text = config.data.sequence_length
+    if not config.data.task.endswith("passkey"):
+        return text
     from fam_jax.data.stream import PasskeyStream
 
     stream = PasskeyStream(
         config.data, block_size=config.model.block_size, batch_size=config.train.batch_size, seed=0
     )
-    return stream.stage_tokens[-1]
+    longest = stream.stage_tokens[-1]
+    return longest if config.data.task == "passkey" else max(longest, text)
 
 
 def describe(mesh: MeshConfig) -> str:
