@@ -18,6 +18,8 @@ from fam_jax.kernels.pallas.parts import LOG2_E, product
 from fam_jax.kernels.pallas.tiles import LANES
 
 SUBLANES = 16  # rows of a whole tile of bfloat16
+# The grid: rows of the batch, key heads, and the query heads of each, over which gradients of keys are summed.
+PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
 def why_not_pallas_update(q: jax.Array, block_size: int, softcap: float) -> str:
@@ -75,10 +77,8 @@ def _specs(q: jax.Array, group: int, size: int) -> tuple[pl.BlockSpec, pl.BlockS
 
 
 def _flat(x: jax.Array) -> jax.Array:
+    """Heads side by side."""
     return x.reshape(*x.shape[:2], -1)
-
-
-PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
 def forward(interpret: Any, *arrays: jax.Array) -> tuple[jax.Array, Any]:
