@@ -3,6 +3,11 @@
 import jax
 
 
+def asks_for_kernels(implementation: str) -> bool:
+    """Whether what is asked for, by a name as of `block_attention`, is a kernel where there is one that can run."""
+    return implementation.startswith("pallas") or (implementation == "auto" and bool(target_chip()))
+
+
 def target_chip() -> str:
     """Kind of TPU that the program at hand is traced for, as "TPU v5p"; empty if it is not a TPU.
 

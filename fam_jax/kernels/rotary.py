@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from fam_jax.kernels.pallas.rotary import pallas_rotary, why_not_pallas_rotary
-from fam_jax.kernels.platform import target_chip
+from fam_jax.kernels.pallas.rotary import can_turn, pallas_rotary
+from fam_jax.kernels.platform import asks_for_kernels
 
 
 def rotary(x: jax.Array, cos: jax.Array, sin: jax.Array, *, implementation: str = "auto") -> jax.Array:
@@ -20,8 +20,7 @@ def rotary(x: jax.Array, cos: jax.Array, sin: jax.Array, *, implementation: str 
     Returns:
       Like `x`; computed in the dtype of the angles.
     """
-    by_kernel = implementation.startswith("pallas") or (implementation == "auto" and target_chip())
-    if by_kernel and not why_not_pallas_rotary(x):
+    if asks_for_kernels(implementation) and can_turn(x):
         return pallas_rotary(x, cos, sin, interpret=implementation == "pallas_interpret")
     return turn(x, cos, sin)
 

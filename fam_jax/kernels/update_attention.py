@@ -3,8 +3,8 @@
 import jax
 
 from fam_jax.kernels.joint import Part, joint_attention
-from fam_jax.kernels.pallas.update import pallas_update_attention, why_not_pallas_update
-from fam_jax.kernels.platform import target_chip
+from fam_jax.kernels.pallas.update import can_update, pallas_update_attention
+from fam_jax.kernels.platform import asks_for_kernels
 
 
 def update_attention(
@@ -40,8 +40,7 @@ def update_attention(
     Returns:
       (B, M, H, hd).
     """
-    by_kernel = implementation.startswith("pallas") or (implementation == "auto" and target_chip())
-    if by_kernel and not why_not_pallas_update(q, taps[0].shape[1], softcap):
+    if asks_for_kernels(implementation) and can_update(q, taps[0].shape[1], softcap):
         interpret = implementation == "pallas_interpret"
         return pallas_update_attention(q, fam_k, fam_v, k, v, block, taps, interpret=interpret)
     k, v = (

@@ -7,7 +7,6 @@ compiles one kernel: the simulator dies of a program that holds both.
 import dataclasses
 import functools
 import json
-import subprocess
 import sys
 from typing import Any
 
@@ -20,17 +19,17 @@ from fam_jax.kernels.pallas.parts import Geometry, Layout
 from fam_jax.kernels.pallas.tiles import Tiles, choose_tiles
 from fam_jax.plan.chips import Chip, chip_of
 from fam_jax.plan.compile import compile_on, topology_devices
-from fam_jax.plan.profile import ProfileError, check_floor, static_profile
+from fam_jax.plan.profile import kernel_cycles
 from fam_jax.sharding import make_mesh, replicated
 
-LIMIT_S = 240
 GROUP = 4  # query heads of a group that are profiled
 
 # Where there is no figure: the share of the matrix units' peak that the kernels reach, at best and at worst.
 UNKNOWN_SHARE = (0.8, 0.4)
 
-# Products per score of each kernel; the last sees feedback keys alone.
-RESIDENT = {"forward": {"forward": 2}, "backward": {"backward": 5}}
+# Products per score of the resident kernels and of FAM's own, and of each streamed one, of which the last sees feedback
+# keys alone.
+PRODUCTS = {"forward": 2, "backward": 5}
 STREAMED = {
     "forward": {"streamed_forward": 2},
     "backward": {"streamed_dq": 3, "streamed_dkv": 4, "streamed_dfam": 4},
@@ -118,7 +117,7 @@ class Problem:
             fam=self.fam,
             window=self.window,
         )
-        return RESIDENT[which][which] * self.group * keys * self.head_dim
+        return PRODUCTS[which] * self.group * keys * self.head_dim
 
 
 @functools.cache
@@ -214,15 +213,8 @@ def cycles(problem: Problem, which: str, tiles: Tiles) -> int | None:
       UserError: the TPU compiler is not installed, or its figure is below what the matrix units alone need.
     """
     task = {"problem": dataclasses.asdict(problem), "which": which, "tiles": dataclasses.asdict(tiles)}
-    name = f"fam_attention_{which}"
-    try:
-        found = static_profile("fam_jax.plan.attention", [json.dumps(task)], (name,), timeout=LIMIT_S)
-    except (ProfileError, subprocess.TimeoutExpired):
-        return None
-    if name not in found:
-        return None
-    check_floor(name, found[name], problem.macs(which), chip_of(problem.topology))
-    return found[name]
+    macs, chip = problem.macs(which), chip_of(problem.topology)
+    return kernel_cycles("fam_jax.plan.attention", task, f"fam_attention_{which}", macs, chip)
 
 
 def compile_kernel(problem: Problem, which: str, tiles: Tiles) -> Any:

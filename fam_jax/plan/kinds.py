@@ -11,7 +11,7 @@ import numpy as np
 
 from fam_jax.config import ModelConfig
 from fam_jax.kernels.pallas.call import why_not_pallas
-from fam_jax.kernels.pallas.update import why_not_pallas_update
+from fam_jax.kernels.pallas.update import can_update
 from fam_jax.kernels.shapes import BlockShape
 from fam_jax.model.kinds import Kind, kinds_of
 from fam_jax.plan.attention import kernel_seconds, visible_keys
@@ -68,7 +68,7 @@ def takes_kernels(model: ModelConfig) -> bool:
 def updates_by_kernel(model: ModelConfig) -> bool:
     """Whether FAM's own attention runs in Pallas kernels on a TPU."""
     queries: Any = jax.ShapeDtypeStruct((1, model.fam_length, 1, model.head_dim), jnp.dtype(model.dtype))
-    return not why_not_pallas_update(queries, model.block_size, model.attention_softcap)
+    return can_update(queries, model.block_size, model.attention_softcap)
 
 
 def kernels_of_kinds(

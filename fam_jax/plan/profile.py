@@ -17,18 +17,21 @@ What a figure is, found by experiments (libtpu 0.0.42):
   its own. It does not know v4 at all.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fam_jax.config import UserError
 from fam_jax.plan.chips import Chip
 from fam_jax.plan.compile import ENVIRONMENT, LIBRARY, require_compiler
 
+LIMIT_S = 240  # for one kernel
 HBM_OPERANDS = "--xla_msa_enable=false"
 
 
@@ -97,6 +100,27 @@ def static_profile(
                 raise ProfileError(f"no profile of kernel {name}: {failure(result)}")
             found[name] = again[name]
     return found
+
+
+def kernel_cycles(module: str, task: Mapping[str, Any], kernel: str, macs: float, chip: Chip) -> int | None:
+    """Cycles of the kernel that `python -m module TASK`, with the task in JSON, compiles; None if there is no figure.
+
+    Args:
+      module: as of :func:`static_profile`.
+      task: its argument.
+      kernel: its name.
+      macs: as of :func:`check_floor`.
+      chip: likewise.
+
+    Raises:
+      UserError: the TPU compiler is not installed, or its figure is below what the matrix units alone need.
+    """
+    try:
+        count = static_profile(module, [json.dumps(task)], (kernel,), timeout=LIMIT_S)[kernel]
+    except (ProfileError, subprocess.TimeoutExpired):
+        return None
+    check_floor(kernel, count, macs, chip)
+    return count
 
 
 def read_profiles(folder: Path) -> dict[str, int]:

@@ -7,7 +7,6 @@ of the time that its traffic does (v5p, v5e).
 import dataclasses
 import functools
 import json
-import subprocess
 import sys
 from typing import Any
 
@@ -16,15 +15,13 @@ import jax.numpy as jnp
 
 from fam_jax.config import MeshConfig, ModelConfig
 from fam_jax.kernels.pallas import update
-from fam_jax.plan.attention import UNKNOWN_SHARE
+from fam_jax.plan.attention import PRODUCTS, UNKNOWN_SHARE
 from fam_jax.plan.chips import chip_of
 from fam_jax.plan.compile import compile_on, topology_devices
-from fam_jax.plan.profile import ProfileError, check_floor, static_profile
+from fam_jax.plan.profile import kernel_cycles
 from fam_jax.sharding import make_mesh, replicated
 
-LIMIT_S = 240
 BYTES = 2  # of bfloat16
-PRODUCTS = {"forward": 2, "backward": 5}  # per score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,28 +75,17 @@ def update_seconds(
     found = {}
     for which in PRODUCTS if gradient else ("forward",):
         name = f"fam_update_{which}"
-        count = _cycles(problem, which)
+        task = {"problem": dataclasses.asdict(problem), "which": which}
+        count = kernel_cycles("fam_jax.plan.small_kernels", task, name, problem.macs(which), chip)
         if count is None:
             peak = problem.macs(which) / chip.macs_per_cycle
             cycles = [peak / share for share in UNKNOWN_SHARE]
         else:
-            check_floor(name, count, problem.macs(which), chip)
             cycles = [count, count]
         by_traffic = problem.traffic(which) / chip.hbm_bandwidth
         low, high = (rows * max(each / chip.clock / problem.rows, by_traffic) for each in cycles)
         found[name] = (low, high)
     return found
-
-
-def _cycles(problem: UpdateProblem, which: str) -> int | None:
-    """Of a core, for one row; None if there is no figure."""
-    name = f"fam_update_{which}"
-    task = {"problem": dataclasses.asdict(problem), "which": which}
-    try:
-        found = static_profile("fam_jax.plan.small_kernels", [json.dumps(task)], (name,), timeout=LIMIT_S)
-    except (ProfileError, subprocess.TimeoutExpired):
-        return None
-    return found.get(name)
 
 
 def compile_kernel(problem: UpdateProblem, which: str) -> Any:

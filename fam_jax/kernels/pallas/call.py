@@ -15,12 +15,11 @@ from fam_jax.config import UserError
 from fam_jax.kernels.pallas import resident, resident_backward, streamed, streamed_backward
 from fam_jax.kernels.pallas.partition import division, over_mesh
 from fam_jax.kernels.pallas.parts import Geometry, Layout
-from fam_jax.kernels.pallas.tiles import LANES, Tiles, choose_tiles
+from fam_jax.kernels.pallas.tiles import LANES, SUBLANES, Tiles, choose_tiles
 from fam_jax.kernels.platform import target_chip
 from fam_jax.kernels.shapes import BlockShape
 
 CORES = dict.fromkeys(("TPU v4", "TPU v5", "TPU v5p"), 2)  # that one kernel runs on; 1 elsewhere
-FAM_ROWS = 16  # feedback keys are padded to whole tiles of fast memory
 
 
 class AttentionError(UserError, ValueError):
@@ -110,7 +109,7 @@ def _attend_here(
         blocks=blocks,
         segments=min(shape.memory_segments, blocks - 1) if static else shape.memory_segments,
         window=shape.window,
-        fam_slots=-(-fam_keys // FAM_ROWS) * FAM_ROWS,
+        fam_slots=-(-fam_keys // SUBLANES) * SUBLANES,  # whole tiles of fast memory
         fam_keys=fam_keys,
         heads=q.shape[2],
         kv_heads=k.shape[2],

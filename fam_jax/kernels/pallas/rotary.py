@@ -14,36 +14,24 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from fam_jax.kernels.pallas.partition import division, over_mesh
-from fam_jax.kernels.pallas.tiles import LANES
+from fam_jax.kernels.pallas.tiles import LANES, SUBLANES
 
 ROWS = 256  # tokens of a grid step
-SUBLANES = 16  # tokens of a whole tile of bfloat16
 
 
-def why_not_pallas_rotary(x: jax.Array) -> str:
-    """Why the kernel cannot turn x (B, T, H, hd); empty if it can, on a TPU."""
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"takes bfloat16 and float32, not {x.dtype}"
-    if x.shape[-1] % LANES:
-        return f"takes heads of whole lanes, a multiple of {LANES}, not {x.shape[-1]}"
-    if x.shape[1] % SUBLANES:
-        return f"takes a multiple of {SUBLANES} tokens, not {x.shape[1]}"
-    return ""
+def can_turn(x: jax.Array) -> bool:
+    """Whether the kernel can turn x (B, T, H, hd), on a TPU."""
+    is_known = x.dtype in (jnp.bfloat16, jnp.float32)
+    return is_known and x.shape[-1] % LANES == 0 and x.shape[1] % SUBLANES == 0
 
 
 def pallas_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interpret: bool = False) -> jax.Array:
     """See :func:`fam_jax.kernels.rotary.rotary`; `interpret` is Pallas' plain interpreter."""
-    rows, _, heads = division(
-        x.shape[0], 0, x.shape[2]
-    )  # as key heads are divided: a single one is everywhere
+    # As key heads are divided: a single one is everywhere.
+    rows, _, heads = division(x.shape[0], 0, x.shape[2])
     angles = P(rows if cos.shape[0] > 1 else None)
     tokens = P(rows, None, heads)
-    return over_mesh(
-        functools.partial(_turn, interpret),
-        (x, cos, sin),
-        (tokens, angles, angles),
-        tokens,
-    )
+    return over_mesh(functools.partial(_turn, interpret), (x, cos, sin), (tokens, angles, angles), tokens)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

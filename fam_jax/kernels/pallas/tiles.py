@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from fam_jax.kernels.pallas.parts import Geometry
 
 LANES = 128  # of a vector register; the side of a matrix unit
+SUBLANES = 16  # rows of a whole tile of bfloat16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,24 +15,16 @@ from jax.sharding import PartitionSpec as P
 
 from fam_jax.kernels.pallas.partition import division, over_mesh
 from fam_jax.kernels.pallas.parts import LOG2_E, product
-from fam_jax.kernels.pallas.tiles import LANES
+from fam_jax.kernels.pallas.tiles import LANES, SUBLANES
 
-SUBLANES = 16  # rows of a whole tile of bfloat16
 # The grid: rows of the batch, key heads, and the query heads of each, over which gradients of keys are summed.
 PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def why_not_pallas_update(q: jax.Array, block_size: int, softcap: float) -> str:
-    """Why the kernels cannot compute the attention of q (B, M, H, hd); empty if they can, on a TPU."""
-    if q.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"they take bfloat16 and float32, not {q.dtype}"
-    if q.shape[1] % SUBLANES:
-        return f"they take a multiple of {SUBLANES} FAM vectors, not {q.shape[1]}"
-    if q.shape[-1] % LANES or block_size % LANES:
-        return f"they take blocks and heads of whole lanes, multiples of {LANES}"
-    if softcap:
-        return "they have no soft cap of scores"
-    return ""
+def can_update(q: jax.Array, block_size: int, softcap: float) -> bool:
+    """Whether the kernels can compute the attention of q (B, M, H, hd), on a TPU."""
+    is_known = q.dtype in (jnp.bfloat16, jnp.float32) and not softcap
+    return is_known and not (q.shape[1] % SUBLANES or q.shape[-1] % LANES or block_size % LANES)
 
 
 def pallas_update_attention(
