@@ -241,6 +241,7 @@ DECAYS = ("optimizer.beta1", "optimizer.beta2", "optimizer.beta2_power")  # at l
 
 FRACTIONS = (
     "data.advance_accuracy", "data.longest_fraction", "data.passkey_fraction",
+    "data.last_stage_passkey_fraction",
     "train.random_state_passing",
 )  # fmt: skip
 

@@ -33,6 +33,7 @@ class DataConfig:
     imports: tuple[str, ...] = ()  # seqio: modules to import
     # Text and PassKey in turns, drawn at random.
     passkey_fraction: float = 0.5  # of batches that are PassKey's; the others are text
+    last_stage_passkey_fraction: float = 0.0  # the same from the curriculum's last stage on; 0 = no other
 
 
 # Fields that one kind of task reads; under others they must stay at their defaults.
@@ -43,7 +44,7 @@ TASK_FIELDS = {
     "seqio": ("imports",),
     "text or seqio": ("sequence_length", "shuffle_batches", "repeat_segment", "repeat_weight"),
     "passkey or text": ("vocabulary",),
-    "text+passkey": ("passkey_fraction",),
+    "text+passkey": ("passkey_fraction", "last_stage_passkey_fraction"),
 }  # fmt: skip
 
 

@@ -15,24 +15,37 @@ from fam_jax.data.stream import PasskeyStream
 
 
 class MixedStream:
-    """Endless batches, each of one of two streams; which of them depends on the seed and the step only.
+    """Endless batches, each of one of two streams; which of them depends on the seed, the step and the stage only.
+
+    Few steps may suffice to learn what memory is for, and many be needed to keep the rest: the fraction may change with
+    the curriculum's last stage.
 
     Rows of the two differ in length, so a training step is compiled for each. Both streams keep their own state; a
     resumed mixture continues with the very batches that were to come.
     """
 
-    def __init__(self, text: PackedStream, passkey: PasskeyStream, *, passkey_fraction: float, seed: int):
+    def __init__(
+        self,
+        text: PackedStream,
+        passkey: PasskeyStream,
+        *,
+        passkey_fraction: float,
+        last_stage_fraction: float = 0.0,
+        seed: int,
+    ):
         """Takes the streams as they stand.
 
         Args:
           text: gives the other batches.
           passkey: gives a fraction of them.
           passkey_fraction: probability that a batch is PassKey's.
+          last_stage_fraction: the same from the last stage of the curriculum on; 0 = no other.
           seed: of the choice.
         """
         self.text, self.passkey = text, passkey
         self.vocabulary = text.vocabulary
-        self._threshold = passkey_fraction * 2**64
+        self._fraction = passkey_fraction
+        self._last_fraction = last_stage_fraction or passkey_fraction
         self._key = random_key("mixture", seed)
         self._step = 0
         self._is_passkey = False  # the latest batch
@@ -60,7 +73,8 @@ class MixedStream:
     def next_batch(self) -> Batch:
         """This process's rows of the next global batch, as of the stream that it comes from."""
         draw = np.random.Philox(key=self._key, counter=self._step).random_raw()
-        self._is_passkey = int(draw) < self._threshold
+        fraction = self._fraction if self.passkey.advancing else self._last_fraction
+        self._is_passkey = int(draw) < fraction * 2**64
         self._step += 1
         return self.passkey.next_batch() if self._is_passkey else self.text.next_batch()
 

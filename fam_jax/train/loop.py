@@ -148,7 +148,11 @@ def _make_stream(config: Config) -> Stream:
         stream = passkey()
     elif data.task == "text+passkey":
         stream = MixedStream(
-            packed_stream(config, shard), passkey(), passkey_fraction=data.passkey_fraction, seed=seed
+            packed_stream(config, shard),
+            passkey(),
+            passkey_fraction=data.passkey_fraction,
+            last_stage_fraction=data.last_stage_passkey_fraction,
+            seed=seed,
         )
     else:
         stream = packed_stream(config, shard)

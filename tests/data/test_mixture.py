@@ -41,8 +41,12 @@ def parts(config: Config, shard: tuple[int, int] = (0, 1)) -> tuple[Any, Passkey
 
 def make(corpus: pathlib.Path, seed: int = 0, shard: tuple[int, int] = (0, 1), **data: Any) -> MixedStream:
     config = config_of(corpus, **data)
-    fraction = config.data.passkey_fraction
-    return MixedStream(*parts(config, shard), passkey_fraction=fraction, seed=seed)
+    return MixedStream(
+        *parts(config, shard),
+        passkey_fraction=config.data.passkey_fraction,
+        last_stage_fraction=config.data.last_stage_passkey_fraction,
+        seed=seed,
+    )
 
 
 def is_passkey(batch: Batch) -> bool:
@@ -78,6 +82,15 @@ def test_the_fraction(
         monkeypatch.setattr(part, "next_batch", lambda part=part: part)
     count = sum(stream.next_batch() is stream.passkey for _ in range(200))
     assert low <= count <= high
+
+
+def test_the_last_stage_may_have_a_fraction_of_its_own(corpus: pathlib.Path) -> None:
+    stream = make(corpus, passkey_fraction=1.0, last_stage_passkey_fraction=0.25)
+    while stream.passkey.advancing:  # of the earlier stage: all batches are PassKey's
+        assert is_passkey(stream.next_batch())
+        stream.report(1.0)
+    kinds = [is_passkey(stream.next_batch()) for _ in range(200)]
+    assert 30 <= sum(kinds) <= 70  # within about three standard deviations of 50
 
 
 def test_the_order_depends_on_the_seed(corpus: pathlib.Path) -> None:
