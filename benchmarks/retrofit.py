@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import environment
+from benchmarks.record import write_record
 from benchmarks.retrofit_ablation import ablate_passkey
 from benchmarks.retrofit_settings import BLOCK, CONTEXT, FULL, QUICK, Settings, base_flags, retrofit_flags
 from fam_jax.config import UserError
@@ -142,9 +142,10 @@ def _evaluate(place: Path, result: str, checkpoint: str, *arguments: str) -> Non
 def collect(place: Path, settings: Settings, variants: Sequence[str]) -> dict[str, Any]:
     """What the evaluations found, with the commands and settings that made them."""
     read = {path.stem: json.loads(path.read_text()) for path in sorted((place / "results").glob("*.json"))}
+    longest = int(max(line["stage_blocks"] for line in _course(place / "fam")))
     return {
         "round_trip": round_trip(place),
-        "longest_filler": BLOCK * int(max(line["stage_blocks"] for line in _course(place / "fam"))),
+        "longest_filler": BLOCK * longest,
         "in_context": {name: in_context(read[f"{name}_text"]["by_position"]) for name in (*TEXT, *variants)},
         "by_position": {name: read[f"{name}_long"]["by_position"] for name in (*LONG, *variants)},
         "ablations": {k: v["by_position"] for k, v in read["fam_long"]["ablations"].items()},
@@ -152,7 +153,7 @@ def collect(place: Path, settings: Settings, variants: Sequence[str]) -> dict[st
             name: {n: row["exact_match"] for n, row in read[f"{name}_passkey"]["lengths"].items()}
             for name in variants
         },
-        "passkey_ablations": ablate_passkey(place / "fam", settings.lengths[0], settings.keys),
+        "passkey_ablations": ablate_passkey(place / "fam", longest, settings.keys),
         "evaluations": {
             name: {key: found[key] for key in ("command", "step", "versions")}
             | {key: found[key] for key in ("loss", "documents", "tokens", "longest_document") if key in found}
@@ -169,10 +170,11 @@ def in_context(buckets: Sequence[dict[str, Any]]) -> float:
 
 
 def _training(folder: Path) -> dict[str, Any]:
-    """Config and course of a training."""
+    """Config and course of a training; paths as seen from here, wherever that is on this machine."""
     kept = ("step", "loss", "exact_match", "stage_blocks", "passkey_batch", "tokens_per_second")
     course = [{key: line[key] for key in kept if key in line} for line in _course(folder)[1::2]]
-    return {"config": json.loads((folder / "config.json").read_text()), "course": course}
+    config = (folder / "config.json").read_text().replace(f"{Path.cwd()}/", "")
+    return {"config": json.loads(config), "course": course}
 
 
 def _course(folder: Path) -> list[dict[str, Any]]:
@@ -227,15 +229,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json:
         from benchmarks.retrofit_plot import draw
 
-        record = {
-            "benchmark": "retrofit",
-            "command": f"python -m benchmarks.retrofit {' '.join(argv)}",
-            "environment": environment(),
-            "settings": vars(settings),
-            "results": results,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(arguments.json, "retrofit", argv, settings, results)
         draw(results, arguments.json.with_suffix(".png"))
 
 

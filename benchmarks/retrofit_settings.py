@@ -21,18 +21,18 @@ class Settings:
     long_tokens: int  # that these have at least
 
 
-FULL = Settings(500, {"fam": 800, "bswa": 300}, (2, 3, 4, 6, 8, 16, 32), 32, 32, 4, 16_384)
+FULL = Settings(1500, {"fam": 600, "bswa": 600}, (1, 2, 3, 4, 8, 16, 32, 64, 128), 32, 32, 4, 16_384)
 QUICK = Settings(2, {"fam": 2, "bswa": 2}, (1, 2), 2, 2, 2, 40_000)
 
 
 def base_flags(place: Path, settings: Settings) -> list[str]:
-    """The base: a Llama of 1.3M parameters with full attention over its rows."""
+    """The base: a Llama of 2.8M parameters with full attention over its rows."""
     config = {
         "data.vocabulary": place / "stdlib.model", "data.train_files": place / "text/train",
         "data.heldout_files": place / "text/heldout", "data.file_suffixes": ".py", "data.sequence_length": CONTEXT,
-        "model.vocab_size": 2048, "model.num_layers": 4, "model.model_dim": 128, "model.num_heads": 4,
-        "model.num_kv_heads": 4, "model.head_dim": 32, "model.ff_dim": 512, "model.block_size": BLOCK,
-        "model.memory_segments": CONTEXT // BLOCK - 1, "model.remat": "none", "optimizer.learning_rate": 4e-3,
+        "model.vocab_size": 2048, "model.num_layers": 4, "model.model_dim": 192, "model.num_heads": 6,
+        "model.num_kv_heads": 6, "model.head_dim": 32, "model.ff_dim": 768, "model.block_size": BLOCK,
+        "model.memory_segments": CONTEXT // BLOCK - 1, "model.remat": "none", "optimizer.learning_rate": 3e-3,
         "train.batch_size": 8, "train.accumulation": 4, "train.loss_chunk": 1024, "train.checkpoint_every": 300,
         "train.steps": settings.base_steps, "evaluate.every": 0,
     }  # fmt: skip
@@ -42,18 +42,20 @@ def base_flags(place: Path, settings: Settings) -> list[str]:
 def retrofit_flags(place: Path, variant: str, settings: Settings) -> list[str]:
     """LoRA and the initial FAM on the imported base: text and PassKey in turns."""
     words = ",bswa" if variant == "bswa" else ""
-    fam = {} if variant == "bswa" else {"model.fam_length": 16}
+    # Without FAM the curriculum would end at the window: it goes on as fast as it does with FAM, mastered or not.
+    own = {"data.max_stage_steps": 35} if variant == "bswa" else {"model.fam_length": 16}
     config = {
-        "model.block_size": BLOCK, "model.memory_segments": 1, "model.remat": "none", **fam,
-        "lora.rank": 32, "lora.alpha": 64.0,  # half of what the config has: the base is 128 wide
+        "model.block_size": BLOCK, "model.memory_segments": 1, "model.remat": "none", **own,
+        "lora.alpha": 128.0,  # a model this small wants larger steps than the config has
         "data.task": "text+passkey", "data.train_files": place / "text/train",
         "data.heldout_files": place / "text/heldout", "data.file_suffixes": ".py",
         "data.sequence_length": 768, "data.repeat_segment": 0, "data.passkey_fraction": 0.85,
-        "data.filler_step": BLOCK, "data.stage_blocks": "(2,4,8,16)", "data.advance_accuracy": 0.7,
+        "data.last_stage_passkey_fraction": 0.25, "data.min_filler_blocks": 0,
+        "data.filler_step": BLOCK, "data.stage_blocks": "(1,2,3,4,6,8,12,16)", "data.advance_accuracy": 0.7,
         "data.longest_fraction": 0.8, "data.prompt_weight": 0.001,
-        "optimizer.learning_rate": 4e-3, "optimizer.warmup_steps": 30, "optimizer.schedule": "cosine",
+        "optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 30, "optimizer.schedule": "cosine",
         "optimizer.beta2_schedule": "power", "optimizer.weight_decay": 0.1,
-        "train.random_state_passing": 0.0, "train.batch_size": 16, "train.accumulation": 4,
+        "train.seed": 1, "train.random_state_passing": 0.0, "train.batch_size": 16, "train.accumulation": 4,
         "train.loss_chunk": 1024, "train.checkpoint_every": 50, "train.steps": settings.steps[variant],
         "mesh.data": 0, "mesh.fsdp": 1,
     }  # fmt: skip
