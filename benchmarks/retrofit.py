@@ -24,7 +24,16 @@ from rich.table import Table
 
 from benchmarks.record import write_record
 from benchmarks.retrofit_ablation import ablate_passkey
-from benchmarks.retrofit_settings import BLOCK, CONTEXT, FULL, QUICK, Settings, base_flags, retrofit_flags
+from benchmarks.retrofit_settings import (
+    BLOCK,
+    CONTEXT,
+    FULL,
+    QUICK,
+    VOCABULARY,
+    Settings,
+    base_flags,
+    retrofit_flags,
+)
 from fam_jax.config import UserError
 from fam_jax.generate.restore import load_model
 from fam_jax.generate.streaming import Streamer
@@ -82,7 +91,7 @@ def make_base(place: Path, settings: Settings) -> None:
         copy_sources(place / "text")
     if not (place / "stdlib.model").exists():
         run(
-            "launch.train_vocabulary", f"--files={place}/text/train", "--suffixes=.py", "--size=2048",
+            "launch.train_vocabulary", f"--files={place}/text/train", "--suffixes=.py", f"--size={VOCABULARY}",
             "--megabytes=20", f"--out={place}/stdlib.model",
         )  # fmt: skip
     run("launch.train", *base_flags(place, settings), f"--workdir={place}/base")
@@ -98,7 +107,7 @@ def make_base(place: Path, settings: Settings) -> None:
 
 def round_trip(place: Path) -> float:
     """Largest difference of logits between the base and what its export was imported as, over the base's context."""
-    tokens = np.random.default_rng(0).integers(3, 2048, (4, CONTEXT)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(3, VOCABULARY, (4, CONTEXT)).astype(np.int32)
     found = []
     for name in ("base", "imported"):
         config, params, _ = load_model(str(place / name))

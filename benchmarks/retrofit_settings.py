@@ -6,6 +6,7 @@ from typing import Any
 
 CONTEXT = 512  # tokens that the base is trained on at a time
 BLOCK = 128
+VOCABULARY = 2048  # pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ def base_flags(place: Path, settings: Settings) -> list[str]:
     config = {
         "data.vocabulary": place / "stdlib.model", "data.train_files": place / "text/train",
         "data.heldout_files": place / "text/heldout", "data.file_suffixes": ".py", "data.sequence_length": CONTEXT,
-        "model.vocab_size": 2048, "model.num_layers": 4, "model.model_dim": 192, "model.num_heads": 6,
+        "model.vocab_size": VOCABULARY, "model.num_layers": 4, "model.model_dim": 192, "model.num_heads": 6,
         "model.num_kv_heads": 6, "model.head_dim": 32, "model.ff_dim": 768, "model.block_size": BLOCK,
         "model.memory_segments": CONTEXT // BLOCK - 1, "model.remat": "none", "optimizer.learning_rate": 3e-3,
         "train.batch_size": 8, "train.accumulation": 4, "train.loss_chunk": 1024, "train.checkpoint_every": 300,

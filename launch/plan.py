@@ -139,7 +139,7 @@ def announced(console: Console, meshes: list[MeshConfig]) -> Iterator[MeshConfig
 def row_length(config: Config) -> int:
     """Tokens of the longest rows that the config's data gives."""
     text = config.data.sequence_length
-    if not config.data.task.endswith("passkey"):
+    if config.data.task not in ("passkey", "text+passkey"):
         return text
     from fam_jax.data.stream import PasskeyStream
 
