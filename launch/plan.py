@@ -81,10 +81,11 @@ def check_flags() -> None:
 
 def plan_training_run(console: Console, config: Config) -> dict[str, Any]:
     """The best plan of a train step, printed, for the JSON file."""
-    from fam_jax.plan import topology_devices  # after the config: TensorFlow takes seconds
+    from fam_jax.data.tasks import longest_row  # after the config: TensorFlow takes seconds
+    from fam_jax.plan import topology_devices
     from fam_jax.plan.training import advice, best_plan, plan_training, sensible_meshes
 
-    tokens = TOKENS.value or row_length(config)
+    tokens = TOKENS.value or longest_row(config)
     chips = len(topology_devices(TOPOLOGY.value))
     meshes = sensible_meshes(config, TOPOLOGY.value) if MESH.value == "try" else [config.mesh]
     if not meshes:
@@ -134,20 +135,6 @@ def announced(console: Console, meshes: list[MeshConfig]) -> Iterator[MeshConfig
             f"{number}/{len(meshes)}  compiling for {TOPOLOGY.value}, {describe(mesh)} ...", highlight=False
         )
         yield mesh
-
-
-def row_length(config: Config) -> int:
-    """Tokens of the longest rows that the config's data gives."""
-    text = config.data.sequence_length
-    if config.data.task not in ("passkey", "text+passkey"):
-        return text
-    from fam_jax.data.stream import PasskeyStream
-
-    stream = PasskeyStream(
-        config.data, block_size=config.model.block_size, batch_size=config.train.batch_size, seed=0
-    )
-    longest = stream.stage_tokens[-1]
-    return longest if config.data.task == "passkey" else max(longest, text)
 
 
 def describe(mesh: MeshConfig) -> str:

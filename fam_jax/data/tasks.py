@@ -1,4 +1,4 @@
-"""The text and seqio tasks of a config: what is trained on, what is held out."""
+"""The tasks of a config: what text or seqio gives to train on, what is held out, how long rows get."""
 
 import re
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from fam_jax.data.examples import (
 )
 from fam_jax.data.packing import PackedStream
 from fam_jax.data.quiet_seqio import seqio
+from fam_jax.data.stream import PasskeyStream
 from fam_jax.data.vocabulary import load_vocabulary
 
 # A version such as c4/en:3.0.1 may stand in the name, and a slice such as train[:90%] in the split.
@@ -76,6 +77,18 @@ def heldout_examples(config: Config, files: Sequence[str] = ()) -> Heldout:
             f"config.evaluate.min_tokens: no held-out document has {max(1, evaluate.min_tokens)} tokens"
         )
     return Heldout(chosen, examples.vocabulary)
+
+
+def longest_row(config: Config) -> int:
+    """Tokens of the longest rows of training batches: PassKey's grow with the curriculum, all others are as set."""
+    data = config.data
+    if data.task not in ("passkey", "text+passkey"):
+        return data.sequence_length
+    stream = PasskeyStream(
+        data, block_size=config.model.block_size, batch_size=config.train.batch_size, seed=config.train.seed
+    )
+    passkey = stream.stage_tokens[-1]
+    return passkey if data.task == "passkey" else max(passkey, data.sequence_length)
 
 
 def task_vocabulary(config: Config) -> seqio.Vocabulary:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fam_jax.config import Config, ConfigError, resolve
+from fam_jax.config import Config, ConfigError, DataConfig, resolve
 from fam_jax.data.examples import Example, permutation
-from fam_jax.data.tasks import heldout_examples, packed_stream
+from fam_jax.data.tasks import heldout_examples, longest_row, packed_stream
 from fam_jax.data.text_vocabulary import train_text_vocabulary
 from fam_jax.data.vocabulary import load_vocabulary
 
@@ -227,3 +227,14 @@ def test_a_prepared_tfds_dataset(tmp_path: pathlib.Path) -> None:
         )
     finally:
         file_utils.clear_registered_data_dirs()
+
+
+def test_the_longest_rows_are_those_of_either_task() -> None:
+    def rows(task: str, text: int) -> int:
+        return longest_row(Config(data=DataConfig(task=task, vocabulary="bytes", sequence_length=text)))
+
+    passkey = rows("passkey", 1)
+    assert passkey > 18 * Config().model.block_size  # the longest filler
+    assert rows("text+passkey", passkey - 1) == passkey
+    assert rows("text+passkey", passkey + 1) == passkey + 1
+    assert rows("text", 24) == rows("seqio:my_passkey", 24) == 24

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from fam_jax.config import Config, DataConfig
-from launch.plan import row_length
 from tests.plan.programs import needs_compiler
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -104,14 +102,3 @@ def test_generation_is_planned_on_the_best_of_some_meshes(tmp_path: pathlib.Path
     assert found["fits"] and found["streams"] == 2 and len(found["tried"]) > 1
     assert found["phases"].keys() == {"prefill", "decode"}
     assert "to read 1,000,000" in out
-
-
-def test_the_longest_rows_are_those_of_either_task() -> None:
-    def rows(task: str, text: int) -> int:
-        return row_length(Config(data=DataConfig(task=task, vocabulary="bytes", sequence_length=text)))
-
-    passkey = rows("passkey", 1)
-    assert passkey > 18 * Config().model.block_size  # the longest filler
-    assert rows("text+passkey", passkey - 1) == passkey
-    assert rows("text+passkey", passkey + 1) == passkey + 1
-    assert rows("text", 24) == rows("seqio:my_passkey", 24) == 24

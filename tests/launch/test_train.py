@@ -5,10 +5,8 @@ import os
 import pathlib
 import signal
 import subprocess
-import sys
 
 import pytest
-from absl import app
 
 from tests.launch.running import ROOT, TINY, command, environment
 
@@ -51,21 +49,13 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: pathlib.Path) -> No
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_a_missing_vocabulary_is_told_in_a_line(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from launch.errors import user_errors
-    from launch.read_config import parse_flags
-    from launch.train import main
-
-    argv = [
-        "launch.train", f"--config={ROOT}/configs/passkey.py:smoke", *TINY, "--config.data.vocabulary=missing.model",
-        "--config.train.batch_size=8", f"--workdir={tmp_path / 'run'}", "--quiet",
-    ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", argv)  # where config_flags looks for overrides
-    with pytest.raises(SystemExit) as stopped, user_errors():
-        app.run(main, flags_parser=parse_flags)
-    assert stopped.value.code == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: vocabulary 'missing.model': no such file") and errors.count("\n") == 1
+def test_a_missing_vocabulary_is_told_in_a_line(tmp_path: pathlib.Path) -> None:
+    train = command(
+        "launch.train", "--config=configs/passkey.py:smoke", *TINY, "--config.data.vocabulary=missing.model",
+        f"--workdir={tmp_path / 'run'}", "--quiet",
+    )  # fmt: skip
+    done = subprocess.run(train, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: vocabulary 'missing.model': no such file")
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
