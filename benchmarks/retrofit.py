@@ -37,7 +37,7 @@ from benchmarks.retrofit_settings import (
 from fam_jax.config import UserError
 from fam_jax.generate.restore import load_model
 from fam_jax.generate.streaming import Streamer
-from launch.errors import ArgumentParser, user_errors, words
+from launch.errors import ArgumentParser, user_errors
 
 HELDOUT = 10  # of so many files one is held out
 VARIANTS = ("fam", "bswa")
@@ -224,16 +224,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/retrofit"))
     parser.add_argument("--quick", action="store_true", help="a step each, to see that all of it runs")
     parser.add_argument("--json", type=Path, help="file to write; a picture lies beside it")
-    parser.add_argument("--variants", type=words, default=VARIANTS, help="fam,bswa, or fam alone")
+    parser.add_argument(
+        "--without_bswa", action="store_true", help="FAM alone, without what to compare it with"
+    )
     arguments = parser.parse_args(argv)
+    variants = ("fam",) if arguments.without_bswa else VARIANTS
     settings = QUICK if arguments.quick else FULL
     place: Path = arguments.workdir
     place.mkdir(parents=True, exist_ok=True)
     make_base(place, settings)
-    for variant in arguments.variants:
+    for variant in variants:
         run("launch.train", *retrofit_flags(place, variant, settings), f"--workdir={place}/{variant}")
-    evaluate(place, settings, arguments.variants)
-    results = collect(place, settings, arguments.variants)
+    evaluate(place, settings, variants)
+    results = collect(place, settings, variants)
     show(results)
     if arguments.json:
         from benchmarks.retrofit_plot import draw

@@ -90,4 +90,4 @@ def make_small(config: ConfigDict) -> None:
     config.mesh.update(data=0, fsdp=1, tensor=1)
     config.evaluate.update(filler_blocks=(4,), keys=8, batch_size=8)
     if config.lora.rank:
-        config.lora.update(rank=4, alpha=4.0)
+        config.lora.update(rank=4, alpha=4.0, random_base=True)

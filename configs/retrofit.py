@@ -138,4 +138,4 @@ def _shorten(config: ConfigDict) -> None:
     config.train.update(steps=3, batch_size=8, loss_chunk=1024, log_every=1, checkpoint_every=3)
     config.optimizer.update(warmup_steps=0)
     config.evaluate.update(documents=4, batch_size=4)
-    config.lora.update(rank=4, alpha=4.0)
+    config.lora.update(rank=4, alpha=4.0, random_base=not config.train.init_from)

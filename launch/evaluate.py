@@ -52,6 +52,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keys", type=int, help="passkey: examples per length")
     parser.add_argument("--files", type=words, default=(), metavar="PATH,...",
                         help="text: files, folders or patterns in place of config.data.heldout_files")  # fmt: skip
+    parser.add_argument("--suffixes", type=words, default=(), metavar=".txt,...",
+                        help="text: of files that count in folders; default: config.data.file_suffixes")  # fmt: skip
     parser.add_argument("--documents", type=int, help="text: how many, drawn at random; 0 = all")
     parser.add_argument("--min_tokens", type=int, help="text: leave shorter documents out")
     parser.add_argument(
@@ -136,7 +138,7 @@ def main() -> None:
     if task == "passkey":
         results = evaluation.run_passkey(config, params)
     else:
-        results = evaluation.run_text(config, params, arguments.files)
+        results = evaluation.run_text(config, params, arguments.files, arguments.suffixes)
     if jax.process_index() == 0:
         default = os.path.join(arguments.checkpoint, f"evaluation_{step}.json")
         out = epath.Path(os.path.expanduser(arguments.out or default))

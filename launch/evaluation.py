@@ -29,9 +29,11 @@ def run_passkey(config: Config, params: Any) -> dict[str, Any]:
         )
 
 
-def run_text(config: Config, params: Any, files: Sequence[str] = ()) -> dict[str, Any]:
-    """Loss on the documents of `files`, or on those that the config holds out."""
-    heldout = heldout_examples(config, files)
+def run_text(
+    config: Config, params: Any, files: Sequence[str] = (), suffixes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Loss on the documents of `files`, of `suffixes` in folders, or on those that the config holds out."""
+    heldout = heldout_examples(config, files, suffixes)
     with progress_bars() as show:
         return evaluate_text(
             config, params, examples=heldout.examples, vocabulary=heldout.vocabulary, on_progress=show

@@ -89,6 +89,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ("layers/*/kernel",)  # kernels with an update: attention and feed-forward
     train: tuple[str, ...] = ("*initial_fam",)  # what is trained beside the updates
     base_dtype: str = "model"  # of frozen matrices: float32 | bfloat16 | model: that of model.dtype
+    random_base: bool = False  # without train.init_from, adapt random weights: of use only to try things out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ def find_files(entries: Sequence[str], suffixes: Sequence[str], field: str) -> l
     Args:
       entries: files, folders (all files below them that end in one of `suffixes`) and patterns such as `books/*.txt`.
       suffixes: of files in folders.
-      field: of the config, for errors.
+      field: of the config, or argument, for errors.
 
     Raises:
       ConfigError: an entry names nothing.
@@ -50,9 +50,10 @@ def _files_of(entry: str, suffixes: Sequence[str], field: str) -> list[epath.Pat
     if path.is_dir():
         if files := [each for each in _below(path) if each.name.endswith(tuple(suffixes))]:
             return files
+        setting = "--suffixes" if field.startswith("--") else "config.data.file_suffixes"
         raise ConfigError(
             f"{field}: the folder {entry} has no files that end in {' or '.join(suffixes)}; "
-            "config.data.file_suffixes says which count"
+            f"{setting} says which count"
         )
     wild = next((i for i, part in enumerate(path.parts) if WILDCARD.search(part)), None)
     if wild is None:

@@ -1,5 +1,6 @@
 """The tasks of a config: what text or seqio gives to train on, what is held out, how long rows get."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,7 +41,7 @@ def packed_stream(config: Config, shard: tuple[int, int] = (0, 1)) -> PackedStre
     data, seed = config.data, config.train.seed
     examples: Examples
     if not data.task.startswith("seqio:"):
-        examples = _text(config, data.train_files, "train_files", seed, shuffle=True)
+        examples = _text(config, data.train_files, "config.data.train_files", seed, shuffle=True)
         if not any(map(_is_tfds, (*data.train_files, *data.heldout_files))):
             train = find_files(data.train_files, data.file_suffixes, "config.data.train_files")
             heldout = find_files(data.heldout_files, data.file_suffixes, "config.data.heldout_files")
@@ -50,10 +51,10 @@ def packed_stream(config: Config, shard: tuple[int, int] = (0, 1)) -> PackedStre
     return PackedStream(data, examples, batch_size=config.train.batch_size, seed=seed, shard=shard)
 
 
-def heldout_examples(config: Config, files: Sequence[str] = ()) -> Heldout:
+def heldout_examples(config: Config, files: Sequence[str] = (), suffixes: Sequence[str] = ()) -> Heldout:
     """The examples that config.evaluate asks for: texts of `files` or data.heldout_files; of seqio, "validation".
 
-    Texts of `files` can be had whatever the task was.
+    Texts of `files` can be had whatever the task was; `suffixes` stand in place of data.file_suffixes.
 
     Raises:
       ConfigError: there are none, or as :func:`packed_stream`.
@@ -65,7 +66,12 @@ def heldout_examples(config: Config, files: Sequence[str] = ()) -> Heldout:
     else:
         if not files and not data.heldout_files:
             raise ConfigError("config.data.heldout_files: names no files to evaluate on")
-        examples = _text(config, files or data.heldout_files, "heldout_files", evaluate.seed, shuffle=False)
+        field = "--files" if files else "config.data.heldout_files"
+        if suffixes:
+            config = dataclasses.replace(
+                config, data=dataclasses.replace(data, file_suffixes=tuple(suffixes))
+            )
+        examples = _text(config, files or data.heldout_files, field, evaluate.seed, shuffle=False)
     chosen: list[Example] = []
     for example in examples.epoch(0):
         if len(example.ids) >= max(1, evaluate.min_tokens):
@@ -112,9 +118,9 @@ def _is_tfds(entry: str) -> bool:
 
 
 def _text(
-    config: Config, entries: Sequence[str], name: str, seed: int, *, shuffle: bool
+    config: Config, entries: Sequence[str], field: str, seed: int, *, shuffle: bool
 ) -> TextExamples | SeqioExamples:
-    data, field = config.data, f"config.data.{name}"
+    data = config.data
     vocabulary = task_vocabulary(config)
     if vocabulary.eos_id is None or vocabulary.eos_id < 0:
         raise ConfigError(

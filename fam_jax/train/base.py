@@ -38,6 +38,15 @@ def base_config(name: str) -> Config:
     return resolve(read_config(locate(name)[0]))
 
 
+def check_named(config: Config) -> None:
+    """Raises ConfigError if LoRA would adapt random weights and nobody asked for that."""
+    if config.lora.rank and not config.train.init_from and not config.lora.random_base:
+        raise ConfigError(
+            "config.train.init_from: names no checkpoint, and LoRA adapts a trained model; lora.rank=0 trains all "
+            "parameters, lora.random_base=true adapts random ones, to try things out"
+        )
+
+
 def load_base(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Parameters from `config.train.init_from`, spread over `mesh`, with the base's own LoRA merged into them.
 

@@ -19,7 +19,7 @@ from fam_jax.data.packing import PackedStream
 from fam_jax.data.stream import PasskeyStream
 from fam_jax.data.tasks import packed_stream
 from fam_jax.model import count_parameters
-from fam_jax.train.base import load_base
+from fam_jax.train.base import check_named, load_base
 from fam_jax.train.compiler import compiler_options
 from fam_jax.train.interruption import Interrupted, stop_requests
 from fam_jax.train.metrics import MetricsWriter, ProgressReport
@@ -102,9 +102,10 @@ def train(
       The last metrics.
 
     Raises:
-      UserError: the folder belongs to another config, a checkpoint is damaged, the loss is not finite, ...
+      UserError: LoRA has no base, the folder belongs to another config, the loss is not finite, ...
       Interrupted: a signal came; a checkpoint of the last step was saved.
     """
+    check_named(config)
     trainer = make_trainer(config)
     stream = _make_stream(config)
     folder, first = absolute(workdir), jax.process_index() == 0

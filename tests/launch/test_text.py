@@ -76,6 +76,8 @@ def test_evaluation_of_a_checkpoint(
 
     before = json.loads((workdir / "run" / "evaluation" / "2.json").read_text())
     run(monkeypatch, f"--checkpoint={workdir}/run")
+    run(monkeypatch, f"--checkpoint={workdir}/run", f"--files={workdir}", "--suffixes=b.txt", f"--out={out}")
+    assert json.loads(out.read_text())["tokens_read"] == 451
     default = json.loads((workdir / "run" / "evaluation_2.json").read_text())
     assert default["loss"] == pytest.approx(before["loss"], rel=1e-6)
     assert default["ablations"] == {}
@@ -84,7 +86,8 @@ def test_evaluation_of_a_checkpoint(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--files=missing"], "config.data.heldout_files: missing: no such file or folder"),
+        (["--files=missing"], "--files: missing: no such file or folder"),
+        (["--files=configs", "--suffixes=.cfg"], "no files that end in .cfg; --suffixes says which count"),
         (["--ablations=zero"], "config.evaluate.ablations: expected some of zeroed, shuffled, frozen"),
         (["--min_tokens=1000"], "no held-out document has 1000 tokens"),
         (["--documents=-1"], "config.evaluate.documents: must be at least 0"),

@@ -139,7 +139,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-def adapting(base: pathlib.Path, **changes: Any) -> Config:
+def adapting(base: pathlib.Path | str, **changes: Any) -> Config:
     values = {"lora__rank": 2, "model__memory_segments": 0, "train__steps": 5, **changes}
     return changed(BASE, train__init_from=str(base), **values)
 
@@ -240,6 +240,15 @@ def test_a_base_that_is_not_there_is_refused(base: pathlib.Path, tmp_path: pathl
     with pytest.raises(CheckpointError, match="has no step 7; saved are 2, 3"):
         train(adapting(base / "7"), str(tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_adapting_random_weights_must_be_asked_for(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError) as caught:
+        train(adapting(""), str(tmp_path / "run"), quiet=True)
+    assert str(caught.value).startswith("config.train.init_from: names no checkpoint")
+    assert not (tmp_path / "run").exists()
+    train(adapting("", lora__random_base=True, train__steps=1), str(tmp_path / "run"), quiet=True)
+    assert (tmp_path / "run" / "1").is_dir()
 
 
 def test_the_config_of_the_run_says_where_it_began(base: pathlib.Path, adapted: pathlib.Path) -> None:
