@@ -26,7 +26,7 @@ def mesh_of(data: int, fsdp: int, tensor: int, base: Config = ALWAYS) -> Config:
     [
         (ALWAYS, mesh_of(2, 2, 2, changed(ALWAYS, train__accumulation=2))),
         (ALWAYS, mesh_of(2, 1, 4)),
-        (ALWAYS, mesh_of(0, 4, 1)),
+        pytest.param(ALWAYS, mesh_of(0, 4, 1), marks=pytest.mark.slow),
         (OPEN, mesh_of(2, 2, 2, OPEN)),
     ],
     ids=["data_fsdp_tensor_accumulation", "data_tensor", "data_fsdp", "options_of_open_checkpoints"],
