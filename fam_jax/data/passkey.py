@@ -130,8 +130,12 @@ def _tokenizer(template: Template) -> Callable[..., tf.data.Dataset]:
             tf.constant(getattr(template, field.name), tf.int32) for field in dataclasses.fields(Template)
         )
 
+        def key_ids(key: bytes) -> np.ndarray:
+            return np.asarray(vocabulary.encode(f"is {key.decode()}")[head:], np.int32)
+
         def tokenize_example(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            key = tf.cast(vocabulary.encode_tf("is " + example["key"])[head:], tf.int32)
+            # Not TensorFlow's op for it, which tells on stderr, once per dataset, of models that normalize nothing.
+            key = tf.ensure_shape(tf.numpy_function(key_ids, [example["key"]], tf.int32), [None])
             # Indices into one cycle: memory does not grow with the longest filler.
             cut = tf.gather(filler, tf.range(example["filler_tokens"]) % tf.size(filler, tf.int64))
             return {

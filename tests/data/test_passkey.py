@@ -1,3 +1,4 @@
+import pathlib
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ from fam_jax.data import passkey
 from fam_jax.data.passkey import make_template, passkey_examples, passkey_task, register_passkey
 from fam_jax.data.passkey_text import example_text
 from fam_jax.data.quiet_seqio import seqio, tf
+from fam_jax.data.text_vocabulary import train_text_vocabulary
 from fam_jax.data.vocabulary import load_vocabulary
 
 
@@ -44,6 +46,17 @@ def test_filler_is_exactly_as_long_as_asked(vocabulary_name: str, filler_tokens:
         assert prompt[end - filler_tokens : end].tolist() == filler.tolist()
         head = vocabulary.decode(prompt[: end - filler_tokens].tolist())
         assert head.endswith(f"The pass key is {key}. Remember it. {key} is the pass key.")
+
+
+def test_nothing_is_said_of_a_model_that_normalizes_nothing(
+    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.model"
+    path.write_bytes(train_text_vocabulary([example_text("0 1 2 3 4 5 6 7 8 9", 1)[0]], 310))
+    vocabulary = load_vocabulary(str(path))
+    prompt, answer = passkey_examples(DataConfig(), vocabulary, 20, 1, 0)[0]
+    assert vocabulary.decode(prompt).endswith("The pass key is") and vocabulary.decode(answer).strip().isdigit()
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("digits", [1, 5])
