@@ -6,7 +6,8 @@ Every step is a command that a user has; what is there already is not made again
 standard library, each file held out or not by a hash of its name. The base is a small Llama with full attention over
 512 tokens. FAM, and Block Sliding Window Attention as the control, are then trained by LoRA alone, on the same text and
 on PassKey examples in turns. Measured are the loss within the base's own context before and after, the loss by position
-far beyond it, and PassKey retrieval by length.
+far beyond it, and PassKey retrieval by length. FAM is trained with three seeds; the first
+is the one that reads the long documents.
 """
 
 import hashlib
@@ -120,7 +121,7 @@ def evaluate(place: Path, settings: Settings, variants: Sequence[str]) -> None:
     (place / "results").mkdir(exist_ok=True)
     files = f"--files={patterns(place / 'text' / 'heldout')}"
     batch = "--batch_size=8"
-    for name in (*TEXT, *variants):
+    for name in (*TEXT, *variants, *settings.repeats()):
         _evaluate(
             place, f"{name}_text", name, "--task=text", files, f"--documents={settings.documents}", batch
         )
@@ -130,7 +131,7 @@ def evaluate(place: Path, settings: Settings, variants: Sequence[str]) -> None:
             place, f"{name}_long", name, "--task=text", files, f"--min_tokens={settings.long_tokens}",
             f"--documents={settings.long_documents}", "--batch_size=2", *ablations,
         )  # fmt: skip
-    for name in variants:
+    for name in (*variants, *settings.repeats()):
         lengths = ",".join(map(str, settings.lengths))
         _evaluate(
             place,
@@ -151,16 +152,17 @@ def _evaluate(place: Path, result: str, checkpoint: str, *arguments: str) -> Non
 def collect(place: Path, settings: Settings, variants: Sequence[str]) -> dict[str, Any]:
     """What the evaluations found, with the commands and settings that made them."""
     read = {path.stem: json.loads(path.read_text()) for path in sorted((place / "results").glob("*.json"))}
+    trained = (*variants, *settings.repeats())
     longest = int(max(line["stage_blocks"] for line in _course(place / "fam")))
     return {
         "round_trip": round_trip(place),
         "longest_filler": BLOCK * longest,
-        "in_context": {name: in_context(read[f"{name}_text"]["by_position"]) for name in (*TEXT, *variants)},
+        "in_context": {name: in_context(read[f"{name}_text"]["by_position"]) for name in (*TEXT, *trained)},
         "by_position": {name: read[f"{name}_long"]["by_position"] for name in (*LONG, *variants)},
         "ablations": {k: v["by_position"] for k, v in read["fam_long"]["ablations"].items()},
         "passkey": {
             name: {n: row["exact_match"] for n, row in read[f"{name}_passkey"]["lengths"].items()}
-            for name in variants
+            for name in trained
         },
         "passkey_ablations": ablate_passkey(place / "fam", longest, settings.keys),
         "evaluations": {
@@ -168,7 +170,7 @@ def collect(place: Path, settings: Settings, variants: Sequence[str]) -> dict[st
             | {key: found[key] for key in ("loss", "documents", "tokens", "longest_document") if key in found}
             for name, found in read.items()
         },
-        "trainings": {name: _training(place / name) for name in ("base", *variants)},
+        "trainings": {name: _training(place / name) for name in ("base", *trained)},
     }
 
 
@@ -235,6 +237,8 @@ def main(argv: Sequence[str]) -> None:
     make_base(place, settings)
     for variant in variants:
         run("launch.train", *retrofit_flags(place, variant, settings), f"--workdir={place}/{variant}")
+    for name, seed in settings.repeats().items():
+        run("launch.train", *retrofit_flags(place, "fam", settings, seed), f"--workdir={place}/{name}")
     evaluate(place, settings, variants)
     results = collect(place, settings, variants)
     show(results)

@@ -32,6 +32,14 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         if name in results["passkey"]:
             found = {int(blocks) * BLOCK: 100 * share for blocks, share in results["passkey"][name].items()}
             right.plot([*found], [*found.values()], label=label, color=color, marker=marker, clip_on=False)
+    repeats = [found for name, found in results["passkey"].items() if name not in LINES]
+    for number, shares in enumerate(repeats):
+        lengths, percent = (
+            [int(blocks) * BLOCK for blocks in shares],
+            [100 * share for share in shares.values()],
+        )
+        label = None if number else "the same, other seeds"
+        right.plot(lengths, percent, label=label, color=LINES["fam"][1], linewidth=0.8, clip_on=False)
     left.axvline(CONTEXT, color="0.6", linestyle=":", label="context of the base's training")
     left.set_xlabel("position in the document (tokens, end of bucket)")
     left.set_ylabel("held-out loss (nats per token)")

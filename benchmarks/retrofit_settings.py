@@ -20,10 +20,15 @@ class Settings:
     documents: int  # of all lengths
     long_documents: int
     long_tokens: int  # that these have at least
+    more_seeds: tuple[int, ...]  # that FAM is retrofitted with once more each
+
+    def repeats(self) -> dict[str, int]:
+        """Folders of FAM with these seeds."""
+        return {f"fam_seed{seed}": seed for seed in self.more_seeds}
 
 
-FULL = Settings(1500, {"fam": 600, "bswa": 600}, (1, 2, 3, 4, 8, 16, 32, 64, 128), 32, 32, 4, 16_384)
-QUICK = Settings(2, {"fam": 2, "bswa": 2}, (1, 2), 2, 2, 2, 40_000)
+FULL = Settings(1500, {"fam": 600, "bswa": 600}, (1, 2, 3, 4, 8, 16, 32, 64, 128), 32, 32, 4, 16_384, (2, 3))
+QUICK = Settings(2, {"fam": 2, "bswa": 2}, (1, 2), 2, 2, 2, 40_000, (2,))
 
 
 def base_flags(place: Path, settings: Settings) -> list[str]:
@@ -40,7 +45,7 @@ def base_flags(place: Path, settings: Settings) -> list[str]:
     return ["--config=configs/text.py:full", *_overrides(config)]
 
 
-def retrofit_flags(place: Path, variant: str, settings: Settings) -> list[str]:
+def retrofit_flags(place: Path, variant: str, settings: Settings, seed: int = 1) -> list[str]:
     """LoRA and the initial FAM on the imported base: text and PassKey in turns."""
     words = ",bswa" if variant == "bswa" else ""
     # Without FAM the curriculum would end at the window: it goes on as fast as it does with FAM, mastered or not.
@@ -56,7 +61,7 @@ def retrofit_flags(place: Path, variant: str, settings: Settings) -> list[str]:
         "data.longest_fraction": 0.8, "data.prompt_weight": 0.001,
         "optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 30, "optimizer.schedule": "cosine",
         "optimizer.beta2_schedule": "power", "optimizer.weight_decay": 0.1,
-        "train.seed": 1, "train.random_state_passing": 0.0, "train.batch_size": 16, "train.accumulation": 4,
+        "train.seed": seed, "train.random_state_passing": 0.0, "train.batch_size": 16, "train.accumulation": 4,
         "train.loss_chunk": 1024, "train.checkpoint_every": 50, "train.steps": settings.steps[variant],
         "mesh.data": 0, "mesh.fsdp": 1,
     }  # fmt: skip

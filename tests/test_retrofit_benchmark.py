@@ -58,7 +58,7 @@ def test_the_flags_make_configs(variant: str, tmp_path: pathlib.Path) -> None:
 def test_the_picture(tmp_path: pathlib.Path) -> None:
     results = {
         "by_position": {name: buckets([3.0, 2.0, 1.5]) for name in (*retrofit.LONG, *retrofit.VARIANTS)},
-        "passkey": {name: {"2": 1.0, "4": 0.5} for name in retrofit.VARIANTS},
+        "passkey": {name: {"2": 1.0, "4": 0.5} for name in (*retrofit.VARIANTS, "fam_seed2", "fam_seed3")},
         "longest_filler": 256,
         "in_context": dict.fromkeys((*retrofit.TEXT, *retrofit.VARIANTS), 2.0),
         "ablations": {"zeroed": buckets([3.0, 2.5, 2.0])},

@@ -18,7 +18,7 @@ import pytest
 from fam_jax.checkpoint import Checkpoints
 from fam_jax.config import Config, resolve
 from fam_jax.train import loop
-from launch import processes
+from launch import evaluation, processes
 from tests.launch.group import Group, finish, free_port, group
 from tests.launch.running import ROOT, TINY, command, environment
 
@@ -94,6 +94,34 @@ def alone(together: pathlib.Path) -> pathlib.Path:
     """The same run by this process, which has eight devices."""
     loop.train(config_of(together / "run"), str(together / "alone"), quiet=True)
     return together / "alone"
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_text_as_one(tmp_path: pathlib.Path) -> None:
+    """Text and PassKey in turns, evaluated with ablations on the way, traced."""
+    for name, word in (("train", "alpha"), ("heldout", "beta")):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            (tmp_path / name / f"{number}.txt").write_text(f"{word} {number} " * 40)
+    finish(
+        tmp_path, "launch.train", "--config=configs/text.py:smoke", *CUBE, "--config.data.task=text+passkey",
+        "--config.model.num_layers=1", "--config.model.num_heads=8", "--config.model.num_kv_heads=8",
+        "--config.model.head_dim=2", "--config.data.stage_blocks=(2,)", "--config.train.batch_size=8",
+        "--config.train.log_every=1", f"--config.train.steps={STEPS}", f"--config.train.checkpoint_every={STEPS}",
+        f"--config.evaluate.every={STEPS}", f"--config.data.train_files={tmp_path}/train",
+        f"--config.data.heldout_files={tmp_path}/heldout", "--config.data.file_suffixes=.txt",
+        "--profile_steps=2,3", f"--workdir={tmp_path / 'run'}",
+    )  # fmt: skip
+    config = config_of(tmp_path / "run")
+    loop.train(config, str(tmp_path / "alone"), evaluate=evaluation.in_training(config), quiet=True)
+    assert_same_run(tmp_path / "run", tmp_path / "alone", slice(STEPS))  # the last line is the evaluation
+    assert {line["passkey_batch"] for line in metrics(tmp_path / "run")[:STEPS]} == {0, 1}
+    found, wanted = (
+        json.loads((tmp_path / run / "evaluation" / f"{STEPS}.json").read_text()) for run in ("run", "alone")
+    )
+    assert found["ablations"].keys() == {"zeroed", "shuffled", "frozen"}
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+    assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 def first_half(folder: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
