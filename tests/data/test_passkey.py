@@ -55,7 +55,9 @@ def test_nothing_is_said_of_a_model_that_normalizes_nothing(
     path.write_bytes(train_text_vocabulary([example_text("0 1 2 3 4 5 6 7 8 9", 1)[0]], 310))
     vocabulary = load_vocabulary(str(path))
     prompt, answer = passkey_examples(DataConfig(), vocabulary, 20, 1, 0)[0]
-    assert vocabulary.decode(prompt).endswith("The pass key is") and vocabulary.decode(answer).strip().isdigit()
+    assert (
+        vocabulary.decode(prompt).endswith("The pass key is") and vocabulary.decode(answer).strip().isdigit()
+    )
     assert capfd.readouterr() == ("", "")
 
 
