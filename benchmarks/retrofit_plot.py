@@ -38,8 +38,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             [int(blocks) * BLOCK for blocks in shares],
             [100 * share for share in shares.values()],
         )
-        label = None if number else "the same, other seeds"
-        right.plot(lengths, percent, label=label, color=LINES["fam"][1], linewidth=0.8, clip_on=False)
+        once = None if number else "the same, other seeds"
+        right.plot(lengths, percent, label=once, color=LINES["fam"][1], linewidth=0.8, clip_on=False)
     left.axvline(CONTEXT, color="0.6", linestyle=":", label="context of the base's training")
     left.set_xlabel("position in the document (tokens, end of bucket)")
     left.set_ylabel("held-out loss (nats per token)")
