@@ -30,16 +30,11 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             [b["end"] for b in buckets], [b["loss"] for b in buckets], label=label, color=color, marker=marker
         )
         if name in results["passkey"]:
-            found = {int(blocks) * BLOCK: 100 * share for blocks, share in results["passkey"][name].items()}
-            right.plot([*found], [*found.values()], label=label, color=color, marker=marker, clip_on=False)
+            right.plot(*_curve(results["passkey"][name]), label=label, color=color, marker=marker, clip_on=False)
     repeats = [found for name, found in results["passkey"].items() if name not in LINES]
     for number, shares in enumerate(repeats):
-        lengths, percent = (
-            [int(blocks) * BLOCK for blocks in shares],
-            [100 * share for share in shares.values()],
-        )
         once = None if number else "the same, other seeds"
-        right.plot(lengths, percent, label=once, color=LINES["fam"][1], linewidth=0.8, clip_on=False)
+        right.plot(*_curve(shares), label=once, color=LINES["fam"][1], linewidth=0.8, clip_on=False)
     left.axvline(CONTEXT, color="0.6", linestyle=":", label="context of the base's training")
     left.set_xlabel("position in the document (tokens, end of bucket)")
     left.set_ylabel("held-out loss (nats per token)")
@@ -55,3 +50,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _curve(shares: Mapping[str, float]) -> tuple[list[int], list[float]]:
+    """Tokens of filler, and percent, from shares by blocks of filler."""
+    return [int(blocks) * BLOCK for blocks in shares], [100 * share for share in shares.values()]
