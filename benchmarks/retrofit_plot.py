@@ -30,7 +30,9 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             [b["end"] for b in buckets], [b["loss"] for b in buckets], label=label, color=color, marker=marker
         )
         if name in results["passkey"]:
-            right.plot(*_curve(results["passkey"][name]), label=label, color=color, marker=marker, clip_on=False)
+            right.plot(
+                *_curve(results["passkey"][name]), label=label, color=color, marker=marker, clip_on=False
+            )
     repeats = [found for name, found in results["passkey"].items() if name not in LINES]
     for number, shares in enumerate(repeats):
         once = None if number else "the same, other seeds"
