@@ -57,6 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.update(
         task="text",
         vocabulary=base.data.vocabulary,
+        add_bos=base.data.add_bos,
         train_files=("tfds:pg19:train",),
         heldout_files=("tfds:pg19:test",),
         sequence_length=8704,  # the paper's, of which the repetition is a part

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -9,12 +10,13 @@ from typing import Any, NoReturn
 from fam_jax.config import UserError
 
 USER_ERROR = 2
+PIPE_CLOSED = 141  # what shells report of a program that wrote to a closed pipe
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a UserError into `error: ...` on stderr and exit code 2, Ctrl-C into exit code 130.
+    """Turns a UserError into `error: ...` on stderr and exit code 2, Ctrl-C and a closed pipe into what shells expect.
 
     A context manager, and as `@user_errors()` a decorator. All other errors are the program's own and keep
     their tracebacks.
@@ -24,6 +26,9 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    except BrokenPipeError:  # whoever read standard output has had enough of it, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
+        sys.exit(PIPE_CLOSED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

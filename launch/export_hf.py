@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from fam_jax.checkpoint import absolute, load_params
+from fam_jax.checkpoint import companion_folders, load_params
 from fam_jax.config import Config, resolve
 from fam_jax.convert import (
     copy_tokenizer,
@@ -31,7 +31,7 @@ from fam_jax.convert import (
 from fam_jax.convert.folder import CONFIG, copy_companions
 from fam_jax.model import lora
 from launch.errors import ArgumentParser, user_errors
-from launch.import_hf import COMPANIONS, progress_bar
+from launch.import_hf import progress_bar
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -91,9 +91,7 @@ def main() -> None:
 
 def _companions(checkpoint: str, config: Config) -> epath.Path | None:
     """The folder of the small files that the model was imported with: its own, or that of the run it began with."""
-    places = [absolute(folder) for folder in (checkpoint, config.train.init_from) if folder]
-    # A run may begin with a step of another, workdir/STEP.
-    found = [place / COMPANIONS for place in (*places, places[-1].parent)]
+    found = companion_folders(config, checkpoint)
     return next((kept for kept in found if (kept / CONFIG).is_file()), None)
 
 

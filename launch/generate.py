@@ -9,6 +9,7 @@ has the details, and the same in Python.
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -64,6 +65,14 @@ def _check(found: argparse.Namespace) -> None:
             raise UserError(message)
 
     Sampling(found.temperature, found.top_k, found.top_p)
+    for flag, place in (("--save-memory", found.save_memory), ("--out", found.out)):
+        if place is not None:  # reading may take hours
+            file = Path(place)
+            writable = not file.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK)
+            refuse(
+                not writable,
+                f"argument {flag}: {place} cannot be written; give a file in a folder that is there",
+            )
     refuse(
         found.mesh is not None and len(found.mesh) != 3,
         "argument --mesh: expected three numbers such as 1,1,8",

@@ -22,7 +22,7 @@ import rich.console
 import rich.progress
 from etils import epath
 
-from fam_jax.checkpoint import Checkpoints, absolute
+from fam_jax.checkpoint import COMPANIONS, Checkpoints, absolute
 from fam_jax.config import Config, MeshConfig, ModelConfig, UserError, resolve
 from fam_jax.convert import (
     ConvertError,
@@ -32,6 +32,7 @@ from fam_jax.convert import (
     import_parameters,
     model_fields,
 )
+from fam_jax.convert.bos import adds_bos
 from fam_jax.convert.families import OWN_FIELDS
 from fam_jax.convert.folder import copy_companions
 from fam_jax.convert.importing import stored_fam
@@ -39,7 +40,6 @@ from fam_jax.sharding import make_mesh, param_shardings
 from launch.errors import ArgumentParser, integers, user_errors
 from launch.processes import join, leaving_together
 
-COMPANIONS = "huggingface"  # folder of a checkpoint that holds the original's small files
 CONTEXT = 8192  # tokens that the defaults let a model see at a time, if it was made for as many
 DTYPES = {
     "bfloat16": "bfloat16",
@@ -134,6 +134,9 @@ def main() -> None:
     config = imported_config(folder, arguments, vocabulary)
     if tokenizer is not None:
         check_tokenizer(tokenizer, config.model.vocab_size)
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, add_bos=adds_bos(tokenizer))
+        )
     with progress_bar("reading") as show:
         params = import_parameters(
             folder, config.model, lambda shapes: param_shardings(shapes, mesh),

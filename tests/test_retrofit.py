@@ -15,10 +15,11 @@ from flax import nnx
 from configs import retrofit
 from configs.shapes import SHAPES
 from fam_jax.checkpoint import CheckpointError
-from fam_jax.config import Config, ConfigError, resolve
+from fam_jax.config import Config, ConfigError, DataConfig, resolve
 from fam_jax.generate.streaming import Streamer
 from fam_jax.model import from_dict, lora
 from fam_jax.model.kinds import kinds_of, visible_segments
+from fam_jax.train.base import base_config
 from fam_jax.train.loop import make_trainer
 from fam_jax.train.optimizer import make_optimizer
 from fam_jax.train.state import TrainState, init_state, model_structure
@@ -216,6 +217,13 @@ def test_a_base_that_has_a_fam_keeps_it(imported: Any) -> None:
     values.data.vocabulary = "bytes"
     config = resolve(values)
     assert (config.model.block_size, config.model.memory_segments, config.model.fam_length) == (4, 5, 3)
+
+
+def test_texts_begin_as_those_of_the_base(imported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for add_bos in (True, False):
+        found = dataclasses.replace(base_config(str(imported("mistral"))), data=DataConfig(add_bos=add_bos))
+        monkeypatch.setattr(retrofit, "base_config", lambda _, found=found: found)
+        assert retrofit.get_config(str(imported("mistral"))).data.add_bos == add_bos
 
 
 def test_the_config_is_the_base_s_but_for_its_memory(imported: Any) -> None:

@@ -15,15 +15,19 @@ computed where the arrays live (see `contents.py`), go into the same atomic step
 every restore.
 """
 
+from fam_jax.checkpoint.companions import COMPANIONS, companion_folders, with_vocabulary_found
 from fam_jax.checkpoint.folder import MAY_CHANGE, CheckpointError, absolute, read_config, saved_steps
 from fam_jax.checkpoint.steps import Checkpoints, load_params
 
 __all__ = [
+    "COMPANIONS",
     "MAY_CHANGE",
     "CheckpointError",
     "Checkpoints",
     "absolute",
+    "companion_folders",
     "load_params",
     "read_config",
     "saved_steps",
+    "with_vocabulary_found",
 ]

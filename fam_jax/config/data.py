@@ -10,6 +10,7 @@ class DataConfig:
     # passkey | text | text+passkey: batches of either | seqio:NAME, a task or mixture that `imports` registers
     task: str = "passkey"
     vocabulary: str = "passkey"  # passkey (shipped) | bytes | path of a SentencePiece model or tokenizer.json
+    add_bos: bool = False  # a text begins with the vocabulary's start token, as most open models were trained
     # PassKey: lengths in blocks of the model.
     digits: int = 5
     stage_blocks: tuple[int, ...] = (2, 3, 4, 6, 9, 13, 18)  # filler length of each curriculum stage
@@ -44,6 +45,7 @@ TASK_FIELDS = {
     "seqio": ("imports",),
     "text or seqio": ("sequence_length", "shuffle_batches", "repeat_segment", "repeat_weight"),
     "passkey or text": ("vocabulary",),
+    "passkey or text or seqio": ("add_bos",),
     "text+passkey": ("passkey_fraction", "last_stage_passkey_fraction"),
 }  # fmt: skip
 

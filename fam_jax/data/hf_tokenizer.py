@@ -13,8 +13,8 @@ from fam_jax.data.quiet_seqio import seqio, tf
 class TokenizerVocabulary(seqio.Vocabulary):
     """Encodes text as it is, without adding special tokens; chat templates are left to the caller.
 
-    Which pieces begin and end a text is read from `tokenizer_config.json` in the same folder; without it there are
-    none.
+    Which pieces begin and end a text is read from `tokenizer_config.json` in the same folder; if it does not say, what
+    the tokenizer itself puts before a text begins it, and nothing ends it.
     """
 
     def __init__(self, path: str):
@@ -37,7 +37,12 @@ class TokenizerVocabulary(seqio.Vocabulary):
     @property
     def bos_id(self) -> int | None:
         """Id of the piece that begins a text."""
-        return self._id("bos_token")
+        named = self._id("bos_token")
+        if named is not None:
+            return named
+        encoding = self._tokenizer.encode("a", add_special_tokens=True)
+        before = encoding.ids[: encoding.special_tokens_mask.index(0)]
+        return before[0] if len(before) == 1 else None
 
     @property
     def eos_id(self) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fam_jax.config import ConfigError, DataConfig, UserError
+from fam_jax.data.bos import first_input
 from fam_jax.data.examples import Examples, permutation
 from fam_jax.data.passkey import random_key
 
@@ -30,7 +31,7 @@ class Position:
 
 
 class Rows(NamedTuple):
-    """What is cut from the examples; the input of an example's first token is the end-of-sequence id."""
+    """What is cut from the examples; the input of an example's first token is :func:`first_input`."""
 
     inputs: np.ndarray  # (..., n) int32
     targets: np.ndarray  # (..., n) int32
@@ -73,7 +74,7 @@ class PackedStream:
             raise UserError(f"batch_size {batch_size} is not divisible by the {self.shard_count} processes")
         self.data, self.examples, self.batch_size, self.seed = data, examples, batch_size, seed
         self.vocabulary = examples.vocabulary
-        self._start_id = self.vocabulary.eos_id if self.vocabulary.eos_id is not None else 0
+        self._start_id = first_input(self.vocabulary, data)
         self._prompt = np.array(
             self.vocabulary.encode(REPEAT_PROMPT) if data.repeat_segment else [], np.int32
         )

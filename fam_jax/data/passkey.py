@@ -14,6 +14,7 @@ import numpy as np
 
 from fam_jax.config import DataConfig, UserError
 from fam_jax.data import passkey_text
+from fam_jax.data.bos import bos_ids
 from fam_jax.data.quiet_seqio import seqio, tf
 
 SPLITS = ("train", "validation")  # of disjoint random streams, also under one seed
@@ -36,8 +37,8 @@ class Template:
         return sum(map(len, fixed)) + filler_tokens + 3 * (digits + 1)
 
 
-def make_template(vocabulary: seqio.Vocabulary) -> Template:
-    """The task's sentences under `vocabulary`.
+def make_template(vocabulary: seqio.Vocabulary, begin: Sequence[int] = ()) -> Template:
+    """The task's sentences under `vocabulary`, behind the ids `begin`.
 
     Raises:
       UserError: the vocabulary has no token for some of the text, or joins words into one token.
@@ -46,7 +47,7 @@ def make_template(vocabulary: seqio.Vocabulary) -> Template:
         if vocabulary.unk_id in vocabulary.encode(word):
             raise UserError(f"vocabulary: has no tokens for {word!r} of the PassKey text; choose another one")
     return Template(
-        statement=vocabulary.encode(passkey_text.STATEMENT),
+        statement=[*begin, *vocabulary.encode(passkey_text.STATEMENT)],
         remember=_continuation(vocabulary, "0", passkey_text.REMEMBER),
         repeated=_continuation(vocabulary, "0", " " + passkey_text.REPEATED),
         filler=_continuation(vocabulary, ".", " " + passkey_text.FILLER),
@@ -169,6 +170,7 @@ def passkey_task(
     digits: int = 5,
     validation_examples: int = 1000,
     filler_step: int = 1,
+    begin: Sequence[int] = (),
 ) -> seqio.Task:
     """The task: inputs is the prompt up to "The pass key is", targets the key, with no end-of-sequence id.
 
@@ -180,6 +182,7 @@ def passkey_task(
       digits: of the key, 1 to 9; the first is not zero.
       validation_examples: size of the validation split. The train split is endless.
       filler_step: lengths are the shortest plus a multiple of this.
+      begin: ids before every prompt; see :func:`fam_jax.data.bos.bos_ids`.
 
     Raises:
       UserError: an argument is out of range, or the vocabulary cannot write the task's text.
@@ -193,7 +196,7 @@ def passkey_task(
     return seqio.Task(
         name,
         source=PasskeySource((low, high), seed, digits, validation_examples, filler_step),
-        preprocessors=[_tokenizer(make_template(vocabulary))],
+        preprocessors=[_tokenizer(make_template(vocabulary, begin))],
         output_features={"inputs": feature, "targets": feature},
         postprocess_fn=leading_number,
         metric_fns=[exact_match],
@@ -222,7 +225,8 @@ def passkey_examples(
       `keys` pairs of prompt ids (P,) and answer ids (A,), int32; the filler in the prompt is exactly
       `filler_tokens` tokens long. Lengths are the same in all pairs where each digit is a token.
     """
-    task = passkey_task("passkey", vocabulary, (filler_tokens, filler_tokens), seed, data.digits)
+    fillers, begin = (filler_tokens, filler_tokens), bos_ids(vocabulary, data)
+    task = passkey_task("passkey", vocabulary, fillers, seed, data.digits, begin=begin)
     examples = examples_at(task, "validation", tf.data.Dataset.range(keys))
     return [(example["inputs"], example["targets"]) for example in examples.as_numpy_iterator()]
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fam_jax.config import DataConfig, UserError
+from fam_jax.data.bos import bos_ids
 from fam_jax.data.passkey import examples_at, make_template, passkey_task, random_key
 from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.vocabulary import load_vocabulary
@@ -73,7 +74,8 @@ class PasskeyStream:
         self.batch_size = batch_size
         self.seed = seed
         self.vocabulary: seqio.Vocabulary = load_vocabulary(data.vocabulary)
-        template = make_template(self.vocabulary)
+        self._begin = bos_ids(self.vocabulary, data)
+        template = make_template(self.vocabulary, self._begin)
         lower = (data.min_filler_blocks, *data.stage_blocks)
         self._fillers = [
             (low * block_size + data.filler_step, high * block_size)
@@ -230,6 +232,7 @@ class PasskeyStream:
             self.seed,
             self.data.digits,
             filler_step=self.data.filler_step,
+            begin=self._begin,
         )
         rows = self.batch_size // self.shard_count
         first = self._progress.examples[stage] + self.shard_index * rows

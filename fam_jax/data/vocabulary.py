@@ -1,7 +1,10 @@
 """Vocabularies by name: the one of the PassKey task, bytes, any SentencePiece model or `tokenizer.json`."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+from absl import logging
 from google.protobuf.message import DecodeError
 
 from fam_jax.config import UserError
@@ -28,7 +31,10 @@ def load_vocabulary(name: str) -> seqio.Vocabulary:
         return _load_tokenizer(name)
     vocabulary = seqio.SentencePieceVocabulary(str(SHIPPED.get(name, name)))
     try:
-        vocabulary.load_model()  # otherwise a bad file shows only when the first text is encoded
+        # Now, or a bad file shows only when the first text is encoded; and without a warning that the padding id is
+        # not T5's, for nothing here pads with it.
+        with _warnings_held_back():
+            vocabulary.load_model()
     except tf.errors.NotFoundError as error:
         raise UserError(
             f"vocabulary {name!r}: no such file; name a SentencePiece model file, or one of bytes, passkey"
@@ -38,6 +44,16 @@ def load_vocabulary(name: str) -> seqio.Vocabulary:
     except (DecodeError, RuntimeError) as error:
         raise UserError(f"vocabulary {name!r}: not a SentencePiece model, or a damaged one") from error
     return vocabulary
+
+
+@contextlib.contextmanager
+def _warnings_held_back() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _load_tokenizer(name: str) -> seqio.Vocabulary:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.config import Config, UserError
+from fam_jax.data.bos import first_input
 from fam_jax.data.examples import Example
 from fam_jax.data.quiet_seqio import seqio
 from fam_jax.generate.streaming import Streamer
@@ -75,7 +76,7 @@ def evaluate_text(
             "config.evaluate.ablations: shuffled needs two documents in a batch to swap their FAMs"
         )
     began = time.perf_counter()
-    reader = _Reader(config, Streamer(model, params), vocabulary.eos_id or 0, on_progress)
+    reader = _Reader(config, Streamer(model, params), first_input(vocabulary, config.data), on_progress)
     scores = reader.read(examples, None)
     tokens, text_bytes = sum(len(each.ids) for each in examples), sum(each.text_bytes for each in examples)
     result = _summary(scores, model.block_size)

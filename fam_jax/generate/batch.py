@@ -99,7 +99,7 @@ def open_text(path: str) -> io.BufferedReader:
     try:
         return Path(path).open("rb")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file of UTF-8 text") from error
 
 
 def _done(out: Path, lines: list[str]) -> list[dict[str, Any]]:

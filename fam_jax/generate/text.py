@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from fam_jax.config import Config, ConfigError, UserError
+from fam_jax.data.bos import bos_ids
 from fam_jax.generate.memory_file import load_memory, save_memory
 from fam_jax.generate.restore import load_model
 from fam_jax.generate.sampling import GREEDY, Sampling
@@ -56,7 +57,8 @@ class TextModel:
         """Takes the plain parameters (any LoRA merged) and a vocabulary from `fam_jax.data.vocabulary`.
 
         Raises:
-          UserError: the parameters are of another model, or the vocabulary is larger than the model's.
+          UserError: the parameters are of another model, the vocabulary is larger than the model's, or has no start
+            token and config.data.add_bos asks for one.
         """
         if vocabulary.vocab_size > config.model.vocab_size:
             raise ConfigError(
@@ -65,6 +67,7 @@ class TextModel:
             )
         self.config, self.vocabulary = config, vocabulary
         self.streamer = Streamer(config.model, params)
+        self._begin = bos_ids(vocabulary, config.data)
 
     @classmethod
     def restore(
@@ -88,7 +91,8 @@ class TextModel:
 
         Args:
           source: a binary file of UTF-8 text, or the text itself.
-          state: to continue, the text being encoded by itself; it stays valid. None: a new stream.
+          state: to continue, the text being encoded by itself; it stays valid. None: a new stream, which begins with
+            the start token if config.data.add_bos.
           chunk_blocks: blocks that go through the model at once.
           on_progress: called with the number of tokens read so far.
 
@@ -105,7 +109,10 @@ class TextModel:
         logits, done = None, 0
         # The first chunk ends at a block border, so that all others are whole blocks.
         first = chunk_blocks * size - (int(state.memory.filled[0]) if state is not None else 0)
-        for tokens in _chunks(encode_pieces(self.vocabulary.encode, texts), first, chunk_blocks * size):
+        pieces = encode_pieces(self.vocabulary.encode, texts)
+        if state is None:
+            pieces = _behind(self._begin, pieces)
+        for tokens in _chunks(pieces, first, chunk_blocks * size):
             logits, memory = self.streamer.read([tokens], memory, chunk_blocks=chunk_blocks)
             done += len(tokens)
             if on_progress is not None:
@@ -221,6 +228,13 @@ class _Writer:
 def _begun(text: str, stop: str) -> int:
     """How many characters at the end of `text` are a beginning of `stop`."""
     return max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+
+
+def _behind(begin: list[int], pieces: Iterable[list[int]]) -> Iterator[list[int]]:
+    """The pieces of a text with `begin` before the first token; nothing if there is none."""
+    for piece in pieces:
+        yield [*begin, *piece] if piece else piece
+        begin = [] if piece else begin
 
 
 def _chunks(pieces: Iterable[list[int]], first: int, size: int) -> Iterator[np.ndarray]:

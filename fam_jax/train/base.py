@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from fam_jax.checkpoint import absolute, load_params, read_config
+from fam_jax.checkpoint import absolute, load_params, read_config, with_vocabulary_found
 from fam_jax.config import Config, ConfigError, resolve
 from fam_jax.model import lora
 from fam_jax.model.initial import fam_of_embeddings, fam_path
@@ -35,7 +35,8 @@ def base_config(name: str) -> Config:
       CheckpointError: there is no such checkpoint.
       ConfigError: its config is of another version.
     """
-    return resolve(read_config(locate(name)[0]))
+    folder, _ = locate(name)
+    return with_vocabulary_found(resolve(read_config(folder)), folder)
 
 
 def check_named(config: Config) -> None:

@@ -12,12 +12,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from fam_jax.checkpoint import Checkpoints
+from fam_jax.checkpoint import COMPANIONS, Checkpoints
 from fam_jax.config import Config, LoraConfig, TrainConfig
 from fam_jax.convert import ConvertError, export_adapter
 from fam_jax.model import create_model, from_dict, lora, to_dict
 from launch import export_hf
-from launch.import_hf import COMPANIONS
 from tests.convert.recorded import DATA, imported, recorded_tokens
 from tests.model.tiny import Reader, quick_jit
 

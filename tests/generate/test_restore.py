@@ -7,18 +7,44 @@ import jax
 import numpy as np
 
 from fam_jax.checkpoint import Checkpoints
-from fam_jax.config import Config
+from fam_jax.config import Config, DataConfig, TrainConfig
 from fam_jax.generate.restore import load_model
 from fam_jax.generate.streaming import Streamer
+from fam_jax.train.base import base_config
 from tests.generate.tiny import CONFIG, texts
 from tests.model.tiny import params_of
+
+
+def save(folder: pathlib.Path, config: Config) -> None:
+    with Checkpoints(folder, config=dataclasses.asdict(config), keep=1) as checkpoints:
+        checkpoints.save(1, {"params": params_of(config.model)}, {}, wait=True)
+
+
+def test_the_vocabulary_is_found_where_the_checkpoint_was_moved_to(tmp_path: pathlib.Path) -> None:
+    """Its own, or that of the base that it began with."""
+    imported, run = tmp_path / "imported", tmp_path / "run"
+    config = Config(
+        model=CONFIG, data=DataConfig(vocabulary=str(imported / "huggingface" / "tokenizer.json"))
+    )
+    save(imported, config)
+    file = imported / "huggingface" / "tokenizer.json"
+    file.parent.mkdir()
+    file.touch()
+    save(run, dataclasses.replace(config, train=TrainConfig(init_from=str(tmp_path / "moved" / "1"))))
+    assert load_model(imported)[0] == config
+    moved = imported.rename(tmp_path / "moved")
+    for folder in (moved, run):
+        found = load_model(folder)[0].data.vocabulary
+        assert found == str(moved / "huggingface" / "tokenizer.json")
+    assert base_config(str(moved)).data.vocabulary == found
+    (moved / "huggingface" / "tokenizer.json").unlink()
+    assert load_model(moved)[0] == config
 
 
 def test_weights_are_rounded_once_and_outputs_stay(tmp_path: pathlib.Path) -> None:
     model = dataclasses.replace(CONFIG, dtype="bfloat16", norm="layernorm")
     params = params_of(model)
-    with Checkpoints(tmp_path / "run", config=dataclasses.asdict(Config(model=model)), keep=1) as checkpoints:
-        checkpoints.save(1, {"params": params}, {}, wait=True)
+    save(tmp_path / "run", Config(model=model))
     _, loaded, _ = load_model(tmp_path / "run")
     dtypes = {jax.tree_util.keystr(path): str(x.dtype) for path, x in jax.tree.leaves_with_path(loaded)}
     for name, dtype in dtypes.items():

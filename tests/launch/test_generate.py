@@ -4,6 +4,8 @@ import dataclasses
 import io
 import json
 import pathlib
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +19,7 @@ from fam_jax.config import Config, DataConfig
 from fam_jax.generate.text import TextModel
 from launch import generate
 from tests.generate.tiny import CONFIG
+from tests.launch.running import ROOT, command, environment
 from tests.model.tiny import params_of, quick_jit
 
 BOOK = "The quick brown fox jumps over the lazy dog.\n" * 9
@@ -235,6 +238,19 @@ def test_memories_that_cannot_be_loaded(launch: Launch, book: pathlib.Path, tmp_
 
 
 def test_a_memory_that_cannot_be_written(launch: Launch, tmp_path: pathlib.Path) -> None:
-    code, out, err = launch("--prompt=a", f"--save-memory={tmp_path}/missing/some.memory", LIMIT)
-    assert (code, out) == (2, "")
-    assert err.splitlines()[-1].startswith("error: ") and "cannot be written" in err
+    """Told before anything is read: that may take hours."""
+    for place in (tmp_path / "missing" / "some.memory", tmp_path):
+        message = one_line(launch("--prompt=a", f"--save-memory={place}", LIMIT))
+        assert f"argument --save-memory: {place} cannot be written" in message
+    message = one_line(launch("--prompt=a", "--batch=a", f"--out={tmp_path}/missing/out.jsonl"))
+    assert "argument --out: " in message
+
+
+def test_a_reader_that_has_had_enough(checkpoint: str) -> None:
+    write = shlex.join(command("launch.generate", f"--checkpoint={checkpoint}", "--prompt=abc"))
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {write} | head -c 0"], cwd=ROOT, env=environment(), capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr

@@ -1,0 +1,206 @@
+"""The start token: from a folder's tokenizer, before every text, and nowhere else."""
+
+import dataclasses
+import io
+import itertools
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+
+from fam_jax.checkpoint import read_config
+from fam_jax.config import Config, ConfigError, DataConfig, UserError, resolve
+from fam_jax.convert import ConvertError
+from fam_jax.convert.bos import adds_bos
+from fam_jax.data.bos import bos_ids, first_input
+from fam_jax.data.examples import Example
+from fam_jax.data.packing import PackedStream
+from fam_jax.data.passkey import passkey_examples
+from fam_jax.data.passkey_text import example_text
+from fam_jax.data.stream import PasskeyStream
+from fam_jax.data.vocabulary import load_vocabulary
+from fam_jax.evaluate.text import evaluate_text
+from fam_jax.generate.text import TextModel
+from launch import import_hf
+from tests.convert.recorded import DATA, VOCABULARY
+from tests.generate.tiny import CONFIG
+from tests.model.tiny import params_of
+
+BOS, EOS = 1, 2
+TEXT = example_text("0 1 2 3 4 5 6 7 8 9", 1)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A tokenizer.json that begins a text with <s>, and says so nowhere else."""
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([TEXT], vocab_size=270, special_tokens=["<pad>", "<s>", "</s>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", BOS)])
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(folder: pathlib.Path) -> DataConfig:
+    return DataConfig(vocabulary=str(folder / "tokenizer.json"), add_bos=True, stage_blocks=(2,))
+
+
+def beside(folder: pathlib.Path, tmp_path: pathlib.Path, **told: Any) -> pathlib.Path:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    return tmp_path / "tokenizer.json"
+
+
+def sentencepiece_model(path: pathlib.Path, bos: int) -> pathlib.Path:
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([TEXT]), model_writer=file, vocab_size=60, bos_id=bos, unk_id=0, eos_id=2,
+            model_type="char", minloglevel=2,
+        )  # fmt: skip
+    return path
+
+
+def test_the_tokenizer_says_whether_a_text_begins_with_it(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    assert adds_bos(folder / "tokenizer.json")
+    assert not adds_bos(beside(folder, tmp_path, add_bos_token=False))
+    assert adds_bos(beside(folder, tmp_path, add_bos_token=None))
+    assert adds_bos(sentencepiece_model(tmp_path / "a.model", bos=1))
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert adds_bos(sentencepiece_model(tmp_path / "a.model", bos=1))
+    assert not adds_bos(sentencepiece_model(tmp_path / "b.model", bos=-1))
+
+
+def test_two_tokens_before_a_text_are_refused(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    special = [("<s>", BOS), ("<pad>", 0)]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> <pad> $A", None, special)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConvertError, match="puts <s> <pad> before a text"):
+        adds_bos(tmp_path / "tokenizer.json")
+
+
+def test_an_import_takes_it_over(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(DATA / "llama3", source)
+    pieces = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, unk_token="w0"))
+    for template, begins in (("w1 $A", True), ("$A", False)):
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(template, None, [("w1", 1)])
+        tokenizer.save(str(source / "tokenizer.json"))
+        out = tmp_path / f"imported{begins}"
+        argv = ["import_hf", f"--source={source}", f"--out={out}", "--block_size=8"]
+        monkeypatch.setattr(sys, "argv", argv)
+        import_hf.main()
+        assert resolve(read_config(out)).data.add_bos == begins
+
+
+def test_its_id_is_the_named_one_or_that_of_the_template(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    vocabulary = load_vocabulary(str(folder / "tokenizer.json"))
+    assert (vocabulary.bos_id, vocabulary.eos_id) == (BOS, EOS)
+    assert vocabulary.encode(TEXT)[0] != BOS
+    assert load_vocabulary(str(beside(folder, tmp_path, bos_token="<pad>"))).bos_id == 0
+    assert load_vocabulary(str(sentencepiece_model(tmp_path / "a.model", bos=1))).bos_id == 1
+
+
+def test_ids_are_those_of_the_tokenizer_itself(data: DataConfig) -> None:
+    vocabulary = load_vocabulary(data.vocabulary)
+    whole = tokenizers.Tokenizer.from_file(data.vocabulary).encode(TEXT).ids
+    assert [*bos_ids(vocabulary, data), *vocabulary.encode(TEXT)] == whole
+    assert bos_ids(vocabulary, dataclasses.replace(data, add_bos=False)) == []
+
+
+@pytest.mark.parametrize("name", ["bytes", "passkey"])
+def test_a_vocabulary_without_one_is_refused(name: str) -> None:
+    vocabulary = load_vocabulary(name)
+    with pytest.raises(ConfigError, match=f"config.data.add_bos: the vocabulary '{name}' has no start token"):
+        bos_ids(vocabulary, DataConfig(vocabulary=name, add_bos=True))
+    assert first_input(vocabulary, DataConfig(vocabulary=name)) == vocabulary.eos_id
+
+
+class Two:
+    """Two documents, over and over."""
+
+    fingerprint = "two"
+    documents = ([10, 11, 12, 13, EOS], [20, 21, EOS])
+
+    def __init__(self, vocabulary: Any):
+        self.vocabulary = vocabulary
+
+    def epoch(self, epoch: int, first: int = 0) -> Any:
+        for ids in itertools.islice(self.documents, first, None):
+            yield Example(np.array(ids, np.int32), np.ones(len(ids), np.float32), 0)
+
+
+def test_documents_begin_with_it_in_training(data: DataConfig) -> None:
+    def rows(add_bos: bool) -> tuple[list[int], list[int]]:
+        config = dataclasses.replace(data, add_bos=add_bos, task="text", sequence_length=8, shuffle_batches=1)
+        stream = PackedStream(config, Two(load_vocabulary(data.vocabulary)), batch_size=1, seed=0)
+        batch = stream.next_batch()
+        return batch["inputs"][0].tolist(), batch["targets"][0].tolist()
+
+    targets = [10, 11, 12, 13, EOS, 20, 21, EOS]
+    assert rows(True) == ([BOS, 10, 11, 12, 13, BOS, 20, 21], targets)
+    assert rows(False) == ([EOS, 10, 11, 12, 13, EOS, 20, 21], targets)
+
+
+def test_documents_begin_with_it_in_evaluation() -> None:
+    class Both:
+        vocab_size, bos_id, eos_id = 16, 3, 1
+
+    class Other(Both):
+        eos_id = Both.bos_id
+
+    examples = [Example(np.arange(2, 9, dtype=np.int32), np.ones(7, np.float32), 0)]
+
+    def loss(vocabulary: Any, add_bos: bool) -> float:
+        config = Config(model=CONFIG, data=DataConfig(add_bos=add_bos))
+        return evaluate_text(config, params_of(CONFIG), examples=examples, vocabulary=vocabulary)["loss"]
+
+    assert loss(Both(), True) == loss(Other(), False) != loss(Both(), False)
+
+
+def test_passkey_prompts_begin_with_it(data: DataConfig) -> None:
+    vocabulary = load_vocabulary(data.vocabulary)
+    plain = dataclasses.replace(data, add_bos=False)
+    for (prompt, answer), (without, same) in zip(
+        passkey_examples(data, vocabulary, 30, 3, 0),
+        passkey_examples(plain, vocabulary, 30, 3, 0),
+        strict=True,
+    ):
+        assert prompt.tolist() == [BOS, *without]
+        assert answer.tolist() == same.tolist()
+    batch = PasskeyStream(data, block_size=32, batch_size=2, seed=0).next_batch()
+    other = PasskeyStream(plain, block_size=32, batch_size=2, seed=0).next_batch()
+    assert batch["inputs"][:, 0].tolist() == [BOS, BOS]
+    np.testing.assert_array_equal(batch["inputs"][:, 1:9], other["inputs"][:, :8])
+
+
+def test_a_stream_begins_with_it_and_goes_on_without(data: DataConfig) -> None:
+    vocabulary = load_vocabulary(data.vocabulary)
+    model = dataclasses.replace(CONFIG, vocab_size=vocabulary.vocab_size)
+    reader = TextModel(Config(model=model, data=data), params_of(model), vocabulary)
+    question = "What is it?"
+    for source in (TEXT, io.BytesIO(TEXT.encode())):
+        state = reader.read(source, chunk_blocks=2)
+        ids = [BOS, *vocabulary.encode(TEXT)]
+        assert state.tokens_read == len(ids)
+        logits, memory = reader.streamer.read([np.array(ids)])
+        np.testing.assert_allclose(state.logits, logits, rtol=1e-4, atol=1e-5)
+    found = reader.read(question, state)
+    assert found.tokens_read == state.tokens_read + len(vocabulary.encode(question))
+    logits, _ = reader.streamer.read([np.array(vocabulary.encode(question))], memory)
+    np.testing.assert_allclose(found.logits, logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="holds no tokens"):
+        reader.read("")
