@@ -12,7 +12,8 @@ neither blocks nor FAM: there the model attends to its whole context.
 """
 
 import argparse
-import json
+import math
+import sys
 from pathlib import Path
 
 import jax
@@ -28,7 +29,10 @@ from fam_jax.convert import (
     updated_config,
     without_adapter,
 )
-from fam_jax.convert.folder import CONFIG, copy_companions
+from fam_jax.convert.exporting import check_new
+from fam_jax.convert.folder import CONFIG, copy_companions, read_json
+from fam_jax.convert.multimodal import ARCHITECTURE as MULTIMODAL
+from fam_jax.convert.multimodal import is_multimodal, text_part
 from fam_jax.model import lora
 from launch.errors import ArgumentParser, user_errors
 from launch.import_hf import progress_bar
@@ -51,15 +55,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
                         help="of the tensors; default: as in the checkpoint, float32 if merged")  # fmt: skip
     parser.add_argument(
-        "--shard_gb", type=float, default=4.0, help="largest size of a safetensors file, in GiB"
+        "--shard_gb", type=positive, default=4.0, help="largest size of a safetensors file, in GiB"
     )
     return parser.parse_args(arguments)
+
+
+def positive(text: str) -> float:
+    """Argument type: a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
 
 
 @user_errors()
 def main() -> None:
     """Entry point."""
     arguments = parse_arguments()
+    check_new(arguments.out)
     params, values, step = load_params(arguments.checkpoint, arguments.step)  # in host memory
     config, dtype = resolve(values), arguments.dtype
     if arguments.lora == "adapter":
@@ -72,21 +88,26 @@ def main() -> None:
     params = without_adapter(params)
     kept = _companions(arguments.checkpoint, config)
     stored = str(params["embedding"]["table"].dtype)
-    if kept is None:
+    original = None if kept is None else read_json(kept / CONFIG)
+    if original is None:
         hf = hf_config(config.model, dtype=stored)
     else:
-        hf = updated_config(config.model, json.loads((kept / CONFIG).read_text()), dtype=stored)
+        hf = updated_config(config.model, text_part(original), dtype=stored)
+
+    def write_more(folder: Path) -> None:
+        if kept is not None:
+            copy_companions(kept, folder, config=False)
+        else:
+            copy_tokenizer(config.data.vocabulary, folder)
+
     with progress_bar("writing") as show:
         export_folder(
             arguments.out, config.model, params, hf, dtype=dtype,
-            shard_bytes=int(arguments.shard_gb * 2**30), on_progress=show,
+            shard_bytes=int(arguments.shard_gb * 2**30), on_progress=show, write_more=write_more,
         )  # fmt: skip
-    out = Path(arguments.out).expanduser()
-    if kept is not None:
-        copy_companions(kept, out, config=False)
-    else:
-        copy_tokenizer(config.data.vocabulary, out)
     print(f"step {step} written to {arguments.out}, for {hf['architectures'][0]}")
+    if original is not None and is_multimodal(original):
+        print(f"the text part of {MULTIMODAL}, without its vision tower", file=sys.stderr)
 
 
 def _companions(checkpoint: str, config: Config) -> epath.Path | None:

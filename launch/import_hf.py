@@ -12,6 +12,7 @@ kept in OUT/huggingface.
 import argparse
 import contextlib
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +22,9 @@ import jax
 import rich.console
 import rich.progress
 from etils import epath
+from jax.experimental import multihost_utils
 
-from fam_jax.checkpoint import COMPANIONS, Checkpoints, absolute
+from fam_jax.checkpoint import COMPANIONS, Checkpoints, absolute, saved_steps
 from fam_jax.config import Config, MeshConfig, ModelConfig, UserError, resolve
 from fam_jax.convert import (
     ConvertError,
@@ -40,6 +42,7 @@ from fam_jax.sharding import make_mesh, param_shardings
 from launch.errors import ArgumentParser, integers, user_errors
 from launch.processes import join, leaving_together
 
+MADE = rf"{COMPANIONS}|config\.json(\.tmp)?|0(\.orbax-checkpoint-tmp.*)?"  # names in a folder that is being imported to
 CONTEXT = 8192  # tokens that the defaults let a model see at a time, if it was made for as many
 DTYPES = {
     "bfloat16": "bfloat16",
@@ -90,7 +93,7 @@ def imported_config(folder: Folder, arguments: argparse.Namespace, vocabulary: s
     fields: dict[str, Any] = {"block_size": 1024, "fam_length": 0, "dtype": DTYPES.get(dtype, "float32")}
     fields |= original | given
     if "memory_segments" not in given and fields["block_size"] > 0:
-        context = min(folder.config.get("max_position_embeddings", CONTEXT), CONTEXT)
+        context = min(folder.config.get("max_position_embeddings") or CONTEXT, CONTEXT)
         # A window reaches window - 1 tokens beyond a token, which may be the first of its block.
         reach = max(context - fields["block_size"], fields["window"] - 1, fields["local_window"] - 1, 0)
         fields["memory_segments"] = -(-reach // fields["block_size"])
@@ -120,14 +123,65 @@ def chosen_tokenizer(folder: Folder, out: epath.Path, choice: str | None) -> tup
     return file, str((out / COMPANIONS / file.name) if choice is None else file.absolute())
 
 
+def check_out(out: epath.Path) -> None:
+    """Raises :class:`UserError` unless `out` is new, is empty, or was left unfinished by an import."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file; give a new folder as --out")
+    names = [path.name for path in out.iterdir()]
+    # Companions come first and the step last: without them it is some other folder, with it a finished import.
+    cut_short = COMPANIONS in names and not saved_steps(out)
+    if names and not (cut_short and all(re.fullmatch(MADE, name) for name in names)):
+        raise UserError(f"{out}: is not empty; give a new folder as --out")
+
+
+@contextlib.contextmanager
+def new_checkpoint(out: epath.Path, source: Path) -> Iterator[None]:
+    """Begins the folder of a checkpoint with the companions from `source`; takes it back if the import fails.
+
+    All processes enter together; the first one writes. A job of several, which end each other, leaves the folder to
+    be taken anew.
+
+    Raises:
+      ConvertError: the folder cannot be written, or a companion not be read.
+    """
+    if jax.process_index() == 0:
+        try:
+            _remove_made(out)
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConvertError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
+    try:
+        if jax.process_index() == 0:
+            copy_companions(source, out / COMPANIONS)
+        multihost_utils.sync_global_devices("companions")  # what an earlier import left is gone now
+        yield
+    except BaseException:
+        if jax.process_count() == 1:
+            with contextlib.suppress(OSError):  # what stays is known for what it is the next time
+                _remove_made(out)
+                out.rmdir()
+        raise
+
+
+def _remove_made(out: epath.Path) -> None:
+    """Empties a folder that :func:`check_out` lets pass; the companions go last, by which it knows it."""
+    found = sorted(out.iterdir(), key=lambda path: path.name == COMPANIONS) if out.exists() else []
+    for path in found:
+        if path.is_dir():
+            path.rmtree()
+        else:
+            path.unlink()
+
+
 @leaving_together()
 @user_errors()
 def main() -> None:
     """Entry point."""
     arguments = parse_arguments(join(sys.argv, stop_together=False)[1:])
     out = absolute(arguments.out)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty; give a new folder as --out")
+    check_out(out)
     mesh = make_mesh(MeshConfig(*arguments.mesh))
     folder = Folder(arguments.source)
     tokenizer, vocabulary = chosen_tokenizer(folder, out, arguments.tokenizer)
@@ -137,6 +191,35 @@ def main() -> None:
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, add_bos=adds_bos(tokenizer))
         )
+    with new_checkpoint(out, folder.path):
+        import_to(out, folder, config, mesh, arguments)
+    if jax.process_index() > 0:
+        return
+    model = config.model
+    print(
+        f"written to {out}: {model.num_layers} layers of width {model.model_dim}, vocabulary {vocabulary or 'none'}"
+    )
+    if folder.left_out:
+        print(
+            f"the text part alone: {folder.left_out} tensors of the vision tower and its projector are left out",
+            file=sys.stderr,
+        )
+    seen = (model.memory_segments + 1) * model.block_size
+    if model.fam_length == 0:
+        print(
+            f"equal to the original for the first {seen} tokens, and a sliding window of blocks beyond",
+            file=sys.stderr,
+        )
+
+
+def import_to(
+    out: epath.Path, folder: Folder, config: Config, mesh: jax.sharding.Mesh, arguments: argparse.Namespace
+) -> None:
+    """Reads the parameters and saves them as step 0.
+
+    Raises:
+      UserError: the folder's tensors are not those of the model, or the checkpoint cannot be written.
+    """
     with progress_bar("reading") as show:
         params = import_parameters(
             folder, config.model, lambda shapes: param_shardings(shapes, mesh),
@@ -145,19 +228,6 @@ def main() -> None:
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
     with Checkpoints(out, config=dataclasses.asdict(config), keep=1, in_flight_bytes=largest) as checkpoints:
         checkpoints.save(0, {"params": params}, {}, wait=True)
-    if jax.process_index() > 0:
-        return
-    copy_companions(folder.path, out / COMPANIONS)
-    model = config.model
-    print(
-        f"written to {out}: {model.num_layers} layers of width {model.model_dim}, vocabulary {vocabulary or 'none'}"
-    )
-    seen = (model.memory_segments + 1) * model.block_size
-    if model.fam_length == 0:
-        print(
-            f"equal to the original for the first {seen} tokens, and a sliding window of blocks beyond",
-            file=sys.stderr,
-        )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The config of the run in `folder`, as nested dict; `fam_jax.config.resolve` takes it.
 
     Raises:
-      CheckpointError: there is no such folder, or its config is missing or unreadable.
+      CheckpointError: there is no such folder, its config is missing or unreadable, or it is a folder in Hugging Face
+        format.
     """
     path = absolute(folder) / CONFIG_FILE
     if not path.parent.is_dir():
@@ -63,6 +64,11 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); repair it from a copy") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected groups of fields; repair it from a copy")
+    if "model" not in config and ("architectures" in config or "model_type" in config):
+        raise CheckpointError(
+            f"{path.parent}: is a folder in Hugging Face format; import it first: "
+            f"python -m launch.import_hf --source={path.parent} --out=CKPT, and give CKPT"
+        )
     return config
 
 

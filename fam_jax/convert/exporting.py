@@ -4,15 +4,18 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 from safetensors.numpy import save_file
 
 from fam_jax.config import ModelConfig
-from fam_jax.convert.families import ConvertError, check_same
+from fam_jax.convert.errors import ConvertError
+from fam_jax.convert.families import check_same
 from fam_jax.convert.folder import CONFIG, FAM_FILE, INDEX, SINGLE
 from fam_jax.convert.importing import FAM_FIELDS
 from fam_jax.convert.names import Tensor, tensors
@@ -22,6 +25,7 @@ Progress = Callable[[int, int], None]
 Part = tuple[str, Tensor, int | None]  # name there, the parameter, the layer of it
 
 SHARD_BYTES = 4 * 2**30
+UNFINISHED = ".unfinished_export"
 
 
 def export_folder(
@@ -33,6 +37,7 @@ def export_folder(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Progress | None = None,
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes `config.json`, the safetensors files and, if there is a FAM, `fam.safetensors` into a new folder.
 
@@ -44,6 +49,7 @@ def export_folder(
       dtype: of the tensors; None keeps the parameters'.
       shard_bytes: largest size of a safetensors file; so much is held in memory beside the parameters.
       on_progress: called with the number of tensors written and to be written.
+      write_more: writes what else belongs into the folder, such as a tokenizer, before the folder is at `path`.
 
     Raises:
       ConvertError: `hf` does not describe `model`, or the folder cannot be written.
@@ -56,23 +62,50 @@ def export_folder(
         _write_tensors(folder, model, leaves, dtype, shard_bytes, on_progress)
         write_fam(folder, model, leaves)
         (folder / CONFIG).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
+        if write_more is not None:
+            write_more(folder)
+
+
+def check_new(path: str | os.PathLike[str]) -> Path:
+    """The folder to be written.
+
+    Raises:
+      ConvertError: it is a file, is not empty, or cannot be replaced.
+    """
+    folder = Path(path).expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ConvertError(f"{folder}: is a file; give a new folder as --out")
+    if folder.is_mount():
+        raise ConvertError(f"{folder}: is where a file system is mounted; give a new folder in it as --out")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConvertError(f"{folder}: is not empty; give a new folder as --out")
+    return folder
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes a folder, to be written to inside the context.
+    """A folder to be written to inside the context, and to be found at `path` when all is written.
+
+    Until then it lies beside, under a name that begins with a dot. It is removed if writing fails; what a killed
+    process left there is removed the next time.
 
     Raises:
-      ConvertError: it is not empty, or cannot be written.
+      ConvertError: the folder at `path` is not empty, or cannot be written.
     """
-    folder = Path(path).expanduser()
+    folder = check_new(path)
+    beside = folder.with_name(f".{folder.name}{UNFINISHED}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ConvertError(f"{folder}: is not empty; give a new folder")
-        yield folder
-    except OSError as error:
-        raise ConvertError(f"{folder}: cannot be written ({error.strerror}); give another --out") from error
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if beside.exists():
+            shutil.rmtree(beside)
+        beside.mkdir()
+        yield beside
+        beside.replace(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConvertError(f"{folder}: cannot be written ({reason}); give another --out") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write_tensors(

@@ -4,14 +4,12 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from fam_jax.config import ModelConfig, UserError
+from fam_jax.config import ModelConfig
+from fam_jax.convert.errors import ConvertError
+from fam_jax.convert.options import INERT, READ, REFUSED, ROPE, SIZES, check_kinds, short
 
 HfConfig = Mapping[str, Any]
 Fields = dict[str, Any]
-
-
-class ConvertError(UserError):
-    """A folder in Hugging Face format cannot be read exactly, or a model cannot be written as one."""
 
 
 class Family(NamedTuple):
@@ -74,32 +72,8 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
-# Read for every family; sizes have no default.
-SIZES = {
-    "num_hidden_layers": "num_layers", "hidden_size": "model_dim", "intermediate_size": "ff_dim",
-    "num_attention_heads": "num_heads",
-}  # fmt: skip
-READ = {
-    *SIZES, "model_type", "architectures", "vocab_size", "num_key_value_heads", "head_dim", "hidden_act",
-    "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings",
-}  # fmt: skip
-
-# Options that change what a model computes, in ways that are not supported.
-REFUSED = {"attention_bias", "mlp_bias", "use_bidirectional_attention", "quantization_config", "auto_map"}
-
-# Options that change no logits.
-INERT = {
-    "_name_or_path", "attention_dropout", "bos_token_id", "cache_implementation", "dtype", "eos_token_id",
-    "initializer_range", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
-    "return_dict", "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
-
 ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
 LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
-ROPE_KEYS = {
-    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-    "original_max_position_embeddings",
-}  # fmt: skip
 
 # Fields of ModelConfig that say how much a model sees at a time and how it executes; they are ours alone.
 OWN_FIELDS = (
@@ -117,12 +91,13 @@ def model_fields(hf: HfConfig, ignored: Collection[str] = ()) -> Fields:
     """All fields of :class:`ModelConfig` but `OWN_FIELDS`: what the model of a `config.json` computes.
 
     Args:
-      hf: the file's content.
+      hf: the file's content, or what :func:`fam_jax.convert.multimodal.text_part` makes of it.
       ignored: options that may stand in it unread, because the caller knows that they change nothing.
 
     Raises:
       ConvertError: an architecture, option or value that is not supported, or a size that is missing.
     """
+    check_kinds(hf)
     family = _family(hf)
     _refuse_unknown(hf, family, ignored)
     values = family.defaults | {
@@ -242,11 +217,11 @@ def _family(hf: HfConfig) -> Family:
 def _refuse_unknown(hf: HfConfig, family: Family, ignored: Collection[str]) -> None:
     for key, value in hf.items():
         if key in REFUSED and value not in (None, False):
-            raise ConvertError(f"config.json: option {key} = {str(value)[:80]} is not supported")
+            raise ConvertError(f"config.json: option {key} = {short(value)} is not supported")
         known = key in READ or key in INERT or key in family.options or key in ignored
         if not known and value not in (None, False):
             raise ConvertError(
-                f"config.json: option {key} = {str(value)[:80]} is not supported for {hf['model_type']}; if it changes "
+                f"config.json: option {key} = {short(value)} is not supported for {hf['model_type']}; if it changes "
                 f"nothing that the model computes, pass --ignore_option={key}"
             )
 
@@ -265,12 +240,12 @@ def _activation(hf: HfConfig, values: Fields) -> str:
 
 def _rope(hf: HfConfig, values: Fields) -> Fields:
     """From `rope_parameters` (transformers 5), or `rope_theta`, `rope_scaling` and `rope_local_base_freq` (4)."""
-    old = {"rope_theta": values["rope_theta"]} | (hf.get("rope_scaling") or {})
+    old = {"rope_theta": values["rope_theta"]} | _group(hf, "rope_scaling")
     local = {"rope_theta": values.get("rope_local_base_freq", 0.0)}
-    new = hf.get("rope_parameters") or {}
+    new = _group(hf, "rope_parameters")
     if set(new) & set(LAYER_TYPES):
-        local |= new.get("sliding_attention") or {}
-        new = new.get("full_attention") or {}
+        local |= _group(new, "sliding_attention", "rope_parameters.")
+        new = _group(new, "full_attention", "rope_parameters.")
     fields = _one_rope(old | new)
     if hf["model_type"] != "gemma3_text":
         return fields
@@ -280,8 +255,17 @@ def _rope(hf: HfConfig, values: Fields) -> Fields:
     return fields | ({"local_rope_base": float(local["rope_theta"])} if has_local else {})
 
 
+def _group(options: HfConfig, name: str, where: str = "") -> Fields:
+    """The options of a group of rope's that are not null; none if there is no such group."""
+    found = options.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise ConvertError(f"config.json: {where}{name}: expected a group of options, got {short(found)}")
+    check_kinds(found, ROPE, f"{where}{name}.")
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def _one_rope(rope: Fields) -> Fields:
-    unknown = [key for key, value in rope.items() if key not in ROPE_KEYS and value is not None]
+    unknown = [key for key in rope if key not in ROPE]
     if rope.get("partial_rotary_factor") == 1:
         unknown.remove("partial_rotary_factor")
     kind = rope.get("rope_type") or rope.get("type") or "default"

@@ -3,14 +3,16 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (numpy then knows bfloat16)
 import numpy as np
 import safetensors
 from etils import epath
 
-from fam_jax.convert.families import ConvertError
+from fam_jax.convert.errors import ConvertError
+from fam_jax.convert.multimodal import is_multimodal, text_name, text_part
+from fam_jax.convert.options import short
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -25,10 +27,23 @@ COMPANIONS = (
 )  # fmt: skip
 
 
+class _Entry(NamedTuple):
+    stored: str  # name in the file
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class Folder:
     """Names, shapes and dtypes of all tensors, known at once; their values on request.
 
-    One file is open at a time, so that no more than that is mapped into memory.
+    One file is open at a time, so that no more than that is mapped into memory. Of a model with a vision tower it is
+    the text part, under the names of a text model.
+
+    Attributes:
+      path: of the folder.
+      config: content of `config.json`; of a model with a vision tower, what the text part would have there.
+      left_out: how many tensors of a vision tower there are.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -44,27 +59,38 @@ class Folder:
             raise ConvertError(
                 f"{path}: holds no {CONFIG}; give the folder of a model in Hugging Face format"
             )
-        self.config = _read_json(self.path / CONFIG)
+        whole = read_json(self.path / CONFIG)
+        self.config = text_part(whole)
+        self.left_out = 0
         self._open: tuple[Path, Any] | None = None
-        self._entries: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+        self._entries: dict[str, _Entry] = {}
         for file in self._files():
             handle = self._handle(file)
-            for name in handle.keys():  # noqa: SIM118  (no dict)
-                entry = handle.get_slice(name)
-                self._entries[name] = (file, tuple(entry.get_shape()), entry.get_dtype())
+            for stored in handle.keys():  # noqa: SIM118  (no dict)
+                name = text_name(stored) if is_multimodal(whole) else stored
+                if name is None:
+                    self.left_out += 1
+                    continue
+                if name in self._entries and self._entries[name].stored != stored:
+                    raise ConvertError(
+                        f"{self.path}: tensors {self._entries[name].stored} and {stored} are one in two spellings; "
+                        "fetch the files again, from one source"
+                    )
+                part = handle.get_slice(stored)
+                self._entries[name] = _Entry(stored, file, tuple(part.get_shape()), part.get_dtype())
 
     @property
     def names(self) -> set[str]:
         """Of all tensors."""
         return set(self._entries)
 
-    def file(self, name: str) -> str:
-        """Name of the file that holds a tensor."""
-        return self._entries[name][0].name
+    def where(self, name: str) -> str:
+        """A tensor's name in its file, and the file's."""
+        return f"{self._entries[name].stored} in {self._entries[name].file.name}"
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor."""
-        return self._entries[name][1]
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         """Of a tensor.
@@ -72,10 +98,10 @@ class Folder:
         Raises:
           ConvertError: it is no floating-point type of 16 bits or more.
         """
-        file, _, dtype = self._entries[name]
+        stored, file, _, dtype = self._entries[name]
         if dtype not in DTYPES:
             raise ConvertError(
-                f"{file.name}: tensor {name} has dtype {dtype}; supported are {', '.join(DTYPES)} "
+                f"{file.name}: tensor {stored} has dtype {dtype}; supported are {', '.join(DTYPES)} "
                 "(a quantised model must be saved unquantised first)"
             )
         return np.dtype(DTYPES[dtype])
@@ -86,12 +112,12 @@ class Folder:
         Raises:
           ConvertError: its file cannot be read any more.
         """
-        file = self._entries[name][0]
+        stored, file = self._entries[name][:2]
         try:
-            return self._handle(file).get_slice(name)[index]
+            return self._handle(file).get_slice(stored)[index]
         except (safetensors.SafetensorError, OSError) as error:
             raise ConvertError(
-                f"{file}: tensor {name} cannot be read ({_line(error)}); fetch the file again"
+                f"{file}: tensor {stored} cannot be read ({_line(error)}); fetch the file again"
             ) from error
 
     def close(self) -> None:
@@ -102,9 +128,15 @@ class Folder:
         if (self.path / SINGLE).is_file():
             return [self.path / SINGLE]
         if (self.path / INDEX).is_file():
-            weight_map = _read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
+            weight_map = read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
                 raise ConvertError(f"{self.path / INDEX}: has no weight_map; fetch the file again")
+            for tensor, name in weight_map.items():
+                if not isinstance(name, str) or not name:
+                    raise ConvertError(
+                        f"{self.path / INDEX}: weight_map.{tensor}: expected the name of a file, got {short(name)}; "
+                        "fetch the file again"
+                    )
             files = [self.path / name for name in sorted(set(weight_map.values()))]
             if missing := [file.name for file in files if not file.is_file()]:
                 raise ConvertError(
@@ -131,17 +163,31 @@ class Folder:
 
 
 def copy_companions(source: epath.PathLike, target: epath.PathLike, *, config: bool = True) -> None:
-    """Copies tokenizer, chat template and other small files, and config.json if asked; makes the folder `target`."""
+    """Copies tokenizer, chat template and other small files, and config.json if asked; makes the folder `target`.
+
+    Raises:
+      ConvertError: a file cannot be read, or not be written.
+    """
     source, target = epath.Path(source), epath.Path(target)
-    target.mkdir(parents=True, exist_ok=True)
-    for pattern in (CONFIG, *COMPANIONS) if config else COMPANIONS:
-        for file in source.glob(pattern):
-            (target / file.name).write_bytes(file.read_bytes())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        target.mkdir(parents=True, exist_ok=True)
+        for pattern in (CONFIG, *COMPANIONS) if config else COMPANIONS:
+            for file in source.glob(pattern):
+                if file.is_file():
+                    (target / file.name).write_bytes(file.read_bytes())
+    except OSError as error:
+        place = error.filename or target
+        raise ConvertError(f"{place}: cannot be copied to {target} ({error.strerror})") from error
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      ConvertError: it cannot be read, or is none.
+    """
+    try:
+        content = json.loads(epath.Path(path).read_text())
     except (ValueError, OSError) as error:
         raise ConvertError(f"{path}: is not readable as JSON ({_line(error)}); fetch it again") from error
     if not isinstance(content, dict):

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 
 from fam_jax.config import ModelConfig
-from fam_jax.convert.families import ConvertError
+from fam_jax.convert.errors import ConvertError
 from fam_jax.convert.folder import FAM_FILE, Folder
 from fam_jax.convert.names import Tensor, tensors
 from fam_jax.model.initial import fam_of_embeddings, fam_path, fam_shape
@@ -87,11 +87,9 @@ def check_tensors(folder: Folder, model: ModelConfig, wanted: list[Tensor]) -> N
         present.remove("lm_head.weight")
         _check_tied(folder)
     problems = [f"tensor {name} is missing" for name in expected if name not in present]
+    problems += [f"tensor {folder.where(name)} is not expected" for name in sorted(present - set(expected))]
     problems += [
-        f"tensor {name} in {folder.file(name)} is not expected" for name in sorted(present - set(expected))
-    ]
-    problems += [
-        f"tensor {name} in {folder.file(name)} has shape {list(folder.shape(name))}, not {list(shape)}"
+        f"tensor {folder.where(name)} has shape {list(folder.shape(name))}, not {list(shape)}"
         for name, shape in expected.items()
         if name in present and folder.shape(name) != shape
     ]
@@ -114,11 +112,11 @@ def stored_fam(folder: Folder) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             fields = json.loads((file.metadata() or {})["config"])
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            return {name: fields[name] for name in FAM_FIELDS}
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ConvertError(
             f"{path}: holds no initial FAM, or is damaged; fetch it again or remove it"
         ) from error
-    return {name: fields[name] for name in FAM_FIELDS}
 
 
 def _check_tied(folder: Folder) -> None:

@@ -6,9 +6,13 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
-from fam_jax.convert.families import ConvertError
+from fam_jax.convert.errors import ConvertError
+from fam_jax.convert.folder import read_json
+from fam_jax.convert.options import short
 
 FILES = ("tokenizer.model", "tokenizer.json")
+SETTINGS = "tokenizer_config.json"
+SPECIAL = ("bos_token", "eos_token", "unk_token")
 PADDING = 1024  # rows of an embedding table that may have no piece: tables are padded to round sizes
 
 
@@ -27,14 +31,29 @@ def copy_tokenizer(vocabulary: str, folder: Path) -> None:
 def check_tokenizer(path: Path, vocab_size: int) -> None:
     """Raises :class:`ConvertError` unless the tokenizer can be read and has the size of the model's vocabulary.
 
-    Added pieces of no use to the text model, such as those for images, may lie beyond it.
+    Added pieces of no use to the text model, such as those for images, may lie beyond it. The config of the tokenizer,
+    if there is one in the same folder, must be readable too: it says which pieces are special.
     """
+    if (path.parent / SETTINGS).exists():
+        _check_settings(path.parent / SETTINGS)
     size, added = _sizes(path)
     if size > vocab_size or size + added < vocab_size - PADDING:
         raise ConvertError(
             f"{path}: has {size + added} pieces, and the model's vocab_size is {vocab_size}; give the model's own by "
             "--tokenizer=FILE, or --tokenizer=none"
         )
+
+
+def _check_settings(path: Path) -> None:
+    settings = read_json(path)
+    for name in SPECIAL:
+        piece = settings.get(name)
+        piece = piece.get("content") if isinstance(piece, dict) else piece
+        if piece is not None and not isinstance(piece, str):
+            raise ConvertError(
+                f"{path}: {name}: expected a text, or a group with its content, got {short(settings[name])}; "
+                "fetch the file again"
+            )
 
 
 def _sizes(path: Path) -> tuple[int, int]:

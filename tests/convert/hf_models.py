@@ -15,6 +15,16 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "max_position_embeddings": 64,
     "initializer_range": 0.02,
 }  # fmt: skip
+GEMMA3 = {
+    "sliding_window": 6, "sliding_window_pattern": 3, "num_hidden_layers": 4, "query_pre_attn_scalar": 10,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}  # fmt: skip
+# Numbers of heads that transformers takes where a config does not say.
+WITH_VISION = {"text_config": SIZES | GEMMA3 | {"num_attention_heads": 8, "num_key_value_heads": 4}}
+VISION = {
+    "model_type": "siglip_vision_model", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
+}  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
@@ -41,10 +51,9 @@ MODELS = {
         {"sliding_window": 6, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 2.0,
          "final_logit_softcapping": 3.0},
     ),
-    "gemma3": (
-        transformers.Gemma3TextConfig,
-        {"sliding_window": 6, "sliding_window_pattern": 3, "num_hidden_layers": 4, "query_pre_attn_scalar": 10,
-         "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "gemma3": (transformers.Gemma3TextConfig, GEMMA3),
+    "gemma3_vision": (
+        transformers.Gemma3Config, WITH_VISION | {"vision_config": VISION, "mm_tokens_per_image": 4},
     ),
 }  # fmt: skip
 
@@ -52,7 +61,7 @@ MODELS = {
 def make(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A model whose every parameter shows in its logits: scales away from 1, biases away from 0."""
     kind, changes = MODELS[name]
-    config = kind(**SIZES | changes)
+    config = kind(**changes if "text_config" in changes else SIZES | changes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     offset = 0.0 if name.startswith("gemma") else 1.0
