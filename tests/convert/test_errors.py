@@ -8,6 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fam_jax.convert import ConvertError, Folder, model_fields
+from fam_jax.convert.families import FAMILIES
+from fam_jax.convert.options import ALL
 from tests.convert.recorded import DATA, imported
 
 
@@ -87,6 +89,15 @@ def test_a_part_that_the_index_names_is_missing(folder):
     assert "has no weight_map" in message_of(folder)
 
 
+@pytest.mark.parametrize("name", [5, None, ""])
+def test_an_index_that_names_no_file(folder, name):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    weight_map = {"a": "model-00001-of-00001.safetensors", "model.norm.weight": name}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    says = f"index.json: weight_map.model.norm.weight: expected the name of a file, got {name!r}"
+    assert says in message_of(folder)
+
+
 def test_a_tensor_is_missing(folder):
     edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     assert "tensor model.layers.1.mlp.up_proj.weight is missing" in message_of(folder)
@@ -140,8 +151,11 @@ OPTIONS = {
     "architecture PhiForCausalLM (model_type phi) is not supported; supported are llama": {
         "model_type": "phi", "architectures": ["PhiForCausalLM"],
     },
-    "architecture Gemma3ForConditionalGeneration (model_type gemma3) is not supported": {
-        "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
+    "architectures ['Gemma3ForCausalLM'] is not supported; of model_type gemma3 it is ['Gemma3ForConditionalGen": {
+        "model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"],
+    },
+    "text_config.model_type 'llama' is not supported": {
+        "model_type": "gemma3", "architectures": None, "text_config": {"model_type": "llama"},
     },
     "option attention_bias = True is not supported": {"attention_bias": True},
     "option mlp_bias = True is not supported": {"mlp_bias": True},
@@ -160,6 +174,56 @@ OPTIONS = {
 def test_options_that_are_not_supported(folder, says, changes):
     edit_config(folder, **changes)
     assert f"config.json: {says}" in message_of(folder)
+
+
+SCALED = {
+    "rope_theta": 1e4,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+KINDS = {
+    "num_hidden_layers: expected a whole number above 0, got '2'": {"num_hidden_layers": "2"},
+    "num_attention_heads: expected a whole number above 0, got 0": {"num_attention_heads": 0},
+    "hidden_size: expected a whole number above 0, got 16.0": {"hidden_size": 16.0},
+    "vocab_size: expected a whole number above 0, got True": {"vocab_size": True},
+    "num_key_value_heads: expected a whole number above 0, got [2]": {"num_key_value_heads": [2]},
+    "max_position_embeddings: expected a whole number above 0, got 'x'": {"max_position_embeddings": "x"},
+    "rms_norm_eps: expected a number above 0, got nan": {"rms_norm_eps": float("nan")},
+    "tie_word_embeddings: expected true or false, got 'no'": {"tie_word_embeddings": "no"},
+    "hidden_act: expected a text, got {}": {"hidden_act": {}},
+    "model_type: expected a text, got ['llama']": {"model_type": ["llama"]},
+    "architectures: expected a list of texts, got 'LlamaForCausalLM'": {"architectures": "LlamaForCausalLM"},
+    "sliding_window: expected a whole number of 0 or more, got '20'": {"model_type": "mistral", "sliding_window": "20"},
+    "layer_types: expected a list of texts, got [1]": {"layer_types": [1]},
+    "text_config: expected a group of options, got []": {"model_type": "gemma3", "text_config": []},
+    "rope_theta: expected a number above 0, got 'big'": {"rope_theta": "big"},
+    "rope_parameters: expected a group of options, got [1]": {"rope_parameters": [1]},
+    "rope_parameters.rope_theta: expected a number above 0, got 'big'": {"rope_parameters": {"rope_theta": "big"}},
+    "rope_parameters.full_attention: expected a group": {"rope_parameters": {"full_attention": "default"}},
+    "rope_parameters.full_attention.factor: expected a number": {"rope_parameters": {"full_attention": {"factor": {}}}},
+    "rope_scaling.type: expected a text, got 3": {"rope_parameters": None, "rope_scaling": {"type": 3}},
+    "rope_parameters.original_max_position_embeddings: expected a whole": {
+        "rope_parameters": SCALED | {"original_max_position_embeddings": "8192"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("says", "changes"), KINDS.items(), ids=KINDS)
+def test_options_of_another_kind(folder, says, changes):
+    edit_config(folder, **{"architectures": None} | changes)
+    assert f"config.json: {says}" in message_of(folder)
+
+
+def test_every_option_that_is_read_has_a_kind():
+    read = {option for family in FAMILIES.values() for option in (*family.options, *family.defaults)}
+    assert read <= ALL.keys()
+
+
+def test_null_is_the_default(folder):
+    edit_config(folder, max_position_embeddings=None, rope_theta=None, rope_parameters={"rope_theta": None})
+    assert imported(folder)[0].rope_base == 10_000
 
 
 def test_an_option_may_be_ignored_by_name_unless_it_is_known_to_matter(folder):

@@ -20,6 +20,7 @@ from fam_jax.convert import (
     model_fields,
     updated_config,
 )
+from fam_jax.convert.exporting import UNFINISHED
 from fam_jax.convert.families import FAMILIES
 from fam_jax.convert.importing import stored_fam
 from fam_jax.sharding import make_mesh, param_shardings
@@ -63,8 +64,14 @@ def test_exported_and_imported_again_is_bit_for_bit_the_same(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_files_are_those_of_transformers(name, tmp_path):
     config, params = imported(DATA / name)
-    export_folder(tmp_path / "out", config, params, json.loads((DATA / name / "config.json").read_text()))
+    export_folder(tmp_path / "out", config, params, Folder(DATA / name).config)
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", DATA / name))
+    if name == "gemma3_vision":
+        theirs = {
+            key.removeprefix("language_model."): x
+            for key, x in theirs.items()
+            if key.startswith("language_model.")
+        }
     assert ours.keys() == theirs.keys()
     arrays_equal(ours, theirs)
 
@@ -176,6 +183,44 @@ def test_a_config_of_another_model_is_refused_and_so_is_a_folder_in_use(tmp_path
         export_folder(tmp_path, config, params_of(config), hf_config(config))
 
 
+def test_a_folder_is_written_beside_and_then_renamed(tmp_path):
+    out, ours = tmp_path / "out", []
+
+    def check(folder):
+        assert not out.exists()
+        ours.append(folder)
+        (folder / "tokenizer.json").touch()
+
+    config = variant()
+    how = (config, params_of(config), hf_config(config))
+    beside = tmp_path / f".out{UNFINISHED}"
+    (beside / "left").mkdir(parents=True)  # by a process that was killed
+    export_folder(out, *how, write_more=check)
+    assert ours == [beside]
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "fam.safetensors",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_export_that_is_cut_short_leaves_nothing(tmp_path, error):
+    config = variant()
+    how = (tmp_path / "out", config, params_of(config), hf_config(config))
+
+    def fail(folder):
+        raise error
+
+    with pytest.raises((KeyboardInterrupt, ConvertError)) as caught:
+        export_folder(*how, write_more=fail)
+    assert isinstance(caught.value, KeyboardInterrupt) or "No space left on device" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    export_folder(*how)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers_reads_what_is_exported(name, tmp_path):
     pytest.importorskip("torch", reason="the recorded logits stand in for transformers")
@@ -192,7 +237,7 @@ def test_transformers_reads_what_is_exported(name, tmp_path):
 
 def test_every_family_is_recorded():
     configs = [json.loads((DATA / name / "config.json").read_text()) for name in NAMES]
-    assert {config["model_type"] for config in configs} == FAMILIES.keys()
+    assert {config["model_type"] for config in configs} == FAMILIES.keys() | {"gemma3"}
 
 
 def test_a_config_is_written_anew_where_the_original_no_longer_describes_the_model():

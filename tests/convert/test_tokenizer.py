@@ -89,3 +89,21 @@ def test_a_damaged_tokenizer_is_refused(folder, name):
     (folder / name).unlink()
     with pytest.raises(ConvertError, match="no such file"):
         check_tokenizer(folder / name, 300)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{bad", "is not readable as JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"eos_token": 5}', "eos_token: expected a text, or a group with its content, got 5"),
+        ('{"bos_token": {"content": [1]}}', "bos_token: expected a text"),
+    ],
+)
+def test_a_damaged_config_beside_it_is_refused(folder, content, says):
+    size = size_of(folder)
+    check_tokenizer(folder / "tokenizer.json", size)
+    (folder / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ConvertError, match=r"tokenizer_config\.json: ") as caught:
+        check_tokenizer(folder / "tokenizer.json", size)
+    assert says in str(caught.value)
