@@ -38,6 +38,8 @@ JOINING = "is every process started, with the same --coordinator and --num_proce
 CHILD = "FAM_JAX_SUPERVISED"  # set in the child's environment
 PLACE = "fam_jax-process "  # begins the line by which the child tells its parent INDEX/COUNT
 
+_JOINED = threading.Event()  # a script that calls several entry points takes its place once
+
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This module's options, and the arguments that are not its own.
@@ -94,8 +96,11 @@ def join(argv: list[str], *, stop_together: bool) -> list[str]:
     explicit = options.coordinator is not None or options.distributed
     if options.distributed is False or not (explicit or _has_libtpu(options)):
         return rest
+    if _JOINED.is_set():
+        return rest
     if os.environ.pop(CHILD, None) is None:
         sys.exit(supervise())
+    _JOINED.set()
     _die_with_parent()
     jax.config.update("jax_enable_preemption_service", stop_together)
     try:

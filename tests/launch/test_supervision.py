@@ -4,10 +4,13 @@ import io
 import pathlib
 import subprocess
 import sys
+import threading
 
+import jax
 import pytest
 
 from fam_jax.config import UserError
+from launch import processes
 from launch.processes import ChildLog, parse
 from tests.launch.running import ROOT
 
@@ -127,3 +130,21 @@ def test_a_child_dies_with_its_parent(tmp_path: pathlib.Path) -> None:
     process.kill()
     assert process.stdout.read() == ""  # ends when the child, which holds the pipe too, is gone
     process.wait()
+
+
+def test_a_script_may_call_several_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second must not make a child of its own, which would run the whole script once more, and so on."""
+    joined: list[tuple] = []
+    monkeypatch.setenv(processes.CHILD, "1")
+    monkeypatch.setattr(processes, "_JOINED", threading.Event())
+    monkeypatch.setattr(processes, "_die_with_parent", lambda: None)
+    monkeypatch.setattr(processes, "supervise", lambda: 77)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *place, **_: joined.append(place))
+    argv = ["import_hf", "--coordinator=localhost:1", "--num_processes=1", "--process_id=0", "--out=x"]
+    for _ in range(2):
+        assert processes.join(argv, stop_together=False) == ["import_hf", "--out=x"]
+    assert joined == [("localhost:1", 1, 0)]
+    monkeypatch.setattr(processes, "_JOINED", threading.Event())
+    with pytest.raises(SystemExit, match="77"):
+        processes.join(argv, stop_together=False)
