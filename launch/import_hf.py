@@ -29,12 +29,12 @@ from fam_jax.config import Config, MeshConfig, ModelConfig, UserError, resolve
 from fam_jax.convert import (
     ConvertError,
     Folder,
+    adds_bos,
     check_tokenizer,
     find_tokenizer,
     import_parameters,
     model_fields,
 )
-from fam_jax.convert.bos import adds_bos
 from fam_jax.convert.families import OWN_FIELDS
 from fam_jax.convert.folder import copy_companions
 from fam_jax.convert.importing import stored_fam

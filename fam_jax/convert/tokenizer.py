@@ -1,5 +1,6 @@
-"""The tokenizer of a Hugging Face folder: which file it is, and whether it fits the model."""
+"""The tokenizer of a Hugging Face folder: which file it is, whether it fits the model, how it begins a text."""
 
+import itertools
 from pathlib import Path
 
 import sentencepiece
@@ -42,6 +43,33 @@ def check_tokenizer(path: Path, vocab_size: int) -> None:
             f"{path}: has {size + added} pieces, and the model's vocab_size is {vocab_size}; give the model's own by "
             "--tokenizer=FILE, or --tokenizer=none"
         )
+
+
+def adds_bos(tokenizer: Path) -> bool:
+    """Whether BOS is put before a text: by `add_bos_token` beside the tokenizer, else by what the tokenizer does.
+
+    Args:
+      tokenizer: a `tokenizer.json`, whose template tells, or a SentencePiece model, whose families begin with BOS if
+        there is one. Both can be read, as :func:`check_tokenizer` has found.
+
+    Raises:
+      ConvertError: other tokens are put before a text.
+    """
+    beside = tokenizer.with_name(SETTINGS)
+    told = read_json(beside).get("add_bos_token") if beside.is_file() else None
+    if isinstance(told, bool):
+        return told
+    if tokenizer.suffix != ".json":
+        return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).bos_id() >= 0
+    template = tokenizers.Tokenizer.from_file(str(tokenizer))
+    encoding = template.encode("a")
+    before = [*itertools.compress(encoding.tokens, itertools.takewhile(bool, encoding.special_tokens_mask))]
+    if len(before) > 1:
+        raise ConvertError(
+            f"{tokenizer}: puts {' '.join(before)} before a text, and one start token is all that is supported; "
+            "give another by --tokenizer=FILE, or --tokenizer=none"
+        )
+    return bool(before)
 
 
 def _check_settings(path: Path) -> None:

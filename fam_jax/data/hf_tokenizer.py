@@ -1,5 +1,6 @@
 """A `tokenizer.json` of the tokenizers library as a seqio vocabulary."""
 
+import itertools
 import json
 from typing import Any
 
@@ -41,7 +42,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
         if named is not None:
             return named
         encoding = self._tokenizer.encode("a", add_special_tokens=True)
-        before = encoding.ids[: encoding.special_tokens_mask.index(0)]
+        before = [*itertools.compress(encoding.ids, itertools.takewhile(bool, encoding.special_tokens_mask))]
         return before[0] if len(before) == 1 else None
 
     @property

@@ -16,8 +16,7 @@ import tokenizers
 
 from fam_jax.checkpoint import read_config
 from fam_jax.config import Config, ConfigError, DataConfig, UserError, resolve
-from fam_jax.convert import ConvertError
-from fam_jax.convert.bos import adds_bos
+from fam_jax.convert import ConvertError, adds_bos
 from fam_jax.data.bos import bos_ids, first_input
 from fam_jax.data.examples import Example
 from fam_jax.data.packing import PackedStream
