@@ -21,7 +21,7 @@ def run(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[st
 @pytest.mark.slow
 def test_the_demo_from_end_to_end_and_again(tmp_path: pathlib.Path) -> None:
     small = [
-        "--lengths=2,4", "--keys=8", "--workers=1", *TINY,
+        "--lengths=2,4", "--keys=8", "--workers=1", *TINY, "--config.train.accumulation=1",
         "--config.train.steps=4", "--config.evaluate.chunk_blocks=2",
     ]  # fmt: skip
     first = run(tmp_path, *small)

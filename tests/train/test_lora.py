@@ -82,8 +82,8 @@ def test_a_sharded_step_is_the_step_of_one_device() -> None:
         assert_close(getattr(state, part), getattr(expected, part), rtol=1e-4, atol=1e-5)
     specs = jax.tree.map(lambda leaf: tuple(leaf.sharding.spec), state.params["layers"])
     assert specs["query"]["lora_a"] == (None, "fsdp", None)
-    assert specs["query"]["lora_b"] == (None, None, "tensor", None)
-    assert specs["output"]["lora_a"] == (None, "tensor", None, None)
+    assert specs["query"]["lora_b"] == (None, "fsdp", "tensor", None)
+    assert specs["output"]["lora_a"] == (None, "tensor", None, "fsdp")
     assert specs["output"]["lora_b"] == (None, None, "fsdp")
     moments = [
         tuple(leaf.sharding.spec)
