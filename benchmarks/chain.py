@@ -10,7 +10,7 @@ from flax import nnx
 
 from benchmarks.workload import Workload
 from fam_jax.config import ModelConfig
-from fam_jax.kernels import Part, joint_attention
+from fam_jax.kernels import Part, multi_part_attention
 from fam_jax.model import from_dict
 from fam_jax.model.fam import ChainAttention, ChainInputs, local_rotation, run_chain, update_fam
 from fam_jax.model.layers import DecoderLayer
@@ -37,7 +37,7 @@ def plain_chain(layer: DecoderLayer, fam: jax.Array, inputs: ChainInputs, attent
                 for x in inputs[:2]
             )
             q, k = rotate(q, rotation), rotate(k, rotation)
-            return joint_attention([Part(q, k, v), Part(q, keys, values)])
+            return multi_part_attention([Part(q, k, v), Part(q, keys, values)])
 
         return update_fam(layer, fam, keep, attend)
 

@@ -24,9 +24,9 @@ from safetensors.numpy import save_file
 from benchmarks.record import write_record
 from benchmarks.report import print_table
 from fam_jax.config import ModelConfig
-from fam_jax.convert import hf_config
-from fam_jax.convert.folder import INDEX
-from fam_jax.convert.names import tensors
+from fam_jax.hf import hf_config
+from fam_jax.hf.folder import INDEX
+from fam_jax.hf.names import tensors
 from launch.errors import ArgumentParser, integers, user_errors
 
 FILES = 4

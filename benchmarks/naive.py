@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from fam_jax.config import ModelConfig
-from fam_jax.kernels import Part, joint_attention
+from fam_jax.kernels import Part, multi_part_attention
 from fam_jax.model import Transformer
 from fam_jax.model.fam import local_rotation, prompt_step
 from fam_jax.model.layers import DecoderLayer
@@ -63,7 +63,7 @@ def _scan_blocks(
         rotation = rope.at(index * size + place)
         q, k = rotate(q, rotation), rotate(k, rotation)
         keys, values = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
-        attended = joint_attention([Part(q, keys, values, _mask(past, size, fams, index))])
+        attended = multi_part_attention([Part(q, keys, values, _mask(past, size, fams, index))])
         residual = jnp.concatenate([x, jnp.where(index > 0, fam, 0)], axis=1)  # the prompt carries no context
         out = layer.finish(attended, residual)
         # The newest m * C tokens among [past, block, FAM].

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fam_jax.data.build import task_vocabulary
 from fam_jax.data.passkey import passkey_examples
-from fam_jax.data.tasks import task_vocabulary
 from fam_jax.evaluate.text import ABLATE
 from fam_jax.generate.restore import load_model
 from fam_jax.generate.streaming import Streamer

@@ -25,11 +25,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.shapes import SHAPES
+from configs.public_models import SHAPES
 from fam_jax.checkpoint import absolute
 from fam_jax.config import Config, ConfigError, DataConfig, ModelConfig, default_config
-from fam_jax.convert import model_fields
-from fam_jax.train.base import base_config, locate
+from fam_jax.hf import model_fields
+from fam_jax.train.init_from import base_config, locate
 
 WORDS = ("bswa", "smoke")
 BLOCK, SEGMENTS, FAM = 1024, 3, 64  # the paper's

@@ -12,7 +12,7 @@ import rich.table
 from etils import epath
 
 from fam_jax.config import Config
-from fam_jax.data.tasks import heldout_examples, task_vocabulary
+from fam_jax.data.build import heldout_examples, task_vocabulary
 from fam_jax.evaluate.passkey import evaluate_passkey
 from fam_jax.evaluate.text import evaluate_text
 from fam_jax.model import lora

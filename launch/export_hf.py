@@ -21,7 +21,7 @@ from etils import epath
 
 from fam_jax.checkpoint import companion_folders, load_params
 from fam_jax.config import Config, resolve
-from fam_jax.convert import (
+from fam_jax.hf import (
     copy_tokenizer,
     export_adapter,
     export_folder,
@@ -29,10 +29,10 @@ from fam_jax.convert import (
     updated_config,
     without_adapter,
 )
-from fam_jax.convert.exporting import check_new
-from fam_jax.convert.folder import CONFIG, copy_companions, read_json
-from fam_jax.convert.multimodal import ARCHITECTURE as MULTIMODAL
-from fam_jax.convert.multimodal import is_multimodal, text_part
+from fam_jax.hf.exporting import check_new
+from fam_jax.hf.folder import CONFIG, copy_companions, read_json
+from fam_jax.hf.multimodal import ARCHITECTURE as MULTIMODAL
+from fam_jax.hf.multimodal import is_multimodal, text_part
 from fam_jax.model import lora
 from launch.errors import ArgumentParser, user_errors
 from launch.import_hf import progress_bar

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from fam_jax.checkpoint import COMPANIONS, Checkpoints, absolute, saved_steps
 from fam_jax.config import Config, MeshConfig, ModelConfig, UserError, resolve
-from fam_jax.convert import (
+from fam_jax.hf import (
     ConvertError,
     Folder,
     adds_bos,
@@ -35,9 +35,9 @@ from fam_jax.convert import (
     import_parameters,
     model_fields,
 )
-from fam_jax.convert.families import OWN_FIELDS
-from fam_jax.convert.folder import copy_companions
-from fam_jax.convert.importing import stored_fam
+from fam_jax.hf.families import OWN_FIELDS
+from fam_jax.hf.folder import copy_companions
+from fam_jax.hf.importing import stored_fam
 from fam_jax.sharding import make_mesh, param_shardings
 from launch.errors import ArgumentParser, integers, user_errors
 from launch.processes import join, leaving_together

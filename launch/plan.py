@@ -81,7 +81,7 @@ def check_flags() -> None:
 
 def plan_training_run(console: Console, config: Config) -> dict[str, Any]:
     """The best plan of a train step, printed, for the JSON file."""
-    from fam_jax.data.tasks import longest_row  # after the config: TensorFlow takes seconds
+    from fam_jax.data.build import longest_row  # after the config: TensorFlow takes seconds
     from fam_jax.plan import topology_devices
     from fam_jax.plan.training import advice, best_plan, plan_training, sensible_meshes
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params, read_config
-from fam_jax.checkpoint.contents import checksums
+from fam_jax.checkpoint.manifest import checksums
 from fam_jax.config import UserError
 
 CONFIG = {"model": {"model_dim": 96, "attention": "xla"}, "train": {"steps": 10}, "mesh": {"fsdp": 2}}

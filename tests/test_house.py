@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"config"},
     "kernels": {"config"},
     "model": {"config", "sharding", "kernels"},
-    "convert": {"config", "model"},
+    "hf": {"config", "model"},
     "generate": BASE,
     "evaluate": BASE | {"generate"},
     "train": BASE | {"generate", "evaluate"},
@@ -157,9 +157,7 @@ def test_no_path_of_somebodys_machine() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "module", ["fam_jax.model", "fam_jax.sharding", "fam_jax.checkpoint", "fam_jax.convert"]
-)
+@pytest.mark.parametrize("module", ["fam_jax.model", "fam_jax.sharding", "fam_jax.checkpoint", "fam_jax.hf"])
 def test_import_does_not_load_tensorflow(module: str) -> None:
     """TensorFlow takes seconds and a gigabyte; only the data pipeline is to pay for it."""
     code = f"import sys, {module}; print([m for m in ('tensorflow', 'seqio', 'torch') if m in sys.modules])"

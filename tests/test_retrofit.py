@@ -13,18 +13,18 @@ import pytest
 from flax import nnx
 
 from configs import retrofit
-from configs.shapes import SHAPES
+from configs.public_models import SHAPES
 from fam_jax.checkpoint import CheckpointError
 from fam_jax.config import Config, ConfigError, DataConfig, resolve
 from fam_jax.generate.streaming import Streamer
 from fam_jax.model import from_dict, lora
-from fam_jax.model.kinds import kinds_of, visible_segments
-from fam_jax.train.base import base_config
+from fam_jax.model.layer_types import kinds_of, visible_segments
+from fam_jax.train.init_from import base_config
 from fam_jax.train.loop import make_trainer
 from fam_jax.train.optimizer import make_optimizer
 from fam_jax.train.state import TrainState, init_state, model_structure
 from launch import import_hf
-from tests.convert.recorded import DATA, LENGTH, recorded_logits, recorded_tokens
+from tests.hf.recorded import DATA, LENGTH, recorded_logits, recorded_tokens
 from tests.model.tiny import quick_jit
 
 # Parameters that the models' publishers count; of Gemma 3 27B those of its text model.

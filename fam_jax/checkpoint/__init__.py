@@ -11,12 +11,12 @@ step appears under its own name only when all of them are complete, so a killed 
 it intact.
 
 Orbax notices neither flipped nor zeroed bytes, so the checksums are this package's own. They are
-computed where the arrays live (see `contents.py`), go into the same atomic step and are compared after
+computed where the arrays live (see `manifest.py`), go into the same atomic step and are compared after
 every restore.
 """
 
-from fam_jax.checkpoint.companions import COMPANIONS, companion_folders, with_vocabulary_found
 from fam_jax.checkpoint.folder import MAY_CHANGE, CheckpointError, absolute, read_config, saved_steps
+from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders, with_vocabulary_found
 from fam_jax.checkpoint.steps import Checkpoints, load_params
 
 __all__ = [

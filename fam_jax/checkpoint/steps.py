@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from fam_jax.checkpoint import contents
+from fam_jax.checkpoint import manifest
 from fam_jax.checkpoint.folder import (
     MAY_CHANGE,
     CheckpointError,
@@ -119,11 +119,11 @@ class Checkpoints:
                 "restore an earlier step first, or give a new workdir"
             )
         self._saving = step
-        arrays = {name: contents.by_name(part) for name, part in _split(state).items()}
-        record = {name: contents.describe(part) for name, part in arrays.items()} | {"position": position}
-        stored = {name: contents.nested(contents.raw(part)) for name, part in arrays.items()}
+        arrays = {name: manifest.by_name(part) for name, part in _split(state).items()}
+        record = {name: manifest.describe(part) for name, part in arrays.items()} | {"position": position}
+        stored = {name: manifest.nested(manifest.raw(part)) for name, part in arrays.items()}
         stored = {name: part for name, part in stored.items() if part}  # Orbax takes no empty trees
-        stored["contents"] = contents.seal(record)
+        stored["contents"] = manifest.seal(record)
         with self._writing():
             # Without force Orbax may decide not to save, and say so only by returning None.
             self._steps.save_checkpointables_async(step, stored, force=True)
@@ -145,9 +145,9 @@ class Checkpoints:
         self.wait()
         step = _choose(self.folder, self.all_steps(), step)
         parts = _split(like)
-        wanted = {name: contents.by_name(part) for name, part in parts.items()}
+        wanted = {name: manifest.by_name(part) for name, part in parts.items()}
         arrays, record = _load(self.folder, step, lambda _: wanted)
-        state = {name: contents.rebuild(part, arrays[name], record[name]) for name, part in parts.items()}
+        state = {name: manifest.rebuild(part, arrays[name], record[name]) for name, part in parts.items()}
         self._rewound_to = step
         return {"params": state["params"], **state["training"]}, record["position"]
 
@@ -193,7 +193,7 @@ def load_params(
     config = read_config(path)
     step = _choose(path, saved_steps(path), step)
 
-    def wanted(record: contents.Record) -> dict[str, contents.Arrays]:
+    def wanted(record: manifest.Record) -> dict[str, manifest.Arrays]:
         shapes = {
             name: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
             for name, entry in record["params"].items()
@@ -201,32 +201,32 @@ def load_params(
         return {"params": _with_shardings(shapes, shardings)}
 
     arrays, _ = _load(path, step, wanted)
-    return contents.nested(arrays["params"]), config, step
+    return manifest.nested(arrays["params"]), config, step
 
 
-def _with_shardings(shapes: contents.Arrays, shardings: Shardings | None) -> contents.Arrays:
+def _with_shardings(shapes: manifest.Arrays, shardings: Shardings | None) -> manifest.Arrays:
     chosen = dict.fromkeys(shapes, shardings)
     if callable(shardings):
-        chosen = contents.by_name(shardings(contents.nested(shapes)))
+        chosen = manifest.by_name(shardings(manifest.nested(shapes)))
     return {name: shape.update(sharding=chosen[name]) for name, shape in shapes.items()}
 
 
 def _load(
-    folder: epath.Path, step: int, wanted: Callable[[contents.Record], dict[str, contents.Arrays]]
-) -> tuple[dict[str, contents.Arrays], contents.Record]:
+    folder: epath.Path, step: int, wanted: Callable[[manifest.Record], dict[str, manifest.Arrays]]
+) -> tuple[dict[str, manifest.Arrays], manifest.Record]:
     """Arrays of the parts that `wanted` asks for, checked, and the record of the whole step."""
     path = folder / str(step)
     try:
-        record = contents.unseal(_read(path, {"contents": None})["contents"])
+        record = manifest.unseal(_read(path, {"contents": None})["contents"])
         parts = wanted(record)
         for part, like in parts.items():
-            contents.check_fit(f"{path}: {part}", record[part], like)
-        structs = {part: contents.abstract(like) for part, like in parts.items()}
-        loaded = _read(path, {part: contents.nested(leaves) for part, leaves in structs.items() if leaves})
-        arrays = {part: contents.by_name(loaded.get(part, {})) for part in parts}
+            manifest.check_fit(f"{path}: {part}", record[part], like)
+        structs = {part: manifest.abstract(like) for part, like in parts.items()}
+        loaded = _read(path, {part: manifest.nested(leaves) for part, leaves in structs.items() if leaves})
+        arrays = {part: manifest.by_name(loaded.get(part, {})) for part in parts}
         for part in parts:
-            contents.check_sums(part, record[part], arrays[part])
-    except contents.Damage as error:
+            manifest.check_sums(part, record[part], arrays[part])
+    except manifest.Damage as error:
         earlier = [other for other in saved_steps(folder) if other < step]
         remedy = "no earlier step is left to go back to"
         if earlier:
@@ -258,7 +258,7 @@ def _read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
             failure = f"cannot be read: {type(cause).__name__}: {_first_line(cause)}"
             del cause
         gc.collect()
-    raise contents.Damage(failure)
+    raise manifest.Damage(failure)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     scale_embeddings: bool = False  # multiply embeddings by sqrt(D) on their way in
     logit_softcap: float = 0.0  # logits are softcap * tanh(logits / softcap); 0 = as they are
-    # What open checkpoints differ in (fam_jax/convert).
+    # What open checkpoints differ in (fam_jax/hf).
     qkv_bias: bool = False  # of queries, keys and values
     qk_norm: bool = False  # RMSNorm of the queries and keys of every head, before RoPE
     query_pre_attn_scalar: float = 0.0  # scores are divided by its square root; 0 = head_dim

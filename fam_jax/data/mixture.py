@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from fam_jax.config import UserError
+from fam_jax.data.curriculum import PasskeyStream
 from fam_jax.data.packing import Batch, PackedStream
 from fam_jax.data.passkey import random_key
-from fam_jax.data.stream import PasskeyStream
 
 
 class MixedStream:

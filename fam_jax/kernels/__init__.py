@@ -2,12 +2,12 @@
 
 - :func:`block_attention`: tokens, in blocks, attend to [memory segment ; FAM keys ; own block, causal].
 - :func:`update_attention`: FAM attends to [its own keys ; all keys of a block].
-- :func:`joint_attention`: dense attention whose softmax spans several groups of keys; small shapes only.
+- :func:`multi_part_attention`: dense attention whose softmax spans several groups of keys; small shapes only.
 - :func:`rotary`: rotary position embedding of many tokens.
 """
 
 from fam_jax.kernels.block_attention import IMPLEMENTATIONS, block_attention
-from fam_jax.kernels.joint import Part, joint_attention, soft_cap
+from fam_jax.kernels.multi_part_attention import Part, multi_part_attention, soft_cap
 from fam_jax.kernels.rotary import rotary, turn
 from fam_jax.kernels.update_attention import update_attention
 
@@ -15,7 +15,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "Part",
     "block_attention",
-    "joint_attention",
+    "multi_part_attention",
     "rotary",
     "soft_cap",
     "turn",

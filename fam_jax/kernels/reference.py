@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fam_jax.kernels.joint import accumulation_dtype, soft_cap
+from fam_jax.kernels.multi_part_attention import accumulation_dtype, soft_cap
 from fam_jax.kernels.shapes import BlockShape, fill_in
 
 

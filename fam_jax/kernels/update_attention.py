@@ -2,7 +2,7 @@
 
 import jax
 
-from fam_jax.kernels.joint import Part, joint_attention
+from fam_jax.kernels.multi_part_attention import Part, multi_part_attention
 from fam_jax.kernels.pallas.update import can_update, pallas_update_attention
 from fam_jax.kernels.platform import asks_for_kernels
 
@@ -47,7 +47,7 @@ def update_attention(
         _read_block(x, block, tap).reshape(*tap.shape[:2], *fam_k.shape[2:])
         for x, tap in zip((k, v), taps, strict=True)
     )
-    return joint_attention([Part(q, fam_k, fam_v), Part(q, k, v)], softcap=softcap)
+    return multi_part_attention([Part(q, fam_k, fam_v), Part(q, k, v)], softcap=softcap)
 
 
 @jax.custom_vjp

@@ -7,7 +7,7 @@ blocks together would be large, groups of blocks are taken one after the other a
 import jax
 import jax.numpy as jnp
 
-from fam_jax.kernels.joint import accumulation_dtype, soft_cap
+from fam_jax.kernels.multi_part_attention import accumulation_dtype, soft_cap
 from fam_jax.kernels.shapes import BlockShape, fill_in
 
 # Bytes of scores that may exist at one time, per call.

@@ -12,7 +12,7 @@ import numpy as np
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import block_attention
 from fam_jax.model.fam import ChainAttention, ChainInputs, local_rotation, run_chain
-from fam_jax.model.kinds import Kind, visible_segments
+from fam_jax.model.layer_types import Kind, visible_segments
 from fam_jax.model.layers import DecoderLayer
 from fam_jax.model.memory import LayerMemory, Memory
 from fam_jax.model.rope import Rotation, rotate, rotate_tokens

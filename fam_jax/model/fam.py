@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 
 from fam_jax.config import ModelConfig
-from fam_jax.kernels import Part, joint_attention, update_attention
-from fam_jax.model.gather import keep_rows
+from fam_jax.kernels import Part, multi_part_attention, update_attention
+from fam_jax.model.fsdp import keep_rows
 from fam_jax.model.layers import PROJECTIONS, Apply, DecoderLayer, FrozenParam, Linear, apply_linear
 from fam_jax.model.rope import Rope, Rotation, rotate, rotate_tokens
 
@@ -282,5 +282,5 @@ def prompt_step(layer: DecoderLayer, prompt: jax.Array, rotation: Rotation) -> j
     stream = prompt[None]
     q, k, v = layer.project(stream)
     itself = Part(rotate(q, rotation), rotate(k, rotation), v)
-    attended = joint_attention([itself], softcap=layer.attention_softcap)
+    attended = multi_part_attention([itself], softcap=layer.attention_softcap)
     return layer.finish(attended, stream)[0]

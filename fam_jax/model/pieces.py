@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 
 from fam_jax.config import ModelConfig
-from fam_jax.kernels import Part, joint_attention
+from fam_jax.kernels import Part, multi_part_attention
 from fam_jax.model.fam import local_rotation, update_fam
-from fam_jax.model.kinds import Kind, kind_of_layers, kinds_of, visible_segments
+from fam_jax.model.layer_types import Kind, kind_of_layers, kinds_of, visible_segments
 from fam_jax.model.layers import DecoderLayer
 from fam_jax.model.memory import LayerMemory, Memory
 from fam_jax.model.rope import Rotation, rotate
@@ -102,7 +102,7 @@ def _attend(
     if config.fam_length:
         for r, (rotation, mask) in enumerate(zip(frames.fams, frames.fam_masks, strict=True)):
             parts.append(Part(rotate(q, rotation), memory.fam_keys[:, r], memory.fam_values[:, r], mask))
-    return joint_attention(parts, softcap=config.attention_softcap), k
+    return multi_part_attention(parts, softcap=config.attention_softcap), k
 
 
 def extend_memory(memory: Memory, keys: jax.Array, values: jax.Array, count: jax.Array) -> Memory:
@@ -168,7 +168,7 @@ def _close_layer(layer: DecoderLayer, kind: Kind, memory: LayerMemory, rows: Mem
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             q, k = rotate(q, rotation), rotate(k, rotation)
             parts = [Part(q, k, v), Part(q, memory.block_keys, memory.block_values)]
-            return joint_attention(parts, softcap=config.attention_softcap)
+            return multi_part_attention(parts, softcap=config.attention_softcap)
 
         fam, _ = update_fam(layer, memory.fam, rows.carries_context, attend)
         _, k, v = layer.project(fam)

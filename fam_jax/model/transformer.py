@@ -12,8 +12,8 @@ from fam_jax.config import ModelConfig
 from fam_jax.kernels import soft_cap
 from fam_jax.model.blocks import chunk_frames, read_blocks
 from fam_jax.model.fam import local_rotation, prompt_step
-from fam_jax.model.gather import embed, gather_layer, keep_rows
-from fam_jax.model.kinds import kind_of_layers, kinds_of
+from fam_jax.model.fsdp import embed, gather_layer, keep_rows
+from fam_jax.model.layer_types import kind_of_layers, kinds_of
 from fam_jax.model.layers import (
     LOW_RANK,
     PROJECTIONS,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fam_jax.config import MeshConfig, ModelConfig
 from fam_jax.kernels.pallas import resident, resident_backward
-from fam_jax.kernels.pallas.parts import Geometry, Layout
+from fam_jax.kernels.pallas.geometry import Geometry, Layout
 from fam_jax.kernels.pallas.tiles import Tiles, choose_tiles
 from fam_jax.plan.chips import Chip, chip_of
 from fam_jax.plan.compile import compile_on, topology_devices

@@ -27,7 +27,7 @@ from fam_jax.plan.chips import GIB, chip_of
 from fam_jax.plan.compile import compile_or_miss, local_bytes, peak_bytes, topology_devices
 from fam_jax.plan.cost import Estimate, estimate
 from fam_jax.plan.hlo import Op, Shares, parse
-from fam_jax.plan.kinds import kernels_of_kinds, shares_of_kinds
+from fam_jax.plan.layer_costs import kernels_of_kinds, shares_of_kinds
 from fam_jax.sharding import make_mesh, param_shardings, replicated
 
 SERVE = ("prefill", "decode")

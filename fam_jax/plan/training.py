@@ -15,7 +15,7 @@ from fam_jax.plan.chips import GIB, Chip, chip_of
 from fam_jax.plan.compile import compile_or_miss, local_bytes, peak_bytes, topology_devices
 from fam_jax.plan.cost import Estimate, estimate
 from fam_jax.plan.hlo import parse
-from fam_jax.plan.kinds import kernels_of_kinds, keys_of_layers, shares_of_kinds
+from fam_jax.plan.layer_costs import kernels_of_kinds, keys_of_layers, shares_of_kinds
 from fam_jax.sharding import batch_sharding
 from fam_jax.train.loop import Trainer, make_trainer
 

@@ -14,13 +14,13 @@ from etils import epath
 from fam_jax import sharding
 from fam_jax.checkpoint import Checkpoints, absolute, saved_steps
 from fam_jax.config import Config, ConfigError, UserError
+from fam_jax.data.build import packed_stream
+from fam_jax.data.curriculum import PasskeyStream
 from fam_jax.data.mixture import MixedStream
 from fam_jax.data.packing import PackedStream
-from fam_jax.data.stream import PasskeyStream
-from fam_jax.data.tasks import packed_stream
 from fam_jax.model import count_parameters
-from fam_jax.train.base import check_named, load_base
 from fam_jax.train.compiler import compiler_options
+from fam_jax.train.init_from import check_named, load_base
 from fam_jax.train.interruption import Interrupted, stop_requests
 from fam_jax.train.metrics import MetricsWriter, ProgressReport
 from fam_jax.train.optimizer import make_optimizer

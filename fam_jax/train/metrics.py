@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
-from fam_jax.train.mirror import Mirror
+from fam_jax.train.bucket_sync import Mirror
 
 UPLOAD_SECONDS = 60.0  # between uploads of a run's metrics to its bucket, beside those at checkpoints
 

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from fam_jax.config import UserError
-from fam_jax.train.mirror import Mirror
+from fam_jax.train.bucket_sync import Mirror
 
 
 class StepTrace:

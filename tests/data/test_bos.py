@@ -16,19 +16,19 @@ import tokenizers
 
 from fam_jax.checkpoint import read_config
 from fam_jax.config import Config, ConfigError, DataConfig, UserError, resolve
-from fam_jax.convert import ConvertError, adds_bos
 from fam_jax.data.bos import bos_ids, first_input
+from fam_jax.data.curriculum import PasskeyStream
 from fam_jax.data.examples import Example
 from fam_jax.data.packing import PackedStream
 from fam_jax.data.passkey import passkey_examples
 from fam_jax.data.passkey_text import example_text
-from fam_jax.data.stream import PasskeyStream
 from fam_jax.data.vocabulary import load_vocabulary
 from fam_jax.evaluate.text import evaluate_text
 from fam_jax.generate.text import TextModel
+from fam_jax.hf import ConvertError, adds_bos
 from launch import import_hf
-from tests.convert.recorded import DATA, VOCABULARY
 from tests.generate.tiny import CONFIG
+from tests.hf.recorded import DATA, VOCABULARY
 from tests.model.tiny import params_of
 
 BOS, EOS = 1, 2

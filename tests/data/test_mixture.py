@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fam_jax.config import Config, ConfigError, UserError, resolve
+from fam_jax.data.build import packed_stream
+from fam_jax.data.curriculum import MIN_REPORTS, Batch, PasskeyStream
 from fam_jax.data.mixture import MixedStream
-from fam_jax.data.stream import MIN_REPORTS, Batch, PasskeyStream
-from fam_jax.data.tasks import packed_stream
 from fam_jax.train.loop import train
 
 ROW = 24

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fam_jax.kernels import IMPLEMENTATIONS, Part, joint_attention, xla
+from fam_jax.kernels import IMPLEMENTATIONS, Part, multi_part_attention, xla
 from tests.kernels.cases import Case, attend, check, draw
 from tests.model.tiny import quick_jit
 
@@ -278,7 +278,7 @@ def test_joint_attention_is_one_softmax_over_all_parts() -> None:
         spans = ((0, 2), (2, 6), (6, 7))
         split = [Part(q, k[:, a:b], v[:, a:b], jnp.asarray(mask[..., a:b])) for a, b in spans]
         whole, split = (
-            quick_jit(joint_attention)(parts) for parts in ([Part(q, k, v, jnp.asarray(mask))], split)
+            quick_jit(multi_part_attention)(parts) for parts in ([Part(q, k, v, jnp.asarray(mask))], split)
         )
         scores = np.einsum("bthd,bshd->bths", q, np.repeat(k, 2, 2)) / 2
         p = np.where(mask[:, :, None], np.exp(scores), 0)

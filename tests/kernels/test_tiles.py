@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from fam_jax.kernels.pallas.parts import Geometry, Span, sight, tiles
+from fam_jax.kernels.pallas.geometry import Geometry, Span, sight, tiles
 from fam_jax.kernels.pallas.tiles import VMEM_MIB, Tiles, choose_tiles
 
 PAPER = Geometry(

@@ -11,12 +11,12 @@ from etils import epath
 
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params, read_config
 from fam_jax.config import resolve
-from fam_jax.convert import Folder
 from fam_jax.generate.restore import load_model
 from fam_jax.generate.streaming import Streamer
-from fam_jax.train.base import base_config
+from fam_jax.hf import Folder
+from fam_jax.train.init_from import base_config
 from launch import export_hf, import_hf
-from tests.convert.recorded import DATA, LENGTH, VOCABULARY, recorded_logits, recorded_tokens
+from tests.hf.recorded import DATA, LENGTH, VOCABULARY, recorded_logits, recorded_tokens
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_the_text_part_of_a_model_with_vision(monkeypatch, capsys, source, tmp_p
     logits, _ = Streamer(resolve(config).model, params).read(list(recorded_tokens()))
     np.testing.assert_allclose(logits, recorded_logits("gemma3_vision")[:, LENGTH - 1], rtol=0, atol=1e-4)
     transformers = pytest.importorskip("transformers")
-    from tests.convert.hf_models import logits_of
+    from tests.hf.hf_models import logits_of
 
     model = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
     assert type(model).__name__ == "Gemma3ForCausalLM"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fam_jax.kernels import Part, joint_attention
+from fam_jax.kernels import Part, multi_part_attention
 from fam_jax.model import empty_memory, fam, with_fam
 from fam_jax.model.rope import rotate
 from tests.model.tiny import build, params_of, quick_jit, some_tokens, variant
@@ -119,7 +119,7 @@ def plain_scan(merge, attention, frozen, weights, rest, start, inputs):
 
         def attend(q, k, v):
             q, k = rotate(q, rotation), rotate(k, rotation)
-            return joint_attention([Part(q, k, v), Part(q, keys, values)], softcap=attention.softcap)
+            return multi_part_attention([Part(q, k, v), Part(q, keys, values)], softcap=attention.softcap)
 
         return fam.update_fam(layer, carry, keep, attend)
 

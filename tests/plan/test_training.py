@@ -9,7 +9,7 @@ import pytest
 from configs import fam_1b, fam_8b, fam_24b
 from fam_jax.config import ConfigError, MeshConfig, UserError, resolve
 from fam_jax.plan.compile import bytes_missing
-from fam_jax.plan.kinds import keys_of_layers
+from fam_jax.plan.layer_costs import keys_of_layers
 from fam_jax.plan.training import model_flops, plan_training, sensible_meshes
 from fam_jax.train.loop import make_trainer
 from tests.plan.programs import needs_compiler

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fam_jax import sharding
-from fam_jax.checkpoint.contents import by_name
+from fam_jax.checkpoint.manifest import by_name
 from fam_jax.config import Config
 from fam_jax.train.loop import make_trainer
 from tests.train.tiny import changed, some_batch

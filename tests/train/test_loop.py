@@ -17,7 +17,7 @@ import pytest
 from fam_jax import sharding
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params
 from fam_jax.config import Config, ConfigError, DataConfig, UserError
-from fam_jax.data.stream import PasskeyStream
+from fam_jax.data.curriculum import PasskeyStream
 from fam_jax.train import loop
 from fam_jax.train.loop import Interrupted, train
 from tests.train.tiny import changed, quick_trainer

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from fam_jax.config import UserError
 from fam_jax.kernels.pallas import resident, resident_backward, streamed, streamed_backward
+from fam_jax.kernels.pallas.geometry import Geometry, Layout
 from fam_jax.kernels.pallas.partition import division, over_mesh
-from fam_jax.kernels.pallas.parts import Geometry, Layout
 from fam_jax.kernels.pallas.tiles import LANES, SUBLANES, Tiles, choose_tiles
 from fam_jax.kernels.platform import target_chip
 from fam_jax.kernels.shapes import BlockShape

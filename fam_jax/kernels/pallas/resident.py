@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fam_jax.kernels.pallas.parts import (
+from fam_jax.kernels.pallas.geometry import (
     HIDDEN,
     LOG2_E,
     Geometry,

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fam_jax.kernels.pallas.parts import Geometry
+from fam_jax.kernels.pallas.geometry import Geometry
 
 LANES = 128  # of a vector register; the side of a matrix unit
 SUBLANES = 16  # rows of a whole tile of bfloat16

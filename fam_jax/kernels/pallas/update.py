@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
+from fam_jax.kernels.pallas.geometry import LOG2_E, product
 from fam_jax.kernels.pallas.partition import division, over_mesh
-from fam_jax.kernels.pallas.parts import LOG2_E, product
 from fam_jax.kernels.pallas.tiles import LANES, SUBLANES
 
 # The grid: rows of the batch, key heads, and the query heads of each, over which gradients of keys are summed.

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fam_jax.config import DataConfig, UserError
+from fam_jax.data.curriculum import MIN_REPORTS, Batch, PasskeyStream
 from fam_jax.data.passkey import make_template, passkey_examples
-from fam_jax.data.stream import MIN_REPORTS, Batch, PasskeyStream
 from fam_jax.data.vocabulary import load_vocabulary
 
 C = 16
@@ -299,7 +299,7 @@ def test_another_process_makes_the_same_batch_and_importing_is_silent() -> None:
         "import fam_jax.data.train_vocabulary\n"
         "assert 'tensorflow' not in sys.modules\n"
         "from fam_jax.config import DataConfig\n"
-        "from fam_jax.data.stream import PasskeyStream\n"
+        "from fam_jax.data.curriculum import PasskeyStream\n"
         "stream = PasskeyStream(DataConfig(), block_size=16, batch_size=4, seed=0)\n"
         "print(hashlib.sha256(stream.next_batch()['inputs'].tobytes()).hexdigest())\n"
     )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import transformers
 
-from tests.convert.recorded import LENGTH, VOCABULARY
+from tests.hf.recorded import LENGTH, VOCABULARY
 
 transformers.logging.set_verbosity_error()
 
@@ -83,7 +83,7 @@ def logits_of(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.nda
 
 def record(name: str, folder: pathlib.Path) -> None:
     """Saves a model as transformers does, and its logits of :func:`recorded_tokens` beside."""
-    from tests.convert.recorded import recorded_tokens
+    from tests.hf.recorded import recorded_tokens
 
     model = make(name)
     model.save_pretrained(folder)

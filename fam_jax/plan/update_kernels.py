@@ -1,7 +1,7 @@
 """Time of the kernels of FAM's own attention, by the static profile of the TPU compiler where it has a figure.
 
-`python -m fam_jax.plan.small_kernels JSON` compiles one of them. Rotary embedding needs no profile: it takes 0.7 to 0.8
-of the time that its traffic does (v5p, v5e).
+`python -m fam_jax.plan.update_kernels JSON` compiles one of them. Rotary embedding needs no profile: it takes 0.7 to
+0.8 of the time that its traffic does (v5p, v5e).
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def update_seconds(
     for which in PRODUCTS if gradient else ("forward",):
         name = f"fam_update_{which}"
         task = {"problem": dataclasses.asdict(problem), "which": which}
-        count = kernel_cycles("fam_jax.plan.small_kernels", task, name, problem.macs(which), chip)
+        count = kernel_cycles("fam_jax.plan.update_kernels", task, name, problem.macs(which), chip)
         if count is None:
             peak = problem.macs(which) / chip.macs_per_cycle
             cycles = [peak / share for share in UNKNOWN_SHARE]

@@ -30,7 +30,7 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def joint_attention(parts: Sequence[Part], *, softcap: float = 0.0) -> jax.Array:
+def multi_part_attention(parts: Sequence[Part], *, softcap: float = 0.0) -> jax.Array:
     """Softmax attention over the keys of all `parts` together; scores are divided by sqrt(hd), then soft-capped.
 
     Every query must see at least one key. Meant for short queries (decoding, FAM): the scores are materialised.

@@ -9,9 +9,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fam_jax.config import Config
-from fam_jax.convert.errors import ConvertError
-from fam_jax.convert.exporting import new_folder, write_fam
-from fam_jax.convert.names import tensors
+from fam_jax.hf.errors import ConvertError
+from fam_jax.hf.exporting import new_folder, write_fam
+from fam_jax.hf.names import tensors
 from fam_jax.model import lora
 from fam_jax.model.parameters import flatten, unflatten
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fam_jax.convert.errors import ConvertError
-from fam_jax.convert.options import OF_THE_WHOLE, READ, READ_OF_SOME, check_kinds, short
+from fam_jax.hf.errors import ConvertError
+from fam_jax.hf.options import OF_THE_WHOLE, READ, READ_OF_SOME, check_kinds, short
 
 MODEL_TYPE, TEXT_TYPE = "gemma3", "gemma3_text"
 ARCHITECTURE, TEXT_ARCHITECTURE = "Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"

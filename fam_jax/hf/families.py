@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from fam_jax.config import ModelConfig
-from fam_jax.convert.errors import ConvertError
-from fam_jax.convert.options import INERT, READ, REFUSED, ROPE, SIZES, check_kinds, short
+from fam_jax.hf.errors import ConvertError
+from fam_jax.hf.options import INERT, READ, REFUSED, ROPE, SIZES, check_kinds, short
 
 HfConfig = Mapping[str, Any]
 Fields = dict[str, Any]
@@ -91,7 +91,7 @@ def model_fields(hf: HfConfig, ignored: Collection[str] = ()) -> Fields:
     """All fields of :class:`ModelConfig` but `OWN_FIELDS`: what the model of a `config.json` computes.
 
     Args:
-      hf: the file's content, or what :func:`fam_jax.convert.multimodal.text_part` makes of it.
+      hf: the file's content, or what :func:`fam_jax.hf.multimodal.text_part` makes of it.
       ignored: options that may stand in it unread, because the caller knows that they change nothing.
 
     Raises:

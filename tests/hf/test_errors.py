@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fam_jax.convert import ConvertError, Folder, model_fields
-from fam_jax.convert.families import FAMILIES
-from fam_jax.convert.options import ALL
-from tests.convert.recorded import DATA, imported
+from fam_jax.hf import ConvertError, Folder, model_fields
+from fam_jax.hf.families import FAMILIES
+from fam_jax.hf.options import ALL
+from tests.hf.recorded import DATA, imported
 
 
 @pytest.fixture

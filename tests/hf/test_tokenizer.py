@@ -6,9 +6,9 @@ import pytest
 import tokenizers
 
 from fam_jax.config import UserError
-from fam_jax.convert import ConvertError, check_tokenizer, find_tokenizer
 from fam_jax.data.quiet_seqio import tf
 from fam_jax.data.vocabulary import SHIPPED, load_vocabulary
+from fam_jax.hf import ConvertError, check_tokenizer, find_tokenizer
 
 TEXT = "Grün ist das Gras."
 

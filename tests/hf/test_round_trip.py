@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fam_jax.config import MeshConfig
-from fam_jax.convert import (
+from fam_jax.hf import (
     ConvertError,
     Folder,
     export_folder,
@@ -20,11 +20,11 @@ from fam_jax.convert import (
     model_fields,
     updated_config,
 )
-from fam_jax.convert.exporting import UNFINISHED
-from fam_jax.convert.families import FAMILIES
-from fam_jax.convert.importing import stored_fam
+from fam_jax.hf.exporting import UNFINISHED
+from fam_jax.hf.families import FAMILIES
+from fam_jax.hf.importing import stored_fam
 from fam_jax.sharding import make_mesh, param_shardings
-from tests.convert.recorded import (
+from tests.hf.recorded import (
     DATA,
     NAMES,
     config_of,
@@ -225,7 +225,7 @@ def test_an_export_that_is_cut_short_leaves_nothing(tmp_path, error):
 def test_transformers_reads_what_is_exported(name, tmp_path):
     pytest.importorskip("torch", reason="the recorded logits stand in for transformers")
     transformers = pytest.importorskip("transformers")
-    from tests.convert.hf_models import logits_of, make
+    from tests.hf.hf_models import logits_of, make
 
     config, params = imported(DATA / name)
     live = make(name)

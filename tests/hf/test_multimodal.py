@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fam_jax.convert import ConvertError, Folder, model_fields
-from fam_jax.convert.multimodal import text_part
-from tests.convert.recorded import DATA, imported, recorded_logits, recorded_tokens
+from fam_jax.hf import ConvertError, Folder, model_fields
+from fam_jax.hf.multimodal import text_part
+from tests.hf.recorded import DATA, imported, recorded_logits, recorded_tokens
 from tests.model.tiny import Reader
 
 NAME = "gemma3_vision"

@@ -6,13 +6,13 @@
 side is refused by name.
 """
 
-from fam_jax.convert.adapter import export_adapter, without_adapter
-from fam_jax.convert.errors import ConvertError
-from fam_jax.convert.exporting import export_folder
-from fam_jax.convert.families import hf_config, model_fields, updated_config
-from fam_jax.convert.folder import Folder
-from fam_jax.convert.importing import import_parameters
-from fam_jax.convert.tokenizer import adds_bos, check_tokenizer, copy_tokenizer, find_tokenizer
+from fam_jax.hf.adapter import export_adapter, without_adapter
+from fam_jax.hf.errors import ConvertError
+from fam_jax.hf.exporting import export_folder
+from fam_jax.hf.families import hf_config, model_fields, updated_config
+from fam_jax.hf.folder import Folder
+from fam_jax.hf.importing import import_parameters
+from fam_jax.hf.tokenizer import adds_bos, check_tokenizer, copy_tokenizer, find_tokenizer
 
 __all__ = [
     "ConvertError",

@@ -1,4 +1,4 @@
-"""Programs whose layers are of several kinds (`fam_jax.model.kinds`): what each computes, and how many are of each."""
+"""Programs with several types of layers (`fam_jax.model.layer_types`): what each type computes, how many there are."""
 
 import collections
 import math
@@ -13,10 +13,10 @@ from fam_jax.config import ModelConfig
 from fam_jax.kernels.pallas.call import why_not_pallas
 from fam_jax.kernels.pallas.update import can_update
 from fam_jax.kernels.shapes import BlockShape
-from fam_jax.model.kinds import Kind, kinds_of
+from fam_jax.model.layer_types import Kind, kinds_of
 from fam_jax.plan.attention import kernel_seconds, visible_keys
 from fam_jax.plan.hlo import Op, Shares
-from fam_jax.plan.small_kernels import update_seconds
+from fam_jax.plan.update_kernels import update_seconds
 from fam_jax.sharding import ROW_AXES
 
 

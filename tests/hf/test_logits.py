@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.convert.recorded import DATA, LENGTH, NAMES, imported, recorded_logits, recorded_tokens
+from tests.hf.recorded import DATA, LENGTH, NAMES, imported, recorded_logits, recorded_tokens
 from tests.model.tiny import Reader
 
 CLOSE = {"rtol": 0, "atol": 1e-4}  # float32 logits of the order of 1, by two libraries

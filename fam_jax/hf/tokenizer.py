@@ -7,9 +7,9 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
-from fam_jax.convert.errors import ConvertError
-from fam_jax.convert.folder import read_json
-from fam_jax.convert.options import short
+from fam_jax.hf.errors import ConvertError
+from fam_jax.hf.folder import read_json
+from fam_jax.hf.options import short
 
 FILES = ("tokenizer.model", "tokenizer.json")
 SETTINGS = "tokenizer_config.json"

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fam_jax.model.kinds import kind_of_layers, kinds_of, visible_segments
+from fam_jax.model.layer_types import kind_of_layers, kinds_of, visible_segments
 from tests.model.tiny import Reader, build, params_of, some_tokens, variant
 
 MIXED = variant(layer_pattern=("local", "local", "global"), local_window=4, num_layers=5, memory_segments=2)

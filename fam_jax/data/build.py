@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fam_jax.config import Config, ConfigError
+from fam_jax.data.curriculum import PasskeyStream
 from fam_jax.data.documents import Documents, check_apart, find_files
 from fam_jax.data.examples import (
     Example,
@@ -17,7 +18,6 @@ from fam_jax.data.examples import (
 )
 from fam_jax.data.packing import PackedStream
 from fam_jax.data.quiet_seqio import seqio
-from fam_jax.data.stream import PasskeyStream
 from fam_jax.data.vocabulary import load_vocabulary
 
 # A version such as c4/en:3.0.1 may stand in the name, and a slice such as train[:90%] in the split.

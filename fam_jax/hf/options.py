@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fam_jax.convert.errors import ConvertError
+from fam_jax.hf.errors import ConvertError
 
 
 class Kind(NamedTuple):

@@ -9,7 +9,7 @@ from configs import fam_1b
 from fam_jax.config import Config, MeshConfig, ModelConfig, resolve
 from fam_jax.plan.attention import kernel_seconds
 from fam_jax.plan.hlo import Op, parse
-from fam_jax.plan.kinds import keys_of_layers, layers_of_kinds, shares_of_kinds, takes_kernels
+from fam_jax.plan.layer_costs import keys_of_layers, layers_of_kinds, shares_of_kinds, takes_kernels
 from fam_jax.plan.training import plan_training
 from tests.plan.programs import needs_compiler
 

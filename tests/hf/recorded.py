@@ -1,4 +1,4 @@
-"""Tiny models that transformers saved, with the logits that it computed: `python -m tests.convert.hf_models`."""
+"""Tiny models that transformers saved, with the logits that it computed: `python -m tests.hf.hf_models`."""
 
 import dataclasses
 import pathlib
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from fam_jax.config import ModelConfig
-from fam_jax.convert import Folder, import_parameters, model_fields
+from fam_jax.hf import Folder, import_parameters, model_fields
 
 DATA = pathlib.Path(__file__).parent / "data"
 NAMES = sorted(path.name for path in DATA.iterdir() if path.is_dir())

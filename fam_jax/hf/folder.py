@@ -10,9 +10,9 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from fam_jax.convert.errors import ConvertError
-from fam_jax.convert.multimodal import is_multimodal, text_name, text_part
-from fam_jax.convert.options import short
+from fam_jax.hf.errors import ConvertError
+from fam_jax.hf.multimodal import is_multimodal, text_name, text_part
+from fam_jax.hf.options import short
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

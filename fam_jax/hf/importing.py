@@ -11,9 +11,9 @@ import numpy as np
 import safetensors
 
 from fam_jax.config import ModelConfig
-from fam_jax.convert.errors import ConvertError
-from fam_jax.convert.folder import FAM_FILE, Folder
-from fam_jax.convert.names import Tensor, tensors
+from fam_jax.hf.errors import ConvertError
+from fam_jax.hf.folder import FAM_FILE, Folder
+from fam_jax.hf.names import Tensor, tensors
 from fam_jax.model.initial import fam_of_embeddings, fam_path, fam_shape
 from fam_jax.model.parameters import flatten, unflatten
 

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 
 from fam_jax.checkpoint import COMPANIONS, Checkpoints
 from fam_jax.config import Config, LoraConfig, TrainConfig
-from fam_jax.convert import ConvertError, export_adapter
+from fam_jax.hf import ConvertError, export_adapter
 from fam_jax.model import create_model, from_dict, lora, to_dict
 from launch import export_hf
-from tests.convert.recorded import DATA, imported, recorded_tokens
+from tests.hf.recorded import DATA, imported, recorded_tokens
 from tests.model.tiny import Reader, quick_jit
 
 LORA = LoraConfig(rank=3, alpha=6.0)
@@ -75,7 +75,7 @@ def test_the_base_and_the_merged_model(monkeypatch, workdir, tmp_path):
     got = Reader(config, params, 2).read(recorded_tokens(), aligned=True)
     np.testing.assert_allclose(got, logits, rtol=0, atol=1e-4)
     transformers = pytest.importorskip("transformers", reason="only transformers itself can read it")
-    from tests.convert.hf_models import logits_of
+    from tests.hf.hf_models import logits_of
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", attn_implementation="eager"
@@ -99,7 +99,7 @@ def test_peft_loads_the_adapter_upon_the_base(name, targets, tmp_path):
     peft = pytest.importorskip("peft", reason="only PEFT itself can read it")
     import transformers
 
-    from tests.convert.hf_models import logits_of
+    from tests.hf.hf_models import logits_of
 
     base = transformers.AutoModelForCausalLM.from_pretrained(DATA / name, attn_implementation="eager")
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")

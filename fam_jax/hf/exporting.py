@@ -14,11 +14,11 @@ import safetensors
 from safetensors.numpy import save_file
 
 from fam_jax.config import ModelConfig
-from fam_jax.convert.errors import ConvertError
-from fam_jax.convert.families import check_same
-from fam_jax.convert.folder import CONFIG, FAM_FILE, INDEX, SINGLE
-from fam_jax.convert.importing import FAM_FIELDS
-from fam_jax.convert.names import Tensor, tensors
+from fam_jax.hf.errors import ConvertError
+from fam_jax.hf.families import check_same
+from fam_jax.hf.folder import CONFIG, FAM_FILE, INDEX, SINGLE
+from fam_jax.hf.importing import FAM_FIELDS
+from fam_jax.hf.names import Tensor, tensors
 from fam_jax.model.parameters import flatten
 
 Progress = Callable[[int, int], None]
@@ -45,7 +45,7 @@ def export_folder(
       path: a folder that does not exist or is empty.
       model: the model's config.
       params: nested dict of arrays, all of them addressable here.
-      hf: the content of `config.json`, from :func:`fam_jax.convert.hf_config` or the folder that the model came from.
+      hf: the content of `config.json`, from :func:`fam_jax.hf.hf_config` or the folder that the model came from.
       dtype: of the tensors; None keeps the parameters'.
       shard_bytes: largest size of a safetensors file; so much is held in memory beside the parameters.
       on_progress: called with the number of tensors written and to be written.
