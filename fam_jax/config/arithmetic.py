@@ -1,0 +1,6 @@
+"""Small integer arithmetic."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b rounded up, for whole numbers with b > 0."""
+    return -(-a // b)
