@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fam_jax.config import ConfigError, MeshConfig
+from fam_jax.config.memory import memory_parameter_axes
 
 PyTree = Any
 MeshAxes = str | tuple[str, ...] | None
@@ -36,7 +37,7 @@ AXES: dict[str, tuple[MeshAxes, str]] = {
     "kv_heads": ("tensor", "model.num_kv_heads"),
     "head": (None, "model.head_dim"),
     "ff": ("tensor", "model.ff_dim"),
-    "fam": (None, "model.fam_length"),
+    "slots": (None, "model.memory.length"),
     "rank": (None, "lora.rank"),
     "spread_rank": ("fsdp", "lora.rank"),  # of a factor that has no width
 }
@@ -45,12 +46,14 @@ AXES: dict[str, tuple[MeshAxes, str]] = {
 # either: each device keeps a copy.
 COPIED_IF_INDIVISIBLE = frozenset({"kv_heads", "spread_rank"})
 
+# Parameters below such a group are a memory's, which names their axes itself.
+MEMORY = "/memory/"
+
 # Pattern of the parameter's path -> its logical axes.
 PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embedding/table", ("vocab", "width")),
     ("unembedding/kernel", ("width", "vocab")),
     ("final_norm/*", ("norm",)),
-    ("initial_fam", ("fam", "width")),
     ("layers/*_norm/*", ("layers", "norm")),
     ("layers/query/kernel", ("layers", "width", "heads", "head")),
     ("layers/key/kernel", ("layers", "width", "kv_heads", "head")),
@@ -62,7 +65,6 @@ PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("layers/up/kernel", ("layers", "width", "ff")),
     ("layers/gate/kernel", ("layers", "width", "ff")),
     ("layers/down/kernel", ("layers", "ff", "width")),
-    ("layers/initial_fam", ("layers", "fam", "width")),
 )
 
 
@@ -227,6 +229,10 @@ def logical_axes(path: str, ndim: int) -> tuple[str, ...] | None:
     if name in ("lora_a", "lora_b"):
         path = f"{group}/kernel"
     axes = next((axes for pattern, axes in PARAMETERS if fnmatch.fnmatch(path, pattern)), None)
+    if MEMORY in f"/{path}":
+        own = memory_parameter_axes(f"/{path}".partition(MEMORY)[2])
+        in_layers = ("layers",) if path.startswith("layers/") else ()
+        return own if own is None else (*in_layers, *own)
     if axes is None or path == f"{group}/{name}":
         return axes
     own = axes[1 : ndim - 1] if name == "lora_a" else axes[len(axes) - ndim + 2 :]

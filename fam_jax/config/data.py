@@ -1,70 +1,125 @@
-"""The data group of a config: its fields, and which of them belong to which task."""
+"""The data group: what a model is trained on."""
 
-import dataclasses
+from fam_jax.config.errors import ConfigError, require
+from fam_jax.config.fields import constraint_of, group, setting
+
+PASSKEY, TEXT, SEQIO, MIXED = "passkey", "text", "seqio", "text+passkey"
+PACKED = (TEXT, SEQIO)
 
 
-@dataclasses.dataclass(frozen=True)
+@group("data")
 class DataConfig:
-    """What is trained on. PassKey examples (section 3.2) are a key, filler, the question; all else is packed."""
+    """The training data. PassKey rows (section 3.2) are a key, filler and a question; all other data is packed."""
 
-    # passkey | text | text+passkey: batches of either | seqio:NAME, a task or mixture that `imports` registers
-    task: str = "passkey"
-    vocabulary: str = "passkey"  # passkey (shipped) | bytes | path of a SentencePiece model or tokenizer.json
-    add_bos: bool = False  # a text begins with the vocabulary's start token, as most open models were trained
-    # PassKey: lengths in blocks of the model.
-    digits: int = 5
-    stage_blocks: tuple[int, ...] = (2, 3, 4, 6, 9, 13, 18)  # filler length of each curriculum stage
-    min_filler_blocks: int = (
-        1  # filler of the first stage starts above this; of later ones, above the stage before
+    task: str = setting(
+        "passkey",
+        "passkey, text, text+passkey (batches of either), or seqio:NAME, a task or mixture that `imports` registers.",
     )
-    filler_step: int = 1  # fillers are multiples of so many tokens; divides model.block_size
-    advance_accuracy: float = 0.8  # running exact match at which the next stage begins
-    max_stage_steps: int = 0  # the next stage begins after so many steps all the same; 0 = never
-    longest_fraction: float = 0.5  # of batches at the current stage; the rest from earlier stages
-    prompt_weight: float = 0.01  # loss weight of all tokens but the answer, whose weight is 1
-    # Text and seqio: examples are joined, and cut into rows of one length.
-    sequence_length: int = 1024  # T, tokens; the last block of a row may be short
-    shuffle_batches: int = 8  # rows are shuffled within groups of so many batches
-    repeat_segment: int = 0  # tokens of a row that it has to repeat at its end (section 3.1); 0 = off
-    repeat_weight: float = 0.1  # loss weight of the repetition
-    # Text: files (*.jsonl: a document per line, under "text"), folders, patterns, or tfds:NAME:SPLIT.
-    train_files: tuple[str, ...] = ()
-    heldout_files: tuple[str, ...] = ()  # for evaluation
-    file_suffixes: tuple[str, ...] = (".txt",)  # files that count in a folder
-    imports: tuple[str, ...] = ()  # seqio: modules to import
-    # Text and PassKey in turns, drawn at random.
-    passkey_fraction: float = 0.5  # of batches that are PassKey's; the others are text
-    last_stage_passkey_fraction: float = 0.0  # the same from the curriculum's last stage on; 0 = no other
+    vocabulary: str = setting(
+        "passkey",
+        "passkey (ships with the package), bytes, or the path of a SentencePiece model or tokenizer.json.",
+        tasks=(PASSKEY, TEXT),
+    )
+    add_bos: bool = setting(
+        False,
+        "Begin each text with the vocabulary's start token, as most open models were trained.",
+        tasks=(PASSKEY, TEXT, SEQIO),
+    )
+    # PassKey. Lengths are in blocks of the model.
+    digits: int = setting(5, "Digits of a key.", minimum=1, maximum=9, tasks=(PASSKEY,))
+    stage_blocks: tuple[int, ...] = setting(
+        (2, 3, 4, 6, 9, 13, 18), "Longest filler of each stage of the curriculum, in blocks.", tasks=(PASSKEY,)
+    )
+    min_filler_blocks: int = setting(
+        1,
+        "Fillers of the first stage are longer than this; those of a later stage, than the stage before.",
+        minimum=0,
+        tasks=(PASSKEY,),
+    )
+    filler_step: int = setting(
+        1, "Filler lengths are multiples of this many tokens; divides model.block_size.", minimum=1, tasks=(PASSKEY,)
+    )
+    advance_accuracy: float = setting(
+        0.8, "Running exact match at which the next stage begins.", minimum=0, maximum=1, tasks=(PASSKEY,)
+    )
+    max_stage_steps: int = setting(
+        0, "Begin the next stage after this many steps in any case; 0: never.", minimum=0, tasks=(PASSKEY,)
+    )
+    longest_fraction: float = setting(
+        0.5,
+        "Fraction of batches from the current stage; the others are from earlier stages.",
+        minimum=0,
+        maximum=1,
+        tasks=(PASSKEY,),
+    )
+    prompt_weight: float = setting(
+        0.01, "Loss weight of every token outside the answer; the answer has weight 1.", minimum=0, tasks=(PASSKEY,)
+    )
+    # Text and seqio. Examples are joined and cut into rows of one length.
+    sequence_length: int = setting(
+        1024, "T, tokens of a row; its last block may be short.", minimum=2, tasks=PACKED
+    )
+    shuffle_batches: int = setting(8, "Rows are shuffled within groups of this many batches.", minimum=1, tasks=PACKED)
+    repeat_segment: int = setting(
+        0, "Tokens of a row that it has to repeat at its end (section 3.1); 0: off.", minimum=0, tasks=PACKED
+    )
+    repeat_weight: float = setting(0.1, "Loss weight of the repetition.", minimum=0, tasks=PACKED)
+    # Text.
+    train_files: tuple[str, ...] = setting(
+        (),
+        "Files, folders or patterns to train on (*.jsonl: a document per line, under \"text\"), or tfds:NAME:SPLIT.",
+        effect="execution",  # where the files are; the data state checks their contents
+        tasks=(TEXT,),
+    )
+    heldout_files: tuple[str, ...] = setting(
+        (), "Files to evaluate on, likewise.", effect="execution", tasks=(TEXT,)
+    )
+    file_suffixes: tuple[str, ...] = setting((".txt",), "Endings of the files that count in a folder.", tasks=(TEXT,))
+    # seqio.
+    imports: tuple[str, ...] = setting((), "Modules to import, which register tasks.", tasks=(SEQIO,))
+    # Batches of text and PassKey, chosen at random.
+    passkey_fraction: float = setting(
+        0.5, "Fraction of batches that are PassKey; the others are text.", minimum=0, maximum=1, tasks=(MIXED,)
+    )
+    last_stage_passkey_fraction: float = setting(
+        0.0,
+        "The same once the curriculum has reached its last stage; 0: no change.",
+        minimum=0,
+        maximum=1,
+        tasks=(MIXED,),
+    )
 
-
-# Fields that one kind of task reads; under others they must stay at their defaults.
-TASK_FIELDS = {
-    "passkey": ("digits", "stage_blocks", "min_filler_blocks", "filler_step", "advance_accuracy", "max_stage_steps",
-                "longest_fraction", "prompt_weight"),
-    "text": ("train_files", "heldout_files", "file_suffixes"),
-    "seqio": ("imports",),
-    "text or seqio": ("sequence_length", "shuffle_batches", "repeat_segment", "repeat_weight"),
-    "passkey or text": ("vocabulary",),
-    "passkey or text or seqio": ("add_bos",),
-    "text+passkey": ("passkey_fraction", "last_stage_passkey_fraction"),
-}  # fmt: skip
-
-
-def task_mistake(data: DataConfig) -> str:
-    """What is wrong with the choice of task, beginning with the field's name; empty if nothing is."""
-    kind, _, name = data.task.partition(":")
-    if data.task not in ("passkey", "text", "text+passkey") and not (kind == "seqio" and name):
-        return f"task: expected passkey, text, text+passkey or seqio:NAME, got {data.task!r}"
-    parts = {kind, *kind.split("+")}
-    for kinds, fields in TASK_FIELDS.items():
-        for field in fields:
-            if not parts & {*kinds.split(" or ")} and getattr(data, field) != getattr(DataConfig, field):
-                return f"{field}: belongs to the task {kinds}, but data.task is {data.task}; leave it at its default"
-    if "text" in parts and not data.train_files:
-        return f"train_files: the task {data.task} needs files to train on"
-    if "text" in parts and data.vocabulary == "passkey":
-        return (
-            "vocabulary: passkey has the words of its own task only; "
-            "for text set bytes or the path of a SentencePiece model"
+    def check(self) -> None:
+        """Raise :class:`ConfigError` if fields contradict each other or belong to another task."""
+        stages = self.stage_blocks
+        require(len(stages) > 0, "config.data.stage_blocks: must name at least one length")
+        require(
+            all(a < b for a, b in zip((self.min_filler_blocks, *stages), stages, strict=False)),
+            f"config.data.stage_blocks: must increase and lie above min_filler_blocks {self.min_filler_blocks}, "
+            f"got {stages}",
         )
-    return ""
+
+    def check_task(self) -> None:
+        """Raise :class:`ConfigError` if the task is unknown, lacks something, or has fields of another task."""
+        kind, _, name = self.task.partition(":")
+        if self.task not in (PASSKEY, TEXT, MIXED) and not (kind == SEQIO and name):
+            raise ConfigError(
+                f"config.data.task: expected passkey, text, text+passkey or seqio:NAME, got {self.task!r}"
+            )
+        parts = {kind, *kind.split("+")}
+        for name, field in self.__dataclass_fields__.items():  # type: ignore[attr-defined]
+            tasks = constraint_of(field).tasks
+            if tasks and not parts & {*tasks} and getattr(self, name) != field.default:
+                raise ConfigError(
+                    f"config.data.{name}: belongs to the task {' or '.join(tasks)}, but data.task is {self.task}; "
+                    "leave it at its default"
+                )
+        require(
+            TEXT not in parts or len(self.train_files) > 0,
+            f"config.data.train_files: the task {self.task} needs files to train on",
+        )
+        require(
+            TEXT not in parts or self.vocabulary != "passkey",
+            "config.data.vocabulary: passkey covers the words of its own task only; for text set bytes or the path "
+            "of a SentencePiece model",
+        )

@@ -1,15 +1,15 @@
-"""Mistakes of the user's."""
+"""Errors that are the user's to fix."""
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line; entry points print it and exit with code 2."""
+    """A mistake of the user. Its message is one line; programs print it and exit with code 2."""
 
 
 class ConfigError(UserError):
-    """A field of a config is unknown, of the wrong type, or cannot be combined with another."""
+    """A config field is unknown, has a wrong type or value, or contradicts another field."""
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises :class:`ConfigError` with `message` unless `condition` holds."""
+    """Raise :class:`ConfigError` with `message` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)

@@ -1,115 +1,149 @@
-"""The fields of a model, and what they must satisfy together."""
+"""The model group: the decoder and how its layers remember."""
 
 import dataclasses
 
 from fam_jax.config.errors import require
+from fam_jax.config.fields import group, setting
+from fam_jax.config.memory import MemoryConfig, memory_config_type
 
 
-@dataclasses.dataclass(frozen=True)
+def _default_memory() -> MemoryConfig:
+    return memory_config_type("fam")()
+
+
+@group("model", effect="parameters")
 class ModelConfig:
-    """The decoder. Letters are those of the shape legend in `fam_jax/model/__init__.py`."""
+    """The decoder. The letters in the descriptions are those of the shape legend in `fam_jax/layers/__init__.py`."""
 
-    vocab_size: int = 64  # V
-    num_layers: int = 3  # L
-    model_dim: int = 96  # D
-    num_heads: int = 4  # H
-    num_kv_heads: int = 4  # K: H is MHA, 1 is MQA, between them GQA
-    head_dim: int = 24  # hd, even (RoPE rotates pairs)
-    ff_dim: int = 384  # F
-    activation: str = "swiglu"  # swiglu | geglu | gelu
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
-    norm_epsilon: float = 1e-6
-    tie_embeddings: bool = True
-    scale_embeddings: bool = False  # multiply embeddings by sqrt(D) on their way in
-    logit_softcap: float = 0.0  # logits are softcap * tanh(logits / softcap); 0 = as they are
-    # What open checkpoints differ in (fam_jax/hf).
-    qkv_bias: bool = False  # of queries, keys and values
-    qk_norm: bool = False  # RMSNorm of the queries and keys of every head, before RoPE
-    query_pre_attn_scalar: float = 0.0  # scores are divided by its square root; 0 = head_dim
-    attention_softcap: float = 0.0  # as logit_softcap, of the attention scores
-    post_norms: bool = False  # norms of what attention and feed-forward add to the residual stream
-    norm_offset: bool = False  # the scale of a norm is 1 + its parameter
-    rope_base: float = 10_000.0
-    rope_scaling: str = "none"  # none | linear | llama3: how frequencies are lowered for longer contexts
-    rope_factor: float = 1.0  # by which they are at most divided
-    rope_low_freq_factor: float = 1.0  # llama3: wavelengths above rope_original_length / this: fully
-    rope_high_freq_factor: float = 4.0  # llama3: wavelengths below rope_original_length / this: not at all
-    rope_original_length: int = 8192  # llama3: tokens of context before scaling
-    # Kinds of layers, repeated over the depth: "global" as all else here says; "local" is sliding window attention.
-    layer_pattern: tuple[str, ...] = ("global",)
-    local_window: int = 0  # of local layers, which have no FAM
-    local_rope_base: float = 0.0  # of local layers, unscaled; 0 = as global layers
-    dtype: str = "float32"  # of activations; parameters are always float32
-    # Block Sliding Window Attention (section 2.1 of the paper).
-    block_size: int = 32  # C
-    memory_segments: int = 1  # m: past blocks that stay visible; 0 is allowed
-    stop_gradient: bool = False  # no gradient into cached keys and values (Transformer-XL)
-    window: int = 0  # if > 0, keys further back than window - 1 tokens are hidden too
-    # Feedback Attention Memory (section 2.2). fam_length 0 is plain BSWA.
-    fam_length: int = 8  # M
-    fam_init: str = "prompt"  # prompt | prefix (appendix B.1)
-    fam_positions: str = "last"  # last | float | zero (appendix B.2.1)
-    fam_previous_blocks: int = 1  # FAMs of how many past blocks a token sees (appendix B.4.2)
-    # Execution.
-    attention: str = "auto"  # auto | reference | xla | pallas (TPU) | pallas_interpret: see README
-    # What a layer keeps for its backward pass. none: everything. dots: the results of its projections and of attention.
-    # wide: of these the feed-forward's and attention's. full: nothing.
-    remat: str = "none"
+    vocab_size: int = setting(64, "V, entries of the embedding table.", minimum=1)
+    num_layers: int = setting(3, "L.", minimum=1)
+    model_dim: int = setting(96, "D, width of the residual stream.", minimum=1)
+    num_heads: int = setting(4, "H, query heads.", minimum=1)
+    num_kv_heads: int = setting(4, "K, key/value heads: H is MHA, 1 is MQA, between them GQA.", minimum=1)
+    head_dim: int = setting(24, "hd, width of a head; even, as RoPE rotates pairs.", minimum=1)
+    ff_dim: int = setting(384, "F, width of the feed-forward layer.", minimum=1)
+    activation: str = setting(
+        "swiglu", "Nonlinearity of the feed-forward layer.", choices=("swiglu", "geglu", "gelu")
+    )
+    norm: str = setting("rmsnorm", "Normalization layer.", choices=("rmsnorm", "layernorm"))
+    norm_epsilon: float = setting(1e-6, "Added to the variance in norms.", above=0)
+    tie_embeddings: bool = setting(True, "Use the embedding table for the logits too.")
+    scale_embeddings: bool = setting(False, "Multiply embeddings by sqrt(D) at the input.")
+    logit_softcap: float = setting(
+        0.0, "Logits become softcap * tanh(logits / softcap); 0 turns it off.", minimum=0
+    )
+    # Options in which open checkpoints differ (fam_jax/hf).
+    qkv_bias: bool = setting(False, "Add a bias to queries, keys and values.")
+    qk_norm: bool = setting(False, "Apply RMSNorm to the queries and keys of every head before RoPE.")
+    query_pre_attn_scalar: float = setting(
+        0.0, "Attention scores are divided by the square root of this; 0 means head_dim.", minimum=0
+    )
+    attention_softcap: float = setting(0.0, "Like logit_softcap, for attention scores.", minimum=0)
+    post_norms: bool = setting(
+        False, "Normalize the outputs of attention and feed-forward before they join the residual stream."
+    )
+    norm_offset: bool = setting(False, "The scale of a norm is 1 + its parameter.")
+    rope_base: float = setting(10_000.0, "Base of RoPE's wavelengths.", above=1)
+    rope_scaling: str = setting(
+        "none", "How RoPE's frequencies are lowered for longer contexts.", choices=("none", "linear", "llama3")
+    )
+    rope_factor: float = setting(1.0, "Largest factor by which frequencies are divided.", minimum=1)
+    rope_low_freq_factor: float = setting(
+        1.0, "llama3: wavelengths above rope_original_length / this are scaled fully."
+    )
+    rope_high_freq_factor: float = setting(
+        4.0, "llama3: wavelengths below rope_original_length / this are not scaled."
+    )
+    rope_original_length: int = setting(8192, "llama3: context length before scaling, in tokens.", minimum=1)
+    layer_pattern: tuple[str, ...] = setting(
+        ("global",),
+        "Layer types, repeated over the depth. Global layers have the memory of model.memory; local layers have "
+        "sliding window attention.",
+    )
+    local_window: int = setting(0, "Window of local layers, in tokens.", minimum=0)
+    local_rope_base: float = setting(
+        0.0, "RoPE base of local layers, unscaled; 0 means that of global layers."
+    )
+    dtype: str = setting(
+        "float32",
+        "Dtype of activations. Parameters are float32.",
+        choices=("float32", "bfloat16", "float64"),
+        effect="state",
+    )
+    block_size: int = setting(32, "C, tokens of a block: memory changes at block borders.", minimum=1, effect="state")
+    memory: MemoryConfig = dataclasses.field(default_factory=_default_memory)
+    attention: str = setting(
+        "auto",
+        "Attention implementation; pallas needs a TPU. The table in docs/architecture.md says which runs where.",
+        choices=("auto", "reference", "xla", "pallas", "pallas_interpret"),
+        effect="execution",
+    )
+    remat: str = setting(
+        "none",
+        "What a layer keeps for its backward pass. none: everything. dots: results of projections and attention. "
+        "wide: those of feed-forward and attention. full: nothing.",
+        choices=("none", "dots", "wide", "full"),
+        effect="execution",
+    )
 
+    @property
+    def memory_segments(self) -> int:
+        """Return m, the number of past blocks whose keys and values stay visible."""
+        return self.memory.cached_blocks(self.block_size)
 
-def validate_model(model: ModelConfig) -> None:
-    """Raises :class:`ConfigError` if fields contradict each other; ranges are checked by `fam_jax.config.validate`."""
-    require(
-        model.num_heads % model.num_kv_heads == 0,
-        f"config.model.num_kv_heads: {model.num_kv_heads} does not divide num_heads {model.num_heads}",
-    )
-    require(model.head_dim % 2 == 0, f"config.model.head_dim: must be even for RoPE, got {model.head_dim}")
-    require(
-        model.fam_length <= model.block_size,
-        f"config.model.fam_length: {model.fam_length} is longer than block_size {model.block_size}",
-    )
-    require(model.norm_epsilon > 0, f"config.model.norm_epsilon: must be positive, got {model.norm_epsilon}")
-    require(model.rope_base > 1, f"config.model.rope_base: must be above 1, got {model.rope_base}")
-    require(
-        not model.attention.startswith("pallas") or model.block_size % 128 == 0,
-        f"config.model.attention: {model.attention} needs a block_size that is a multiple of 128, "
-        f"got {model.block_size}",
-    )
-    require(
-        model.attention != "pallas_interpret" or model.remat == "none",
-        f"config.model.remat: the interpreter of pallas_interpret cannot run under it, got {model.remat}; set none",
-    )
-    reach = model.memory_segments * model.block_size + 1
-    for field in ("window", "local_window"):
+    def check(self) -> None:
+        """Raise :class:`ConfigError` if fields contradict each other."""
         require(
-            getattr(model, field) <= reach,
-            f"config.model.{field}: {getattr(model, field)} is further back than every token can see, which is "
-            f"memory_segments * block_size + 1 = {reach}",
+            self.num_heads % self.num_kv_heads == 0,
+            f"config.model.num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}",
         )
-    _validate_variants(model)
+        require(self.head_dim % 2 == 0, f"config.model.head_dim: must be even for RoPE, got {self.head_dim}")
+        require(
+            not self.attention.startswith("pallas") or self.block_size % 128 == 0,
+            f"config.model.attention: {self.attention} needs a block_size that is a multiple of 128, "
+            f"got {self.block_size}",
+        )
+        require(
+            self.attention != "pallas_interpret" or self.remat == "none",
+            f"config.model.remat: pallas_interpret cannot run under rematerialization, got {self.remat}; set none",
+        )
+        self._check_variants()
+        self._check_layer_types()
+        self.memory.check_model(self)
 
+    def _check_variants(self) -> None:
+        """Check the options in which open checkpoints differ."""
+        require(
+            not (self.attention.startswith("pallas") and self.attention_softcap),
+            f"config.model.attention: {self.attention} does not support attention_softcap; set auto, xla or "
+            "reference",
+        )
+        require(
+            self.rope_scaling != "llama3" or 0 < self.rope_low_freq_factor < self.rope_high_freq_factor,
+            f"config.model.rope_low_freq_factor: must be above 0 and below rope_high_freq_factor "
+            f"{self.rope_high_freq_factor}, got {self.rope_low_freq_factor}",
+        )
+        require(
+            self.local_rope_base == 0 or self.local_rope_base > 1,
+            f"config.model.local_rope_base: must be above 1, or 0 for rope_base, got {self.local_rope_base}",
+        )
 
-def _validate_variants(model: ModelConfig) -> None:
-    """What open checkpoints differ in."""
-    require(
-        not (model.attention.startswith("pallas") and model.attention_softcap),
-        f"config.model.attention: {model.attention} has no attention_softcap; set auto, xla or reference",
-    )
-    require(
-        model.rope_scaling != "llama3" or 0 < model.rope_low_freq_factor < model.rope_high_freq_factor,
-        f"config.model.rope_low_freq_factor: must be above 0 and below rope_high_freq_factor "
-        f"{model.rope_high_freq_factor}, got {model.rope_low_freq_factor}",
-    )
-    pattern = model.layer_pattern
-    require(
-        0 < len(pattern) <= model.num_layers and set(pattern) <= {"global", "local"},
-        f"config.model.layer_pattern: expected 1 to num_layers {model.num_layers} of global and local, got {pattern}",
-    )
-    require(
-        ("local" in pattern) == (model.local_window > 0),
-        f"config.model.local_window: is of the local layers in layer_pattern, {pattern}, got {model.local_window}",
-    )
-    require(
-        model.local_rope_base == 0 or model.local_rope_base > 1,
-        f"config.model.local_rope_base: must be above 1, or 0 for rope_base, got {model.local_rope_base}",
-    )
+    def _check_layer_types(self) -> None:
+        pattern = self.layer_pattern
+        require(
+            0 < len(pattern) <= self.num_layers and set(pattern) <= {"global", "local"},
+            f"config.model.layer_pattern: expected 1 to num_layers {self.num_layers} entries, each global or local, "
+            f"got {pattern}",
+        )
+        require(
+            ("local" in pattern) == (self.local_window > 0),
+            f"config.model.local_window: set it if and only if layer_pattern has local layers; layer_pattern is "
+            f"{pattern}, local_window is {self.local_window}",
+        )
+        for name, window in (("memory.window", self.memory.window), ("local_window", self.local_window)):
+            reach = self.memory_segments * self.block_size + 1
+            require(
+                window <= reach,
+                f"config.model.{name}: {window} exceeds what every token can see, "
+                f"memory_segments * block_size + 1 = {reach}",
+            )

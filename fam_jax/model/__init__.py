@@ -1,24 +1,21 @@
-"""The decoder: Block Sliding Window Attention with Feedback Attention Memory.
+"""The decoder: layers, the memory that its config names, and the state that streams carry.
 
-Letters for axes, here and in every einsum: B batch, T tokens, S keys, C block, M FAM length, N blocks, L layers,
-D width, H query heads, K key/value heads, G = H / K, hd head width, F feed-forward width, V vocabulary, m memory
-segments, R previous FAMs that a token sees. Blocks are counted from 0; F_tau is the FAM after block tau, F_{-1} the
-starting one.
+The letters for axes are those of `fam_jax/layers/__init__.py`.
 """
 
 from fam_jax.model.lora import create_model
-from fam_jax.model.memory import LayerMemory, Memory, empty_memory, with_fam
 from fam_jax.model.parameters import count_parameters, from_dict, to_dict
+from fam_jax.model.state import StreamState, empty_state, passed_on, with_passed_on
 from fam_jax.model.transformer import Transformer
 
 __all__ = [
-    "LayerMemory",
-    "Memory",
+    "StreamState",
     "Transformer",
     "count_parameters",
     "create_model",
-    "empty_memory",
+    "empty_state",
     "from_dict",
+    "passed_on",
     "to_dict",
-    "with_fam",
+    "with_passed_on",
 ]

@@ -1,53 +1,129 @@
-"""The kinds of layers that a decoder mixes: which layer is of which kind, and the config that each kind goes by.
+"""The types of layers that a decoder mixes, each with its memory.
 
-Parameters and memories of all layers are stacked alike, whatever their kind, and one scan goes over all of them. Only
-what differs, attention and its positions, is chosen per layer by `jax.lax.switch`, so compile time grows with the
-number of kinds and not with depth. All of a kind is static: a local layer spends no time on FAM or on what lies
-beyond its window.
+Parameters and states of all layers are stacked alike, whatever their type, and one scan goes over all of them. Only
+what differs is chosen per layer by `jax.lax.switch`, so compile time grows with the number of types and not with depth.
+A type is static: a local layer spends no time on a memory that it does not have, or on keys beyond its window.
 """
 
-import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fam_jax.config import ModelConfig
-from fam_jax.model.rope import Rope, rope_of
+from fam_jax.config import ConfigError, ModelConfig
+from fam_jax.layers.decoder_layer import DecoderLayer
+from fam_jax.memories.interface import Memory, Stream, Tail
+from fam_jax.memories.registry import memory_class
+from fam_jax.memories.window import BlockSlidingWindowAttention, local_model
+from fam_jax.memories.window_cache import Position
 
 
-class Kind(NamedTuple):
-    """What the layers of one kind share."""
-
-    config: ModelConfig
-    rope: Rope
+def memory_of(model: ModelConfig) -> Memory:
+    """Return the memory of a model's global layers."""
+    return memory_class(model.memory.kind)(model)
 
 
-def kinds_of(config: ModelConfig) -> tuple[Kind, ...]:
-    """Every kind that `config.layer_pattern` names, once."""
-    found = dict.fromkeys(config.layer_pattern)
-    configs = [_local(config) if name == "local" else config for name in found]
-    return tuple(Kind(kind, rope_of(kind)) for kind in configs)
+class LayerTypes(NamedTuple):
+    """The memories of a model's layers."""
+
+    # Of the global layers; its state is that of all layers.
+    main: Memory
+    # One per type, in the order of their first layers.
+    memories: tuple[Memory, ...]
+    # (L,) int32 index of each layer's type.
+    of_layers: np.ndarray
+
+    def enter_at(self) -> Any:
+        """Return what `Memory.enter` needs in each layer, (L, ...) stacked."""
+        each = [self.main.enter_at(memory.rope) for memory in self.memories]
+        return jax.tree.map(lambda *x: jnp.stack(x)[jnp.asarray(self.of_layers)], *each)
 
 
-def kind_of_layers(config: ModelConfig) -> jax.Array:
-    """(L,) int32 index of every layer's kind in :func:`kinds_of`."""
-    names = list(dict.fromkeys(config.layer_pattern))
-    pattern = [names.index(name) for name in config.layer_pattern]
-    return jnp.asarray(np.resize(pattern, config.num_layers), jnp.int32)
+def layer_types(model: ModelConfig) -> LayerTypes:
+    """Return the types of a model's layers.
+
+    Raises:
+      ConfigError: local layers beside a memory that has to pass through all layers.
+    """
+    names = list(dict.fromkeys(model.layer_pattern))
+    main = memory_of(model)
+    memories = tuple(
+        main if name == "global" else BlockSlidingWindowAttention(local_model(model)) for name in names
+    )
+    if len(memories) > 1 and main.order == "segment":
+        raise ConfigError(
+            f"config.model.layer_pattern: {model.memory.kind} needs global layers only, got {model.layer_pattern}"
+        )
+    pattern = [names.index(name) for name in model.layer_pattern]
+    return LayerTypes(main, memories, np.resize(pattern, model.num_layers).astype(np.int32))
 
 
-def visible_segments(config: ModelConfig) -> int:
-    """Blocks before its own that a token sees keys of: at most m, and no more than the window reaches into."""
-    if not config.window:
-        return config.memory_segments
-    return min(config.memory_segments, -(-(config.window - 1) // config.block_size))
+def read_blocks(
+    memories: Sequence[Memory],
+    at: Sequence[Any],
+    which: jax.Array,
+    layer: DecoderLayer,
+    x: jax.Array,
+    state: Any,
+    streams: Stream,
+) -> tuple[jax.Array, Any, Stream]:
+    """Read a chunk through a layer of type `which` (): see :meth:`Memory.read_blocks`."""
+    if len(memories) == 1:
+        return memories[0].read_blocks(layer, x, state, streams, at[0])
+    if all(memory.shares_projections for memory in memories):
+        # Only attention stands in the branches: what a branch keeps for the backward pass is kept for every branch.
+        branches = [
+            lambda *args, memory=memory, at=at: memory.attend_blocks(layer, *args, at)
+            for memory, at in zip(memories, at, strict=True)
+        ]
+        attended, state = jax.lax.switch(which, branches, *layer.project(x), state)
+        return layer.finish(attended, x), state, streams
+    whole = [
+        lambda *args, memory=memory, at=at: memory.read_blocks(layer, *args, at)
+        for memory, at in zip(memories, at, strict=True)
+    ]
+    return jax.lax.switch(which, whole, x, state, streams)
 
 
-def _local(config: ModelConfig) -> ModelConfig:
-    """Sliding window attention without FAM."""
-    local = dataclasses.replace(config, window=config.local_window, fam_length=0)
-    if not config.local_rope_base:
-        return local
-    return dataclasses.replace(local, rope_base=config.local_rope_base, rope_scaling="none")
+def read_piece(
+    memories: Sequence[Memory],
+    at: Sequence[Any],
+    which: jax.Array,
+    layer: DecoderLayer,
+    x: jax.Array,
+    state: Any,
+) -> tuple[jax.Array, Tail]:
+    """Read a piece through a layer of type `which` (): see :meth:`Memory.read_piece`."""
+    if len(memories) == 1:
+        return memories[0].read_piece(layer, x, state, at[0])
+    if all(memory.shares_projections for memory in memories):
+        branches = [
+            lambda *args, memory=memory, at=at: memory.attend_piece(*args, at)
+            for memory, at in zip(memories, at, strict=True)
+        ]
+        attended, tail = jax.lax.switch(which, branches, *layer.project(x), state)
+        return layer.finish(attended, x), tail
+    whole = [
+        lambda *args, memory=memory, at=at: memory.read_piece(layer, *args, at)
+        for memory, at in zip(memories, at, strict=True)
+    ]
+    return jax.lax.switch(which, whole, x, state)
+
+
+def close_block(
+    memories: Sequence[Memory],
+    which: jax.Array,
+    layer: DecoderLayer,
+    state: Any,
+    stream: Stream,
+    position: Position,
+) -> tuple[Any, Stream]:
+    """Write a complete block into the state of a layer of type `which` (): see :meth:`Memory.close_block`."""
+    if len(memories) == 1:
+        return memories[0].close_block(layer, state, stream, position)
+    branches = [
+        lambda *args, memory=memory: memory.close_block(layer, *args, position) for memory in memories
+    ]
+    return jax.lax.switch(which, branches, state, stream)

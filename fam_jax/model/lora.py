@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from fam_jax.config import Config, ConfigError, LoraConfig
-from fam_jax.model.layers import LOW_RANK, FrozenParam, Linear
+from fam_jax.layers.decoder_layer import LOW_RANK, FrozenParam, Linear
 from fam_jax.model.parameters import flatten, to_dict, unflatten
 from fam_jax.model.transformer import Transformer
 

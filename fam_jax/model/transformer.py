@@ -8,29 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fam_jax.config import ModelConfig
+from fam_jax.config import ModelConfig, ceil_div
 from fam_jax.kernels import soft_cap
-from fam_jax.model.blocks import chunk_frames, read_blocks
-from fam_jax.model.fam import local_rotation, prompt_step
-from fam_jax.model.fsdp import embed, gather_layer, keep_rows
-from fam_jax.model.layer_types import kind_of_layers, kinds_of
-from fam_jax.model.layers import (
+from fam_jax.layers.decoder_layer import (
     LOW_RANK,
     PROJECTIONS,
     DecoderLayer,
     Linear,
     Norm,
     embedding_stddev,
-    initial_fam,
 )
-from fam_jax.model.memory import LayerMemory, Memory, empty_memory
-from fam_jax.model.pieces import close_blocks, extend_memory, piece_frames, read_piece
-from fam_jax.model.rope import Rotation, rotate
+from fam_jax.layers.fsdp import embed, gather_layer, keep_rows
+from fam_jax.memories.interface import Memory, Stream, choose_rows, write_tail
+from fam_jax.memories.window_cache import Position, with_past_slots
+from fam_jax.model.layer_types import LayerTypes, close_block, layer_types, read_blocks, read_piece
+from fam_jax.model.state import StreamState, empty_state
 
-# The results of attention are kept beside those of products, lest its kernels run twice.
+# Attention results are kept beside those of products; otherwise the attention kernels would run twice.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(*PROJECTIONS, "block_attention"),
-    # Queries, keys, values and the output are formed again.
+    # Queries, keys, values and the output are computed again.
     "wide": jax.checkpoint_policies.save_only_these_names("gate", "up", LOW_RANK, "block_attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -47,231 +44,286 @@ class Embedding(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """TransformerFAM, or TransformerBSWA where `config.fam_length` is 0.
+    """A decoder with the memory that its config names.
 
-    Holds parameters and nothing else. `logits, memory = model(tokens, memory)` reads tokens; any division of a
-    sequence into calls gives the same logits.
+    Holds parameters and nothing else. `logits, state = model(tokens, state)` reads tokens; any division of a sequence
+    into calls gives the same logits.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
+        memory = layer_types(config).main
         self.embedding = Embedding(config, rngs=rngs)
-        self.layers = _stacked_layers(config, rngs)
+        self.layers = _stacked_layers(config, memory, rngs)
         self.final_norm = Norm(config)
         tied = config.tie_embeddings
         self.unembedding = (
             None if tied else Linear("unembedding", (config.model_dim,), (config.vocab_size,), rngs=rngs)
         )
-        has_prompt = config.fam_length > 0 and config.fam_init == "prompt"
-        self.initial_fam = nnx.Param(initial_fam(config, rngs)) if has_prompt else None
+        self.memory: Any = memory.model_parameters(rngs)
 
     def __call__(
         self,
         tokens: jax.Array,
-        memory: Memory,
+        state: StreamState,
         *,
         lengths: jax.Array | None = None,
         aligned: bool = False,
         position_offset: jax.Array | None = None,
-    ) -> tuple[jax.Array, Memory]:
-        """Reads tokens (B, T); see :meth:`hidden`. Returns float32 logits (B, T, V) and the memory after them."""
-        hidden, memory = self.hidden(
-            tokens, memory, lengths=lengths, aligned=aligned, position_offset=position_offset
+    ) -> tuple[jax.Array, StreamState]:
+        """Read tokens (B, T); see :meth:`hidden`. Return float32 logits (B, T, V) and the state after them."""
+        hidden, state = self.hidden(
+            tokens, state, lengths=lengths, aligned=aligned, position_offset=position_offset
         )
-        return self.logits(hidden), memory
+        return self.logits(hidden), state
 
     def hidden(
         self,
         tokens: jax.Array,
-        memory: Memory,
+        state: StreamState,
         *,
         lengths: jax.Array | None = None,
         aligned: bool = False,
         position_offset: jax.Array | None = None,
-    ) -> tuple[jax.Array, Memory]:
-        """The normalised activations (B, T, D) that logits are a linear function of, and the memory after.
+    ) -> tuple[jax.Array, StreamState]:
+        """Return the normalized activations (B, T, D) that logits are a linear function of, and the state after.
 
         Args:
           tokens: (B, T) int32, T > 0.
-          memory: from :meth:`init_memory` or an earlier call.
-          lengths: (B,) int32, how many of each row's tokens are real: the first ones, at most T; the others leave no
-            trace in memory, and their activations mean nothing. None: all of them.
-          aligned: the caller's promise that every row stands at a block border. All blocks then go through each layer
-            at once: the way to train and to prefill.
+          state: from :meth:`init_state` or an earlier call.
+          lengths: (B,) int32, how many of each row's tokens are real: the first ones, at most T. The others leave no
+            trace in the state, and their activations mean nothing. None: all of them.
+          aligned: promise that every row is at a block border. All blocks then go through each layer at once; the way
+            to train and to prefill.
           position_offset: (B,) int32 added to all positions (random position offset, appendix B.2.2).
 
         Raises:
           ValueError: no tokens, or `lengths` with `aligned`, or `position_offset` without it.
         """
         if tokens.shape[1] == 0:
-            raise ValueError("there are no tokens to read: the model needs at least one")
+            raise ValueError("tokens: there are none; the model reads at least one")
         if aligned:
             if lengths is not None:
-                raise ValueError("an aligned call takes no lengths: all its tokens are real")
-            return self._read_aligned(tokens, memory, position_offset)
+                raise ValueError("lengths: an aligned call takes none, as all its tokens are real")
+            position = dataclasses.replace(state.position, offset=position_offset)
+            state = dataclasses.replace(state, position=position)
+            in_turn = layer_types(self.config).main.order == "segment"
+            out, state = self._read_in_turn(tokens, state) if in_turn else self._read_aligned(tokens, state)
+            return out, dataclasses.replace(state, position=dataclasses.replace(state.position, offset=None))
         if position_offset is not None:
-            raise ValueError("a position offset is for training, which makes aligned calls")
+            raise ValueError("position_offset: only training uses it, by aligned calls")
         if lengths is None:
             lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-        return self._read_anywhere(tokens, memory, jnp.minimum(lengths, tokens.shape[1]))
+        return self._read_anywhere(tokens, state, jnp.minimum(lengths, tokens.shape[1]))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """(..., D) activations from :meth:`hidden` to (..., V) logits, in float32 (float64 for float64)."""
+        """Return logits (..., V) of activations (..., D) from :meth:`hidden`, in float32 (float64 for float64)."""
         return self.logits_from(self.output_table, hidden)
 
     @property
     def output_table(self) -> jax.Array:
-        """What logits are formed with: the embedding table (V, D) if tied, else the unembedding's kernel (D, V)."""
+        """Return the array that forms logits: the embedding table (V, D) if tied, else the unembedding (D, V)."""
         if self.unembedding is not None:
             return self.unembedding.kernel[...]
         return self.embedding.table[...]
 
     def logits_from(self, table: jax.Array, hidden: jax.Array) -> jax.Array:
-        """:meth:`logits` with another array in place of :attr:`output_table`."""
+        """Return :meth:`logits` formed with another array in place of :attr:`output_table`."""
         product = "...d,vd->...v" if self.unembedding is None else "...d,dv->...v"
         dtype = jnp.promote_types(hidden.dtype, jnp.float32)
         logits = jnp.einsum(product, hidden, table.astype(hidden.dtype), preferred_element_type=dtype)
         return soft_cap(logits, self.config.logit_softcap)
 
-    def init_memory(self, batch_size: int) -> Memory:
-        """The memory of `batch_size` streams that have read nothing; holds the initial FAM of every layer."""
-        config = self.config
-        memory = empty_memory(config, batch_size)
-        if config.fam_length == 0:
-            return memory
-        graphdef, state = nnx.split(self.layers)
-        own = _own_rotations(config)
+    def init_state(self, batch_size: int) -> StreamState:
+        """Return the state of `batch_size` streams that have read nothing."""
+        types = layer_types(self.config)
+        state = empty_state(self.config, batch_size, memory=types.main)
+        shared = types.main.start_shared(self.memory, batch_size)
+        return self._enter(types, dataclasses.replace(state, shared=shared))
 
-        def body(
-            prompt: jax.Array | None, xs: tuple[nnx.State, Rotation]
-        ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
-            layer = nnx.merge(graphdef, gather_layer(xs[0], config.dtype))
-            fam, prompt = _initial_fam(layer, prompt, xs[1])
-            fam = fam.astype(config.dtype)
-            _, k, v = layer.project(fam[None])
-            return prompt, (fam, rotate(k, xs[1])[0], v[0])
+    def _enter(self, types: LayerTypes, state: StreamState) -> StreamState:
+        """Fill in what does not depend on tokens, in all layers."""
+        graphdef, parameters = nnx.split(self.layers)
 
-        _, (fam, k, v) = jax.lax.scan(body, self._prompt(), (state, own))
+        def body(stream: Stream, xs: Any) -> tuple[Stream, Any]:
+            layer_parameters, layer_state, at = xs
+            layer = nnx.merge(graphdef, gather_layer(layer_parameters, self.config))
+            layer_state, stream = types.main.enter(layer, layer_state, stream, at)
+            return stream, layer_state
 
-        def start(into: jax.Array, initial: jax.Array) -> jax.Array:
-            return jnp.broadcast_to(initial[:, None], into.shape).astype(into.dtype)
+        stream = types.main.enter_stream(self.memory, state.shared)
+        _, layers = jax.lax.scan(body, stream, (parameters, state.layers, types.enter_at()))
+        return dataclasses.replace(state, layers=layers)
 
-        layers = memory.layers
-        layers = dataclasses.replace(
-            layers,
-            fam=start(layers.fam, fam),
-            fam_keys=layers.fam_keys.at[:, :, 0].set(start(layers.fam_keys[:, :, 0], k)),
-            fam_values=layers.fam_values.at[:, :, 0].set(start(layers.fam_values[:, :, 0], v)),
-        )
-        return dataclasses.replace(memory, layers=layers)
+    def _read_aligned(self, tokens: jax.Array, state: StreamState) -> tuple[jax.Array, StreamState]:
+        """Read a chunk layer by layer, all blocks at once."""
+        config, length, position = self.config, tokens.shape[1], state.position
+        types, full = layer_types(config), length // config.block_size
+        memory, cached = types.main, state.layers.keys.shape[2]
+        at = [each.blocks_at(position, length, cached) for each in types.memories]
+        graphdef, parameters = nnx.split(self.layers)
 
-    def _read_aligned(
-        self, tokens: jax.Array, memory: Memory, position_offset: jax.Array | None
-    ) -> tuple[jax.Array, Memory]:
-        config, length = self.config, tokens.shape[1]
-        kinds = [(kind, chunk_frames(kind, memory, length, position_offset)) for kind in kinds_of(config)]
-        graphdef, state = nnx.split(self.layers)
-
-        def body(
-            carry: Any, xs: tuple[nnx.State, LayerMemory, jax.Array, Rotation]
-        ) -> tuple[Any, LayerMemory]:
-            x, prompt = carry
-            layer, layer_memory, which, own = nnx.merge(graphdef, gather_layer(xs[0], config.dtype)), *xs[1:]
+        def body(carry: Any, xs: Any) -> tuple[Any, Any]:
+            x, entering, closing = carry
+            layer_parameters, layer_state, which, enter_at = xs
+            layer = nnx.merge(graphdef, gather_layer(layer_parameters, config))
             x = keep_rows(x)
-            initial, prompt = _initial_fam(layer, prompt, own)
-            carried = layer_memory.fam
-            start = jnp.where(memory.carries_context[:, None, None], carried, initial.astype(carried.dtype))
-            x, layer_memory = read_blocks(layer, kinds, which, x, layer_memory, start)
-            return (x, prompt), layer_memory
+            entered, entering = memory.enter(layer, layer_state, entering, enter_at)
+            layer_state = choose_rows(position.carries_context, layer_state, entered)
+            x, layer_state, closing = read_blocks(types.memories, at, which, layer, x, layer_state, closing)
+            return (x, entering, closing), layer_state
 
         if config.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-        per_layer = (state, memory.layers, kind_of_layers(config), _own_rotations(config))
-        (x, _), layers = jax.lax.scan(body, (self._embed(tokens), self._prompt()), per_layer)
-        full = length // config.block_size
-        updated = config.fam_length > 0 and full > 0
-        after = Memory(
-            layers=layers,
-            carries_context=memory.carries_context | updated,
-            blocks=memory.blocks + full,
-            filled=jnp.full_like(memory.filled, length % config.block_size),
+        closing = memory.close_stream(self.memory, state.shared, tokens.shape[0])
+        if closing is not None:
+            closing = jnp.broadcast_to(closing, (full, *closing.shape))
+        start = (self._embed(tokens), memory.enter_stream(self.memory, state.shared), closing)
+        per_layer = (parameters, state.layers, jnp.asarray(types.of_layers), types.enter_at())
+        (x, *_), layers = jax.lax.scan(body, start, per_layer)
+        after = dataclasses.replace(
+            position,
+            carries_context=position.carries_context | (config.memory.has_state and full > 0),
+            blocks=position.blocks + full,
+            filled=jnp.full_like(position.filled, length % config.block_size),
         )
-        return self.final_norm(x), after
+        return self.final_norm(x), dataclasses.replace(state, layers=layers, position=after)
+
+    def _read_in_turn(self, tokens: jax.Array, state: StreamState) -> tuple[jax.Array, StreamState]:
+        """Read a chunk block after block, each through all layers: for memories whose top feeds the bottom."""
+        size, batch = self.config.block_size, tokens.shape[0]
+        full, rest = divmod(tokens.shape[1], size)
+        state = self._with_initial(state)
+
+        def body(state: StreamState, block: jax.Array) -> tuple[StreamState, jax.Array]:
+            hidden, state = self._read_tokens(block, state, jnp.full(batch, size, jnp.int32))
+            return self._close(state), hidden
+
+        parts = []
+        if full:
+            blocks = tokens[:, : full * size].reshape(batch, full, size).swapaxes(0, 1)
+            state, hidden = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, blocks)
+            parts.append(hidden.swapaxes(0, 1).reshape(batch, full * size, -1))
+        if rest:
+            count = jnp.full(batch, rest, jnp.int32)
+            hidden, state = self._read_tokens(tokens[:, full * size :], state, count)
+            parts.append(hidden)
+        return jnp.concatenate(parts, axis=1), state
+
+    def _with_initial(self, state: StreamState) -> StreamState:
+        """Give rows that carry no context the state that the weights decide, and all rows room for past blocks."""
+        types, position = layer_types(self.config), state.position
+        batch = state.batch_size
+        padded = jax.vmap(lambda layer: with_past_slots(layer, self.config.memory_segments))(state.layers)
+        start = types.main.start_shared(self.memory, batch)
+        shared = start if state.shared is None else choose_rows(position.carries_context, state.shared, start)
+        state = dataclasses.replace(state, layers=padded, shared=shared)
+        entered = self._enter(types, state)
+        if types.main.order == "segment":
+            return entered  # computed from the shared state in every row
+        layers = jax.vmap(lambda old, new: choose_rows(position.carries_context, old, new))(
+            state.layers, entered.layers
+        )
+        return dataclasses.replace(state, layers=layers)
 
     def _read_anywhere(
-        self, tokens: jax.Array, memory: Memory, lengths: jax.Array
-    ) -> tuple[jax.Array, Memory]:
+        self, tokens: jax.Array, state: StreamState, lengths: jax.Array
+    ) -> tuple[jax.Array, StreamState]:
+        """Read up to `lengths` (B,) tokens of each row from wherever it is, piece by piece."""
         batch, length = tokens.shape
         size = self.config.block_size
         width = min(length, size)
         if length == 1:
-            return self._read_piece(tokens, memory, lengths)
+            return self._read_piece(tokens, state, lengths)
         rows, index = np.arange(batch)[:, None], np.arange(width)
 
         def step(carry: Any, _: None) -> tuple[Any, None]:
-            memory, read, out = carry
-            count = jnp.clip(jnp.minimum(lengths - read, size - memory.filled), 0, width)
+            state, read, out = carry
+            count = jnp.clip(jnp.minimum(lengths - read, size - state.position.filled), 0, width)
             source = read[:, None] + index
             piece = tokens[rows, jnp.minimum(source, length - 1)]
-            hidden, memory = self._read_piece(piece, memory, count)
+            hidden, state = self._read_piece(piece, state, count)
             target = jnp.where(index < count[:, None], source, length)  # beyond the end: dropped
-            return (memory, read + count, out.at[rows, target].set(hidden, mode="drop")), None
+            return (state, read + count, out.at[rows, target].set(hidden, mode="drop")), None
 
         # The first piece may take one token only, to the end of its block; each later one takes up to a block.
-        pieces = 1 + -(-(length - 1) // size)
+        pieces = 1 + ceil_div(length - 1, size)
         out = jnp.zeros((batch, length, self.config.model_dim), self.config.dtype)
-        (memory, _, out), _ = jax.lax.scan(step, (memory, jnp.zeros_like(lengths), out), None, length=pieces)
-        return out, memory
+        (state, _, out), _ = jax.lax.scan(step, (state, jnp.zeros_like(lengths), out), None, length=pieces)
+        return out, state
 
-    def _read_piece(self, tokens: jax.Array, memory: Memory, count: jax.Array) -> tuple[jax.Array, Memory]:
-        """Reads the first `count` (B,) tokens of each row of (B, W), none of which may cross a block border."""
-        config = self.config
-        kinds = [(kind, piece_frames(kind, memory, tokens.shape[1])) for kind in kinds_of(config)]
-        graphdef, state = nnx.split(self.layers)
+    def _read_piece(
+        self, tokens: jax.Array, state: StreamState, count: jax.Array
+    ) -> tuple[jax.Array, StreamState]:
+        """Read the first `count` (B,) tokens of each row of (B, W), none across a block border; close full blocks."""
+        hidden, state = self._read_tokens(tokens, state, count)
+        full = state.position.filled == self.config.block_size
 
-        def body(
-            x: jax.Array, xs: tuple[nnx.State, LayerMemory, jax.Array]
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            layer, layer_memory, which = nnx.merge(graphdef, gather_layer(xs[0], config.dtype)), *xs[1:]
-            return read_piece(layer, kinds, which, x, layer_memory)
+        def close(state: StreamState) -> StreamState:
+            closed = self._close(state)
+            by_layer = jax.vmap(lambda new, old: choose_rows(full, new, old))
+            return StreamState(
+                layers=by_layer(closed.layers, state.layers),
+                shared=choose_rows(full, closed.shared, state.shared),
+                position=choose_rows(full, closed.position, state.position),
+            )
 
-        per_layer = (state, memory.layers, kind_of_layers(config))
-        x, (keys, values) = jax.lax.scan(body, self._embed(tokens), per_layer)
-        memory = close_blocks(self.layers, config, extend_memory(memory, keys, values, count))
-        return self.final_norm(x), memory
+        # Costs nothing beyond the test while no row's block is full.
+        return hidden, jax.lax.cond(full.any(), close, lambda state: state, state)
+
+    def _read_tokens(
+        self, tokens: jax.Array, state: StreamState, count: jax.Array
+    ) -> tuple[jax.Array, StreamState]:
+        """Read a piece and write it into the unfinished block."""
+        config, position = self.config, state.position
+        types = layer_types(config)
+        at = [memory.piece_at(position, tokens.shape[1]) for memory in types.memories]
+        graphdef, parameters = nnx.split(self.layers)
+
+        def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+            layer_parameters, layer_state, which = xs
+            layer = nnx.merge(graphdef, gather_layer(layer_parameters, config))
+            return read_piece(types.memories, at, which, layer, x, layer_state)
+
+        per_layer = (parameters, state.layers, jnp.asarray(types.of_layers))
+        x, tail = jax.lax.scan(body, self._embed(tokens), per_layer)
+        layers = write_tail(state.layers, tail, position.filled, count, stacked=True)
+        position = dataclasses.replace(position, filled=position.filled + count)
+        return self.final_norm(x), dataclasses.replace(state, layers=layers, position=position)
+
+    def _close(self, state: StreamState) -> StreamState:
+        """Write the unfinished block, taken to be full in every row, into the state."""
+        config, types = self.config, layer_types(self.config)
+        graphdef, parameters = nnx.split(self.layers)
+
+        def body(stream: Stream, xs: Any) -> tuple[Stream, Any]:
+            layer_parameters, layer_state, which = xs
+            layer = nnx.merge(graphdef, gather_layer(layer_parameters, config))
+            layer_state, stream = close_block(
+                types.memories, which, layer, layer_state, stream, state.position
+            )
+            return stream, layer_state
+
+        stream = types.main.close_stream(self.memory, state.shared, state.batch_size)
+        per_layer = (parameters, state.layers, jnp.asarray(types.of_layers))
+        stream, layers = jax.lax.scan(body, stream, per_layer)
+        position = dataclasses.replace(
+            state.position.next_block(writes=config.memory.has_state),
+            filled=jnp.zeros_like(state.position.filled),
+        )
+        closed = StreamState(layers, types.main.top(self.final_norm, stream), position)
+        return self._enter(types, closed) if types.main.order == "segment" else closed
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         x = embed(self.embedding.table[...], tokens, self.config.dtype)
         return x * self.config.model_dim**0.5 if self.config.scale_embeddings else x
 
-    def _prompt(self) -> jax.Array | None:
-        """(M, D) learned vectors at the level of embeddings."""
-        return None if self.initial_fam is None else self.initial_fam[...].astype(self.config.dtype)
 
-
-def _own_rotations(config: ModelConfig) -> Rotation:
-    """Rotation (L, M, 1, hd/2) of every layer's FAM in the frame of the block that follows it."""
-    kinds = [local_rotation(config, kind.rope) for kind in kinds_of(config)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *kinds)
-    return stacked[kind_of_layers(config)]
-
-
-def _initial_fam(
-    layer: DecoderLayer, prompt: jax.Array | None, own: Rotation
-) -> tuple[jax.Array, jax.Array | None]:
-    """A layer's initial FAM (M, D), and the prompt stream above the layer (appendix B.1)."""
-    if prompt is not None:
-        return prompt, prompt_step(layer, prompt, own)
-    if layer.initial_fam is not None:
-        return layer.initial_fam[...], None
-    return jnp.zeros(()), None  # no FAM: broadcasts against (B, 0, D)
-
-
-def _stacked_layers(config: ModelConfig, rngs: nnx.Rngs) -> DecoderLayer:
-    """One layer whose every parameter has a leading L axis."""
+def _stacked_layers(config: ModelConfig, memory: Memory, rngs: nnx.Rngs) -> DecoderLayer:
+    """Create one layer whose every parameter has a leading L axis."""
 
     def create(key: jax.Array) -> DecoderLayer:
-        return DecoderLayer(config, rngs=nnx.Rngs(key))
+        return DecoderLayer(config, rngs=nnx.Rngs(key), memory=memory.layer_parameters)
 
     keys = jax.random.split(rngs.params(), config.num_layers)
     graphdef = nnx.graphdef(nnx.eval_shape(create, keys[0]))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from fam_jax.config import ModelConfig
 from fam_jax.sharding import ROW_AXES, parameter_spec
 
 FSDP = "fsdp"
@@ -24,7 +25,7 @@ def is_spread() -> bool:
     return not mesh.empty and mesh.shape.get(FSDP, 1) > 1
 
 
-def gather_layer(state: Any, dtype: str) -> Any:
+def gather_layer(state: Any, config: ModelConfig) -> Any:
     """The state of one layer, out of the stack, with whole kernels in `dtype`.
 
     What the table of parameters does not spread over fsdp is left as it is, in its own dtype.
@@ -36,7 +37,7 @@ def gather_layer(state: Any, dtype: str) -> Any:
     def gather(path: Any, x: jax.Array) -> jax.Array:
         name = "layers/" + jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         spec = P(*parameter_spec(name, (1, *x.shape), mesh)[1:])
-        return gather_weight(x, spec, dtype) if FSDP in spec else x
+        return gather_weight(x, spec, config.dtype) if FSDP in spec else x
 
     return jax.tree_util.tree_map_with_path(gather, state)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fam_jax.model.rope import Rope, Rotation, rotate
+from fam_jax.layers.rope import Rope, Rotation, rotate
 from tests.model.tiny import quick_jit, variant
 from tests.oracle.naive import _rope as naive_rope
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,20 @@ class Norm(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention projections and feed-forward; the same weights serve tokens and FAM (section 2.2)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        memory: Callable[[nnx.Rngs], nnx.Module | None] = lambda _: None,
+    ):
+        """Create parameters.
+
+        Args:
+          config: of the model.
+          rngs: of the initial values.
+          memory: creates the parameters that the layer has for its memory.
+        """
         width, heads, kv_heads, head_dim = (
             config.model_dim,
             config.num_heads,
@@ -108,8 +122,7 @@ class DecoderLayer(nnx.Module):
         self.gate = Linear("gate", (width,), (config.ff_dim,), rngs=rngs) if gated else None
         self.down = Linear("down", (config.ff_dim,), (width,), rngs=rngs)
         self.ff_post_norm = Norm(config) if config.post_norms else None
-        has_prefix = config.fam_length > 0 and config.fam_init == "prefix"
-        self.initial_fam = nnx.Param(initial_fam(config, rngs)) if has_prefix else None
+        self.memory: Any = memory(rngs)
 
     def linears(self) -> dict[str, Linear]:
         """Every projection of the layer by name."""
@@ -148,12 +161,6 @@ class DecoderLayer(nnx.Module):
             hidden = nonlinearity(apply(self.gate, h)) * up
         down = apply(self.down, hidden)
         return x + (down if self.ff_post_norm is None else self.ff_post_norm(down))
-
-
-def initial_fam(config: ModelConfig, rngs: nnx.Rngs) -> jax.Array:
-    """(M, D) learned vectors, at the scale of embeddings (appendix B.1)."""
-    shape = (config.fam_length, config.model_dim)
-    return jax.random.normal(rngs.params(), shape, jnp.float32) * embedding_stddev(config)
 
 
 def embedding_stddev(config: ModelConfig) -> float:

@@ -1,0 +1,154 @@
+"""A whole experiment: all groups together, built from the nested dict or ConfigDict of a config file."""
+
+import dataclasses
+import difflib
+import json
+import typing
+from typing import Any
+
+import ml_collections
+
+from fam_jax.config.data import DataConfig
+from fam_jax.config.errors import ConfigError, require
+from fam_jax.config.fields import check_type, field_types
+from fam_jax.config.format1 import moved_field
+from fam_jax.config.memory import MemoryConfig, check_memory_field, memory_config_type
+from fam_jax.config.model import ModelConfig
+from fam_jax.config.training import EvaluateConfig, LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole experiment. `help()` of each group lists its fields."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009 (it is frozen)
+    data: DataConfig = DataConfig()  # noqa: RUF009
+    train: TrainConfig = TrainConfig()  # noqa: RUF009
+    evaluate: EvaluateConfig = EvaluateConfig()  # noqa: RUF009
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009
+    lora: LoraConfig = LoraConfig()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        self.data.check_task()
+        remembers = self.model.memory.has_state
+        require(
+            self.train.random_state_passing == 0 or remembers,
+            f"config.train.random_state_passing: {self.model.memory.kind} has no state beyond its window to pass on",
+        )
+        require(
+            self.model.block_size % self.data.filler_step == 0,
+            f"config.data.filler_step: {self.data.filler_step} does not divide model.block_size "
+            f"{self.model.block_size}",
+        )
+        require(
+            not self.evaluate.ablations or remembers,
+            f"config.evaluate.ablations: {self.model.memory.kind} has no state beyond its window to ablate",
+        )
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Return all fields at their defaults, to be edited by a config file."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def resolve(values: Any) -> Config:
+    """Build a :class:`Config` from a ConfigDict or nested dict.
+
+    Raises:
+      ConfigError: a field is unknown, has the wrong type, or contradicts another.
+    """
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    return _build(Config, values, "config")
+
+
+def to_json(config: Config) -> str:
+    """Return the config as indented JSON; :func:`resolve` of its parse gives the config back."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
+
+
+def changed(config: Config, **groups: dict[str, Any]) -> Config:
+    """Return `config` with fields replaced by group: `changed(config, train={"steps": 5})`.
+
+    Raises:
+      ConfigError: a value is not allowed.
+    """
+    new = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in groups.items()}
+    return dataclasses.replace(config, **new)
+
+
+def field_type(path: str, kind: str | None = None) -> Any:
+    """Return the type of the field at `path`, such as "config.model.num_layers".
+
+    Args:
+      path: with dots.
+      kind: of memory, whose fields config.model.memory has; None accepts the fields of any kind.
+
+    Raises:
+      ConfigError: there is no such field, or it is a group of fields.
+    """
+    found: Any = Config
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        prefix, name = ".".join(parts[:end]), parts[end]
+        if not dataclasses.is_dataclass(found):
+            raise ConfigError(f"{path}: {prefix} is not a group of fields")
+        if found is MemoryConfig:
+            found = _memory_field_type(kind, name, prefix)
+        else:
+            found = _field_type(typing.cast(type, found), name, prefix)
+    if dataclasses.is_dataclass(found):
+        first = next(iter(field_types(found)))
+        raise ConfigError(f"{path}: is a group of fields; set one of them, such as {path}.{first}")
+    return found
+
+
+def check_field(path: str) -> None:
+    """Raise :class:`ConfigError` unless `path`, such as "config.model.num_layers", names a field."""
+    field_type(path)
+
+
+def _memory_field_type(kind: str | None, name: str, path: str) -> Any:
+    from fam_jax.memories.registry import memory_kinds
+
+    if kind is None:
+        kind = next((k for k in memory_kinds() if name in field_types(memory_config_type(k))), memory_kinds()[0])
+    check_memory_field(kind, name, path)
+    return field_types(memory_config_type(kind))[name]
+
+
+def _field_type(cls: type, name: str, path: str) -> Any:
+    types = field_types(cls)
+    if name in types:
+        return types[name]
+    if moved := moved_field(f"{path}.{name}"):
+        raise ConfigError(f"{path}.{name}: is now {moved}")
+    near = difflib.get_close_matches(name, types, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"{path} has {', '.join(types)}"
+    raise ConfigError(f"{path}.{name}: no such field; {hint}")
+
+
+def _build(cls: Any, values: Any, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a group of fields, got {values!r}")
+    if cls is MemoryConfig:
+        kind = values.get("kind", "fam")
+        cls = memory_config_type(kind, path)
+        for name in values:
+            check_memory_field(kind, name, path)
+    types = {name: _field_type(cls, name, path) for name in values}
+    return cls(**{name: _convert(types[name], value, f"{path}.{name}") for name, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path)
+    if isinstance(value, list) and typing.get_origin(kind) is tuple:
+        value = tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind == tuple[float, ...] and isinstance(value, tuple):
+        value = tuple(float(entry) if isinstance(entry, int) else entry for entry in value)
+    check_type(kind, value, path)
+    return value

@@ -1,0 +1,183 @@
+"""Declaration of config fields: default, meaning, range and effect, said once, where the field stands.
+
+A group of fields is a frozen dataclass made by :func:`group`. It checks its own values whenever it is built, from a
+config file, from the command line or in Python.
+"""
+
+import dataclasses
+import functools
+import math
+import textwrap
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, dataclass_transform
+
+from fam_jax.config.errors import ConfigError
+
+T = TypeVar("T")
+
+Effect = Literal["parameters", "state", "training", "execution"]
+"""What a change of a field changes.
+
+parameters: what the parameters are or mean. state: what a stream's state holds. training: what training computes.
+execution: speed, memory, reports, or how long a run takes; it may change whenever a run is resumed.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """The metadata of a field."""
+
+    doc: str
+    minimum: float | None = None
+    maximum: float | None = None
+    # An upper limit that the value must stay below.
+    below: float | None = None
+    # A lower limit that the value must exceed.
+    above: float | None = None
+    choices: tuple[str, ...] = ()
+    effect: Effect | None = None
+    # The data tasks that read the field; empty: all.
+    tasks: tuple[str, ...] = ()
+
+
+def setting(
+    default: T,
+    doc: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+    effect: Effect | None = None,
+    tasks: tuple[str, ...] = (),
+) -> T:
+    """Declare a field of a group.
+
+    Args:
+      default: its value unless set otherwise.
+      doc: its meaning, shown by `help` and by `--help`.
+      minimum: lowest allowed value.
+      maximum: highest allowed value.
+      below: the value must be smaller than this.
+      above: the value must be larger than this.
+      choices: allowed words; for a tuple, of each entry.
+      effect: what a change of it changes; default: that of its group.
+      tasks: the data tasks that read it; default: all.
+    """
+    constraint = Constraint(doc, minimum, maximum, below, above, choices, effect, tasks)
+    return dataclasses.field(default=default, metadata={"constraint": constraint})  # type: ignore[return-value]
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(setting, dataclasses.field))
+def group(path: str, *, effect: Effect = "training") -> Callable[[type[T]], type[T]]:
+    """Make a class a group of fields: a frozen dataclass that checks its values when it is built.
+
+    Args:
+      path: where its fields are in a config, such as "model"; used in error messages.
+      effect: what a change of its fields changes, unless a field says otherwise.
+
+    A class may define `check(self)`, which raises :class:`ConfigError` if fields contradict each other.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        def post_init(self: Any) -> None:
+            check_values(self)
+            if hasattr(self, "check"):
+                self.check()
+
+        cls.__post_init__ = post_init  # type: ignore[attr-defined]
+        made = dataclasses.dataclass(frozen=True)(cls)
+        made.config_path = path  # type: ignore[attr-defined]
+        made.default_effect = effect  # type: ignore[attr-defined]
+        made.__doc__ = _document(made)
+        return made
+
+    return decorate
+
+
+def constraint_of(field: dataclasses.Field) -> Constraint:
+    """Return the constraint that a field was declared with."""
+    return field.metadata.get("constraint", Constraint(""))
+
+
+def effect_of(cls: Any, field: dataclasses.Field) -> Effect:
+    """Return what a change of a field of the group `cls` changes."""
+    return constraint_of(field).effect or cls.default_effect
+
+
+def fields_with_effect(cls: Any, *effects: Effect, prefix: str = "") -> set[str]:
+    """Return the paths of all fields of a group, and of the groups in it, whose change has one of `effects`."""
+    found = set()
+    for field in dataclasses.fields(cls):
+        kind = field_types(cls)[field.name]
+        if dataclasses.is_dataclass(kind):
+            found |= fields_with_effect(kind, *effects, prefix=f"{prefix}{field.name}.")
+        elif effect_of(cls, field) in effects:
+            found.add(prefix + field.name)
+    return found
+
+
+@functools.lru_cache
+def field_types(cls: Any) -> dict[str, Any]:
+    """Return the resolved type of every field of a group."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def check_values(values: Any) -> None:
+    """Raise :class:`ConfigError` if a field of a group has the wrong type or lies outside its range."""
+    for field in dataclasses.fields(values):
+        value, path = getattr(values, field.name), f"config.{values.config_path}.{field.name}"
+        kind = field_types(type(values))[field.name]
+        if not dataclasses.is_dataclass(kind):
+            check_type(kind, value, path)
+            _check_range(constraint_of(field), value, path)
+
+
+def check_type(kind: Any, value: Any, path: str) -> None:
+    """Raise :class:`ConfigError` unless `value` is of the type of a field; an int will do for a float."""
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        if not isinstance(value, tuple):
+            raise ConfigError(f"{path}: expected a list of {item.__name__}, got {value!r}")
+        for entry in value:
+            check_type(item, entry, path)
+    elif isinstance(value, bool) != (kind is bool) or not isinstance(
+        value, (int, float) if kind is float else kind
+    ):
+        raise ConfigError(f"{path}: expected {kind.__name__}, got {value!r}")
+
+
+def _check_range(limits: Constraint, value: Any, path: str) -> None:
+    for entry in value if isinstance(value, tuple) else (value,):
+        if limits.choices and entry not in limits.choices:
+            raise ConfigError(f"{path}: expected one of {', '.join(limits.choices)}, got {entry!r}")
+        if isinstance(entry, bool) or not isinstance(entry, int | float):
+            continue
+        if not math.isfinite(entry):
+            raise ConfigError(f"{path}: must be a finite number, got {entry}")
+        low, high = limits.minimum, limits.maximum
+        if low is not None and high is not None and not low <= entry <= high:
+            raise ConfigError(f"{path}: must be between {low:g} and {high:g}, got {entry}")
+        if low is not None and limits.below is not None and not low <= entry < limits.below:
+            raise ConfigError(f"{path}: must be at least {low:g} and below {limits.below:g}, got {entry}")
+        if low is not None and entry < low:
+            raise ConfigError(f"{path}: must be at least {low:g}, got {entry}")
+        if high is not None and entry > high:
+            raise ConfigError(f"{path}: must be at most {high:g}, got {entry}")
+        if limits.above is not None and entry <= limits.above:
+            raise ConfigError(f"{path}: must be above {limits.above:g}, got {entry}")
+
+
+def _document(cls: Any) -> str:
+    """Return the docstring of a group with the meaning of every field appended."""
+    lines = [textwrap.dedent(cls.__doc__ or "").rstrip(), "", "Fields:"]
+    for field in dataclasses.fields(cls):
+        limits = constraint_of(field)
+        choices = f" One of {', '.join(limits.choices)}." if limits.choices else ""
+        default = "" if field.default is dataclasses.MISSING else f" Default: {field.default!r}."
+        text = f"{field.name}: {limits.doc}{choices}{default}"
+        lines += textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,61 @@
+"""Configs and arrays as version 0.1 of the package wrote them (format 1), under their names of today (format 2)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+FORMAT = 2
+
+# Fields of ModelConfig that moved into its memory group.
+MOVED = {
+    "memory_segments": "segments",
+    "window": "window",
+    "stop_gradient": "stop_gradient",
+    "fam_length": "length",
+    "fam_init": "init",
+    "fam_positions": "positions",
+    "fam_previous_blocks": "previous_blocks",
+}
+# The fields of MOVED that both kinds of memory of format 1 had.
+OF_WINDOWS = ("memory_segments", "window", "stop_gradient")
+
+
+def moved_field(path: str) -> str | None:
+    """Return where a config field of format 1 is today, or None if it did not move."""
+    group, _, name = path.rpartition(".")
+    return f"{group}.memory.{MOVED[name]}" if group.endswith("model") and name in MOVED else None
+
+
+def upgrade_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model group of format 2 for one of format 1: FAM, or BSWA where `fam_length` was 0."""
+    has_fam = model.get("fam_length", 0) > 0
+    names = MOVED if has_fam else OF_WINDOWS
+    memory = {"kind": "fam" if has_fam else "bswa"}
+    memory |= {MOVED[name]: model[name] for name in names if name in model}
+    return {name: value for name, value in model.items() if name not in MOVED} | {"memory": memory}
+
+
+def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a nested dict of format 2 for one of format 1."""
+    new = dict(config)
+    if isinstance(model := config.get("model"), Mapping):
+        new["model"] = upgrade_model(model)
+    if isinstance(lora := config.get("lora"), Mapping) and "train" in lora:
+        new["lora"] = {**lora, "train": ["*memory/*" if p == "*initial_fam" else p for p in lora["train"]]}
+    return new
+
+
+def upgrade_array_name(name: str) -> str:
+    """Return the name of an array of a checkpoint or memory file, such as layers/initial_fam, in format 2."""
+    if name in STATE_NAMES:
+        return STATE_NAMES[name]
+    head, slash, last = name.rpartition("/")
+    return f"{head}{slash}memory/initial_fam" if last == "initial_fam" else name
+
+
+STATE_NAMES = {
+    "saved_fam": "carried/fam",
+    "has_saved_fam": "has_carried",
+    "carries_context": "position.carries_context",
+    "blocks": "position.blocks",
+    "filled": "position.filled",
+}

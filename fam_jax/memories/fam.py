@@ -1,0 +1,374 @@
+"""Feedback Attention Memory (section 2.2, algorithm 2): each layer attends to its own latent vectors of the last block."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, require, setting
+from fam_jax.kernels import Part, multi_part_attention
+from fam_jax.layers.decoder_layer import DecoderLayer, embedding_stddev
+from fam_jax.layers.rope import Rope, Rotation, rotate
+from fam_jax.memories.chain import ChainAttention, ChainInputs, run_chain, update_vectors
+from fam_jax.memories.interface import Stream
+from fam_jax.memories.window import BlockSlidingWindowConfig, ChunkFrames, ExtraKeys, Window
+from fam_jax.memories.window_cache import (
+    PieceFrames,
+    Position,
+    WindowState,
+    empty_window,
+    piece_frames,
+    shift_window,
+)
+
+
+@group("model.memory", effect="state")
+class FamConfig(BlockSlidingWindowConfig):
+    """Feedback Attention Memory beside Block Sliding Window Attention."""
+
+    kind: str = setting("fam", "The architecture.")
+    length: int = setting(
+        8, "M, feedback vectors of a layer; 0 is Block Sliding Window Attention.", minimum=0, effect="parameters"
+    )
+    init: str = setting(
+        "prompt",
+        "Initial FAM. prompt: learned vectors that rise through the layers. prefix: learned vectors of each layer "
+        "(appendix B.1).",
+        choices=("prompt", "prefix"),
+        effect="parameters",
+    )
+    positions: str = setting(
+        "last",
+        "Positions of FAM (appendix B.2.1). last: those of the last M tokens of its block. float: spread between "
+        "two blocks. zero: the beginning of the stream.",
+        choices=("last", "float", "zero"),
+    )
+    previous_blocks: int = setting(
+        1, "R, past blocks whose FAM a token sees (appendix B.4.2).", minimum=1
+    )
+
+    parameter_axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"initial_fam": ("slots", "width")}
+
+    @property
+    def has_state(self) -> bool:
+        """Return whether there is a FAM."""
+        return self.length > 0
+
+    @property
+    def extra_keys(self) -> int:
+        """Return R * M."""
+        return self.previous_blocks * self.length
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise :class:`ConfigError` if FAM is longer than the block that it takes its positions from."""
+        require(
+            self.length <= model.block_size,
+            f"config.model.memory.length: {self.length} is longer than block_size {model.block_size}",
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FamState(WindowState):
+    """The window's cache and FAM of one layer."""
+
+    # (B, M, D) feedback vectors after the last complete block.
+    fam: Any
+    # (B, R, M, K, hd) keys, rotated in FAM's own frame, and values of the last R FAMs, newest first.
+    fam_keys: Any
+    fam_values: Any
+
+
+class InitialFam(nnx.Module):
+    """Learned vectors (M, D) at the scale of embeddings (appendix B.1)."""
+
+    def __init__(self, model: ModelConfig, length: int, rngs: nnx.Rngs):
+        vectors = jax.random.normal(rngs.params(), (length, model.model_dim), jnp.float32)
+        self.initial_fam = nnx.Param(vectors * embedding_stddev(model))
+
+
+class FamFrames(NamedTuple):
+    """Frames of a chunk with FAM."""
+
+    window: ChunkFrames
+    # (B or 1, R + full blocks, 1, 1, hd/2), from the own frame of F_{-R} .. F_last.
+    fams: Rotation
+    # (M, 1, hd/2), in the own frame of a FAM.
+    own_fam: Rotation
+    # (B, N) feedback keys that exist; None: all.
+    fam_count: jax.Array | None
+    # (B,) bool.
+    carries_context: jax.Array
+
+
+class FamPieceFrames(NamedTuple):
+    """Frames of a piece with FAM."""
+
+    window: PieceFrames
+    # R of (B, W, 1, hd/2), into the frame of each FAM, newest first.
+    fams: list[Rotation]
+    # R of (B, 1, 1).
+    fam_masks: list[jax.Array]
+
+
+class FeedbackAttentionMemory(Window[FamState]):
+    """M vectors per layer that attend to themselves and to a block, and that the next block's tokens attend to.
+
+    The recurrence stays within a layer and passes through M vectors per block. So each layer projects all tokens at
+    once, updates FAM over the blocks by a scan (M / C of the tokens' work), and then lets all tokens attend at once.
+    """
+
+    Config: ClassVar[type[MemoryConfig]] = FamConfig
+    State: ClassVar[type[WindowState]] = FamState
+    learned_fields = ("fam", "fam_keys", "fam_values")
+    passed_fields = ("fam",)
+
+    config: FamConfig
+
+    def __init__(self, model: ModelConfig):
+        super().__init__(model)
+        assert isinstance(model.memory, FamConfig)
+        self.config = model.memory
+
+    def layer_parameters(self, rngs: nnx.Rngs) -> nnx.Module | None:
+        """Create the initial FAM of a layer, if each layer has its own."""
+        return self._initial(rngs) if self.config.init == "prefix" else None
+
+    def model_parameters(self, rngs: nnx.Rngs) -> nnx.Module | None:
+        """Create the prompt from which all layers' initial FAMs are computed, unless each has its own."""
+        return self._initial(rngs) if self.config.init == "prompt" else None
+
+    def _initial(self, rngs: nnx.Rngs) -> InitialFam | None:
+        return InitialFam(self.model, self.config.length, rngs) if self.config.length else None
+
+    def initial_parameters(self, table: jax.Array, seed: int) -> Mapping[str, jax.Array]:
+        """Return the embeddings of random tokens, as they enter the first layer, for the initial FAM.
+
+        As usual for learned prompts (Lester et al. 2021): the layers know vectors of this kind and norm, whatever
+        scale the base's embeddings have.
+        """
+        model, config = self.model, self.config
+        if not config.length:
+            return {}
+        layers = (model.num_layers,) if config.init == "prefix" else ()
+        rows = jax.random.randint(jax.random.key(seed), (*layers, config.length), 0, table.shape[0])
+        factor = model.model_dim**0.5 if model.scale_embeddings else 1.0
+        path = "layers/memory/initial_fam" if layers else "memory/initial_fam"
+        return {path: table[rows].astype(jnp.float32) * factor}
+
+    def empty(self, batch_size: int, *, past_slots: bool = True) -> FamState:
+        """Return the window's empty cache and zeros for FAM."""
+        model, config = self.model, self.config
+        keys = (batch_size, config.previous_blocks, config.length, model.num_kv_heads, model.head_dim)
+        return FamState(
+            **empty_window(model, batch_size, past_slots=past_slots),
+            fam=jnp.zeros((batch_size, config.length, model.model_dim), model.dtype),
+            fam_keys=jnp.zeros(keys, model.dtype),
+            fam_values=jnp.zeros(keys, model.dtype),
+        )
+
+    def state_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Return the logical axes of a layer's state."""
+        fam = ("batch", None, None, "kv_heads", None)
+        return super().state_axes() | {"fam": ("batch", None, None), "fam_keys": fam, "fam_values": fam}
+
+    def enter_at(self, rope: Rope) -> Rotation:
+        """Return the rotation (M, 1, hd/2) of FAM in the frame of the block that follows it."""
+        return self._own_rotation(rope)
+
+    def enter_stream(self, parameters: Any, shared: Any) -> Stream:
+        """Return the prompt (1, M, D)."""
+        return None if parameters is None else parameters.initial_fam[...].astype(self.model.dtype)[None]
+
+    def enter(
+        self, layer: DecoderLayer, state: FamState, stream: Stream, at: Any
+    ) -> tuple[FamState, Stream]:
+        """Set the initial FAM, and pass the prompt up through the layer (appendix B.1)."""
+        if not self.config.length:
+            return state, stream
+        if stream is not None:
+            initial, stream = stream, raise_prompt(layer, stream, at)
+        else:
+            assert layer.memory is not None
+            initial = layer.memory.initial_fam[...][None]
+        initial = initial.astype(state.fam.dtype)
+        _, k, v = layer.project(initial)
+
+        def newest(fams: jax.Array, x: jax.Array) -> jax.Array:
+            return fams.at[:, 0].set(jnp.broadcast_to(x, fams[:, 0].shape).astype(fams.dtype))
+
+        state = dataclasses.replace(
+            state,
+            fam=jnp.broadcast_to(initial, state.fam.shape),
+            fam_keys=newest(state.fam_keys, rotate(k, at)),
+            fam_values=newest(state.fam_values, v),
+        )
+        return state, stream
+
+    def blocks_at(self, position: Position, length: int, cached: int) -> FamFrames:
+        """Return the frames of a chunk."""
+        rope, size, previous = self.rope, self.model.block_size, self.config.previous_blocks
+        full, blocks = length // size, ceil_div(length, size)
+        shift = jnp.zeros(1, jnp.int32) if position.offset is None else position.offset
+        fam_blocks = np.arange(-(previous - 1), full + 1)  # the block that follows each FAM
+        if self.config.positions == "zero":
+            # Position zero of the stream is as many blocks before the chunk as the row has read.
+            fams = rope.at(-position.blocks, unit=size)[:, None, None]
+            fams = fams.map(lambda x: jnp.broadcast_to(x, (x.shape[0], len(fam_blocks), *x.shape[2:])))
+        else:
+            fams = rope.at(shift[:, None] + size * fam_blocks)[:, :, None]
+        existing = jnp.minimum(position.blocks[:, None] + np.arange(1, blocks + 1), previous)
+        return FamFrames(
+            window=super().blocks_at(position, length, cached),
+            fams=fams,
+            own_fam=self._own_rotation(rope),
+            fam_count=existing * self.config.length if previous > 1 else None,
+            carries_context=position.carries_context,
+        )
+
+    def window_frames(self, at: FamFrames) -> ChunkFrames:
+        """Return the window's part of the frames."""
+        return at.window
+
+    def extra_of_blocks(
+        self, layer: DecoderLayer, k: jax.Array, v: jax.Array, state: FamState, at: FamFrames
+    ) -> tuple[ExtraKeys, FamState]:
+        """Update FAM over the complete blocks; return the R * M feedback keys of each block, newest FAM first."""
+        if not self.config.length:
+            return super().extra_of_blocks(layer, k, v, state, at)
+        previous, blocks = self.config.previous_blocks, ceil_div(k.shape[1], self.model.block_size)
+        fam, chain_k, chain_v = self._update_by_block(layer, k, v, state.fam, at)
+        _, last_k, last_v = layer.project(fam)
+
+        # All FAMs in order of time, in their own frames: older ones from the state, those before each block, the last.
+        def in_order(older: jax.Array, chained: jax.Array, last: jax.Array) -> jax.Array:
+            return jnp.concatenate([older[:, :0:-1], chained.swapaxes(0, 1), last[:, None]], axis=1)
+
+        fresh_k = rotate(jnp.concatenate([chain_k, last_k[None]]), at.own_fam)
+        keys = in_order(state.fam_keys, fresh_k[:-1], fresh_k[-1])  # (B, R + full, M, K, hd)
+        values = in_order(state.fam_values, chain_v, last_v)
+
+        def seen(a: jax.Array) -> jax.Array:
+            """(B, N, R * M, K, hd): for each block the R FAMs before it, newest first."""
+            return jnp.concatenate([a[:, i : i + blocks] for i in range(previous - 1, -1, -1)], axis=2)
+
+        newest = slice(-1, -previous - 1, -1)
+        state = dataclasses.replace(
+            state, fam=fam, fam_keys=keys[:, newest], fam_values=values[:, newest]
+        )
+        return ExtraKeys(seen(rotate(keys, at.fams)), seen(values), at.fam_count), state
+
+    def _update_by_block(
+        self, layer: DecoderLayer, k: jax.Array, v: jax.Array, fam: jax.Array, at: FamFrames
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return FAM after the complete blocks of rotated keys and values, and keys and values of those before."""
+        model, previous = self.model, self.config.previous_blocks
+        batch, length, kv_heads, head_dim = k.shape
+        full = length // model.block_size
+        if full == 0:
+            nothing = jnp.zeros((0, batch, self.config.length, kv_heads, head_dim), k.dtype)
+            return fam, nothing, nothing
+        # The rotation of the FAM before each block: its own, then that of its frame in the chunk.
+        before = at.fams[:, previous - 1 : previous - 1 + full]
+        rotation = at.own_fam.after(before).map(lambda r: r.swapaxes(0, 1))  # (N, B or 1, M, 1, hd/2)
+        keep = at.carries_context[None] | (np.arange(full) > 0)[:, None]
+        keys, values = (x.reshape(batch, length, -1) for x in (k, v))
+        inputs = ChainInputs(keys, values, rotation, jnp.broadcast_to(keep, (full, batch)))
+        attention = ChainAttention(model.block_size, model.attention_softcap, model.attention)
+        fam, (chain_k, chain_v) = run_chain(layer, fam, inputs, attention)
+        return fam, chain_k, chain_v
+
+    def piece_at(self, position: Position, width: int) -> FamPieceFrames:
+        """Return the frames of a piece."""
+        size, previous = self.model.block_size, range(self.config.previous_blocks)
+        window = piece_frames(self.model, self.rope, position, width)
+        if self.config.positions == "zero":
+            place = window.own.after(self.rope.at(position.blocks, unit=size)[:, None])
+            if position.offset is not None:
+                place = place.after(self.rope.at(position.offset)[:, None])
+            fams = [place for _ in previous]
+        else:
+            fams = [window.own.after(self.rope.static(np.asarray(r * size))) for r in previous]
+        return FamPieceFrames(window, fams, [(position.blocks >= r)[:, None, None] for r in previous])
+
+    def window_piece_frames(self, at: FamPieceFrames) -> PieceFrames:
+        """Return the window's part of the frames."""
+        return at.window
+
+    def extra_of_piece(self, q: jax.Array, state: FamState, at: FamPieceFrames) -> list[Part]:
+        """Return the last R FAMs' keys and values."""
+        if not self.config.length:
+            return []
+        return [
+            Part(rotate(q, rotation), state.fam_keys[:, r], state.fam_values[:, r], mask)
+            for r, (rotation, mask) in enumerate(zip(at.fams, at.fam_masks, strict=True))
+        ]
+
+    def close_block(
+        self, layer: DecoderLayer, state: FamState, stream: Stream, position: Position
+    ) -> tuple[FamState, Stream]:
+        """Update FAM from the block and cache the block."""
+        if not self.config.length:
+            return shift_window(state), stream
+        own = self._own_rotation(self.rope)
+        rotation = own[None]
+        if self.config.positions == "zero":
+            # (B, 1, 1, hd/2): all M vectors are at one position.
+            rotation = self.rope.at(-position.blocks, unit=self.model.block_size)[:, None]
+            if position.offset is not None:
+                rotation = rotation.after(self.rope.at(-position.offset)[:, None])
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+            parts = [Part(q, k, v), Part(q, state.block_keys, state.block_values)]
+            return multi_part_attention(parts, softcap=self.model.attention_softcap)
+
+        fam, _ = update_vectors(layer, state.fam, position.carries_context, attend)
+        _, k, v = layer.project(fam)
+        state = dataclasses.replace(
+            state,
+            fam=fam,
+            fam_keys=jnp.concatenate([rotate(k, own)[:, None], state.fam_keys[:, :-1]], axis=1),
+            fam_values=jnp.concatenate([v[:, None], state.fam_values[:, :-1]], axis=1),
+        )
+        return shift_window(state), stream
+
+    def ablate(self, state: FamState, initial: FamState, how: str) -> FamState:
+        """Zero, shuffle or freeze FAM; when frozen, each of several past FAMs is the initial one."""
+        state = super().ablate(state, initial, how)
+        if how != "frozen":
+            return state
+
+        def first(name: str) -> jax.Array:
+            fams = getattr(initial, name)
+            return jnp.broadcast_to(fams[:, :, :1], fams.shape)
+
+        return dataclasses.replace(state, fam_keys=first("fam_keys"), fam_values=first("fam_values"))
+
+    def _own_rotation(self, rope: Rope) -> Rotation:
+        """Return the rotation (M, 1, hd/2) of F_{tau-1} in the frame of block tau (appendix B.2.1).
+
+        "last": the positions of the last M tokens before the block. "float": spread evenly between the last token
+        before the block and its first. "zero": none; the frame of such a FAM is the whole stream's.
+        """
+        length = self.config.length
+        index = np.arange(length)
+        if self.config.positions == "last":
+            return rope.static(index - length)
+        if self.config.positions == "float":
+            return rope.static((index + 1) / (length + 1) - 1)
+        return rope.static(0 * index)
+
+
+def raise_prompt(layer: DecoderLayer, prompt: jax.Array, rotation: Rotation) -> jax.Array:
+    """Pass the prompt (1, M, D) up through a layer, with full attention among itself (appendix B.1).
+
+    It never sees tokens. If it did, the tokens of the first block would see their own future one layer up.
+    """
+    q, k, v = layer.project(prompt)
+    itself = Part(rotate(q, rotation), rotate(k, rotation), v)
+    return layer.finish(multi_part_attention([itself], softcap=layer.attention_softcap), prompt)

@@ -1,0 +1,265 @@
+"""Memories that are windows over past keys and values: full attention, SWA, BSWA (section 2.1), Transformer-XL."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, require, setting
+from fam_jax.kernels import Part, block_attention, multi_part_attention
+from fam_jax.layers.decoder_layer import DecoderLayer
+from fam_jax.layers.rope import Rotation, rotate, rotate_tokens
+from fam_jax.memories.interface import Memory, Stream, Tail
+from fam_jax.memories.window_cache import (
+    PieceFrames,
+    Position,
+    WindowState,
+    visible_blocks,
+    window_parts,
+)
+
+
+class WindowConfig(MemoryConfig):
+    """What the groups of all windows have in common: no state beyond the window."""
+
+    if not TYPE_CHECKING:
+        has_state = False
+
+
+@group("model.memory", effect="state")
+class FullConfig(WindowConfig):
+    """Full causal attention over a context of fixed length; beyond it, a window of blocks."""
+
+    kind: str = setting("full", "The architecture.")
+    context: int = setting(1024, "Tokens, from the first on, that see all tokens before them.", minimum=1)
+
+    def cached_blocks(self, block_size: int) -> int:
+        """Return m: enough blocks for the last token of the context to see the first."""
+        return ceil_div(self.context, block_size) - 1
+
+
+@group("model.memory", effect="state")
+class SlidingWindowConfig(WindowConfig):
+    """Sliding window attention (Longformer, Mistral): each token sees a fixed number of tokens."""
+
+    kind: str = setting("swa", "The architecture.")
+    window: int = setting(64, "Tokens that a token sees, itself included.", minimum=1)
+
+    def cached_blocks(self, block_size: int) -> int:
+        """Return m: as many blocks as the window of a block's first token reaches into."""
+        return ceil_div(self.window - 1, block_size)
+
+
+@group("model.memory", effect="state")
+class BlockSlidingWindowConfig(WindowConfig):
+    """Block Sliding Window Attention: each token sees all of the last m blocks and its own block causally."""
+
+    kind: str = setting("bswa", "The architecture.")
+    segments: int = setting(1, "m, past blocks that stay visible.", minimum=0)
+    window: int = setting(0, "If positive, hide keys this many tokens or more behind a query as well.", minimum=0)
+    stop_gradient: bool = setting(
+        False, "Stop gradients at the keys and values of earlier blocks.", effect="training"
+    )
+
+    def cached_blocks(self, block_size: int) -> int:
+        """Return m."""
+        return self.segments
+
+
+@group("model.memory", effect="state")
+class TransformerXLConfig(WindowConfig):
+    """Transformer-XL with RoPE: cached keys and values get no gradient (Dai et al. 2019)."""
+
+    kind: str = setting("transformer_xl", "The architecture.")
+    segments: int = setting(1, "m, past blocks that stay visible.", minimum=0)
+    window: int = setting(0, "If positive, hide keys this many tokens or more behind a query as well.", minimum=0)
+
+    if not TYPE_CHECKING:
+        stop_gradient = True
+
+    def cached_blocks(self, block_size: int) -> int:
+        """Return m."""
+        return self.segments
+
+
+class ChunkFrames(NamedTuple):
+    """Positions and counts of a chunk that starts at a block border: the same for every layer of a type.
+
+    The zero of the chunk's frame is at its first token, or `Position.offset` tokens before it.
+    """
+
+    # (B or 1, T, 1, hd/2)
+    tokens: Rotation
+    # (B or 1, visible past blocks, 1, 1, hd/2), from each block's own frame.
+    past: Rotation
+    # (C, 1, hd/2), in the block's own frame.
+    own_tokens: Rotation
+    # (B,) tokens that exist in the visible past blocks; None: there are no past blocks.
+    past_length: jax.Array | None
+
+
+class ExtraKeys(NamedTuple):
+    """Keys that every token of a block sees beside its window."""
+
+    # (B, N, S, K, hd) rotated in the frame of the chunk, and their values.
+    keys: jax.Array
+    values: jax.Array
+    # (B, N) how many of the S exist: the first ones. None: all.
+    count: jax.Array | None
+
+
+S = TypeVar("S", bound=WindowState)
+
+
+class Window(Memory[S]):
+    """Attention to the keys of past blocks and of the own block, and to extra keys that a subclass may add."""
+
+    shares_projections = True
+
+    def blocks_at(self, position: Position, length: int, cached: int) -> Any:
+        """Return the :class:`ChunkFrames` of a chunk."""
+        rope, size = self.rope, self.model.block_size
+        seen = min(cached, visible_blocks(self.model))
+        shift = jnp.zeros(1, jnp.int32) if position.offset is None else position.offset
+        return ChunkFrames(
+            tokens=rope.at(shift[:, None] + np.arange(length)),
+            past=rope.at(shift[:, None] + size * np.arange(-seen, 0))[:, :, None],
+            own_tokens=rope.static(np.arange(size)),
+            past_length=jnp.minimum(position.blocks, seen) * size if seen else None,
+        )
+
+    def read_blocks(
+        self, layer: DecoderLayer, x: jax.Array, state: S, streams: Stream, at: Any
+    ) -> tuple[jax.Array, S, Stream]:
+        """Read all tokens of the chunk at once."""
+        attended, state = self.attend_blocks(layer, *layer.project(x), state, at)
+        return layer.finish(attended, x), state, streams
+
+    def attend_blocks(
+        self, layer: DecoderLayer, q: jax.Array, k: jax.Array, v: jax.Array, state: S, at: Any
+    ) -> tuple[jax.Array, S]:
+        """Attend to past blocks, extra keys and the own block; cache the chunk's keys and values."""
+        model = self.model
+        frames = self.window_frames(at)
+        rotated = rotate_tokens(k, frames.tokens, model.attention)
+        extra, state = self.extra_of_blocks(layer, rotated, v, state, at)
+        segments = visible_blocks(model)
+        unseen = max(state.keys.shape[1] - segments, 0)
+        past_k = rotate(state.keys[:, unseen:], frames.past).reshape(k.shape[0], -1, *k.shape[2:])
+        past_v = state.values[:, unseen:].reshape(past_k.shape)
+        attended = block_attention(
+            rotate_tokens(q, frames.tokens, model.attention),
+            jnp.concatenate([past_k, rotated], axis=1),
+            jnp.concatenate([past_v, v], axis=1),
+            extra.keys,
+            extra.values,
+            frames.past_length,
+            extra.count,
+            block_size=model.block_size,
+            memory_segments=segments,
+            window=model.memory.window,
+            stop_gradient=model.memory.stop_gradient,
+            softcap=model.attention_softcap,
+            implementation=model.attention,
+        )
+        return attended, self._cache_chunk(state, k, v, frames)
+
+    def window_frames(self, at: Any) -> ChunkFrames:
+        """Return the frames of the window from what :meth:`blocks_at` returned."""
+        return at
+
+    def extra_of_blocks(
+        self, layer: DecoderLayer, k: jax.Array, v: jax.Array, state: S, at: Any
+    ) -> tuple[ExtraKeys, S]:
+        """Return the extra keys that each block of a chunk sees, and the state after the chunk.
+
+        Args:
+          layer: the layer.
+          k: (B, T, K, hd) keys of the chunk, rotated in its frame.
+          v: (B, T, K, hd) values.
+          state: before the chunk.
+          at: from :meth:`blocks_at`.
+        """
+        batch, length, *heads = k.shape
+        none = jnp.zeros((batch, ceil_div(length, self.model.block_size), 0, *heads), k.dtype)
+        return ExtraKeys(none, none, None), state
+
+    def attend_piece(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, state: S, at: Any
+    ) -> tuple[jax.Array, Tail]:
+        """Attend to past blocks, extra keys, the unfinished block and the piece itself."""
+        frames = self.window_piece_frames(at)
+        k = rotate(k, frames.own)
+        parts = [*window_parts(self.model, state, frames, q, k, v), *self.extra_of_piece(q, state, at)]
+        attended = multi_part_attention(parts, softcap=self.model.attention_softcap)
+        return attended, {"block_keys": k, "block_values": v}
+
+    def window_piece_frames(self, at: Any) -> PieceFrames:
+        """Return the frames of the window from what :meth:`piece_at` returned."""
+        return at
+
+    def extra_of_piece(self, q: jax.Array, state: S, at: Any) -> list[Part]:
+        """Return the extra keys that a piece with queries q (B, W, H, hd), not rotated, sees."""
+        return []
+
+    def _cache_chunk(self, state: S, k: jax.Array, v: jax.Array, frames: ChunkFrames) -> S:
+        """Cache the last m complete blocks and the unfinished one of unrotated k and v (B, T, K, hd)."""
+        batch, length, *heads = k.shape
+        size, segments = self.model.block_size, self.model.memory_segments
+        full = length // size
+        kept = min(full, segments)  # complete blocks of this chunk that stay visible
+        recent, rest = slice((full - kept) * size, full * size), slice(full * size, length)
+
+        def complete(cached: jax.Array, fresh: jax.Array) -> jax.Array:
+            every = jnp.concatenate([cached, fresh], axis=1)
+            missing = max(segments - every.shape[1], 0)  # where the state had no room for a past
+            every = jnp.pad(every, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
+            return every[:, every.shape[1] - segments :]
+
+        def unfinished(fresh: jax.Array) -> jax.Array:
+            return jnp.pad(fresh, ((0, 0), (0, size - fresh.shape[1]), (0, 0), (0, 0)))
+
+        blocked_k = rotate(k[:, recent].reshape(batch, kept, size, *heads), frames.own_tokens)
+        return dataclasses.replace(
+            state,
+            keys=complete(state.keys, blocked_k),
+            values=complete(state.values, v[:, recent].reshape(batch, kept, size, *heads)),
+            block_keys=unfinished(rotate(k[:, rest], frames.own_tokens[: length - full * size])),
+            block_values=unfinished(v[:, rest]),
+        )
+
+
+class FullAttention(Window[WindowState]):
+    """Full causal attention."""
+
+    Config: ClassVar[type[MemoryConfig]] = FullConfig
+
+
+class SlidingWindowAttention(Window[WindowState]):
+    """Sliding window attention."""
+
+    Config: ClassVar[type[MemoryConfig]] = SlidingWindowConfig
+
+
+class BlockSlidingWindowAttention(Window[WindowState]):
+    """Block Sliding Window Attention (section 2.1 of the FAM paper)."""
+
+    Config: ClassVar[type[MemoryConfig]] = BlockSlidingWindowConfig
+
+
+class TransformerXL(Window[WindowState]):
+    """Transformer-XL: Block Sliding Window Attention with stop-gradient."""
+
+    Config: ClassVar[type[MemoryConfig]] = TransformerXLConfig
+
+
+def local_model(model: ModelConfig) -> ModelConfig:
+    """Return the config by which a model's local layers go: a sliding window within the same cache."""
+    window = BlockSlidingWindowConfig(segments=model.memory_segments, window=model.local_window)
+    changes: dict[str, Any] = {"memory": window, "layer_pattern": ("global",), "local_window": 0}
+    if model.local_rope_base:
+        changes |= {"rope_base": model.local_rope_base, "rope_scaling": "none", "local_rope_base": 0.0}
+    require(model.local_window > 0, "config.model.local_window: the model has no local layers")
+    return dataclasses.replace(model, **changes)

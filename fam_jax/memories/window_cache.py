@@ -1,0 +1,180 @@
+"""The keys and values that every memory caches: those of the last m complete blocks and of the unfinished block.
+
+Keys are cached rotated relative to the first token of their *own* block, so nothing cached refers to an absolute
+position, and a stream may run for ever.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fam_jax.config import ModelConfig, ceil_div
+from fam_jax.kernels import Part
+from fam_jax.layers.rope import Rope, Rotation, rotate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WindowState:
+    """The cache of one layer. In a :class:`fam_jax.memories.StreamState` every array has a leading L axis."""
+
+    # (B, m, C, K, hd) keys and values of the last m complete blocks, oldest first.
+    keys: Any
+    values: Any
+    # (B, C, K, hd) of the unfinished block; slots from Position.filled on are unused.
+    block_keys: Any
+    block_values: Any
+
+
+S = TypeVar("S", bound=WindowState)
+
+# Logical axes of a layer's cache; None: not spread.
+WINDOW_AXES = {
+    "keys": ("batch", None, None, "kv_heads", None),
+    "values": ("batch", None, None, "kv_heads", None),
+    "block_keys": ("batch", None, "kv_heads", None),
+    "block_values": ("batch", None, "kv_heads", None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where the streams of a batch are; rows may be at different positions."""
+
+    # (B,) int32: complete blocks read.
+    blocks: Any
+    # (B,) int32: tokens in the unfinished block, below C.
+    filled: Any
+    # (B,) bool: the state has been written; False: it is what the weights alone decide.
+    carries_context: Any
+    # (B,) int32 added to all positions in training (random position offset, appendix B.2.2), or None.
+    offset: Any = None
+    # C.
+    block_size: int = 0
+
+    def next_block(self, *, writes: bool = True) -> "Position":
+        """Return the position after one more complete block, from a block border on."""
+        return dataclasses.replace(
+            self, blocks=self.blocks + 1, carries_context=self.carries_context | writes
+        )
+
+
+jax.tree_util.register_dataclass(
+    Position,
+    data_fields=["blocks", "filled", "carries_context", "offset"],
+    meta_fields=["block_size"],
+)
+
+
+def start_position(batch_size: int, block_size: int) -> Position:
+    """Return the position of streams that have read nothing."""
+    zeros = jnp.zeros(batch_size, jnp.int32)
+    return Position(zeros, zeros, jnp.zeros(batch_size, bool), block_size=block_size)
+
+
+def empty_window(model: ModelConfig, batch_size: int, *, past_slots: bool = True) -> dict[str, jax.Array]:
+    """Return the arrays of an empty cache by name; without `past_slots` there is no room for past blocks."""
+    segments = model.memory_segments if past_slots else 0
+    heads = (model.num_kv_heads, model.head_dim)
+    past = jnp.zeros((batch_size, segments, model.block_size, *heads), model.dtype)
+    block = jnp.zeros((batch_size, model.block_size, *heads), model.dtype)
+    return {"keys": past, "values": past, "block_keys": block, "block_values": block}
+
+
+def visible_blocks(model: ModelConfig) -> int:
+    """Return how many past blocks a token sees keys of: at most m, and no more than the window reaches into."""
+    window = model.memory.window
+    if not window:
+        return model.memory_segments
+    return min(model.memory_segments, ceil_div(window - 1, model.block_size))
+
+
+def with_past_slots(state: S, segments: int) -> S:
+    """Return `state` with room for `segments` past blocks, the missing ones empty."""
+    missing = segments - state.keys.shape[1]
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
+
+    return state if missing <= 0 else dataclasses.replace(state, keys=pad(state.keys), values=pad(state.values))
+
+
+def shift_window(state: S) -> S:
+    """Return `state` with the unfinished block, now full, as the newest of the past blocks."""
+
+    def shift(past: jax.Array, block: jax.Array) -> jax.Array:
+        return jnp.concatenate([past, block[:, None]], axis=1)[:, 1:]
+
+    return dataclasses.replace(
+        state,
+        keys=shift(state.keys, state.block_keys),
+        values=shift(state.values, state.block_values),
+    )
+
+
+class PieceFrames(NamedTuple):
+    """Rotations of a piece's queries into the frames of what they see, and masks of what exists."""
+
+    # (B, W, 1, hd/2), into the frame of the queries' own block.
+    own: Rotation
+    # For each visible past block, oldest first: (B, W, 1, hd/2), into the frame of that block.
+    past: list[Rotation]
+    # (B, W, C) of cached keys of the unfinished block.
+    block_mask: jax.Array
+    # (1, W, W) of the piece's own keys.
+    piece_mask: jax.Array
+    # For each visible past block: (B, W, C).
+    past_masks: list[jax.Array]
+
+
+def piece_frames(model: ModelConfig, rope: Rope, position: Position, width: int) -> PieceFrames:
+    """Return the frames of a piece of `width` tokens that follows what each row has in its unfinished block."""
+    size, window = model.block_size, model.memory.window
+    place = position.filled[:, None] + np.arange(width)  # (B, W) in the block
+    own = rope.at(place)
+
+    def near(age: int) -> jax.Array:  # (B, W, C): keys of the block `age` blocks back that the window reaches
+        distance = place[:, :, None] + age * size - np.arange(size)
+        return distance < window if window else jnp.ones_like(distance, bool)
+
+    ages = range(visible_blocks(model), 0, -1)
+    distance = np.arange(width)[:, None] - np.arange(width)
+    piece_mask = (distance >= 0) & (distance < (window or width))
+    return PieceFrames(
+        own=own,
+        past=[own.after(rope.static(np.asarray(age * size))) for age in ages],
+        block_mask=near(0) & (np.arange(size) < position.filled[:, None, None]),
+        piece_mask=jnp.asarray(piece_mask)[None],
+        past_masks=[near(age) & (position.blocks >= age)[:, None, None] for age in ages],
+    )
+
+
+def window_parts(
+    model: ModelConfig, state: WindowState, frames: PieceFrames, q: jax.Array, k: jax.Array, v: jax.Array
+) -> Sequence[Part]:
+    """Return the groups of keys that the window shows to a piece.
+
+    Args:
+      model: with the memory's window.
+      state: one layer's.
+      frames: from :func:`piece_frames`.
+      q: (B, W, H, hd) queries, not rotated.
+      k: (B, W, K, hd) the piece's own keys, rotated in the frame of their block.
+      v: (B, W, K, hd) values.
+    """
+    own_q = rotate(q, frames.own)
+    parts = [
+        Part(own_q, state.block_keys, state.block_values, frames.block_mask),
+        Part(own_q, k, v, frames.piece_mask),
+    ]
+    unseen = state.keys.shape[1] - len(frames.past)
+    past_keys, past_values = state.keys[:, unseen:], state.values[:, unseen:]
+    if model.memory.stop_gradient:
+        past_keys, past_values = jax.lax.stop_gradient((past_keys, past_values))
+    for j, (rotation, mask) in enumerate(zip(frames.past, frames.past_masks, strict=True)):
+        parts.append(Part(rotate(q, rotation), past_keys[:, j], past_values[:, j], mask))
+    return parts

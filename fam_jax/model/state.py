@@ -1,0 +1,126 @@
+"""What streams carry: an explicit value that goes into the model and comes out.
+
+Its size depends on the config and the batch only, never on how much was read.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fam_jax.config import ModelConfig, UserError
+from fam_jax.memories.interface import Memory
+from fam_jax.memories.window_cache import Position, start_position
+from fam_jax.model.layer_types import memory_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class StreamState:
+    """The state of a batch of streams; rows may be at different positions."""
+
+    # The memory's `State` with a leading L axis: arrays (L, B, ...).
+    layers: Any
+    # What the layers share (B, ...), of memories in "segment" order; else None.
+    shared: Any
+    position: Position
+
+    @property
+    def batch_size(self) -> int:
+        """Return B, the number of streams."""
+        return self.position.filled.shape[0]
+
+    @property
+    def tokens_read(self) -> np.ndarray:
+        """Return how many tokens each stream has read (B,), int64."""
+        blocks, filled = (np.asarray(x, np.int64) for x in (self.position.blocks, self.position.filled))
+        return blocks * self.position.block_size + filled
+
+    def select(self, rows: Sequence[int]) -> "StreamState":
+        """Return the state of the streams `rows`, in that order; a stream may be taken more than once.
+
+        Raises:
+          UserError: there is no such stream.
+        """
+        count = self.batch_size
+        if len(rows) == 0 or not all(0 <= row < count for row in rows):
+            raise UserError(
+                f"rows: expected some of 0 to {count - 1}, as there are {count} streams, got {[*rows]}"
+            )
+        chosen = np.asarray(rows, np.int32)
+        return _by_rows([self], lambda parts, axis: jnp.take(parts[0], chosen, axis=axis))
+
+    @staticmethod
+    def join(states: Sequence["StreamState"]) -> "StreamState":
+        """Return one state of the streams of all `states`, which belong to one model."""
+        return _by_rows(states, jnp.concatenate)
+
+    def __repr__(self) -> str:
+        """Show names and shapes, not numbers."""
+        arrays = (
+            f"{jax.tree_util.keystr(path, simple=True, separator='.')}: {leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in jax.tree.leaves_with_path(self)
+        )
+        return f"StreamState({', '.join(arrays)})"
+
+
+def _by_rows(
+    states: Sequence[StreamState], merge: Callable[[list[jax.Array], int], jax.Array]
+) -> StreamState:
+    def merge_leaf(path: tuple[Any, ...], *leaves: jax.Array) -> jax.Array:
+        in_layers = jax.tree_util.keystr(path[:1], simple=True) == "layers"  # arrays with a leading L axis
+        return merge([*leaves], 1 if in_layers else 0)
+
+    return jax.tree_util.tree_map_with_path(merge_leaf, *states)
+
+
+def empty_state(
+    model: ModelConfig, batch_size: int, *, past_slots: bool = True, memory: Memory | None = None
+) -> StreamState:
+    """Return the state of streams that have read nothing, with zeros in place of what the weights decide.
+
+    Enough for an aligned call, which forms the initial state itself and so gives it gradients; otherwise use
+    `Transformer.init_state`. Without `past_slots` there is not even room for past blocks, and that call knows when it
+    is compiled that there are none: the way to train.
+    """
+    memory = memory or memory_of(model)
+    one = memory.empty(batch_size, past_slots=past_slots)
+    layers = jax.tree.map(lambda x: jnp.zeros((model.num_layers, *x.shape), x.dtype), one)
+    return StreamState(layers, None, start_position(batch_size, model.block_size))
+
+
+def passed_on(model: ModelConfig, state: StreamState) -> dict[str, jax.Array]:
+    """Return what random state passing hands to the next step: the memory of the first stream (appendix B.2.3)."""
+    found = {name: getattr(state.layers, name)[:, 0] for name in memory_of(model).passed_fields}
+    return found if state.shared is None else found | {"shared": state.shared[0]}
+
+
+def with_passed_on(state: StreamState, passed: dict[str, jax.Array], rows: jax.Array) -> StreamState:
+    """Start the chosen rows of an empty state from what :func:`passed_on` returned.
+
+    For an aligned call, which computes from it whatever else the memory needs. Such a row carries context.
+
+    Args:
+      state: of B streams which have read nothing.
+      passed: arrays without a batch axis, shared by all the chosen rows.
+      rows: (B,) bool.
+    """
+
+    def start(saved: jax.Array, fresh: jax.Array) -> jax.Array:
+        chosen = rows.reshape(1, -1, *[1] * (fresh.ndim - 2))
+        return jnp.where(chosen, saved[:, None].astype(fresh.dtype), fresh)
+
+    names = [name for name in passed if name != "shared"]
+    layers = dataclasses.replace(
+        state.layers, **{name: start(passed[name], getattr(state.layers, name)) for name in names}
+    )
+    position = dataclasses.replace(
+        state.position, carries_context=state.position.carries_context | rows
+    )
+    shared = state.shared
+    if "shared" in passed:
+        shared = jnp.broadcast_to(passed["shared"], (len(rows), *passed["shared"].shape))
+    return dataclasses.replace(state, layers=layers, shared=shared, position=position)
