@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fam_jax.model.fam import ChainAttention, ChainInputs, local_rotation, run_chain, update_fam
 from flax import nnx
 
 from benchmarks.workload import Workload
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import Part, multi_part_attention
-from fam_jax.model import from_dict
-from fam_jax.model.fam import ChainAttention, ChainInputs, local_rotation, run_chain, update_fam
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.layers.rope import Rope, rotate
+from fam_jax.model import from_dict
 
 Chain = Callable[[DecoderLayer, jax.Array, ChainInputs, ChainAttention], Any]
 

@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fam_jax.model.fam import local_rotation, prompt_step
 from flax import nnx
 
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import Part, multi_part_attention
-from fam_jax.model import Transformer
-from fam_jax.model.fam import local_rotation, prompt_step
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.layers.rope import Rope, rotate
+from fam_jax.model import Transformer
 
 
 def naive_hidden(model: Transformer, tokens: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fam_jax.config import ConfigError, default_config
+from fam_jax.config import ConfigError, default_config, memory_config
 
 WORDS = ("bswa", "pretrain", "smoke")
 
@@ -48,10 +48,12 @@ def paper_config(
         head_dim=128,
         dtype="bfloat16",
         block_size=1024,
-        memory_segments=3,
-        fam_length=0 if "bswa" in words else 64,
         **{"remat": "dots"} | model,
     )
+    if "bswa" in words:
+        config.model.memory = memory_config("bswa", segments=3)
+    else:
+        config.model.memory = memory_config("fam", segments=3, length=64)
     config.optimizer.update(name="adafactor", learning_rate=learning_rate, beta1=0.9, beta2=0.99)
     config.data.update(
         task="text",
@@ -82,8 +84,10 @@ def make_small(config: ConfigDict) -> None:
     group = config.model.num_heads // config.model.num_kv_heads
     config.model.update(
         vocab_size=64, num_layers=2, model_dim=64, num_heads=4, num_kv_heads=4 // min(group, 4), head_dim=16,
-        ff_dim=128, block_size=32, fam_length=min(config.model.fam_length, 8), dtype="float32",
+        ff_dim=128, block_size=32, dtype="float32",
     )  # fmt: skip
+    if config.model.memory.kind == "fam":
+        config.model.memory.length = 8
     config.data.update(default_config().data)
     config.data.update(vocabulary="passkey", stage_blocks=(4,))
     config.train.update(steps=3, batch_size=8, loss_chunk=4096, log_every=1, checkpoint_every=3)

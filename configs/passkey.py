@@ -9,15 +9,15 @@ seconds.
 
 from ml_collections import ConfigDict
 
-from fam_jax.config import ConfigError, default_config
+from fam_jax.config import ConfigError, default_config, memory_config
 
 
 def get_config(arg: str = "fam") -> ConfigDict:
     """FAM without memory segments against BSWA with one: the paper's comparison at 1B."""
     memory = {
-        "fam": {"fam_length": 8, "memory_segments": 0},
-        "bswa_m1": {"fam_length": 0, "memory_segments": 1},
-        "bswa_m1_sg": {"fam_length": 0, "memory_segments": 1, "stop_gradient": True},
+        "fam": memory_config("fam", length=8, segments=0),
+        "bswa_m1": memory_config("bswa", segments=1),
+        "bswa_m1_sg": memory_config("bswa", segments=1, stop_gradient=True),
     }
     variant = "fam" if arg in ("", "smoke") else arg
     if variant not in memory:
@@ -33,8 +33,8 @@ def get_config(arg: str = "fam") -> ConfigDict:
         ff_dim=512,  # wide: it is the feed-forward that keeps a digit from drifting, see docs/results/passkey.md
         block_size=32,
         remat="dots",  # with small micro-batches, below, faster on a CPU: it is short of memory bandwidth
-        **memory[variant],
     )
+    config.model.memory = memory[variant]
     config.optimizer.update(
         learning_rate=2e-3,
         warmup_steps=100,

@@ -13,7 +13,7 @@ own sources.
 
 from ml_collections import ConfigDict
 
-from fam_jax.config import ConfigError, default_config
+from fam_jax.config import ConfigError, default_config, memory_config
 
 BLOCK, ROW = 128, 1024
 
@@ -21,9 +21,9 @@ BLOCK, ROW = 128, 1024
 def get_config(arg: str = "fam") -> ConfigDict:
     """4.8M parameters, which read 1,024 bytes in training."""
     memory = {
-        "fam": {"fam_length": 16, "memory_segments": 1},
-        "bswa": {"fam_length": 0, "memory_segments": 1},
-        "full": {"fam_length": 0, "memory_segments": ROW // BLOCK - 1},
+        "fam": memory_config("fam", length=16, segments=1),
+        "bswa": memory_config("bswa", segments=1),
+        "full": memory_config("full", context=ROW),
     }
     variant = "fam" if arg in ("", "smoke") else arg
     if variant not in memory:
@@ -39,8 +39,8 @@ def get_config(arg: str = "fam") -> ConfigDict:
         ff_dim=704,
         block_size=BLOCK,
         remat="dots",
-        **memory[variant],
     )
+    config.model.memory = memory[variant]
     config.optimizer.update(
         learning_rate=2e-3, warmup_steps=100, schedule="cosine", beta2_schedule="power", weight_decay=0.1
     )
@@ -55,7 +55,8 @@ def get_config(arg: str = "fam") -> ConfigDict:
     config.evaluate.update(every=500, documents=64, batch_size=16, chunk_blocks=8)
     if arg == "smoke":
         config.model.update(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, ff_dim=32)
-        config.model.update(block_size=32, fam_length=4)
+        config.model.block_size = 32
+        config.model.memory.length = 4
         config.data.update(
             train_files=("fam_jax",), heldout_files=("launch",), file_suffixes=(".py",), sequence_length=112
         )

@@ -11,23 +11,13 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from fam_jax.config import Config, UserError
+from fam_jax.config import Config, UserError, fields_with_effect
+from fam_jax.config.format1 import FORMAT, upgrade_config
 
 CONFIG_FILE = "config.json"
 
-MAY_CHANGE = (
-    "train.steps",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "evaluate.*",
-    "data.train_files",  # where they lie; what is in them is checked by the data state
-    "data.heldout_files",
-    "mesh.*",
-    "model.attention",
-    "model.remat",
-)
-"""Fields (patterns) that say how long, how often, where and on what a run executes, not what it computes."""
+MAY_CHANGE = tuple(sorted(fields_with_effect(Config, "execution")))
+"""Fields that say how long, how often, where and on what a run executes, not what it computes."""
 
 
 class CheckpointError(UserError):
@@ -69,7 +59,12 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path.parent}: is a folder in Hugging Face format; import it first: "
             f"python -m launch.import_hf --source={path.parent} --out=CKPT, and give CKPT"
         )
-    return config
+    written = config.pop("format", 1)
+    if written not in (1, FORMAT):
+        raise CheckpointError(
+            f"{path}: is of format {written}, written by a newer fam_jax; this one reads up to {FORMAT}"
+        )
+    return upgrade_config(config) if written == 1 else config
 
 
 def settle_config(folder: epath.Path, config: Mapping[str, Any], may_change: Sequence[str]) -> None:
@@ -87,6 +82,7 @@ def settle_config(folder: epath.Path, config: Mapping[str, Any], may_change: Seq
         _check_same_run(folder, old, new, may_change)
         if old == new:
             return
+    new = {"format": FORMAT, **new}
     if jax.process_index() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)

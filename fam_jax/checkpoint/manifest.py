@@ -16,6 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.checkpoint.folder import CheckpointError
+from fam_jax.config.format1 import FORMAT, upgrade_array_name
+
+PARTS = ("params", "training")
+EMPTIED = ("saved_fam",)
 
 
 class Damage(Exception):
@@ -105,6 +109,22 @@ def unseal(sealed: Any) -> Record:
     if not isinstance(sealed, dict) or sealed.get("digest") != _digest(sealed.get("record")):
         raise Damage("its record of contents does not match its digest")
     return sealed["record"]
+
+
+def upgrade(record: Record) -> tuple[Record, dict[str, dict[str, str]]]:
+    """Return the record with the array names of today, and under which name each array of each part is stored."""
+    if record.get("format", 1) == FORMAT:
+        return record, {part: {name: name for name in record[part]} for part in PARTS if part in record}
+    new, names = dict(record), {}
+    for part in PARTS:
+        if part in record:
+            # Format 1 had an empty array where there was nothing to save.
+            kept = [
+                name for name, entry in record[part].items() if name not in EMPTIED or 0 not in entry["shape"]
+            ]
+            names[part] = {upgrade_array_name(name): name for name in kept}
+            new[part] = {today: record[part][name] for today, name in names[part].items()}
+    return new, names
 
 
 def check_fit(part: str, record: Record, like: Arrays) -> None:

@@ -24,6 +24,7 @@ from fam_jax.checkpoint.folder import (
     saved_steps,
     settle_config,
 )
+from fam_jax.config.format1 import FORMAT
 
 PyTree = Any
 Shardings = jax.sharding.Sharding | Callable[[PyTree], PyTree]
@@ -123,7 +124,7 @@ class Checkpoints:
         record = {name: manifest.describe(part) for name, part in arrays.items()} | {"position": position}
         stored = {name: manifest.nested(manifest.raw(part)) for name, part in arrays.items()}
         stored = {name: part for name, part in stored.items() if part}  # Orbax takes no empty trees
-        stored["contents"] = manifest.seal(record)
+        stored["contents"] = manifest.seal({"format": FORMAT, **record})
         with self._writing():
             # Without force Orbax may decide not to save, and say so only by returning None.
             self._steps.save_checkpointables_async(step, stored, force=True)
@@ -218,12 +219,21 @@ def _load(
     path = folder / str(step)
     try:
         record = manifest.unseal(_read(path, {"contents": None})["contents"])
+        record, stored_names = manifest.upgrade(record)
         parts = wanted(record)
         for part, like in parts.items():
             manifest.check_fit(f"{path}: {part}", record[part], like)
         structs = {part: manifest.abstract(like) for part, like in parts.items()}
-        loaded = _read(path, {part: manifest.nested(leaves) for part, leaves in structs.items() if leaves})
-        arrays = {part: manifest.by_name(loaded.get(part, {})) for part in parts}
+        stored = {
+            part: {stored_names[part][name]: leaf for name, leaf in leaves.items()}
+            for part, leaves in structs.items()
+        }
+        loaded = _read(path, {part: manifest.nested(leaves) for part, leaves in stored.items() if leaves})
+        found = {part: manifest.by_name(loaded.get(part, {})) for part in parts}
+        arrays = {
+            part: {name: found[part][stored_names[part][name]] for name in leaves}
+            for part, leaves in structs.items()
+        }
         for part in parts:
             manifest.check_sums(part, record[part], arrays[part])
     except manifest.Damage as error:

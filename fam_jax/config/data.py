@@ -28,7 +28,9 @@ class DataConfig:
     # PassKey. Lengths are in blocks of the model.
     digits: int = setting(5, "Digits of a key.", minimum=1, maximum=9, tasks=(PASSKEY,))
     stage_blocks: tuple[int, ...] = setting(
-        (2, 3, 4, 6, 9, 13, 18), "Longest filler of each stage of the curriculum, in blocks.", tasks=(PASSKEY,)
+        (2, 3, 4, 6, 9, 13, 18),
+        "Longest filler of each stage of the curriculum, in blocks.",
+        tasks=(PASSKEY,),
     )
     min_filler_blocks: int = setting(
         1,
@@ -37,7 +39,10 @@ class DataConfig:
         tasks=(PASSKEY,),
     )
     filler_step: int = setting(
-        1, "Filler lengths are multiples of this many tokens; divides model.block_size.", minimum=1, tasks=(PASSKEY,)
+        1,
+        "Filler lengths are multiples of this many tokens; divides model.block_size.",
+        minimum=1,
+        tasks=(PASSKEY,),
     )
     advance_accuracy: float = setting(
         0.8, "Running exact match at which the next stage begins.", minimum=0, maximum=1, tasks=(PASSKEY,)
@@ -53,13 +58,18 @@ class DataConfig:
         tasks=(PASSKEY,),
     )
     prompt_weight: float = setting(
-        0.01, "Loss weight of every token outside the answer; the answer has weight 1.", minimum=0, tasks=(PASSKEY,)
+        0.01,
+        "Loss weight of every token outside the answer; the answer has weight 1.",
+        minimum=0,
+        tasks=(PASSKEY,),
     )
     # Text and seqio. Examples are joined and cut into rows of one length.
     sequence_length: int = setting(
         1024, "T, tokens of a row; its last block may be short.", minimum=2, tasks=PACKED
     )
-    shuffle_batches: int = setting(8, "Rows are shuffled within groups of this many batches.", minimum=1, tasks=PACKED)
+    shuffle_batches: int = setting(
+        8, "Rows are shuffled within groups of this many batches.", minimum=1, tasks=PACKED
+    )
     repeat_segment: int = setting(
         0, "Tokens of a row that it has to repeat at its end (section 3.1); 0: off.", minimum=0, tasks=PACKED
     )
@@ -67,19 +77,25 @@ class DataConfig:
     # Text.
     train_files: tuple[str, ...] = setting(
         (),
-        "Files, folders or patterns to train on (*.jsonl: a document per line, under \"text\"), or tfds:NAME:SPLIT.",
+        'Files, folders or patterns to train on (*.jsonl: a document per line, under "text"), or tfds:NAME:SPLIT.',
         effect="execution",  # where the files are; the data state checks their contents
         tasks=(TEXT,),
     )
     heldout_files: tuple[str, ...] = setting(
         (), "Files to evaluate on, likewise.", effect="execution", tasks=(TEXT,)
     )
-    file_suffixes: tuple[str, ...] = setting((".txt",), "Endings of the files that count in a folder.", tasks=(TEXT,))
+    file_suffixes: tuple[str, ...] = setting(
+        (".txt",), "Endings of the files that count in a folder.", tasks=(TEXT,)
+    )
     # seqio.
     imports: tuple[str, ...] = setting((), "Modules to import, which register tasks.", tasks=(SEQIO,))
     # Batches of text and PassKey, chosen at random.
     passkey_fraction: float = setting(
-        0.5, "Fraction of batches that are PassKey; the others are text.", minimum=0, maximum=1, tasks=(MIXED,)
+        0.5,
+        "Fraction of batches that are PassKey; the others are text.",
+        minimum=0,
+        maximum=1,
+        tasks=(MIXED,),
     )
     last_stage_passkey_fraction: float = setting(
         0.0,

@@ -113,7 +113,9 @@ def _memory_field_type(kind: str | None, name: str, path: str) -> Any:
     from fam_jax.memories.registry import memory_kinds
 
     if kind is None:
-        kind = next((k for k in memory_kinds() if name in field_types(memory_config_type(k))), memory_kinds()[0])
+        kind = next(
+            (k for k in memory_kinds() if name in field_types(memory_config_type(k))), memory_kinds()[0]
+        )
     check_memory_field(kind, name, path)
     return field_types(memory_config_type(kind))[name]
 

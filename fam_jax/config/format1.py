@@ -52,6 +52,11 @@ def upgrade_array_name(name: str) -> str:
     return f"{head}{slash}memory/initial_fam" if last == "initial_fam" else name
 
 
+def former_array_name(key: str) -> str:
+    """Return the key path of a parameter, such as ['layers']['memory']['initial_fam'], as it was in format 1."""
+    return key.replace("['memory']['initial_fam']", "['initial_fam']")
+
+
 STATE_NAMES = {
     "saved_fam": "carried/fam",
     "has_saved_fam": "has_carried",

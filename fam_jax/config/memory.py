@@ -54,6 +54,15 @@ class MemoryConfig:
         """Return the number of keys that every token sees beside its window."""
         return 0
 
+    def extra_keys_of_block(self, block: int) -> int:
+        """Return how many extra keys the tokens of block number `block` of a stream see."""
+        return self.extra_keys
+
+    @property
+    def chained_rows(self) -> int:
+        """Return M, the rows that a chain of updates passes from block to block; 0: there is no such chain."""
+        return 0
+
     def check_model(self, model: "ModelConfig") -> None:
         """Raise :class:`ConfigError` if the memory contradicts the rest of its model."""
 
@@ -103,7 +112,7 @@ def check_memory_field(kind: str, name: str, path: str = "config.model.memory") 
     if others:
         raise ConfigError(
             f"{path}.{name}: is a field of {', '.join(others)}, but the kind is {kind}, whose fields are "
-            f"{', '.join(own)}"
+            f"{', '.join(own)}; a config file chooses a kind by config.model.memory = memory_config({kind!r})"
         )
     raise ConfigError(f"{path}.{name}: no such field; {kind} has {', '.join(own)}")
 

@@ -45,7 +45,9 @@ class ModelConfig:
     norm_offset: bool = setting(False, "The scale of a norm is 1 + its parameter.")
     rope_base: float = setting(10_000.0, "Base of RoPE's wavelengths.", above=1)
     rope_scaling: str = setting(
-        "none", "How RoPE's frequencies are lowered for longer contexts.", choices=("none", "linear", "llama3")
+        "none",
+        "How RoPE's frequencies are lowered for longer contexts.",
+        choices=("none", "linear", "llama3"),
     )
     rope_factor: float = setting(1.0, "Largest factor by which frequencies are divided.", minimum=1)
     rope_low_freq_factor: float = setting(
@@ -70,7 +72,9 @@ class ModelConfig:
         choices=("float32", "bfloat16", "float64"),
         effect="state",
     )
-    block_size: int = setting(32, "C, tokens of a block: memory changes at block borders.", minimum=1, effect="state")
+    block_size: int = setting(
+        32, "C, tokens of a block: memory changes at block borders.", minimum=1, effect="state"
+    )
     memory: MemoryConfig = dataclasses.field(default_factory=_default_memory)
     attention: str = setting(
         "auto",

@@ -32,7 +32,9 @@ class OptimizerConfig:
         128, "Adafactor: factor second moments where both dimensions reach this.", minimum=1
     )
     epsilon: float = setting(
-        1e-30, "Adafactor: added to squared gradients. AdamW: added to the denominator; 1e-8 is usual.", minimum=0
+        1e-30,
+        "Adafactor: added to squared gradients. AdamW: added to the denominator; 1e-8 is usual.",
+        minimum=0,
     )
     weight_decay: float = setting(0.0, "Decoupled weight decay, of matrices only.", minimum=0)
     clip_norm: float = setting(1.0, "Clip the global gradient norm to this; 0: off.", minimum=0)
@@ -76,7 +78,9 @@ class LoraConfig:
     Patterns are those of `fnmatch`, over parameter paths such as layers/query/kernel.
     """
 
-    rank: int = setting(0, "Rank of each kernel's update (64 in the paper); 0: train all parameters.", minimum=0)
+    rank: int = setting(
+        0, "Rank of each kernel's update (64 in the paper); 0: train all parameters.", minimum=0
+    )
     alpha: float = setting(64.0, "Updates are scaled by alpha / rank.", above=0)
     targets: tuple[str, ...] = setting(
         ("layers/*/kernel",), "Kernels that get an update; default: attention and feed-forward."

@@ -14,7 +14,7 @@ from fam_jax.config import Config, UserError
 from fam_jax.data.passkey import passkey_examples
 from fam_jax.data.quiet_seqio import seqio
 from fam_jax.generate.streaming import Streamer
-from fam_jax.model import Memory
+from fam_jax.model import StreamState
 
 Example = tuple[np.ndarray, np.ndarray]
 Progress = Callable[[int, int, int], None]
@@ -117,9 +117,9 @@ def _batches(examples: list[Example], size: int) -> Iterator[tuple[list[Example]
         yield batch + [batch[-1]] * (size - len(batch)), len(batch)
 
 
-def _count_tokens(config: Config, memory: Memory, prompts: Sequence[np.ndarray]) -> list[int]:
+def _count_tokens(config: Config, memory: StreamState, prompts: Sequence[np.ndarray]) -> list[int]:
     """Tokens that each stream has read, by its own count."""
-    counts = np.asarray(memory.blocks) * config.model.block_size + np.asarray(memory.filled)
+    counts = memory.tokens_read
     expected = [len(prompt) for prompt in prompts]
     if counts.tolist() != expected:
         raise RuntimeError(

@@ -10,16 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fam_jax.config import Config, UserError
+from fam_jax.config import Config, ModelConfig, UserError
 from fam_jax.data.bos import first_input
 from fam_jax.data.examples import Example
 from fam_jax.data.quiet_seqio import seqio
 from fam_jax.generate.streaming import Streamer
-from fam_jax.model import Memory
+from fam_jax.model import StreamState
+from fam_jax.model.layer_types import memory_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -145,7 +144,7 @@ class _Reader:
                 inputs, targets, memory, tokens_at_once=self.config.train.loss_chunk
             )
             if ablation:
-                memory = ABLATE[ablation](memory, start)
+                memory = ablated(self.config.model, memory, start, ablation)
             for row, length in enumerate(lengths):
                 real = slice(0, max(0, int(length) - begin))
                 nats[row].append(-logprobs[row, real])
@@ -180,8 +179,10 @@ def _chunks(blocks: int, chunk: int) -> Iterator[tuple[int, int]]:
         first += chunk
 
 
-def _check_all_read(memory: Memory, size: int, blocks: int, lengths: np.ndarray, scored: list[int]) -> None:
-    read = np.asarray(memory.blocks) * size + np.asarray(memory.filled)
+def _check_all_read(
+    memory: StreamState, size: int, blocks: int, lengths: np.ndarray, scored: list[int]
+) -> None:
+    read = memory.tokens_read
     if (read != blocks * size).any() or scored != lengths.tolist():
         raise RuntimeError(
             f"documents of {lengths.tolist()} tokens were read as {read.tolist()}, and {scored} tokens were scored: "
@@ -216,31 +217,11 @@ def _summary(scores: list[Scores], block_size: int) -> dict[str, Any]:
     }
 
 
-def _replace_fam(
-    memory: Memory, change: Callable[[jax.Array, str], jax.Array], **fields: jax.Array
-) -> Memory:
-    names = ("fam", "fam_keys", "fam_values")
-    changed = {name: change(getattr(memory.layers, name), name) for name in names}
-    return dataclasses.replace(memory, layers=dataclasses.replace(memory.layers, **changed), **fields)
-
-
-def _zeroed(memory: Memory, start: Memory) -> Memory:
-    return _replace_fam(memory, lambda x, _: jnp.zeros_like(x))
-
-
-def _shuffled(memory: Memory, start: Memory) -> Memory:
-    return _replace_fam(memory, lambda x, _: jnp.roll(x, 1, axis=1))
-
-
-def _frozen(memory: Memory, start: Memory) -> Memory:
-    def change(x: jax.Array, name: str) -> jax.Array:
-        first = getattr(start.layers, name)
-        # Of several past FAMs, each is the initial one.
-        return first if name == "fam" else jnp.broadcast_to(first[:, :, :1], x.shape)
-
-    return _replace_fam(memory, change, carries_context=start.carries_context)
-
-
-# What takes a memory at a block border, and that of streams that have read nothing, to one whose FAM is zero, is that
-# of another document, or is the initial one.
-ABLATE = {"zeroed": _zeroed, "shuffled": _shuffled, "frozen": _frozen}
+def ablated(model: ModelConfig, state: StreamState, start: StreamState, how: str) -> StreamState:
+    """Return `state` with its memory made useless; frozen streams do not count as having been written."""
+    memory, position = memory_of(model), state.position
+    if how == "frozen":
+        position = dataclasses.replace(position, carries_context=start.position.carries_context)
+    return dataclasses.replace(
+        state, layers=memory.ablate(state.layers, start.layers, how), position=position
+    )

@@ -1,5 +1,6 @@
 """The model's calls, compiled once per config, mesh and shape; every one takes the parameters as an argument."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from fam_jax.config import ModelConfig
 from fam_jax.generate.sampling import Sampling, sample
-from fam_jax.model import LayerMemory, Memory, Transformer, from_dict
+from fam_jax.model import StreamState, Transformer, from_dict
+from fam_jax.model.layer_types import memory_of
 from fam_jax.sharding import AXES, batch_sharding, replicated, traced_for
 
 Params = dict[str, Any]
@@ -24,13 +26,13 @@ BATCH_AXES = cast(tuple[str, ...], AXES["batch"][0])
 class Calls(NamedTuple):
     """Jitted functions. Those that take a memory consume it: its buffers become those of the memory returned."""
 
-    start: Callable[..., Memory]
-    read_blocks: Callable[..., tuple[jax.Array, Memory]]
-    read_piece: Callable[..., tuple[jax.Array, Memory]]
+    start: Callable[..., StreamState]
+    read_blocks: Callable[..., tuple[jax.Array, StreamState]]
+    read_piece: Callable[..., tuple[jax.Array, StreamState]]
     logits: Callable[..., jax.Array]
-    decode: Callable[..., tuple["Decoded", Memory]]
-    score: Callable[..., tuple["Scored", Memory]]
-    measure_blocks: Callable[..., tuple["Measured", Memory]]
+    decode: Callable[..., tuple["Decoded", StreamState]]
+    score: Callable[..., tuple["Scored", StreamState]]
+    measure_blocks: Callable[..., tuple["Measured", StreamState]]
 
 
 class Decoded(NamedTuple):
@@ -80,25 +82,39 @@ def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return batch_sharding(mesh) if rows % ways == 0 else replicated(mesh)
 
 
-def memory_sharding(mesh: Mesh, config: ModelConfig, rows: int) -> Memory:
-    """Of every array of a memory: rows over the batch axes, key heads over tensor, where these divide them.
+def state_sharding(mesh: Mesh, model: ModelConfig, rows: int) -> StreamState:
+    """Return the sharding of every array of a state: rows over the batch axes, key heads over tensor, where possible.
 
-    The counts of every row are on every device, to be read from any process.
+    Every device has the positions of all rows, so any process can read them.
     """
-    everywhere = replicated(mesh)
+    axes = memory_of(model).state_axes()
     batch = next(iter(rows_sharding(mesh, rows).spec), None)
-    axis = cast(str, AXES["kv_heads"][0])
-    heads = axis if config.num_kv_heads % mesh.shape[axis] == 0 else None
 
-    def place(*middle: None) -> Any:
-        return NamedSharding(mesh, P(None, batch, *middle, heads))
+    def place(name: str | None, size: int) -> Any:
+        if name is None:
+            return None
+        if name == "batch":
+            return batch
+        spread = AXES[name][0]
+        assert isinstance(spread, str)
+        return spread if size % mesh.shape[spread] == 0 else None
 
-    blocks, tokens = place(None, None), place(None)
-    layers = LayerMemory(
-        keys=blocks, values=blocks, block_keys=tokens, block_values=tokens,
-        fam=NamedSharding(mesh, P(None, batch)), fam_keys=blocks, fam_values=blocks,  # type: ignore[arg-type]
-    )  # fmt: skip
-    return Memory(layers=layers, carries_context=everywhere, blocks=everywhere, filled=everywhere)  # type: ignore[arg-type]
+    def of_layers(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return NamedSharding(mesh, P(None, *map(place, axes[name], leaf.shape[1:])))
+
+    shapes = jax.eval_shape(lambda: _start_shapes(model, rows))
+    everywhere = replicated(mesh)
+    return dataclasses.replace(
+        shapes,
+        layers=jax.tree_util.tree_map_with_path(of_layers, shapes.layers),
+        shared=jax.tree.map(lambda _: NamedSharding(mesh, P(batch)), shapes.shared),
+        position=jax.tree.map(lambda _: everywhere, shapes.position),
+    )
+
+
+def _start_shapes(model: ModelConfig, rows: int) -> StreamState:
+    return Transformer(model, rngs=nnx.Rngs(0)).init_state(rows)
 
 
 @functools.lru_cache(maxsize=32)
@@ -109,16 +125,16 @@ def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
     def model(params: Params) -> Transformer:
         return nnx.merge(graphdef, from_dict(abstract, params))
 
-    def start(params: Params) -> Memory:
-        return model(params).init_memory(rows)
+    def start(params: Params) -> StreamState:
+        return model(params).init_state(rows)
 
-    def read_blocks(params: Params, memory: Memory, tokens: jax.Array) -> tuple[jax.Array, Memory]:
+    def read_blocks(params: Params, memory: StreamState, tokens: jax.Array) -> tuple[jax.Array, StreamState]:
         hidden, memory = model(params).hidden(tokens, memory, aligned=True)
         return hidden[:, -1], memory
 
     def read_piece(
-        params: Params, memory: Memory, tokens: jax.Array, counts: jax.Array, last: jax.Array
-    ) -> tuple[jax.Array, Memory]:
+        params: Params, memory: StreamState, tokens: jax.Array, counts: jax.Array, last: jax.Array
+    ) -> tuple[jax.Array, StreamState]:
         hidden, memory = model(params).hidden(tokens, memory, lengths=counts)
         newest = hidden[np.arange(rows), jnp.maximum(counts - 1, 0)]
         return jnp.where(counts[:, None] > 0, newest, last), memory
@@ -126,18 +142,18 @@ def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
     def logits(params: Params, hidden: jax.Array) -> jax.Array:
         return model(params).logits(hidden)
 
-    def decode(params: Params, memory: Memory, **kwargs: Any) -> tuple[Decoded, Memory]:
+    def decode(params: Params, memory: StreamState, **kwargs: Any) -> tuple[Decoded, StreamState]:
         return _decode(model(params), memory, **kwargs)
 
-    def score(params: Params, memory: Memory, **kwargs: jax.Array) -> tuple[Scored, Memory]:
+    def score(params: Params, memory: StreamState, **kwargs: jax.Array) -> tuple[Scored, StreamState]:
         return _score(model(params), memory, **kwargs)
 
-    def measure_blocks(params: Params, memory: Memory, **kwargs: Any) -> tuple[Measured, Memory]:
+    def measure_blocks(params: Params, memory: StreamState, **kwargs: Any) -> tuple[Measured, StreamState]:
         return _measure(model(params), memory, **kwargs)
 
     placed: dict[str, dict[str, Any]] = {"memory": {}, "both": {}, "one": {}}
     if mesh is not None:
-        one, memory = replicated(mesh), memory_sharding(mesh, config, rows)
+        one, memory = replicated(mesh), state_sharding(mesh, config, rows)
         placed = {
             name: {"out_shardings": out}
             for name, out in {"memory": memory, "both": (one, memory), "one": one}.items()
@@ -158,7 +174,7 @@ def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
 
 def _decode(
     model: Transformer,
-    memory: Memory,
+    memory: StreamState,
     logits: jax.Array,
     stopped: jax.Array,
     key: jax.Array,
@@ -168,7 +184,7 @@ def _decode(
     *,
     sampling: Sampling,
     width: int,
-) -> tuple[Decoded, Memory]:
+) -> tuple[Decoded, StreamState]:
     """Up to min(limit, width) tokens; `begin` (), the number of tokens before, names the random stream of each."""
     rows = logits.shape[0]
     state = Decoded(
@@ -180,10 +196,10 @@ def _decode(
         logits=logits,
     )
 
-    def unfinished(carry: tuple[Decoded, Memory]) -> jax.Array:
+    def unfinished(carry: tuple[Decoded, StreamState]) -> jax.Array:
         return (carry[0].steps < jnp.minimum(limit, width)) & ~carry[0].stopped.all()
 
-    def step(carry: tuple[Decoded, Memory]) -> tuple[Decoded, Memory]:
+    def step(carry: tuple[Decoded, StreamState]) -> tuple[Decoded, StreamState]:
         state, memory = carry
         active = ~state.stopped
         token = sample(state.logits, jax.random.fold_in(key, begin + state.steps), sampling)
@@ -204,8 +220,8 @@ def _decode(
 
 
 def _score(
-    model: Transformer, memory: Memory, logits: jax.Array, tokens: jax.Array, counts: jax.Array
-) -> tuple[Scored, Memory]:
+    model: Transformer, memory: StreamState, logits: jax.Array, tokens: jax.Array, counts: jax.Array
+) -> tuple[Scored, StreamState]:
     """Reads the first `counts` (B,) tokens of each row of (B, W); logits of one token per row exist at a time."""
     hidden, memory = model.hidden(tokens, memory, lengths=counts)
 
@@ -220,8 +236,8 @@ def _score(
 
 
 def _measure(
-    model: Transformer, memory: Memory, inputs: jax.Array, targets: jax.Array, *, width: int
-) -> tuple[Measured, Memory]:
+    model: Transformer, memory: StreamState, inputs: jax.Array, targets: jax.Array, *, width: int
+) -> tuple[Measured, StreamState]:
     """Reads inputs (B, T) from a block border on; logits of `width` tokens per row exist at a time."""
     hidden, memory = model.hidden(inputs, memory, aligned=True)
     length = inputs.shape[1]

@@ -11,18 +11,21 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from fam_jax.config import ModelConfig, UserError
-from fam_jax.model import Memory, empty_memory
+from fam_jax.config import ModelConfig, UserError, fields_with_effect
+from fam_jax.config.format1 import former_array_name, upgrade_array_name, upgrade_model
+from fam_jax.model import StreamState, Transformer
 
-VERSION = "1"
-EXECUTION = ("attention", "remat", "stop_gradient")  # of ModelConfig: no value of a memory depends on them
+VERSION = "2"
+READABLE = ("1", VERSION)
 SMALL = 1 << 20  # bytes of an array up to which its fingerprint covers every one
 SAMPLES = 1 << 14  # entries that it covers of a larger array
 DTYPES = {"bool": "BOOL", "int32": "I32", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -32,14 +35,14 @@ class MemoryFileError(UserError):
     """A file of a memory is missing, damaged, or of another model."""
 
 
-def fingerprint(params: dict[str, Any]) -> str:
+def fingerprint(params: dict[str, Any], rename: Callable[[str], str] = str) -> str:
     """64 hexadecimal digits that tell models apart: a digest of names, shapes, dtypes and contents of all parameters.
 
     Arrays of up to 1 MiB count with all their bytes; of larger ones 16384 entries do, evenly spread. Any training or
     rounding of the parameters changes it; an edit of a few entries of a large array may not.
     """
     digest = hashlib.sha256()
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    leaves = {rename(jax.tree_util.keystr(path)): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     for name, leaf in sorted(leaves.items()):
         digest.update(f"{name} {leaf.shape} {leaf.dtype}\n".encode())
         if leaf.size * leaf.dtype.itemsize > SMALL:
@@ -50,7 +53,7 @@ def fingerprint(params: dict[str, Any]) -> str:
 
 
 def save_memory(
-    path: str | os.PathLike[str], memory: Memory, config: ModelConfig, params: dict[str, Any]
+    path: str | os.PathLike[str], memory: StreamState, config: ModelConfig, params: dict[str, Any]
 ) -> None:
     """Writes a memory of the model of `config` and `params`; the file appears only when it is complete.
 
@@ -58,7 +61,7 @@ def save_memory(
       MemoryFileError: the file cannot be written.
     """
     arrays = {name: np.asarray(array) for name, array in _by_name(memory).items()}
-    tokens = arrays["blocks"].astype(np.int64) * config.block_size + arrays["filled"]
+    tokens = memory.tokens_read
     metadata = {
         "format": "fam_jax memory",
         "version": VERSION,
@@ -79,7 +82,7 @@ def save_memory(
     _write(Path(path), head + data)
 
 
-def load_memory(path: str | os.PathLike[str], config: ModelConfig, params: dict[str, Any]) -> Memory:
+def load_memory(path: str | os.PathLike[str], config: ModelConfig, params: dict[str, Any]) -> StreamState:
     """Reads a memory that :func:`save_memory` wrote, to be continued by the model of `config` and `params`.
 
     Raises:
@@ -92,7 +95,10 @@ def load_memory(path: str | os.PathLike[str], config: ModelConfig, params: dict[
         raise MemoryFileError(f"{path}: cannot be read ({error.strerror}); give a saved memory") from error
     metadata, entries, data = _parse(path, content)
     _check_model(path, metadata, config, params)
-    like = jax.eval_shape(lambda: empty_memory(config, len(json.loads(metadata["tokens_read"]))))
+    rows = len(json.loads(metadata["tokens_read"]))
+    like = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)).init_state(rows))
+    if metadata["version"] == "1":
+        entries = {upgrade_array_name(name): entry for name, entry in entries.items()}
     arrays = []
     for name, leaf in _by_name(like).items():
         entry = entries[name]
@@ -115,9 +121,9 @@ def _parse(path: Any, content: bytes) -> tuple[dict[str, str], dict[str, Any], b
         raise MemoryFileError(
             f"{path}: not a memory file, or its beginning is damaged; restore it from a copy or read the text again"
         ) from error
-    if version != VERSION:
+    if version not in READABLE:
         raise MemoryFileError(
-            f"{path}: holds no memory of version {VERSION}, which is all that can be read here"
+            f"{path}: is of version {version}; this version of fam_jax reads {' and '.join(READABLE)}"
         )
     head = _head(entries, metadata)
     intact = content[: 8 + size] == _head(entries, metadata | {"sha256": told})
@@ -130,6 +136,8 @@ def _parse(path: Any, content: bytes) -> tuple[dict[str, str], dict[str, Any], b
 
 def _check_model(path: Any, metadata: dict[str, str], config: ModelConfig, params: dict[str, Any]) -> None:
     saved, own = json.loads(metadata["config"]), json.loads(json.dumps(_meaning(config)))
+    if metadata["version"] == "1":
+        saved = _flat(upgrade_model(saved))
     differing = [
         f"{field} was {json.dumps(saved.get(field))}, is {json.dumps(own.get(field))}"
         for field in sorted(saved.keys() | own.keys())
@@ -139,7 +147,8 @@ def _check_model(path: Any, metadata: dict[str, str], config: ModelConfig, param
         raise MemoryFileError(
             f"{path}: is of another model ({'; '.join(differing)}); load it with the model that it was saved from"
         )
-    if metadata["fingerprint"] != fingerprint(params):
+    names = former_array_name if metadata["version"] == "1" else str
+    if metadata["fingerprint"] != fingerprint(params, names):
         raise MemoryFileError(
             f"{path}: is of a model of the same shape with other weights; load it with the checkpoint that it was "
             "saved from"
@@ -147,10 +156,21 @@ def _check_model(path: Any, metadata: dict[str, str], config: ModelConfig, param
 
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in EXECUTION}
+    """Return the fields that decide what a state means, by path."""
+    kinds = ("parameters", "state")
+    own = fields_with_effect(type(config), *kinds)
+    own |= fields_with_effect(type(config.memory), *kinds, prefix="memory.")
+    return {name: value for name, value in _flat(dataclasses.asdict(config)).items() if name in own}
 
 
-def _by_name(memory: Memory) -> dict[str, Any]:
+def _flat(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in group.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def _by_name(memory: StreamState) -> dict[str, Any]:
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree.leaves_with_path(memory)

@@ -13,13 +13,13 @@ from fam_jax.config import ModelConfig, UserError
 from fam_jax.generate.compiled import (
     Calls,
     compiled_calls,
-    memory_sharding,
     mesh_of,
     rows_sharding,
+    state_sharding,
     structure,
 )
 from fam_jax.generate.sampling import GREEDY, Sampling
-from fam_jax.model import Memory, from_dict, to_dict
+from fam_jax.model import StreamState, from_dict, to_dict
 
 Progress = Callable[[int, int], None]
 
@@ -33,7 +33,7 @@ class Generated:
     logprobs: np.ndarray  # (B, n): log probability under the model itself, before temperature and filters
     stopped: np.ndarray  # (B,) bool: ended by a stop token, not by max_tokens
     logits: jax.Array  # (B, V) of each row's next token
-    memory: Memory  # after what was read before and all generated tokens
+    memory: StreamState  # after what was read before and all generated tokens
 
 
 class Streamer:
@@ -58,18 +58,18 @@ class Streamer:
         self.params = jax.tree.map(jnp.asarray, values)
         self._mesh = mesh_of(self.params)
 
-    def start(self, batch_size: int) -> Memory:
+    def start(self, batch_size: int) -> StreamState:
         """The memory of `batch_size` streams that have read nothing."""
         return self._calls(batch_size).start(self.params)
 
     def read(
         self,
         prompts: Sequence[np.ndarray],
-        memory: Memory | None = None,
+        memory: StreamState | None = None,
         *,
         chunk_blocks: int = 16,
         on_progress: Progress | None = None,
-    ) -> tuple[jax.Array, Memory]:
+    ) -> tuple[jax.Array, StreamState]:
         """Reads every row's prompt; they may differ in length. Device memory does not depend on the lengths.
 
         Args:
@@ -93,7 +93,7 @@ class Streamer:
         last = jnp.zeros((len(rows), self.config.model_dim), self.config.dtype)
         lengths = np.array([len(row) for row in rows])
         done = np.zeros_like(lengths)
-        filled = np.asarray(memory.filled)
+        filled = np.asarray(memory.position.filled)
         for counts, aligned in plan_reads(filled, lengths, self.config.block_size, chunk_blocks):
             tokens = self._placed(_window(rows, done, counts, max(counts.max(), self.config.block_size)))
             if aligned:
@@ -111,7 +111,7 @@ class Streamer:
     def generate(
         self,
         logits: jax.Array,
-        memory: Memory,
+        memory: StreamState,
         *,
         max_tokens: int,
         sampling: Sampling = GREEDY,
@@ -169,7 +169,7 @@ class Streamer:
         )
 
     def score(
-        self, continuations: Sequence[np.ndarray], logits: jax.Array, memory: Memory
+        self, continuations: Sequence[np.ndarray], logits: jax.Array, memory: StreamState
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """What the model thinks of given continuations, each token after the true ones before it (teacher forcing).
 
@@ -203,8 +203,8 @@ class Streamer:
         return [(ids[b, :n], values[b, :n]) for b, n in enumerate(lengths)]
 
     def measure(
-        self, inputs: np.ndarray, targets: np.ndarray, memory: Memory, *, tokens_at_once: int = 4096
-    ) -> tuple[np.ndarray, np.ndarray, Memory]:
+        self, inputs: np.ndarray, targets: np.ndarray, memory: StreamState, *, tokens_at_once: int = 4096
+    ) -> tuple[np.ndarray, np.ndarray, StreamState]:
         """How well each target is predicted after the input in its place and all before it, for long texts.
 
         Args:
@@ -221,7 +221,7 @@ class Streamer:
           UserError: ids are outside the vocabulary; the memory is of another number of streams.
           ValueError: the inputs are not whole blocks, or a stream stands within one.
         """
-        if inputs.shape[1] % self.config.block_size or np.asarray(memory.filled).any():
+        if inputs.shape[1] % self.config.block_size or np.asarray(memory.position.filled).any():
             raise ValueError(f"inputs: {inputs.shape[1]} tokens are not whole blocks from a block border on")
         self._checked([*inputs], "input")
         self._checked([*targets], "target")
@@ -240,16 +240,16 @@ class Streamer:
             tokens if self._mesh is None else jax.device_put(tokens, rows_sharding(self._mesh, len(tokens)))
         )
 
-    def _copied(self, memory: Memory, rows: int) -> Memory:
+    def _copied(self, memory: StreamState, rows: int) -> StreamState:
         """A copy for the compiled calls to consume."""
-        if memory.filled.shape[0] != rows:
+        if memory.batch_size != rows:
             raise UserError(
-                f"memory: holds {memory.filled.shape[0]} streams, but {rows} rows are to continue them"
+                f"memory: holds {memory.batch_size} streams, but {rows} rows are to continue them"
             )
         memory = jax.tree.map(lambda x: jnp.array(x, copy=True), memory)
         if self._mesh is None:
             return memory
-        return jax.device_put(memory, memory_sharding(self._mesh, self.config, rows))
+        return jax.device_put(memory, state_sharding(self._mesh, self.config, rows))
 
     def _checked(self, texts: Sequence[np.ndarray], kind: str) -> list[np.ndarray]:
         if len(texts) == 0:

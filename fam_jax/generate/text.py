@@ -21,7 +21,7 @@ from fam_jax.generate.restore import load_model
 from fam_jax.generate.sampling import GREEDY, Sampling
 from fam_jax.generate.streaming import Streamer
 from fam_jax.generate.tokenize import Detokenizer, encode_pieces, read_text
-from fam_jax.model import Memory
+from fam_jax.model import StreamState
 
 TOKENS_PER_CALL = 16  # between two looks at the text that is generated
 
@@ -30,14 +30,13 @@ TOKENS_PER_CALL = 16  # between two looks at the text that is generated
 class State:
     """What one stream remembers: a value, to be continued in as many ways as needed."""
 
-    memory: Memory
+    memory: StreamState
     logits: jax.Array | None  # (1, V) of the next token; None: not known, as the memory comes from a file
 
     @property
     def tokens_read(self) -> int:
         """Of the whole stream, generated ones included."""
-        size = self.memory.layers.block_keys.shape[2]
-        return int(self.memory.blocks[0]) * size + int(self.memory.filled[0])
+        return int(self.memory.tokens_read[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ class TextModel:
         memory = None if state is None else state.memory
         logits, done = None, 0
         # The first chunk ends at a block border, so that all others are whole blocks.
-        first = chunk_blocks * size - (int(state.memory.filled[0]) if state is not None else 0)
+        first = chunk_blocks * size - (int(state.memory.position.filled[0]) if state is not None else 0)
         pieces = encode_pieces(self.vocabulary.encode, texts)
         if state is None:
             pieces = _behind(self._begin, pieces)
@@ -185,8 +184,10 @@ class TextModel:
           MemoryFileError: no such file, a damaged one, one of another model or of several streams.
         """
         memory = load_memory(path, self.config.model, self.streamer.params)
-        if memory.filled.shape[0] != 1:
-            raise UserError(f"{path}: holds {memory.filled.shape[0]} streams; save one with select_rows")
+        if memory.batch_size != 1:
+            raise UserError(
+                f"{path}: holds {memory.batch_size} streams; save one of them, StreamState.select([row])"
+            )
         return State(memory, None)
 
 

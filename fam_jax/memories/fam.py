@@ -32,7 +32,10 @@ class FamConfig(BlockSlidingWindowConfig):
 
     kind: str = setting("fam", "The architecture.")
     length: int = setting(
-        8, "M, feedback vectors of a layer; 0 is Block Sliding Window Attention.", minimum=0, effect="parameters"
+        8,
+        "M, feedback vectors of a layer; 0 is Block Sliding Window Attention.",
+        minimum=0,
+        effect="parameters",
     )
     init: str = setting(
         "prompt",
@@ -47,9 +50,7 @@ class FamConfig(BlockSlidingWindowConfig):
         "two blocks. zero: the beginning of the stream.",
         choices=("last", "float", "zero"),
     )
-    previous_blocks: int = setting(
-        1, "R, past blocks whose FAM a token sees (appendix B.4.2).", minimum=1
-    )
+    previous_blocks: int = setting(1, "R, past blocks whose FAM a token sees (appendix B.4.2).", minimum=1)
 
     parameter_axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"initial_fam": ("slots", "width")}
 
@@ -62,6 +63,15 @@ class FamConfig(BlockSlidingWindowConfig):
     def extra_keys(self) -> int:
         """Return R * M."""
         return self.previous_blocks * self.length
+
+    def extra_keys_of_block(self, block: int) -> int:
+        """Return M for each FAM that exists: the initial one, and those after the blocks before."""
+        return self.length * min(self.previous_blocks, block + 1)
+
+    @property
+    def chained_rows(self) -> int:
+        """Return M."""
+        return self.length
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise :class:`ConfigError` if FAM is longer than the block that it takes its positions from."""
@@ -184,9 +194,7 @@ class FeedbackAttentionMemory(Window[FamState]):
         """Return the prompt (1, M, D)."""
         return None if parameters is None else parameters.initial_fam[...].astype(self.model.dtype)[None]
 
-    def enter(
-        self, layer: DecoderLayer, state: FamState, stream: Stream, at: Any
-    ) -> tuple[FamState, Stream]:
+    def enter(self, layer: DecoderLayer, state: FamState, stream: Stream, at: Any) -> tuple[FamState, Stream]:
         """Set the initial FAM, and pass the prompt up through the layer (appendix B.1)."""
         if not self.config.length:
             return state, stream
@@ -257,9 +265,7 @@ class FeedbackAttentionMemory(Window[FamState]):
             return jnp.concatenate([a[:, i : i + blocks] for i in range(previous - 1, -1, -1)], axis=2)
 
         newest = slice(-1, -previous - 1, -1)
-        state = dataclasses.replace(
-            state, fam=fam, fam_keys=keys[:, newest], fam_values=values[:, newest]
-        )
+        state = dataclasses.replace(state, fam=fam, fam_keys=keys[:, newest], fam_values=values[:, newest])
         return ExtraKeys(seen(rotate(keys, at.fams)), seen(values), at.fam_count), state
 
     def _update_by_block(

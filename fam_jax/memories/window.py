@@ -58,7 +58,9 @@ class BlockSlidingWindowConfig(WindowConfig):
 
     kind: str = setting("bswa", "The architecture.")
     segments: int = setting(1, "m, past blocks that stay visible.", minimum=0)
-    window: int = setting(0, "If positive, hide keys this many tokens or more behind a query as well.", minimum=0)
+    window: int = setting(
+        0, "If positive, hide keys this many tokens or more behind a query as well.", minimum=0
+    )
     stop_gradient: bool = setting(
         False, "Stop gradients at the keys and values of earlier blocks.", effect="training"
     )
@@ -74,7 +76,9 @@ class TransformerXLConfig(WindowConfig):
 
     kind: str = setting("transformer_xl", "The architecture.")
     segments: int = setting(1, "m, past blocks that stay visible.", minimum=0)
-    window: int = setting(0, "If positive, hide keys this many tokens or more behind a query as well.", minimum=0)
+    window: int = setting(
+        0, "If positive, hide keys this many tokens or more behind a query as well.", minimum=0
+    )
 
     if not TYPE_CHECKING:
         stop_gradient = True

@@ -100,7 +100,9 @@ def with_past_slots(state: S, segments: int) -> S:
     def pad(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
 
-    return state if missing <= 0 else dataclasses.replace(state, keys=pad(state.keys), values=pad(state.values))
+    return (
+        state if missing <= 0 else dataclasses.replace(state, keys=pad(state.keys), values=pad(state.values))
+    )
 
 
 def shift_window(state: S) -> S:

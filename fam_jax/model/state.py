@@ -117,9 +117,7 @@ def with_passed_on(state: StreamState, passed: dict[str, jax.Array], rows: jax.A
     layers = dataclasses.replace(
         state.layers, **{name: start(passed[name], getattr(state.layers, name)) for name in names}
     )
-    position = dataclasses.replace(
-        state.position, carries_context=state.position.carries_context | rows
-    )
+    position = dataclasses.replace(state.position, carries_context=state.position.carries_context | rows)
     shared = state.shared
     if "shared" in passed:
         shared = jnp.broadcast_to(passed["shared"], (len(rows), *passed["shared"].shape))

@@ -20,7 +20,7 @@ from fam_jax.layers.decoder_layer import (
 )
 from fam_jax.layers.fsdp import embed, gather_layer, keep_rows
 from fam_jax.memories.interface import Memory, Stream, choose_rows, write_tail
-from fam_jax.memories.window_cache import Position, with_past_slots
+from fam_jax.memories.window_cache import with_past_slots
 from fam_jax.model.layer_types import LayerTypes, close_block, layer_types, read_blocks, read_piece
 from fam_jax.model.state import StreamState, empty_state
 

@@ -1,25 +1,18 @@
 """The parameters that a run begins with in place of fresh ones: those of another run's checkpoint."""
 
-import dataclasses
-import fnmatch
 from typing import Any
 
 import jax
 from etils import epath
 
 from fam_jax.checkpoint import absolute, load_params, read_config, with_vocabulary_found
-from fam_jax.config import Config, ConfigError, resolve
+from fam_jax.config import Config, ConfigError, ModelConfig, fields_with_effect, resolve
 from fam_jax.model import lora
-from fam_jax.model.initial import fam_of_embeddings, fam_path
+from fam_jax.model.layer_types import memory_of
 from fam_jax.model.parameters import flatten, unflatten
 from fam_jax.sharding import param_shardings
 
-# Of ModelConfig: how a model remembers and executes. All else decides what its parameters are, or mean.
-MAY_DIFFER = (
-    "block_size", "memory_segments", "window", "stop_gradient", "fam_*", "dtype", "attention", "remat",
-)  # fmt: skip
-# The initial FAM is taken from the base if it has one.
-FAM_FIELDS = ("fam_length", "fam_init")
+MEMORY = "memory/"  # where a memory's parameters are, below the model and below its layers
 
 
 def locate(name: str) -> tuple[epath.Path, int | None]:
@@ -64,25 +57,33 @@ def load_base(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
     def own(params: dict[str, Any]) -> dict[str, Any]:
         flat = flatten(lora.merge(params, base.lora))
-        if config.model.fam_length == 0:
-            return unflatten({path: leaf for path, leaf in flat.items() if not path.endswith("initial_fam")})
-        if base.model.fam_length == 0:
-            fam = fam_of_embeddings(flat["embedding/table"], config.model, config.train.seed)
-            flat[fam_path(config.model)] = fam
+        if not _same_memory(config.model, base.model):
+            flat = {path: leaf for path, leaf in flat.items() if not _is_memory(path)}
+            memory = memory_of(config.model)
+            flat |= memory.initial_parameters(flat["embedding/table"], config.train.seed)
         return unflatten(flat)
 
     return jax.jit(own)(params)
 
 
+def _same_memory(model: ModelConfig, base: ModelConfig) -> bool:
+    """Return whether the base's memory has the parameters of the run's."""
+    return model.memory.kind == base.memory.kind and model.memory.has_state == base.memory.has_state
+
+
+def _is_memory(path: str) -> bool:
+    return path.removeprefix("layers/").startswith(MEMORY)
+
+
 def _check_same_model(config: Config, base: Config) -> None:
-    here, there = dataclasses.asdict(config.model), dataclasses.asdict(base.model)
-    fixed = {name for name in here if not any(fnmatch.fnmatch(name, pattern) for pattern in MAY_DIFFER)}
-    if config.model.fam_length and base.model.fam_length:
-        fixed |= {*FAM_FIELDS}
+    groups = [(config.model, base.model, "model")]
+    if _same_memory(config.model, base.model):
+        groups.append((config.model.memory, base.model.memory, "model.memory"))
     differing = [
-        f"model.{name} is {there[name]} there, {here[name]} here"
-        for name in here
-        if name in fixed and here[name] != there[name]
+        f"{path}.{name} is {getattr(there, name)} there, {getattr(here, name)} here"
+        for here, there, path in groups
+        for name in sorted(fields_with_effect(type(here), "parameters"))
+        if "." not in name and getattr(here, name) != getattr(there, name)
     ]
     if differing:
         raise ConfigError(

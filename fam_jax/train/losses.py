@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
-from fam_jax.model import Transformer
 from fam_jax.layers.fsdp import FSDP, divides_rows, on_rows, spread
+from fam_jax.model import Transformer
 from fam_jax.sharding import ROW_AXES
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from fam_jax.config import Config
-from fam_jax.model import create_model, lora, to_dict
+from fam_jax.config import Config, ModelConfig
+from fam_jax.model import Transformer, create_model, lora, passed_on, to_dict
 
 
 @jax.tree_util.register_dataclass
@@ -17,12 +17,18 @@ from fam_jax.model import create_model, lora, to_dict
 class TrainState:
     """State between two steps."""
 
-    params: dict[str, Any]  # float32, but for what LoRA keeps frozen
-    optimizer: Any  # state of the parameters that are trained
-    step: jax.Array  # () int32: steps taken
-    key: jax.Array  # typed PRNG key; step t draws from fold_in(key, t)
-    saved_fam: jax.Array  # (L, M, D): last FAM of the first example of the step before (random state passing)
-    has_saved_fam: jax.Array  # () bool
+    # float32, except what LoRA keeps frozen.
+    params: dict[str, Any]
+    # State of the parameters that are trained.
+    optimizer: Any
+    # () int32: steps taken.
+    step: jax.Array
+    # Typed PRNG key; step t draws from fold_in(key, t).
+    key: jax.Array
+    # What random state passing hands on: the memory of the first row of the last step (see `passed_on`).
+    carried: dict[str, Any]
+    # () bool: a step has been taken, so `carried` means something.
+    has_carried: jax.Array
 
 
 def init_state(
@@ -42,15 +48,23 @@ def init_state(
     init_key, step_key = jax.random.split(jax.random.key(seed))
     params = to_dict(nnx.state(create_model(config, rngs=nnx.Rngs(init_key))))
     params = lora.stored(lora.join(params, base or {}), config)
-    model = config.model
     return TrainState(
         params=params,
         optimizer=optimizer.init(lora.divide(params, config.lora)[0]),
         step=jnp.zeros((), jnp.int32),
         key=step_key,
-        saved_fam=jnp.zeros((model.num_layers, model.fam_length, model.model_dim), model.dtype),
-        has_saved_fam=jnp.zeros((), bool),
+        carried=_nothing_carried(config.model),
+        has_carried=jnp.zeros((), bool),
     )
+
+
+def _nothing_carried(model: ModelConfig) -> dict[str, Any]:
+    """Return zeros in place of what a step passes on."""
+
+    def pass_on() -> dict[str, Any]:
+        return passed_on(model, Transformer(model, rngs=nnx.Rngs(0)).init_state(1))
+
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pass_on))
 
 
 def model_structure(config: Config) -> tuple[Any, Any]:

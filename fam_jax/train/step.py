@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from fam_jax.config import Config
-from fam_jax.model import empty_memory, from_dict, lora, with_fam
+from fam_jax.model import empty_state, from_dict, lora, passed_on, with_passed_on
 from fam_jax.train.losses import token_loss
 from fam_jax.train.optimizer import learning_rate
 from fam_jax.train.state import TrainState, model_structure
@@ -22,8 +22,10 @@ Metrics = dict[str, jax.Array]
 class Draws(NamedTuple):
     """What a step draws at random, per example."""
 
-    from_saved: jax.Array  # (B,) bool: starts from the saved FAM (random state passing, appendix B.2.3)
-    offset: jax.Array | None  # (B,) int32 random position offset (appendix B.2.2)
+    # (B,) bool: start from what the last step left (random state passing, appendix B.2.3).
+    from_carried: jax.Array
+    # (B,) int32 random position offset (appendix B.2.2).
+    offset: jax.Array | None
 
 
 def make_train_step(
@@ -42,10 +44,10 @@ def make_train_step(
         trained: Any, frozen: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array
     ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, from_dict(abstract, lora.join(trained, frozen)))
-        memory = empty_memory(config.model, batch["inputs"].shape[0], past_slots=False)
+        start = empty_state(config.model, batch["inputs"].shape[0], past_slots=False)
         if train.random_state_passing:
-            memory = with_fam(memory, state.saved_fam, draws.from_saved)
-        hidden, memory = model.hidden(batch["inputs"], memory, aligned=True, position_offset=draws.offset)
+            start = with_passed_on(start, state.carried, draws.from_carried)
+        hidden, after = model.hidden(batch["inputs"], start, aligned=True, position_offset=draws.offset)
         result = token_loss(
             model, hidden, batch["targets"], batch["weights"], chunk=train.loss_chunk, z_loss=train.z_loss
         )
@@ -55,14 +57,14 @@ def make_train_step(
             "answers": batch["answer"].sum(),
             "exact_match": (result.correct | ~batch["answer"]).all(axis=1).sum(),
         }
-        return result.loss / total, (scores, jax.lax.stop_gradient(memory.layers.fam[:, 0]))
+        return result.loss / total, (scores, jax.lax.stop_gradient(passed_on(config.model, after)))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         draws = _draw(config, state, batch["inputs"].shape[0])
         total = jnp.maximum(batch["weights"].sum(), 1e-6)
         trained, frozen = lora.divide(state.params, config.lora)
         gradient = jax.value_and_grad(loss, has_aux=True)
-        (value, (scores, fam)), grads = _accumulate(
+        (value, (scores, carried)), grads = _accumulate(
             lambda part, d: gradient(trained, frozen, state, part, d, total), batch, draws, train.accumulation
         )
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
@@ -71,8 +73,8 @@ def make_train_step(
             optimizer=optimizer_state,
             step=state.step + 1,
             key=state.key,
-            saved_fam=fam.astype(state.saved_fam.dtype),
-            has_saved_fam=jnp.ones((), bool),
+            carried=jax.tree.map(lambda new, old: new.astype(old.dtype), carried, state.carried),
+            has_carried=jnp.ones((), bool),
         )
         return new_state, {
             "loss": scores["loss"],
@@ -82,7 +84,7 @@ def make_train_step(
             "gradient_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "from_saved_fam": draws.from_saved.mean(),
+            "from_saved_state": draws.from_carried.mean(),
         }
 
     return train_step
@@ -91,29 +93,29 @@ def make_train_step(
 def _draw(config: Config, state: TrainState, batch_size: int) -> Draws:
     train = config.train
     saved_key, zero_key, offset_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
-    active = state.has_saved_fam & (state.step >= train.random_state_passing_from)
-    from_saved = jax.random.bernoulli(saved_key, train.random_state_passing, (batch_size,)) & active
+    active = state.has_carried & (state.step >= train.random_state_passing_from)
+    from_carried = jax.random.bernoulli(saved_key, train.random_state_passing, (batch_size,)) & active
     offset = None
     if train.random_position_offset:
         wavelength = round(2 * math.pi * config.model.rope_base)
         offset = jax.random.randint(offset_key, (batch_size,), 0, wavelength)
         offset = jnp.where(jax.random.bernoulli(zero_key, 0.5, (batch_size,)), 0, offset)
-    return Draws(from_saved, offset)
+    return Draws(from_carried, offset)
 
 
 def _accumulate(gradient: Callable, batch: Batch, draws: Draws, parts: int) -> Any:
-    """Sums loss, scores and gradients over micro-batches; the FAM is that of the first example of all."""
+    """Sum loss, scores and gradients over micro-batches; carry on the state of the first row of all."""
     if parts == 1:
         return gradient(batch, draws)
     # Rows are dealt out in turn, so that a batch sharded over devices is in equal shares on all of them.
     dealt = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, draws))
 
-    def body(total: Any, part: Any) -> tuple[Any, jax.Array]:
-        (value, (scores, fam)), grads = gradient(*part)
-        return jax.tree.map(jnp.add, total, (value, scores, grads)), fam
+    def body(total: Any, part: Any) -> tuple[Any, Any]:
+        (value, (scores, carried)), grads = gradient(*part)
+        return jax.tree.map(jnp.add, total, (value, scores, grads)), carried
 
     shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], dealt))
     (value, (scores, _)), grads = shapes
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (value, scores, grads))
-    (value, scores, grads), fams = jax.lax.scan(body, zeros, dealt)
-    return (value, (scores, fams[0])), grads
+    (value, scores, grads), carried = jax.lax.scan(body, zeros, dealt)
+    return (value, (scores, jax.tree.map(lambda x: x[0], carried))), grads

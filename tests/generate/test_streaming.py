@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fam_jax.generate.rows import join_rows, select_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fam_jax.config import MeshConfig, UserError
-from fam_jax.generate.rows import join_rows, select_rows
 from fam_jax.generate.sampling import Sampling
 from fam_jax.generate.streaming import Streamer, plan_reads
 from fam_jax.sharding import make_mesh, param_shardings

@@ -6,11 +6,11 @@ import pathlib
 
 import numpy as np
 import pytest
+from fam_jax.generate.rows import select_rows
 
 from fam_jax.config import Config, ConfigError, UserError
 from fam_jax.data.vocabulary import load_vocabulary
 from fam_jax.generate.memory_file import MemoryFileError, save_memory
-from fam_jax.generate.rows import select_rows
 from fam_jax.generate.sampling import Sampling
 from fam_jax.generate.text import State, TextModel
 from tests.generate.tiny import CONFIG

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fam_jax.kernels import Part, multi_part_attention
-from fam_jax.model import empty_memory, fam, with_fam
 from fam_jax.layers.rope import rotate
+from fam_jax.model import empty_memory, fam, with_fam
 from tests.model.tiny import build, params_of, quick_jit, some_tokens, variant
 from tests.oracle.naive import naive_forward, random_params
 
