@@ -133,7 +133,7 @@ def check_values(values: Any) -> None:
         kind = field_types(type(values))[field.name]
         if not dataclasses.is_dataclass(kind):
             check_type(kind, value, path)
-            _check_range(constraint_of(field), value, path)
+            check_range(constraint_of(field), value, path)
 
 
 def check_type(kind: Any, value: Any, path: str) -> None:
@@ -150,7 +150,8 @@ def check_type(kind: Any, value: Any, path: str) -> None:
         raise ConfigError(f"{path}: expected {kind.__name__}, got {value!r}")
 
 
-def _check_range(limits: Constraint, value: Any, path: str) -> None:
+def check_range(limits: Constraint, value: Any, path: str) -> None:
+    """Raise :class:`ConfigError` if a value, or an entry of a list, lies outside a field's range."""
     for entry in value if isinstance(value, tuple) else (value,):
         if limits.choices and entry not in limits.choices:
             raise ConfigError(f"{path}: expected one of {', '.join(limits.choices)}, got {entry!r}")

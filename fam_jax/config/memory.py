@@ -92,7 +92,9 @@ def kinds_with_field(name: str) -> list[str]:
 
 
 def memory_config(kind: str, **fields: Any) -> ml_collections.ConfigDict:
-    """Return the memory group of a config file: `config.model.memory = memory_config("bswa", segments=2)`.
+    """Return a memory group for a config file.
+
+    Assign it, as `update` would merge it: `config.model.memory = memory_config("bswa", segments=2)`.
 
     Raises:
       ConfigError: there is no such kind, or a field is not one of that kind.

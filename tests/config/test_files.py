@@ -1,0 +1,107 @@
+"""Config files: all of them resolve, and what is written down can be read back."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import re
+import types
+
+import ml_collections
+import pytest
+
+from fam_jax.config import (
+    Config,
+    ConfigError,
+    changed,
+    default_config,
+    memory_config,
+    resolve,
+    to_json,
+)
+from fam_jax.memories.fam import FamConfig
+from fam_jax.memories.registry import memory_kinds
+from fam_jax.memories.window import BlockSlidingWindowConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG_FILES = sorted(
+    path for path in (ROOT / "configs").glob("*.py") if "def get_config" in path.read_text()
+)
+
+
+def test_config_dict_and_json_round_trips() -> None:
+    config = changed(
+        Config(),
+        model={"num_layers": 5},
+        data={"stage_blocks": (3, 7)},
+        optimizer={"epsilon": 1e-30},
+    )
+    assert resolve(json.loads(to_json(config))) == config
+    assert resolve(ml_collections.ConfigDict(dataclasses.asdict(config))) == config
+    assert resolve(default_config().lock()) == Config()
+
+
+@pytest.mark.parametrize("kind", memory_kinds())
+def test_each_kind_of_memory_can_be_chosen(kind: str) -> None:
+    values = default_config()
+    values.model.memory = memory_config(kind)
+    config = resolve(values)
+    assert config.model.memory.kind == kind
+    assert resolve(json.loads(to_json(config))) == config
+
+
+def test_updating_a_memory_group_with_another_kind_is_refused() -> None:
+    """`ConfigDict.update` merges groups; the fields of the kind before are left over."""
+    values = default_config()
+    values.model.update(memory=memory_config("bswa"))
+    with pytest.raises(
+        ConfigError, match=r"is a field of fam, but the kind is bswa.*config.model.memory = memory"
+    ):
+        resolve(values)
+
+
+def load(path: pathlib.Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(path: pathlib.Path) -> list[str]:
+    """Those that the docstring of a config file names, such as `:smoke`."""
+    return re.findall(r"`(?:configs/\w+\.py)?:(\w+)`", load(path).__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("path", "argument"),
+    [
+        (path, argument)
+        for path in CONFIG_FILES
+        for argument in [*([] if path.stem == "retrofit" else [None]), *arguments(path)]  # it needs a base
+    ],
+    ids=lambda value: getattr(value, "stem", str(value)),
+)
+def test_config_files_resolve(path: pathlib.Path, argument: str | None) -> None:
+    get_config = load(path).get_config
+    resolve(get_config() if argument is None else get_config(argument))
+
+
+def test_the_passkey_models_differ_in_their_memory_only() -> None:
+    path = ROOT / "configs" / "passkey.py"
+    assert {"fam", "bswa_m1", "bswa_m1_sg", "smoke"} == set(arguments(path))
+    get_config = load(path).get_config
+    seen = {}
+    for variant in ("fam", "bswa_m1", "bswa_m1_sg"):
+        config = resolve(get_config(variant))
+        seen[variant] = config.model.memory
+        assert changed(config, model={"memory": FamConfig()}) == changed(
+            resolve(get_config()), model={"memory": FamConfig()}
+        )
+    assert seen == {
+        "fam": FamConfig(length=8, segments=0),
+        "bswa_m1": BlockSlidingWindowConfig(segments=1),
+        "bswa_m1_sg": BlockSlidingWindowConfig(segments=1, stop_gradient=True),
+    }
+    with pytest.raises(ConfigError, match="bswa_m2: expected one of fam, bswa_m1, bswa_m1_sg, smoke"):
+        get_config("bswa_m2")
