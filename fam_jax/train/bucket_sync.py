@@ -1,4 +1,4 @@
-"""Files that grow, below a run's folder that may be in a bucket."""
+"""Append to files of a run's folder that may be in a bucket."""
 
 import os
 import pathlib
@@ -8,13 +8,13 @@ from etils import epath
 
 
 class Mirror:
-    """The local folder in which to write what belongs into `folder`: itself, or a temporary one to be uploaded.
+    """A local folder to write to: `folder` itself, or if that is in a bucket, a temporary folder to upload from.
 
-    Objects in a bucket cannot be appended to, and the profiler and TensorBoard's writer know local paths only.
+    Objects in a bucket cannot be appended to, and the profiler and TensorBoard's writer take local paths only.
     """
 
     def __init__(self, folder: epath.Path):
-        """Makes the local folder."""
+        """Create the local folder."""
         self._remote = folder if "://" in os.fspath(folder) else None
         self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}
         self._temporary = tempfile.TemporaryDirectory() if self._remote is not None else None
@@ -22,14 +22,14 @@ class Mirror:
         self.local.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, name: str) -> pathlib.Path:
-        """Local path of a file, with what it holds in the bucket."""
+        """Return the local path of a file, with its contents copied from the bucket."""
         path = self.local / name
         if self._remote is not None and (self._remote / name).exists():
             path.write_bytes((self._remote / name).read_bytes())
         return path
 
     def upload(self) -> None:
-        """Copies the files that have changed since the last call."""
+        """Upload the files that have changed since the last call."""
         if self._remote is None:
             return
         for path in sorted(self.local.rglob("*")):
@@ -42,7 +42,7 @@ class Mirror:
                 self._uploaded[path] = version
 
     def close(self) -> None:
-        """Uploads what is left, and removes the temporary folder."""
+        """Upload the remaining changes and remove the temporary folder."""
         self.upload()
         if self._temporary is not None:
             self._temporary.cleanup()

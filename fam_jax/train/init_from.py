@@ -1,4 +1,4 @@
-"""The parameters that a run begins with in place of fresh ones: those of another run's checkpoint."""
+"""Start a run from the parameters of another run's checkpoint."""
 
 from typing import Any
 
@@ -16,38 +16,38 @@ MEMORY = "memory/"  # where a memory's parameters are, below the model and below
 
 
 def locate(name: str) -> tuple[epath.Path, int | None]:
-    """Folder and step, if one is named, of a base such as workdir or workdir/STEP."""
+    """Return folder and step of a base such as WORKDIR (no step) or WORKDIR/STEP."""
     folder = absolute(name)
     return (folder.parent, int(folder.name)) if folder.name.isdigit() else (folder, None)
 
 
 def base_config(name: str) -> Config:
-    """The config of a base.
+    """Return the config of a base.
 
     Raises:
       CheckpointError: there is no such checkpoint.
-      ConfigError: its config is of another version.
+      ConfigError: its config cannot be read by this version.
     """
     folder, _ = locate(name)
     return with_vocabulary_found(resolve(read_config(folder)), folder)
 
 
 def check_named(config: Config) -> None:
-    """Raises ConfigError if LoRA would adapt random weights and nobody asked for that."""
+    """Raise :class:`ConfigError` if LoRA would adapt random weights although the config does not ask for it."""
     if config.lora.rank and not config.train.init_from and not config.lora.random_base:
         raise ConfigError(
-            "config.train.init_from: names no checkpoint, and LoRA adapts a trained model; lora.rank=0 trains all "
-            "parameters, lora.random_base=true adapts random ones, to try things out"
+            "config.train.init_from: is empty, but LoRA adapts a trained model; name a checkpoint, or set lora.rank=0 to "
+            "train all parameters, or lora.random_base=true to adapt random ones"
         )
 
 
 def load_base(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Parameters from `config.train.init_from`, spread over `mesh`, with the base's own LoRA merged into them.
+    """Load the parameters of `config.train.init_from` onto `mesh`, with the base's own LoRA merged into them.
 
-    Where the base has no FAM, the initial FAM of the run begins as embeddings of the base.
+    If the base has another memory, the parameters of the run's memory start as `Memory.initial_parameters` says.
 
     Raises:
-      ConfigError: the base is of another model; the message names the fields.
+      ConfigError: the base is another model; the message names the fields that differ.
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
     folder, step = locate(config.train.init_from)
@@ -55,7 +55,7 @@ def load_base(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     _check_same_model(config, base)
     params, _, _ = load_params(folder, step, shardings=lambda shapes: param_shardings(shapes, mesh))
 
-    def own(params: dict[str, Any]) -> dict[str, Any]:
+    def adapt(params: dict[str, Any]) -> dict[str, Any]:
         flat = flatten(lora.merge(params, base.lora))
         if not _same_memory(config.model, base.model):
             flat = {path: leaf for path, leaf in flat.items() if not _is_memory(path)}
@@ -63,7 +63,7 @@ def load_base(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
             flat |= memory.initial_parameters(flat["embedding/table"], config.train.seed)
         return unflatten(flat)
 
-    return jax.jit(own)(params)
+    return jax.jit(adapt)(params)
 
 
 def _same_memory(model: ModelConfig, base: ModelConfig) -> bool:

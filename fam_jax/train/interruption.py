@@ -1,4 +1,4 @@
-"""Stopping at the end of a step, in all processes at the same one."""
+"""Stop at the end of a step when a signal asks for it, in all processes after the same step."""
 
 import contextlib
 import signal
@@ -10,28 +10,28 @@ from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):
-    """Training was asked to stop (Ctrl-C, or SIGTERM on preemption); everything is saved."""
+    """Training was asked to stop (Ctrl-C, or SIGTERM on preemption) and saved everything."""
 
     def __init__(self, step: int, signal_number: int):
-        super().__init__(f"stopped at step {step}; all is saved: the same command resumes")
+        super().__init__(f"stopped at step {step}; everything is saved, run the same command to resume")
         self.exit_code = 128 + signal_number
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], int]]:
-    """Catches a first SIGINT or SIGTERM; a second one acts as it would without this.
+    """Catch the first SIGINT or SIGTERM; a second one acts as it would otherwise.
 
     Yields:
-      A function to be called after each step with its number: the signal to stop for, or 0. In a job of several
-      processes a signal to any one of them stops all after the same step: JAX's coordination service passes the
-      SIGTERM on, in the background, and picks a step that none has reached. So asking costs no communication.
+      A function to call after each step with its number; it returns the signal to stop for, or 0. In a job of several
+      processes a signal to any of them stops all after the same step: JAX's coordination service passes the SIGTERM on
+      in the background and picks a step that no process has reached. So the call needs no communication.
     """
     if jax.process_count() == 1:
         received: list[int] = []
         with _handling((signal.SIGINT, signal.SIGTERM), received.append):
             yield lambda _: received[0] if received else 0
     else:
-        # SIGTERM is the coordination service's already, which handles it outside Python.
+        # The coordination service handles SIGTERM, outside Python.
         with _handling((signal.SIGINT,), lambda _: signal.raise_signal(signal.SIGTERM)):
             yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
+from fam_jax.config import ceil_div
 from fam_jax.layers.fsdp import FSDP, divides_rows, on_rows, spread
 from fam_jax.model import Transformer
 from fam_jax.sharding import ROW_AXES
@@ -18,19 +19,25 @@ from fam_jax.sharding import ROW_AXES
 class TokenLoss(NamedTuple):
     """Sums over a batch; divide by the sum of weights for means. Only `loss` has a gradient."""
 
-    loss: jax.Array  # () weighted cross-entropy plus z-loss, nats
-    cross_entropy: jax.Array  # () weighted cross-entropy alone, nats
-    correct: jax.Array  # (B, T) bool: no logit is above the target's
+    # () weighted cross-entropy plus z-loss, nats.
+    loss: jax.Array
+    # () weighted cross-entropy alone, nats.
+    cross_entropy: jax.Array
+    # (B, T) bool: the target's logit is above all others; a tie is wrong.
+    correct: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
     """What is static about a loss."""
 
-    logits: Callable[[jax.Array, jax.Array], jax.Array]  # of a table and activations
-    width: int  # tokens of a row in a chunk
+    # (table, activations) -> logits.
+    logits: Callable[[jax.Array, jax.Array], jax.Array]
+    # Tokens of a row in a chunk.
+    width: int
     z_loss: float
-    spread_axis: int  # of the table over fsdp
+    # The axis of the table that is spread over fsdp.
+    spread_axis: int
 
 
 def token_loss(
@@ -42,19 +49,19 @@ def token_loss(
     chunk: int,
     z_loss: float = 0.0,
 ) -> TokenLoss:
-    """Cross-entropy from activations (B, T, D), with logits of at most about `chunk` tokens alive at a time.
+    """Compute cross-entropy from activations (B, T, D), with logits of about `chunk` tokens alive at a time.
 
-    Gradients are formed along with the loss, chunk by chunk, so no logits are computed twice. On a mesh every device
-    gathers the table once, takes its own rows of the batch, sums the table's gradient by itself and spreads it at the
+    Gradients are computed along with the loss, chunk by chunk, so no logits are computed twice. On a mesh every device
+    gathers the table once, takes its own rows of the batch, sums the table's gradient locally and scatters it at the
     end. Chunks are cut along T.
 
     Args:
-      model: gives the logits.
+      model: computes the logits.
       hidden: (B, T, D) from `Transformer.hidden`.
       targets: (B, T) int32.
       weights: (B, T) float32; 0 leaves a token out.
-      chunk: tokens, all rows together.
-      z_loss: weight of log(Z)^2, which keeps the softmax normaliser near 1 (PaLM, section 5).
+      chunk: tokens in all rows together.
+      z_loss: weight of log(Z)^2, which keeps the softmax normalizer near 1 (PaLM, section 5).
     """
     width = min(max(1, chunk // hidden.shape[0]), hidden.shape[1])
     form = _Form(model.logits_from, width, z_loss, spread_axis=0 if model.unembedding is not None else 1)
@@ -68,7 +75,7 @@ def _loss(form: _Form, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _forward(form: _Form, *primals: Any) -> tuple[tuple[jax.Array, ...], Any]:
-    wanted = tuple(i for i in (0, 1) if primals[i].perturbed)  # a frozen table has no gradient
+    wanted = tuple(i for i in (0, 1) if primals[i].perturbed)  # a frozen table needs no gradient
     out, gradients = _on_mesh(form, wanted, *(primal.value for primal in primals))
     return out, dict(zip(wanted, gradients, strict=True))
 
@@ -89,7 +96,7 @@ _loss.defvjp(_forward, _backward, symbolic_zeros=True)
 def _on_mesh(
     form: _Form, wanted: tuple[int, ...], table: jax.Array, hidden: jax.Array, *rest: jax.Array
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """The three results, and gradients of the loss to the arrays `wanted` of (table, hidden)."""
+    """Return the three results, and the loss's gradients with respect to the arrays `wanted` of (table, hidden)."""
     if not divides_rows(hidden.shape[0]):
         return _local(form, wanted, table, hidden, *rest)
 
@@ -119,9 +126,9 @@ def _local(
     weights: jax.Array,
     total_dtype: Any = None,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """As :func:`_on_mesh`, of one device; the table's gradient is summed in `total_dtype`, by default the table's."""
+    """Compute :func:`_on_mesh` on one device; sum the table's gradient in `total_dtype`, by default the table's."""
     batch, length, _ = hidden.shape
-    width, count = form.width, -(-length // form.width)
+    width, count = form.width, ceil_div(length, form.width)
 
     def split(x: jax.Array) -> jax.Array:  # (B, T, ...) -> (chunks, B, width, ...), padded with zero weights
         padded = jnp.pad(x, ((0, 0), (0, count * width - length), *[(0, 0)] * (x.ndim - 2)))
@@ -155,11 +162,12 @@ def _local(
 def _chunk_loss(
     form: _Form, table: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Loss; cross-entropy and which targets are right."""
+    """Return the loss of a chunk, its cross-entropy and which targets are predicted."""
     logits = form.logits(table, hidden)
     highest = jax.lax.stop_gradient(logits.max(axis=-1))
     normaliser = highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(axis=-1))
     of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     entropy = weights * (normaliser - of_target)
     loss = entropy + form.z_loss * weights * jnp.square(normaliser)
-    return loss.sum(), (entropy.sum(), of_target >= highest)
+    alone = (logits == highest[..., None]).sum(axis=-1) == 1
+    return loss.sum(), (entropy.sum(), (of_target >= highest) & alone)

@@ -10,7 +10,7 @@ from fam_jax.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then constant, or a cosine to zero at `steps`."""
+    """Return the learning rate by step: linear warm-up, then constant, or a cosine to zero at `steps`."""
     rate, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "cosine":
         after: optax.Schedule = optax.cosine_decay_schedule(rate, max(1, steps - warmup))
@@ -18,23 +18,24 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         after = optax.constant_schedule(rate)
     if warmup == 0:
         return after
-    # The first step is taken at rate / warmup, not at zero.
+    # The first step has rate / warmup, not zero.
     rise = optax.linear_schedule(rate / warmup, rate, max(1, warmup - 1))
     return optax.join_schedules([rise, after], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The transformation of gradients into updates, for parameters as a nested dict with stacked "layers"."""
+    """Build the transformation of gradients into updates, for a nested dict of parameters with stacked "layers"."""
     transform = _adafactor(config, steps) if config.name == "adafactor" else _adamw(config, steps)
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(*parts, per_layer(transform))
 
 
 def _adafactor(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Shazeer and Stern (2018), in the order of optax.adafactor.
+    """Build Adafactor (Shazeer and Stern 2018), in the order of optax.adafactor.
 
-    The paper gives beta2 = 0.99 as a constant, where Adafactor's own choice is 1 - t^-0.8 ("power" here), and a
-    constant learning rate without saying whether updates are scaled by the RMS of their parameter: the config chooses.
+    The FAM paper gives beta2 = 0.99 as a constant, where Adafactor's own choice is 1 - t^-0.8 ("power" here). It gives a
+    constant learning rate and does not say whether updates are scaled by the RMS of their parameter. The config
+    chooses.
     """
     parts = [
         optax.scale_by_factored_rms(
@@ -75,7 +76,7 @@ def _is_matrix(params: Any) -> Any:
 
 
 def _debiased_decay(step: jax.Array, beta2: float) -> jax.Array:
-    """The decay of a running mean that equals Adam's debiased one: first 0, then rising to `beta2`."""
+    """Return the decay of a running mean that equals Adam's debiased one: 0 at first, rising to `beta2`."""
     t = jnp.asarray(step + 1, jnp.float32)
     return beta2 * (1 - beta2 ** (t - 1)) / (1 - beta2**t)
 
@@ -85,9 +86,9 @@ def _power_decay(step: jax.Array, power: float) -> jax.Array:
 
 
 def per_layer(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Applies `transform` to each slice of the stacked "layers" by itself, and to all other parameters.
+    """Apply `transform` to each layer of the stacked "layers" separately, and to all other parameters.
 
-    Else Adafactor would factor and clip across layers: a stack (L, D) of norms as if it were one matrix.
+    Otherwise Adafactor would factor and clip across layers: a stack (L, D) of norms as if it were one matrix.
     """
 
     def split(tree: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -15,7 +15,7 @@ from fam_jax.model import Transformer, create_model, lora, passed_on, to_dict
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """State between two steps."""
+    """The state between two steps."""
 
     # float32, except what LoRA keeps frozen.
     params: dict[str, Any]
@@ -37,13 +37,13 @@ def init_state(
     seed: int,
     base: dict[str, Any] | None = None,
 ) -> TrainState:
-    """Fresh parameters and optimizer state; a pure function, to be jitted with shardings.
+    """Create parameters and optimizer state; a pure function, to be jitted with shardings.
 
     Args:
-      config: resolved.
-      optimizer: of the parameters that are trained.
-      seed: of parameters and steps.
-      base: nested dict of parameters to take in place of fresh ones.
+      config: the experiment.
+      optimizer: for the parameters that are trained.
+      seed: for parameters and steps.
+      base: nested dict of parameters that replace random ones.
     """
     init_key, step_key = jax.random.split(jax.random.key(seed))
     params = to_dict(nnx.state(create_model(config, rngs=nnx.Rngs(init_key))))
@@ -68,6 +68,6 @@ def _nothing_carried(model: ModelConfig) -> dict[str, Any]:
 
 
 def model_structure(config: Config) -> tuple[Any, Any]:
-    """Graph definition and abstract state of the model, to merge parameters into without creating any."""
+    """Return graph definition and abstract state of the model, to merge parameters into."""
     abstract = nnx.eval_shape(lambda: create_model(config, rngs=nnx.Rngs(0)))
     return nnx.split(abstract)

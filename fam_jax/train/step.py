@@ -20,7 +20,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Draws(NamedTuple):
-    """What a step draws at random, per example."""
+    """Random choices of a step, per row."""
 
     # (B,) bool: start from what the last step left (random state passing, appendix B.2.3).
     from_carried: jax.Array
@@ -31,10 +31,10 @@ class Draws(NamedTuple):
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Builds `train_step(state, batch) -> (state, metrics)`; jit it with the state donated.
+    """Build `train_step(state, batch) -> (state, metrics)`; jit it with the state donated.
 
     A batch has inputs and targets (B, T) int32, weights (B, T) float32, answer (B, T) bool. The loss is the weighted
-    mean over the whole batch, however many micro-batches it is taken in.
+    mean over the whole batch, however many micro-batches it is split into.
     """
     graphdef, abstract = model_structure(config)
     train = config.train
@@ -107,7 +107,7 @@ def _accumulate(gradient: Callable, batch: Batch, draws: Draws, parts: int) -> A
     """Sum loss, scores and gradients over micro-batches; carry on the state of the first row of all."""
     if parts == 1:
         return gradient(batch, draws)
-    # Rows are dealt out in turn, so that a batch sharded over devices is in equal shares on all of them.
+    # Deal rows out in turn, so that each micro-batch is spread evenly over the devices.
     dealt = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, draws))
 
     def body(total: Any, part: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""A profiler trace of a few training steps, for XProf or TensorBoard's profile tab."""
+"""Profiler trace of a few training steps, for XProf or TensorBoard's profile tab."""
 
 import contextlib
 import os
@@ -14,27 +14,27 @@ from fam_jax.train.bucket_sync import Mirror
 
 
 class StepTrace:
-    """Traces steps `first` to `last` into the folder `profile` of a run; a context manager.
+    """Trace steps `first` to `last` into the folder `profile` of a run; a context manager.
 
-    Every process traces its own devices, into a file named after its host.
+    Each process traces its own devices into a file named after its host.
     """
 
     def __init__(self, workdir: epath.Path, steps: tuple[int, int] | None, *, remaining: range):
-        """Takes None for no trace.
+        """Prepare a trace.
 
         Args:
           workdir: of the run.
-          steps: first and last step of the trace. If the run is past the first there is none: it was resumed, by the
-            same command.
+          steps: first and last step of the trace, or None for no trace. A resumed run that is past the first step is
+            not traced.
           remaining: steps that the run will take.
 
         Raises:
-          UserError: the run will never take these steps.
+          UserError: the run never takes these steps.
         """
         if steps is not None and not 1 <= steps[0] <= steps[1] < remaining.stop:
             raise UserError(
-                f"--profile_steps={steps[0]},{steps[1]}: expected FIRST,LAST, from 1 to the {remaining.stop - 1} "
-                "steps of the run"
+                f"--profile_steps={steps[0]},{steps[1]}: expected FIRST,LAST within the run's steps, 1 to "
+                f"{remaining.stop - 1}"
             )
         self._steps = steps
         self._mirror: Mirror | None = None
@@ -42,7 +42,7 @@ class StepTrace:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the call that dispatches a step."""
+        """Enclose the call that dispatches a step."""
         if self._steps is not None and number == self._steps[0]:
             self._mirror = Mirror(self._folder)
             jax.profiler.start_trace(os.fspath(self._mirror.local))
@@ -50,7 +50,7 @@ class StepTrace:
             yield
 
     def end(self, number: int, metrics: Any) -> None:
-        """After it; waits for the last step of the trace to be computed."""
+        """Call after each step; at the last of the trace, wait until it is computed and stop."""
         if self._mirror is not None and self._steps is not None and number == self._steps[1]:
             jax.block_until_ready(metrics)
             self._stop()

@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 
 from fam_jax.config import MeshConfig
-from fam_jax.model import empty_memory
+from fam_jax.model import empty_state
 from fam_jax.sharding import make_mesh, replicated, traced_for
 from tests.kernels.cases import attend, draw
 from tests.kernels.test_block_attention import TRAINING, single
 from tests.model.tiny import build, params_of, quick_jit, some_tokens, variant
 
-SHAPE = {"block_size": 128, "head_dim": 8, "num_heads": 2, "num_kv_heads": 1, "memory_segments": 1}
+SHAPE = {"block_size": 128, "head_dim": 8, "num_heads": 2, "num_kv_heads": 1, "segments": 1}
 
 
 @pytest.mark.parametrize("past_slots", [False, True], ids=["training", "prefill"])
 @pytest.mark.parametrize(
     "changes",
     [
-        {"fam_length": 3},
-        {"fam_previous_blocks": 2, "stop_gradient": True},
-        {"fam_length": 16, "head_dim": 128},
+        {"length": 3},
+        {"previous_blocks": 2, "stop_gradient": True},
+        {"length": 16, "head_dim": 128},
     ],
     ids=["padded FAM", "two FAMs, stop-gradient", "all kernels"],
 )
@@ -40,7 +40,7 @@ def test_kernels_and_xla_agree(changes: dict[str, Any], past_slots: bool) -> Non
         def call(params: Any) -> Any:
             def loss(params: Any) -> Any:
                 model = build(config, params)
-                logits, memory = model(tokens, empty_memory(config, 1, past_slots=past_slots), aligned=True)
+                logits, memory = model(tokens, empty_state(config, 1, past_slots=past_slots), aligned=True)
                 return (weights * logits).sum(), (logits, memory)
 
             return jax.value_and_grad(loss, has_aux=True)(params)

@@ -13,14 +13,15 @@ import pytest
 from flax import nnx
 
 from fam_jax.config import Config, ConfigError, LoraConfig, ModelConfig
-from fam_jax.model import create_model, empty_memory, fam, from_dict, lora, to_dict
+from fam_jax.memories import chain
+from fam_jax.model import create_model, empty_state, from_dict, lora, to_dict
 from tests.model.test_gradients import plain_scan, score
 from tests.model.tiny import Reader, build, params_of, quick_jit, some_tokens, variant
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 TOKENS = some_tokens(2, 14)
 OTHER_LAYERS = {
-    "fam_init": "prefix", "norm": "layernorm", "activation": "gelu", "tie_embeddings": False, "num_kv_heads": 1,
+    "init": "prefix", "norm": "layernorm", "activation": "gelu", "tie_embeddings": False, "num_kv_heads": 1,
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def logits(model: ModelConfig, params: dict[str, Any], *, aligned: bool) -> np.n
     def call(params: Any) -> jax.Array:
         graphdef, abstract = structure(model)
         adapted = nnx.merge(graphdef, from_dict(abstract, params))
-        return adapted(jnp.asarray(TOKENS), adapted.init_memory(len(TOKENS)), aligned=aligned)[0]
+        return adapted(jnp.asarray(TOKENS), adapted.init_state(len(TOKENS)), aligned=aligned)[0]
 
     return np.asarray(call(params))
 
@@ -88,7 +89,7 @@ def loss_of(model: ModelConfig, config: LoraConfig) -> Any:
 
     def loss(trained: Any, frozen: Any) -> jax.Array:
         adapted = nnx.merge(graphdef, from_dict(abstract, lora.join(trained, frozen)))
-        memory = empty_memory(model, len(TOKENS), past_slots=False)
+        memory = empty_state(model, len(TOKENS), past_slots=False)
         return score(adapted(jnp.asarray(TOKENS), memory, aligned=True)[0])
 
     return loss
@@ -105,12 +106,12 @@ def test_gradients_through_the_chain(changes: dict[str, Any], monkeypatch: pytes
     with jax.enable_x64(True):
         deferred = gradients(model)
         calls = []
-        monkeypatch.setattr(fam, "scan_updates", lambda *args: calls.append(1) or plain_scan(*args))
+        monkeypatch.setattr(chain, "scan_updates", lambda *args: calls.append(1) or plain_scan(*args))
         plain = gradients(model)
     assert calls
     names = set(lora.flatten(deferred))
     adapters = {f"layers/{name}/{part}" for name in projections(model) for part in lora.ADAPTERS}
-    assert names == adapters | {"layers/initial_fam" if model.fam_init == "prefix" else "initial_fam"}
+    assert names == adapters | {f"{'layers/' if model.memory.init == 'prefix' else ''}memory/initial_fam"}
     for name, gradient in lora.flatten(deferred).items():
         assert np.abs(gradient).max() > 1e-6, name
         np.testing.assert_allclose(gradient, lora.flatten(plain)[name], rtol=1e-9, atol=1e-10, err_msg=name)
@@ -179,9 +180,9 @@ def test_a_pattern_that_cannot_be_meant_is_refused(changes: dict[str, Any], mess
 
 
 def test_what_is_trained_beside_the_updates() -> None:
-    config = LoraConfig(rank=2, train=("final_norm/*", "*initial_fam"))
+    config = LoraConfig(rank=2, train=("final_norm/*", "*memory/*"))
     trained, frozen = lora.divide(adapted_params(variant(), config), config)
     beside = {name for name in lora.flatten(trained) if not name.endswith(lora.ADAPTERS)}
-    assert beside == {"final_norm/scale", "initial_fam"}
+    assert beside == {"final_norm/scale", "memory/initial_fam"}
     assert not set(lora.flatten(frozen)) & set(lora.flatten(trained))
     assert build(variant(), lora.merge(lora.join(trained, frozen), config)) is not None

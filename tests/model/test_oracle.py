@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fam_jax.config import ModelConfig
-from fam_jax.model import empty_memory, with_fam
+from fam_jax.model import empty_state, with_passed_on
 from tests.model.tiny import Reader, params_of, some_tokens, variant
 from tests.oracle.naive import initial_fams, naive_forward, random_params
 
@@ -20,26 +20,26 @@ LENGTH = 14  # three blocks of the tiny model and a half
 CONFIGS = {
     "tiny": {},
     "layernorm, gelu, untied, multi-query, no segments": {
-        "norm": "layernorm", "activation": "gelu", "tie_embeddings": False, "num_kv_heads": 1, "memory_segments": 0,
-        "fam_previous_blocks": 2, "fam_init": "prefix",
+        "norm": "layernorm", "activation": "gelu", "tie_embeddings": False, "num_kv_heads": 1, "segments": 0,
+        "previous_blocks": 2, "init": "prefix",
     },
     "geglu, scaled, multi-head, float positions": {
-        "activation": "geglu", "scale_embeddings": True, "num_kv_heads": 4, "fam_positions": "float",
-        "memory_segments": 2, "fam_previous_blocks": 3,
+        "activation": "geglu", "scale_embeddings": True, "num_kv_heads": 4, "positions": "float",
+        "segments": 2, "previous_blocks": 3,
     },
     "zero positions, window, three layers": {
-        "fam_positions": "zero", "window": 6, "num_layers": 3, "memory_segments": 2, "fam_init": "prefix",
-        "fam_previous_blocks": 2,
+        "positions": "zero", "window": 6, "num_layers": 3, "segments": 2, "init": "prefix",
+        "previous_blocks": 2,
     },
     "zero positions, prompt, other constants": {
-        "fam_positions": "zero", "fam_previous_blocks": 3, "rope_base": 500.0, "norm_epsilon": 0.1, "fam_length": 3,
+        "positions": "zero", "previous_blocks": 3, "rope_base": 500.0, "norm_epsilon": 0.1, "length": 3,
     },
-    "Transformer-XL, FAM as long as a block, one layer": {"window": 5, "fam_length": 4, "num_layers": 1},
-    "BSWA": {"fam_length": 0, "memory_segments": 2},
-    "BSWA, window within a block": {"fam_length": 0, "window": 3},
-    "BSWA, no segments": {"fam_length": 0, "memory_segments": 0},
-    "blocks of one token": {"block_size": 1, "fam_length": 1, "memory_segments": 3, "fam_previous_blocks": 2},
-    "segments and FAMs beyond the sequence": {"memory_segments": 5, "fam_previous_blocks": 6},
+    "Transformer-XL, FAM as long as a block, one layer": {"window": 5, "length": 4, "num_layers": 1},
+    "BSWA": {"length": 0, "segments": 2},
+    "BSWA, window within a block": {"length": 0, "window": 3},
+    "BSWA, no segments": {"length": 0, "segments": 0},
+    "blocks of one token": {"block_size": 1, "length": 1, "segments": 3, "previous_blocks": 2},
+    "segments and FAMs beyond the sequence": {"segments": 5, "previous_blocks": 6},
     "one sequence in half a block": {"block_size": 32},
     "reference attention": {"attention": "reference", "window": 4},
     "biases, q/k norms, llama3 rope": {
@@ -52,10 +52,10 @@ CONFIGS = {
     },
     "local and global layers, a rest of the pattern": {
         "layer_pattern": ("local", "global", "local"), "local_window": 4, "local_rope_base": 30.0, "num_layers": 4,
-        "memory_segments": 2, "rope_scaling": "linear", "rope_factor": 2.0, "fam_previous_blocks": 2,
+        "segments": 2, "rope_scaling": "linear", "rope_factor": 2.0, "previous_blocks": 2,
     },
     "local layers, prefix, layernorm, reference attention": {
-        "layer_pattern": ("global", "local"), "local_window": 5, "fam_init": "prefix", "fam_positions": "zero",
+        "layer_pattern": ("global", "local"), "local_window": 5, "init": "prefix", "positions": "zero",
         "norm": "layernorm", "norm_offset": True, "qk_norm": True, "attention_softcap": 1.0, "attention": "reference",
     },
     "xla attention, stop-gradient, remat": {"attention": "xla", "stop_gradient": True, "remat": "full"},
@@ -95,10 +95,10 @@ def configs(draw):
     return wide(
         num_layers=pick(1, 2, 3), num_kv_heads=pick(1, 2, 4), norm=pick("rmsnorm", "layernorm"),
         activation=pick("swiglu", "geglu", "gelu"), tie_embeddings=pick(True, False),
-        scale_embeddings=pick(True, False), block_size=size, memory_segments=segments,
-        window=draw(st.integers(0, segments * size + 1)), fam_length=draw(st.integers(0, size)),
-        fam_init=pick("prompt", "prefix"), fam_positions=pick("last", "float", "zero"),
-        fam_previous_blocks=pick(1, 2, 3), attention=pick("reference", "xla"), qkv_bias=pick(True, False),
+        scale_embeddings=pick(True, False), block_size=size, segments=segments,
+        window=draw(st.integers(0, segments * size + 1)), length=draw(st.integers(0, size)),
+        init=pick("prompt", "prefix"), positions=pick("last", "float", "zero"),
+        previous_blocks=pick(1, 2, 3), attention=pick("reference", "xla"), qkv_bias=pick(True, False),
         qk_norm=pick(True, False), post_norms=pick(True, False), norm_offset=pick(True, False),
         attention_softcap=pick(0.0, 1.5), logit_softcap=pick(0.0, 2.0), query_pre_attn_scalar=pick(0.0, 7.0),
         rope_scaling=pick("none", "linear", "llama3"), rope_factor=4.0, rope_original_length=16,
@@ -120,11 +120,11 @@ STREAMS = {
         "layer_pattern": ("global", "local"),
         "local_window": 4,
         "attention_softcap": 1.5,
-        "memory_segments": 2,
+        "segments": 2,
     },
-    "tiny": {"memory_segments": 2, "fam_previous_blocks": 2},
-    "zero positions in a window": {"fam_positions": "zero", "window": 4, "fam_previous_blocks": 2},
-    "BSWA": {"fam_length": 0},
+    "tiny": {"segments": 2, "previous_blocks": 2},
+    "zero positions in a window": {"positions": "zero", "window": 4, "previous_blocks": 2},
+    "BSWA": {"length": 0},
 }
 
 
@@ -165,7 +165,7 @@ STRIDES = {
 @hypothesis.settings(max_examples=10, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 @hypothesis.given(strides=st.lists(st.sampled_from(sorted(STRIDES)), min_size=2, max_size=4))
 def test_parallel_and_piecewise_calls_may_follow_each_other(strides):
-    config = wide(memory_segments=2, fam_previous_blocks=3, fam_positions="float")
+    config = wide(segments=2, previous_blocks=3, positions="float")
     calls = [call for name in strides for call in STRIDES[name]]
     tokens = some_tokens(2, sum(n for n, _ in calls))
     want = naive_forward(random_params(config, 0), config, tokens)
@@ -178,16 +178,16 @@ def test_parallel_and_piecewise_calls_may_follow_each_other(strides):
         agrees(reader, np.concatenate(logits, axis=1), want)
 
 
-@pytest.mark.parametrize("fam_init", ["prompt", "prefix"])
-def test_starting_from_a_saved_fam(fam_init):
+@pytest.mark.parametrize("init", ["prompt", "prefix"])
+def test_starting_from_a_saved_fam(init):
     """Random state passing (appendix B.2.3): some rows start from it, and keep its residual; others afresh."""
-    config = wide(fam_init=fam_init, fam_previous_blocks=2)
+    config = wide(init=init, previous_blocks=2)
     tokens = some_tokens(3, LENGTH)
-    saved = np.random.default_rng(5).normal(size=(config.num_layers, config.fam_length, config.model_dim))
+    saved = np.random.default_rng(5).normal(size=(config.num_layers, config.memory.length, config.model_dim))
     rows = np.array([True, False, True])
     want = naive_forward(random_params(config, 0), config, tokens, start_fam=saved, carries_context=rows)
     with jax.enable_x64(True):
-        memory = with_fam(empty_memory(config, 3), jnp.asarray(saved), jnp.asarray(rows))
+        memory = with_passed_on(empty_state(config, 3), {"fam": jnp.asarray(saved)}, jnp.asarray(rows))
         reader = Reader(config, params_of(config), 3, memory)
         logits = np.concatenate(
             [reader.read(tokens[:, :8], aligned=True), reader.read(tokens[:, 8:])], axis=1
@@ -201,7 +201,7 @@ def test_first_update_keeps_the_residual_of_a_saved_fam_only():
     tokens = some_tokens(2, 4)
     start = np.array(initial_fams(random_params(config, 0), config))
     with jax.enable_x64(True):
-        memory = with_fam(empty_memory(config, 2), jnp.asarray(start), jnp.array([False, True]))
+        memory = with_passed_on(empty_state(config, 2), {"fam": jnp.asarray(start)}, jnp.array([False, True]))
         saved, fresh = Reader(config, params_of(config), 2, memory), Reader(config, params_of(config), 2)
         logits = saved.read(tokens, aligned=True), fresh.read(tokens, aligned=True)
         np.testing.assert_allclose(*logits, **EXACT)
@@ -209,8 +209,8 @@ def test_first_update_keeps_the_residual_of_a_saved_fam_only():
         assert np.abs(saved.fam[:, 1] - fresh.fam[:, 1]).max() > 0.1
 
 
-@pytest.mark.parametrize("changes", [{}, {"fam_init": "prefix"}, {"fam_positions": "float"}], ids=str)
-def test_an_empty_memory_holds_the_initial_fam(changes):
+@pytest.mark.parametrize("changes", [{}, {"init": "prefix"}, {"positions": "float"}], ids=str)
+def test_an_empty_state_holds_the_initial_fam(changes):
     config = wide(**changes)
     with jax.enable_x64(True):
         fam = Reader(config, params_of(config), 2).fam
@@ -219,9 +219,9 @@ def test_an_empty_memory_holds_the_initial_fam(changes):
         np.testing.assert_allclose(fam[:, b], want, **EXACT)
 
 
-@pytest.mark.parametrize("fam_positions", ["last", "float", "zero"])
-def test_random_position_offset(fam_positions):
-    config = wide(fam_positions=fam_positions, fam_previous_blocks=2)
+@pytest.mark.parametrize("positions", ["last", "float", "zero"])
+def test_random_position_offset(positions):
+    config = wide(positions=positions, previous_blocks=2)
     tokens, offset = some_tokens(2, LENGTH), np.array([0, 60_000], np.int32)
     want = naive_forward(random_params(config, 0), config, tokens, offset=offset)
     with jax.enable_x64(True):
@@ -236,7 +236,7 @@ def test_random_position_offset(fam_positions):
 
 def test_positions_of_a_stream_that_has_run_for_long():
     """`zero` is the one ablation in which the absolute position counts: FAM is left ever further behind."""
-    config = wide(fam_positions="zero", memory_segments=0)
+    config = wide(positions="zero", segments=0)
     tokens, position = some_tokens(2, LENGTH), 10**9
     want = naive_forward(random_params(config, 0), config, tokens, position=position)
     near = naive_forward(random_params(config, 0), config, tokens)
@@ -245,5 +245,6 @@ def test_positions_of_a_stream_that_has_run_for_long():
         for how in ({"aligned": True}, {}):
             reader = Reader(config, params_of(config), 2)
             blocks = jnp.full(2, position // config.block_size, jnp.int32)
-            reader.memory = dataclasses.replace(reader.memory, blocks=blocks)
+            place = dataclasses.replace(reader.state.position, blocks=blocks)
+            reader.state = dataclasses.replace(reader.state, position=place)
             np.testing.assert_allclose(reader.read(tokens, **how), want.logits, rtol=0, atol=1e-5)

@@ -13,7 +13,7 @@ from tests.oracle.dense import dense_forward
 from tests.oracle.naive import random_params
 
 SINGLE = {"rtol": 2e-5, "atol": 2e-5}  # logits of the order of 1 after some hundred float32 operations each
-BASE = variant(memory_segments=2, fam_previous_blocks=2)
+BASE = variant(segments=2, previous_blocks=2)
 
 
 def test_parallel_is_block_by_block_is_token_by_token():
@@ -23,8 +23,8 @@ def test_parallel_is_block_by_block_is_token_by_token():
         reader = Reader(BASE, params_of(BASE), 2)
         chunks = [reader.read(tokens[:, at : at + step], aligned=aligned) for at in range(0, 16, step)]
         # The unfinished block is empty now, and what its unused slots hold is nobody's business.
-        used = dataclasses.replace(reader.memory.layers, block_keys=None, block_values=None)
-        results.append((np.concatenate(chunks, axis=1), dataclasses.replace(reader.memory, layers=used)))
+        used = dataclasses.replace(reader.state.layers, block_keys=None, block_values=None)
+        results.append((np.concatenate(chunks, axis=1), dataclasses.replace(reader.state, layers=used)))
     want, *others = results
     for got in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), got, want)
@@ -46,23 +46,23 @@ def test_padding_leaves_no_trace():
     other = tokens.copy()
     other[0, 3:], other[1] = 10 - other[0, 3:], 10 - other[1]
     readers = [Reader(BASE, params_of(BASE), 2) for _ in range(2)]
-    before = readers[0].memory
+    before = readers[0].state
     a, b = (reader.read(t, lengths=[3, 0]) for reader, t in zip(readers, (tokens, other), strict=True))
     np.testing.assert_array_equal(a[0, :3], b[0, :3])
-    jax.tree.map(np.testing.assert_array_equal, readers[0].memory, readers[1].memory)
+    jax.tree.map(np.testing.assert_array_equal, readers[0].state, readers[1].state)
     for old, new in zip(
-        jax.tree.leaves(before.layers), jax.tree.leaves(readers[0].memory.layers), strict=True
+        jax.tree.leaves(before.layers), jax.tree.leaves(readers[0].state.layers), strict=True
     ):
         np.testing.assert_array_equal(old[:, 1], new[:, 1])  # a row that read nothing
 
 
 MASKS = {
-    "full causal": ({"memory_segments": 3}, lambda q, k: k <= q),
-    "own block": ({"memory_segments": 0}, lambda q, k: (k <= q) & (q // 4 == k // 4)),
-    "one segment": ({"memory_segments": 1}, lambda q, k: (k <= q) & (q // 4 - k // 4 <= 1)),
-    "sliding window": ({"memory_segments": 2, "window": 6}, lambda q, k: (k <= q) & (q - k < 6)),
+    "full causal": ({"segments": 3}, lambda q, k: k <= q),
+    "own block": ({"segments": 0}, lambda q, k: (k <= q) & (q // 4 == k // 4)),
+    "one segment": ({"segments": 1}, lambda q, k: (k <= q) & (q // 4 - k // 4 <= 1)),
+    "sliding window": ({"segments": 2, "window": 6}, lambda q, k: (k <= q) & (q - k < 6)),
     "Transformer-XL": (
-        {"memory_segments": 1, "window": 5},
+        {"segments": 1, "window": 5},
         lambda q, k: (k <= q) & (q - k < 5) & (q // 4 - k // 4 <= 1),
     ),
 }
@@ -71,7 +71,7 @@ MASKS = {
 @pytest.mark.parametrize(("changes", "see"), MASKS.values(), ids=MASKS)
 def test_without_fam_it_is_dense_attention_under_a_mask(changes, see):
     """The options of FAM are left on: with M = 0 they mean nothing."""
-    config = variant(fam_length=0, fam_previous_blocks=3, fam_init="prefix", fam_positions="zero", **changes)
+    config = variant(length=0, previous_blocks=3, init="prefix", positions="zero", **changes)
     tokens, steps = some_tokens(2, 14), np.arange(14)
     want = dense_forward(random_params(config, 0), config, tokens, see(steps[:, None], steps[None, :]))
     for how in ({"aligned": True}, {}):
@@ -79,9 +79,9 @@ def test_without_fam_it_is_dense_attention_under_a_mask(changes, see):
         np.testing.assert_allclose(logits, want, **SINGLE)
 
 
-@pytest.mark.parametrize("fam_positions", ["last", "float"])
-def test_a_random_position_offset_changes_nothing_but_roundings(fam_positions):
-    config = variant(fam_positions=fam_positions)
+@pytest.mark.parametrize("positions", ["last", "float"])
+def test_a_random_position_offset_changes_nothing_but_roundings(positions):
+    config = variant(positions=positions)
     tokens = some_tokens(3, 14)
     plain = Reader(config, params_of(config), 3).read(tokens, aligned=True)
     how = {"aligned": True, "position_offset": jnp.array([1, 62_831, 2**30], jnp.int32)}
@@ -91,7 +91,7 @@ def test_a_random_position_offset_changes_nothing_but_roundings(fam_positions):
 
 
 def test_an_offset_shows_where_a_fam_stands_at_zero():
-    config = variant(fam_positions="zero")
+    config = variant(positions="zero")
     tokens = some_tokens(2, 14)
     plain = Reader(config, params_of(config), 2).read(tokens, aligned=True)
     offset = jnp.array([0, 1000], jnp.int32)
@@ -101,18 +101,20 @@ def test_an_offset_shows_where_a_fam_stands_at_zero():
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("fam_positions", ["last", "zero"])
-def test_a_stream_may_run_for_ever(fam_positions, aligned):
+@pytest.mark.parametrize("positions", ["last", "zero"])
+def test_a_stream_may_run_for_ever(positions, aligned):
     """10^9 tokens later the same text over the same memory reads the same; `zero` positions stay finite."""
-    config = variant(fam_positions=fam_positions, memory_segments=2, fam_previous_blocks=2)
+    config = variant(positions=positions, segments=2, previous_blocks=2)
     tokens = some_tokens(2, 20)
     near, far = (Reader(config, params_of(config), 2) for _ in range(2))
     for reader in (near, far):
         reader.read(tokens[:, :12], aligned=True)
-    far.memory = dataclasses.replace(far.memory, blocks=far.memory.blocks + 10**9 // config.block_size)
+    position = far.state.position
+    position = dataclasses.replace(position, blocks=position.blocks + 10**9 // config.block_size)
+    far.state = dataclasses.replace(far.state, position=position)
     logits = [reader.read(tokens[:, 12:], aligned=aligned) for reader in (near, far)]
     assert np.isfinite(logits[1]).all() and np.isfinite(far.fam).all()
-    if fam_positions == "last":
+    if positions == "last":
         np.testing.assert_array_equal(*logits)
     else:
         assert np.abs(logits[0] - logits[1]).max() > 1e-3
@@ -125,7 +127,7 @@ LENGTH = 13
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_no_token_sees_its_future(num_layers, aligned):
     """Row t differs from row T in token t alone, on either side of every block border."""
-    config = variant(dtype="float64", num_layers=num_layers, fam_previous_blocks=2)
+    config = variant(dtype="float64", num_layers=num_layers, previous_blocks=2)
     tokens = np.repeat(some_tokens(1, LENGTH), LENGTH + 1, axis=0)
     changed = np.arange(LENGTH)
     tokens[changed, changed] = (tokens[changed, changed] + 1) % config.vocab_size

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from fam_jax.config import ModelConfig
-from fam_jax.model import Memory, Transformer, from_dict
+from fam_jax.memories.fam import FamConfig
+from fam_jax.model import StreamState, Transformer, from_dict
 from tests.oracle.naive import random_params
 
 # Compiles a gradient of the tiny model some six times faster than the defaults do; no test runs long enough to miss
@@ -22,13 +23,17 @@ quick_jit = functools.partial(
 
 TINY = ModelConfig(
     vocab_size=11, num_layers=2, model_dim=8, num_heads=4, num_kv_heads=2, head_dim=4, ff_dim=12,
-    block_size=4, memory_segments=1, fam_length=2,
+    block_size=4, memory=FamConfig(segments=1, length=2),
 )  # fmt: skip
 
 
-def variant(**changes: Any) -> ModelConfig:
-    """`TINY` with some fields changed."""
-    return dataclasses.replace(TINY, **changes)
+def variant(config: ModelConfig = TINY, **changes: Any) -> ModelConfig:
+    """Return `config` with fields changed, those of its memory too: no name is in both groups."""
+    own = {field.name for field in dataclasses.fields(config.memory)}
+    memory = {name: changes.pop(name) for name in own & changes.keys()}
+    if memory:
+        changes["memory"] = dataclasses.replace(config.memory, **memory)
+    return dataclasses.replace(config, **changes)
 
 
 def some_tokens(*shape: int, seed: int = 0) -> np.ndarray:
@@ -53,35 +58,35 @@ def build(config: ModelConfig, params: Any) -> Transformer:
 
 
 @functools.cache
-def _compiled(config: ModelConfig) -> Callable[..., tuple[jax.Array, Memory]]:
+def _compiled(config: ModelConfig) -> Callable[..., tuple[jax.Array, StreamState]]:
     @functools.partial(quick_jit, static_argnames="aligned")
-    def call(params, tokens, memory, *, lengths=None, aligned=False, position_offset=None):
+    def call(params, tokens, state, *, lengths=None, aligned=False, position_offset=None):
         return build(config, params)(
-            tokens, memory, lengths=lengths, aligned=aligned, position_offset=position_offset
+            tokens, state, lengths=lengths, aligned=aligned, position_offset=position_offset
         )
 
     return call
 
 
 @functools.cache
-def _compiled_start(config: ModelConfig) -> Callable[[Any, int], Memory]:
+def _compiled_start(config: ModelConfig) -> Callable[[Any, int], StreamState]:
     return quick_jit(
-        lambda params, batch_size: build(config, params).init_memory(batch_size), static_argnums=1
+        lambda params, batch_size: build(config, params).init_state(batch_size), static_argnums=1
     )
 
 
 class Reader:
-    """Streams being read by a model: keeps the memory between calls. Compiled once per config and shape."""
+    """Streams being read by a model: keeps their state between calls. Compiled once per config and shape."""
 
-    def __init__(self, config: ModelConfig, params: Any, batch_size: int, memory: Memory | None = None):
+    def __init__(self, config: ModelConfig, params: Any, batch_size: int, state: StreamState | None = None):
         self.config, self.params = config, params
-        self.memory = _compiled_start(config)(params, batch_size) if memory is None else memory
+        self.state = _compiled_start(config)(params, batch_size) if state is None else state
 
     def read(self, tokens: np.ndarray, **how: Any) -> np.ndarray:
         """Logits (B, T, V)."""
         if "lengths" in how:
             how["lengths"] = jnp.asarray(how["lengths"], jnp.int32)
-        logits, self.memory = _compiled(self.config)(self.params, jnp.asarray(tokens), self.memory, **how)
+        logits, self.state = _compiled(self.config)(self.params, jnp.asarray(tokens), self.state, **how)
         return np.asarray(logits)
 
     def read_ragged(self, rows: list[np.ndarray], width: int) -> list[np.ndarray]:
@@ -93,4 +98,4 @@ class Reader:
     @property
     def fam(self) -> np.ndarray:
         """(L, B, M, D)."""
-        return np.asarray(self.memory.layers.fam)
+        return np.asarray(self.state.layers.fam)

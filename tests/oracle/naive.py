@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fam_jax.config import ModelConfig
+from fam_jax.memories.fam import FamConfig
 
 Array = np.ndarray
 Params = Mapping[str, Any]
@@ -49,7 +50,7 @@ def naive_forward(
     position: int = 0,
     offset: Array | None = None,
 ) -> NaiveResult:
-    """Runs the decoder over `tokens` from an empty memory.
+    """Runs the decoder over `tokens` from an empty state.
 
     Args:
       params: nested dict of arrays, layer parameters stacked on a leading L axis.
@@ -60,7 +61,7 @@ def naive_forward(
       position: absolute position of the first token, a multiple of the block size.
       offset: (B,) random position offset of each row (appendix B.2.2).
     """
-    batch = tokens.shape[0]
+    config, batch = as_fam(config), tokens.shape[0]
     offsets = np.zeros(batch) if offset is None else offset
     if start_fam is None:
         carries_context = np.zeros(batch, bool)
@@ -79,13 +80,22 @@ def naive_forward(
     return NaiveResult(np.array(logits), np.stack(fams, axis=1))
 
 
+def as_fam(config: ModelConfig) -> Any:
+    """Return the config with any window written as a FAM of no vectors; untyped, as its memory group is known."""
+    if isinstance(config.memory, FamConfig):
+        return config
+    window = FamConfig(length=0, segments=config.memory_segments, window=config.memory.window)
+    return dataclasses.replace(config, memory=window)
+
+
 def initial_fams(params: Params, config: ModelConfig, origin: float = 0.0) -> list[Array]:
     """The learned F_{-1} of every layer, (M, D) each (appendix B.1); the first token stands at `origin`."""
-    if config.fam_length == 0:
+    config = as_fam(config)
+    if config.memory.length == 0:
         return [np.zeros((0, config.model_dim))] * config.num_layers
-    if config.fam_init == "prefix":
-        return [np.asarray(f, np.float64) for f in params["layers"]["initial_fam"]]
-    stream = np.asarray(params["initial_fam"], np.float64)
+    if config.memory.init == "prefix":
+        return [np.asarray(f, np.float64) for f in params["layers"]["memory"]["initial_fam"]]
+    stream = np.asarray(params["memory"]["initial_fam"], np.float64)
     positions = fam_positions(config, -1, origin)
     fams = []
     for index in range(config.num_layers):
@@ -93,22 +103,22 @@ def initial_fams(params: Params, config: ModelConfig, origin: float = 0.0) -> li
         layer, own = _layer_params(params, index), _layer_config(config, index)
         q, k, v = _fam_qkv(layer, own, stream, positions)
         new = []
-        for i in range(config.fam_length):  # every vector attends to all of them, to nothing else
+        for i in range(config.memory.length):  # every vector attends to all of them, to nothing else
             a = _output(layer, own, _attend(own, q[i], k, v)) + stream[i]
             new.append(_feed_forward(layer, own, a) + a)
         stream = np.array(new)
     return fams
 
 
-def fam_positions(config: ModelConfig, tau: int, origin: float) -> list[float]:
+def fam_positions(config: Any, tau: int, origin: float) -> list[float]:
     """Positions of the M vectors of F_tau (appendix B.2.1) in a stream whose first token is at `origin`."""
-    length = config.fam_length
+    length = config.memory.length
     end = origin + (tau + 1) * config.block_size  # where block tau + 1 begins
-    if config.fam_positions == "last":
+    if config.memory.positions == "last":
         return [end - length + i for i in range(length)]
-    if config.fam_positions == "float":
+    if config.memory.positions == "float":
         return [end - 1 + (i + 1) / (length + 1) for i in range(length)]
-    assert config.fam_positions == "zero"
+    assert config.memory.positions == "zero"
     return [0.0] * length
 
 
@@ -158,14 +168,14 @@ def _token_step(
     keys: list[Array] = []
     values: list[Array] = []
     # Memory segment: all keys of blocks tau-m .. tau-1; then the own block, which ends with this token.
-    for block in range(max(0, tau - config.memory_segments), tau + 1):
+    for block in range(max(0, tau - config.memory.segments), tau + 1):
         for i, (k, v) in enumerate(zip(state.keys[block], state.values[block], strict=True)):
             distance = t - (block * config.block_size + i)
-            if config.window == 0 or distance < config.window:
+            if config.memory.window == 0 or distance < config.memory.window:
                 keys.append(k)
                 values.append(v)
     # FAM of the blocks before: F_{tau-1}, F_{tau-2}, ... F_{tau-R}, as far back as F_{-1}.
-    oldest = tau if state.local else max(-1, tau - config.fam_previous_blocks)
+    oldest = tau if state.local else max(-1, tau - config.memory.previous_blocks)
     for block in range(tau - 1, oldest - 1, -1):
         fam, positions = state.fams[block + 1], fam_positions(config, block, origin)
         _, fam_keys, fam_values = _fam_qkv(layer, config, fam, positions)
@@ -184,7 +194,7 @@ def _next_fam(layer: Params, config: ModelConfig, state: _LayerState, tau: int, 
     carries = state.carries_context if tau == 0 else True
     q, k, v = _fam_qkv(layer, config, previous, fam_positions(config, tau - 1, origin))
     new = []
-    for i in range(config.fam_length):
+    for i in range(config.memory.length):
         a = _output(layer, config, _attend(config, q[i], k + state.keys[tau], v + state.values[tau]))
         if carries:  # the "FAM copy"; the learned initial FAM has no context to copy (appendix B.1)
             a = a + previous[i]
@@ -223,7 +233,8 @@ def _layer_config(config: ModelConfig, index: int) -> ModelConfig:
     """The config as layer `index` goes by it."""
     if not _is_local(config, index):
         return config
-    config = dataclasses.replace(config, window=config.local_window)
+    memory = dataclasses.replace(config.memory, window=config.local_window)
+    config = dataclasses.replace(config, memory=memory)
     if config.local_rope_base:
         config = dataclasses.replace(config, rope_base=config.local_rope_base, rope_scaling="none")
     return config
@@ -337,6 +348,7 @@ def random_params(config: ModelConfig, seed: int) -> dict[str, Any]:
     forgotten scale, bias, rotation or mask changes the output. A parameter depends on its name, its shape and
     `seed` alone, so two configs share those that they have in common.
     """
+    config = as_fam(config)
     count, width, ff = config.num_layers, config.model_dim, config.ff_dim
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
 
@@ -378,8 +390,8 @@ def random_params(config: ModelConfig, seed: int) -> dict[str, Any]:
     }
     if not config.tie_embeddings:
         params["unembedding"] = kernel("unembedding", width, config.vocab_size, fan_in=width)
-    if config.fam_length > 0 and config.fam_init == "prompt":
-        params["initial_fam"] = normal("initial_fam", config.fam_length, width)
-    if config.fam_length > 0 and config.fam_init == "prefix":
-        layers["initial_fam"] = normal("layers/initial_fam", count, config.fam_length, width)
+    if config.memory.length > 0 and config.memory.init == "prompt":
+        params["memory"] = {"initial_fam": normal("initial_fam", config.memory.length, width)}
+    if config.memory.length > 0 and config.memory.init == "prefix":
+        layers["memory"] = {"initial_fam": normal("layers/initial_fam", count, config.memory.length, width)}
     return params

@@ -1,28 +1,28 @@
 """The oracle against what can be said about it without a model."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from fam_jax.config import ModelConfig
+from fam_jax.memories.fam import FamConfig
+from tests.model import tiny
 from tests.oracle.dense import dense_forward
 from tests.oracle.naive import fam_positions, initial_fams, naive_forward, random_params
 
 TINY = ModelConfig(
     vocab_size=11, num_layers=2, model_dim=8, num_heads=4, num_kv_heads=2, head_dim=4, ff_dim=12,
-    block_size=4, memory_segments=1, fam_length=2,
+    block_size=4, memory=FamConfig(segments=1, length=2),
 )  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 14))
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def variant(**changes):
-    return dataclasses.replace(TINY, **changes)
+    return tiny.variant(TINY, **changes)
 
 
 @pytest.mark.parametrize(
-    ("memory_segments", "window", "see"),
+    ("segments", "window", "see"),
     [
         (9, 0, lambda q, k: k <= q),
         (1, 0, lambda q, k: (k <= q) & (q // 4 - k // 4 <= 1)),
@@ -31,18 +31,18 @@ def variant(**changes):
     ],
     ids=["full causal", "m=1", "m=0", "sliding window"],
 )
-def test_no_fam_is_dense_attention_under_a_mask(memory_segments, window, see):
-    config = variant(fam_length=0, memory_segments=memory_segments, window=window)
+def test_no_fam_is_dense_attention_under_a_mask(segments, window, see):
+    config = variant(length=0, segments=segments, window=window)
     params = random_params(config, 1)
     steps = np.arange(TOKENS.shape[1])
     dense = dense_forward(params, config, TOKENS, see(steps[:, None], steps[None, :]))
     np.testing.assert_allclose(naive_forward(params, config, TOKENS).logits, dense, **EXACT)
 
 
-@pytest.mark.parametrize("fam_init", ["prompt", "prefix"])
-@pytest.mark.parametrize("fam_positions", ["last", "float"])
-def test_rope_sees_differences_only(fam_positions, fam_init):
-    config = variant(fam_positions=fam_positions, fam_init=fam_init, fam_previous_blocks=2)
+@pytest.mark.parametrize("init", ["prompt", "prefix"])
+@pytest.mark.parametrize("positions", ["last", "float"])
+def test_rope_sees_differences_only(positions, init):
+    config = variant(positions=positions, init=init, previous_blocks=2)
     params = random_params(config, 2)
     plain = naive_forward(params, config, TOKENS)
     for shifted in (
@@ -54,7 +54,7 @@ def test_rope_sees_differences_only(fam_positions, fam_init):
 
 
 def test_a_fam_at_zero_is_left_behind_by_an_offset():
-    config = variant(fam_positions="zero")
+    config = variant(positions="zero")
     params = random_params(config, 2)
     plain = naive_forward(params, config, TOKENS)
     shifted = naive_forward(params, config, TOKENS, offset=np.array([0, 1000]))
@@ -64,9 +64,9 @@ def test_a_fam_at_zero_is_left_behind_by_an_offset():
 
 OPTIONS = [
     {"norm": "layernorm"}, {"activation": "gelu"}, {"activation": "geglu"}, {"tie_embeddings": False},
-    {"scale_embeddings": True}, {"memory_segments": 0}, {"memory_segments": 2}, {"window": 3},
-    {"fam_length": 0}, {"fam_length": 3}, {"fam_init": "prefix"}, {"fam_positions": "float"},
-    {"fam_positions": "zero"}, {"fam_previous_blocks": 2}, {"rope_base": 500.0}, {"norm_epsilon": 0.1},
+    {"scale_embeddings": True}, {"segments": 0}, {"segments": 2}, {"window": 3},
+    {"length": 0}, {"length": 3}, {"init": "prefix"}, {"positions": "float"},
+    {"positions": "zero"}, {"previous_blocks": 2}, {"rope_base": 500.0}, {"norm_epsilon": 0.1},
     {"num_kv_heads": 1}, {"num_kv_heads": 4},
 ]  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_every_option_changes_something_but_the_past(changes):
     other = TOKENS.copy()
     other[:, 6] = (other[:, 6] + 1) % config.vocab_size
     result, changed = naive_forward(params, config, TOKENS), naive_forward(params, config, other)
-    assert result.logits.shape == (2, 14, 11) and result.fam.shape == (2, 2, config.fam_length, 8)
+    assert result.logits.shape == (2, 14, 11) and result.fam.shape == (2, 2, config.memory.length, 8)
     np.testing.assert_array_equal(result.logits[:, :6], changed.logits[:, :6])
     assert np.abs(result.logits[:, 6] - changed.logits[:, 6]).min() > 0
     base = naive_forward(random_params(TINY, 3), TINY, TOKENS)
@@ -111,5 +111,5 @@ def test_last_positions_are_those_of_the_last_tokens_of_the_block():
     assert fam_positions(TINY, 5, 0.0) == [p + 2, p + 3]
     assert fam_positions(TINY, -1, 0.0) == [-2, -1]
     np.testing.assert_allclose(
-        fam_positions(variant(fam_positions="float"), 5, 0.0), [p + 3 + 1 / 3, p + 3 + 2 / 3]
+        fam_positions(variant(positions="float"), 5, 0.0), [p + 3 + 1 / 3, p + 3 + 2 / 3]
     )

@@ -33,7 +33,7 @@ def train_rows(config: Config, first: int, rows: int) -> dict[str, np.ndarray]:
         own = {name: array[first : first + rows] for name, array in some_batch(step).items()}
         batch = {name: jax.make_array_from_process_local_data(where, array) for name, array in own.items()}
         state, metrics = trainer.step(state, batch)
-    arrays = by_name(state.params) | {"loss": metrics["loss"], "saved_fam": state.saved_fam}
+    arrays = by_name(state.params) | {"loss": metrics["loss"], "carried": state.carried["fam"]}
     return {name: multihost_utils.process_allgather(array, tiled=True) for name, array in arrays.items()}
 
 

@@ -123,7 +123,7 @@ def lines(folder: pathlib.Path) -> list[dict[str, Any]]:
 def assert_same_run(folder: pathlib.Path, other: pathlib.Path) -> None:
     (arrays, position), (wanted, wanted_position) = saved(folder, STEPS), saved(other, STEPS)
     assert arrays.keys() == wanted.keys()
-    assert any("saved_fam" in name for name in arrays) and any("optimizer" in name for name in arrays)
+    assert any("carried/fam" in name for name in arrays) and any("optimizer" in name for name in arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, wanted[name], err_msg=name)
     assert position == wanted_position

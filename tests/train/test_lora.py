@@ -16,6 +16,7 @@ from fam_jax import sharding
 from fam_jax.checkpoint import CheckpointError, load_params
 from fam_jax.config import Config, UserError
 from fam_jax.generate.restore import load_model
+from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import lora
 from fam_jax.train import loop
 from fam_jax.train.loop import Interrupted, make_trainer, train
@@ -78,7 +79,7 @@ def test_a_sharded_step_is_the_step_of_one_device() -> None:
         batch = jax.device_put(some_batch(step), sharding.batch_sharding(trainer.mesh))
         state, found = trainer.step(state, batch)
         assert_close(jax.tree.map(float, found), metrics[step], rtol=1e-4, atol=1e-6)
-    for part in ("params", "optimizer", "saved_fam"):
+    for part in ("params", "optimizer", "carried"):
         assert_close(getattr(state, part), getattr(expected, part), rtol=1e-4, atol=1e-5)
     specs = jax.tree.map(lambda leaf: tuple(leaf.sharding.spec), state.params["layers"])
     assert specs["query"]["lora_a"] == (None, "fsdp", None)
@@ -140,7 +141,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def adapting(base: pathlib.Path | str, **changes: Any) -> Config:
-    values = {"lora__rank": 2, "model__memory_segments": 0, "train__steps": 5, **changes}
+    values = {"lora__rank": 2, "memory__segments": 0, "train__steps": 5, **changes}
     return changed(BASE, train__init_from=str(base), **values)
 
 
@@ -163,9 +164,9 @@ def adapted(base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pat
 
 def test_a_run_begins_with_the_parameters_of_another(base: pathlib.Path, adapted: pathlib.Path) -> None:
     before, after = params_at(base), params_at(adapted)
-    kept = {name for name in before if name != "initial_fam"}
+    kept = {name for name in before if name != "memory/initial_fam"}
     assert_equal({name: after[name] for name in kept}, {name: before[name] for name in kept})
-    assert (after["initial_fam"] != before["initial_fam"]).any()
+    assert (after["memory/initial_fam"] != before["memory/initial_fam"]).any()
     assert all(np.abs(after[name]).max() > 0 for name in after if name.endswith("lora_b"))
 
 
@@ -207,10 +208,14 @@ def test_a_step_of_the_base_may_be_named(base: pathlib.Path, tmp_path: pathlib.P
 
 @pytest.mark.slow
 def test_a_base_without_fam_gets_one(tmp_path: pathlib.Path) -> None:
-    train(changed(BASE, model__fam_length=0, train__steps=1), str(tmp_path / "base"), quiet=True)
+    train(
+        changed(BASE, model__memory=BlockSlidingWindowConfig(), train__steps=1),
+        str(tmp_path / "base"),
+        quiet=True,
+    )
     train(adapting(tmp_path / "base", train__steps=1), str(tmp_path / "run"), quiet=True)
     found = params_at(tmp_path / "run")
-    assert found["initial_fam"].shape == (BASE.model.fam_length, BASE.model.model_dim)
+    assert found["memory"]["initial_fam"].shape == (2, BASE.model.model_dim)
     np.testing.assert_array_equal(found["layers/up/kernel"], params_at(tmp_path / "base")["layers/up/kernel"])
 
 
@@ -222,7 +227,7 @@ def test_a_base_without_fam_gets_one(tmp_path: pathlib.Path) -> None:
             "holds another model (model.num_layers is 1 there, 2 here; model.ff_dim is 16 there, 24 here)",
         ),
         ({"model__rope_base": 5000.0}, "model.rope_base is 10000.0 there, 5000.0 here"),
-        ({"model__fam_length": 3}, "model.fam_length is 2 there, 3 here"),
+        ({"memory__length": 3}, "model.memory.length is 2 there, 3 here"),
     ],
 )  # fmt: skip
 def test_the_base_of_another_model_is_refused(

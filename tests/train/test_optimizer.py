@@ -37,11 +37,11 @@ BASE = OptimizerConfig(
 SHAPES = {
     "embedding/table": (11, WIDTH),  # factored
     "final_norm/scale": (WIDTH,),
-    "initial_fam": (3, WIDTH),  # a matrix, too small to be factored
+    "memory/initial_fam": (3, WIDTH),  # a matrix, too small to be factored
     "layers/norm/scale": (LAYERS, WIDTH),
     "layers/up/kernel": (LAYERS, WIDTH, WIDE),  # factored
     "layers/query/kernel": (LAYERS, WIDTH, 2, WIDE),  # factored for each head
-    "layers/initial_fam": (LAYERS, 3, WIDTH),
+    "layers/memory/initial_fam": (LAYERS, 3, WIDTH),
 }
 Flat = dict[str, np.ndarray]
 

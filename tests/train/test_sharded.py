@@ -45,7 +45,7 @@ def test_a_sharded_step_is_the_step_of_one_device(base: Config, config: Config) 
     table = state.params["embedding"]["table"]
     spread = config.mesh.fsdp * config.mesh.tensor
     assert table.addressable_shards[0].data.size == table.size // spread
-    for part in ("params", "optimizer", "saved_fam", "step"):
+    for part in ("params", "optimizer", "carried", "step"):
         assert_close(getattr(state, part), getattr(expected, part), rtol=1e-4, atol=1e-5)
 
 

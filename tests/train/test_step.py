@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fam_jax.config import Config
-from fam_jax.model import Transformer, empty_memory, with_fam
+from fam_jax.model import Transformer, empty_state, with_passed_on
 from tests.model.tiny import build, quick_jit
 from tests.train.tiny import ROWS, TINY, assert_close, changed, compiled_step, run, some_batch, start
 
@@ -23,7 +23,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 def compiled_hidden(config: Config) -> Any:
     @quick_jit
     def call(params: Any, inputs: jax.Array, fam: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        memory = with_fam(empty_memory(config.model, inputs.shape[0]), fam, rows)
+        memory = with_passed_on(empty_state(config.model, inputs.shape[0]), {"fam": fam}, rows)
         model: Transformer = build(config.model, params)
         hidden, memory = model.hidden(inputs, memory, aligned=True)
         return model.logits(hidden), memory.layers.fam
@@ -34,7 +34,7 @@ def compiled_hidden(config: Config) -> Any:
 def forward(params: Any, inputs: np.ndarray, fam: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """Logits (B, T, V) and last FAM (L, B, M, D) of the tiny model, all rows from `fam` (L, M, D) if given."""
     model = TINY.model
-    zeros = jnp.zeros((model.num_layers, model.fam_length, model.model_dim))
+    zeros = jnp.zeros((model.num_layers, model.memory.length, model.model_dim))
     rows = jnp.full(len(inputs), fam is not None)
     return jax.tree.map(
         np.asarray, compiled_hidden(TINY)(params, inputs, zeros if fam is None else fam, rows)
@@ -60,7 +60,7 @@ def test_accumulation_changes_nothing() -> None:
     parts, same = run(changed(ALWAYS, train__accumulation=4), 2)
     assert_close(parts.params, whole.params, **TOLERANCE)
     assert_close(parts.optimizer, whole.optimizer, **TOLERANCE)
-    assert_close(parts.saved_fam, whole.saved_fam, **TOLERANCE)
+    assert_close(parts.carried, whole.carried, **TOLERANCE)
     assert_close(same, metrics, **TOLERANCE)
 
 
@@ -76,36 +76,36 @@ def test_remat_changes_nothing(config: Config) -> None:
 def test_the_saved_fam_is_the_last_of_the_first_example_and_the_next_step_starts_from_it() -> None:
     before = start(ALWAYS)
     params = copy(before.params)
-    assert not before.has_saved_fam
+    assert not before.has_carried
     state, metrics = compiled_step(ALWAYS)(before, some_batch(0))
     logits, fam = forward(params, some_batch(0)["inputs"])
-    assert metrics["from_saved_fam"] == 0
+    assert metrics["from_saved_state"] == 0
     assert metrics["loss"] == pytest.approx(cross_entropy(logits, some_batch(0)), rel=1e-4)
-    assert state.has_saved_fam
-    np.testing.assert_allclose(state.saved_fam, fam[:, 0], **TOLERANCE)
+    assert state.has_carried
+    np.testing.assert_allclose(state.carried["fam"], fam[:, 0], **TOLERANCE)
     assert np.abs(fam[:, 0] - fam[:, 1]).max() > 0.01  # examples can be told apart
 
-    params, saved = copy(state.params), copy(state.saved_fam)
+    params, saved = copy(state.params), copy(state.carried["fam"])
     state, metrics = compiled_step(ALWAYS)(state, some_batch(1))
     logits, fam = forward(params, some_batch(1)["inputs"], saved)
     fresh, _ = forward(params, some_batch(1)["inputs"])
-    assert metrics["from_saved_fam"] == 1
+    assert metrics["from_saved_state"] == 1
     assert metrics["loss"] == pytest.approx(cross_entropy(logits, some_batch(1)), rel=1e-4)
     assert abs(cross_entropy(fresh, some_batch(1)) - cross_entropy(logits, some_batch(1))) > 1e-3
-    np.testing.assert_allclose(state.saved_fam, fam[:, 0], **TOLERANCE)
+    np.testing.assert_allclose(state.carried["fam"], fam[:, 0], **TOLERANCE)
 
 
 def test_random_state_passing_at_probability_0_between_and_1() -> None:
-    always = [m["from_saved_fam"] for m in run(ALWAYS, 4)[1]]
+    always = [m["from_saved_state"] for m in run(ALWAYS, 4)[1]]
     assert always == [0, 1, 1, 1]
-    never = [m["from_saved_fam"] for m in run(OFFSET, 4)[1]]
+    never = [m["from_saved_state"] for m in run(OFFSET, 4)[1]]
     assert never == [0, 0, 0, 0]
-    sometimes = [m["from_saved_fam"] for m in run(SOMETIMES, 15)[1]]
+    sometimes = [m["from_saved_state"] for m in run(SOMETIMES, 15)[1]]
     assert sometimes[:3] == [0, 0, 0]  # steps 0, 1 and 2: it begins at 3
     assert len(set(sometimes[3:])) > 2
     assert 0.3 < np.mean(sometimes[3:]) < 0.7  # of 96 draws
-    assert sometimes == [m["from_saved_fam"] for m in run(SOMETIMES, 15)[1]]
-    other_key = [m["from_saved_fam"] for m in run(SOMETIMES, 15, start(SOMETIMES, seed=1))[1]]
+    assert sometimes == [m["from_saved_state"] for m in run(SOMETIMES, 15)[1]]
+    other_key = [m["from_saved_state"] for m in run(SOMETIMES, 15, start(SOMETIMES, seed=1))[1]]
     assert other_key[:3] == [0, 0, 0]
     assert other_key != sometimes
 
@@ -124,7 +124,7 @@ def test_position_offsets_matter_to_absolute_positions_only() -> None:
     """FAM at relative positions moves along with the tokens; at position zero it is left behind."""
     base = run(ALWAYS, 1)[1][0]["loss"]
     np.testing.assert_allclose(losses_by_key(OFFSET), base, rtol=1e-3)
-    zero = losses_by_key(changed(OFFSET, model__fam_positions="zero"))
+    zero = losses_by_key(changed(OFFSET, memory__positions="zero"))
     assert max(zero) - min(zero) > 5e-3, zero
 
 

@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from fam_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig, validate
+from fam_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from fam_jax.config import changed as replace_fields
+from fam_jax.memories.fam import FamConfig
 from fam_jax.train.optimizer import make_optimizer
 from fam_jax.train.state import TrainState, init_state
 from fam_jax.train.step import make_train_step
@@ -20,7 +22,7 @@ ROWS, TOKENS = 8, 12
 TINY = Config(
     model=ModelConfig(
         vocab_size=12, num_layers=2, model_dim=8, num_heads=4, num_kv_heads=2, head_dim=4, ff_dim=16,
-        block_size=4, memory_segments=1, fam_length=2,
+        block_size=4, memory=FamConfig(segments=1, length=2),
     ),
     optimizer=OptimizerConfig(learning_rate=0.03, beta2=0.9, min_factored_dim=8),
     train=TrainConfig(steps=60, batch_size=ROWS, loss_chunk=32),
@@ -28,14 +30,14 @@ TINY = Config(
 
 
 def changed(config: Config = TINY, **values: Any) -> Config:
-    """`config` with fields such as train__seed set."""
+    """Return `config` with fields such as train__seed or memory__length set."""
+    groups: dict[str, dict[str, Any]] = {}
     for field, value in values.items():
         group, name = field.split("__")
-        config = dataclasses.replace(
-            config, **{group: dataclasses.replace(getattr(config, group), **{name: value})}
-        )
-    validate(config)
-    return config
+        groups.setdefault(group, {})[name] = value
+    if memory := groups.pop("memory", None):
+        groups.setdefault("model", {})["memory"] = dataclasses.replace(config.model.memory, **memory)
+    return replace_fields(config, **groups)
 
 
 def some_batch(seed: int = 0) -> dict[str, np.ndarray]:

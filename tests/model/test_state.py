@@ -7,7 +7,16 @@ import pytest
 from flax import nnx
 
 from fam_jax.config import ModelConfig
-from fam_jax.model import Memory, Transformer, count_parameters, empty_memory, from_dict, to_dict, with_fam
+from fam_jax.memories.fam import FamConfig
+from fam_jax.model import (
+    StreamState,
+    Transformer,
+    count_parameters,
+    empty_state,
+    from_dict,
+    to_dict,
+    with_passed_on,
+)
 from tests.model.tiny import Reader, build, params_of, quick_jit, some_tokens, variant
 from tests.oracle.naive import random_params
 
@@ -17,9 +26,9 @@ def struct(tree):
 
 
 CONFIGS = [
-    {}, {"fam_init": "prefix"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "fam_init": "prefix"},
-    {"dtype": "bfloat16", "norm": "layernorm", "fam_positions": "zero"}, {"fam_length": 0}, {"memory_segments": 0},
-    {"dtype": "bfloat16", "fam_length": 0, "memory_segments": 0}, {"fam_previous_blocks": 3, "memory_segments": 2},
+    {}, {"init": "prefix"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "init": "prefix"},
+    {"dtype": "bfloat16", "norm": "layernorm", "positions": "zero"}, {"length": 0}, {"segments": 0},
+    {"dtype": "bfloat16", "length": 0, "segments": 0}, {"previous_blocks": 3, "segments": 2},
 ]  # fmt: skip
 
 
@@ -27,10 +36,10 @@ CONFIGS = [
 def test_memory_never_changes_its_shape_or_dtype(changes):
     config = variant(**changes)
     params = params_of(config)
-    want = struct(empty_memory(config, 3))
+    want = struct(empty_state(config, 3))
 
     def start():
-        return build(config, params).init_memory(3)
+        return build(config, params).init_state(3)
 
     assert struct(jax.eval_shape(start)) == want
     for length, how in ((3, {}), (1, {}), (9, {}), (9, {"aligned": True}), (2, {"aligned": True})):
@@ -38,31 +47,31 @@ def test_memory_never_changes_its_shape_or_dtype(changes):
         def call(memory, length=length, how=how):
             return build(config, params)(jnp.zeros((3, length), jnp.int32), memory, **how)
 
-        logits, memory = jax.eval_shape(call, empty_memory(config, 3))
+        logits, memory = jax.eval_shape(call, empty_state(config, 3))
         assert struct(memory) == want, (length, how)
         assert logits.shape == (3, length, config.vocab_size) and logits.dtype == jnp.float32
 
 
 def test_memory_does_not_grow_with_what_is_read():
     """By definition of the shapes: C, m, M, R and the batch, never T."""
-    config = variant(memory_segments=3, fam_previous_blocks=2)
+    config = variant(segments=3, previous_blocks=2)
     kv = config.num_kv_heads * config.head_dim
     per_row = config.num_layers * (
-        2 * (config.memory_segments + 1) * config.block_size * kv
-        + config.fam_length * config.model_dim
-        + 2 * config.fam_previous_blocks * config.fam_length * kv
+        2 * (config.memory.segments + 1) * config.block_size * kv
+        + config.memory.length * config.model_dim
+        + 2 * config.memory.previous_blocks * config.memory.length * kv
     )
-    assert count_parameters(empty_memory(config, 5)) == 5 * (per_row + 3)
+    assert count_parameters(empty_state(config, 5)) == 5 * (per_row + 3)
 
 
 def test_memory_is_a_pytree():
-    memory = empty_memory(variant(), 2)
+    memory = empty_state(variant(), 2)
     leaves, structure = jax.tree.flatten(memory)
-    assert isinstance(jax.tree.unflatten(structure, leaves), Memory)
+    assert isinstance(jax.tree.unflatten(structure, leaves), StreamState)
     assert len(leaves) == 10
     # A row of a batch of memories: all arrays agree on where the batch axis is.
     assert {x.shape[1] for x in jax.tree.leaves(memory.layers)} == {2}
-    assert {memory.carries_context.shape, memory.blocks.shape, memory.filled.shape} == {(2,)}
+    assert {x.shape for x in jax.tree.leaves(memory.position)} == {(2,)}
 
 
 def test_an_old_memory_can_be_read_on_from_again():
@@ -70,11 +79,11 @@ def test_an_old_memory_can_be_read_on_from_again():
     config = variant()
     reader = Reader(config, params_of(config), 2)
     reader.read(some_tokens(2, 6))
-    fork = reader.memory
+    fork = reader.state
     first = reader.read(some_tokens(2, 6, seed=1))
-    reader.memory = fork
+    reader.state = fork
     other = reader.read(some_tokens(2, 6, seed=2))
-    reader.memory = fork
+    reader.state = fork
     np.testing.assert_array_equal(reader.read(some_tokens(2, 6, seed=1)), first)
     assert np.abs(first - other).max() > 1e-3
 
@@ -83,36 +92,36 @@ def test_counters():
     config = variant()
     reader = Reader(config, params_of(config), 3)
     reader.read(some_tokens(3, 9), lengths=[9, 4, 3])
-    memory = reader.memory
-    assert memory.blocks.tolist() == [2, 1, 0] and memory.filled.tolist() == [1, 0, 3]
-    assert memory.carries_context.tolist() == [True, True, False]
-    plain = Reader(variant(fam_length=0), params_of(variant(fam_length=0)), 1)
+    memory = reader.state
+    assert memory.position.blocks.tolist() == [2, 1, 0] and memory.position.filled.tolist() == [1, 0, 3]
+    assert memory.position.carries_context.tolist() == [True, True, False]
+    plain = Reader(variant(length=0), params_of(variant(length=0)), 1)
     plain.read(some_tokens(1, 8), aligned=True)
-    assert not plain.memory.carries_context.any()  # there is no FAM that could
+    assert not plain.state.position.carries_context.any()  # there is no FAM that could
 
 
-def test_with_fam_touches_the_chosen_rows_only():
-    memory = empty_memory(variant(), 3)
+def test_state_passing_touches_the_chosen_rows_only():
+    memory = empty_state(variant(), 3)
     fam = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 8)), jnp.float32)
-    after = with_fam(memory, fam, jnp.array([True, False, True]))
+    after = with_passed_on(memory, {"fam": fam}, jnp.array([True, False, True]))
     np.testing.assert_array_equal(after.layers.fam[:, 0], fam)
     np.testing.assert_array_equal(after.layers.fam[:, 1], 0)
-    assert after.carries_context.tolist() == [True, False, True]
+    assert after.position.carries_context.tolist() == [True, False, True]
     assert struct(after) == struct(memory)
 
 
 @pytest.mark.parametrize(
     ("length", "how", "message"),
     [
-        (0, {}, "no tokens"),
-        (4, {"aligned": True, "lengths": jnp.array([1, 2])}, "takes no lengths"),
-        (4, {"position_offset": jnp.array([1, 2])}, "position offset"),
+        (0, {}, "there are none"),
+        (4, {"aligned": True, "lengths": jnp.array([1, 2])}, "an aligned call takes none"),
+        (4, {"position_offset": jnp.array([1, 2])}, "only training uses it"),
     ],
 )
 def test_calls_that_make_no_sense_are_refused(length, how, message):
     config = variant()
     with pytest.raises(ValueError, match=message):
-        build(config, params_of(config))(jnp.zeros((2, length), jnp.int32), empty_memory(config, 2), **how)
+        build(config, params_of(config))(jnp.zeros((2, length), jnp.int32), empty_state(config, 2), **how)
 
 
 def test_bfloat16_activations_read_nearly_alike():
@@ -124,7 +133,7 @@ def test_bfloat16_activations_read_nearly_alike():
         log_p = jax.nn.log_softmax(logits)
         return -float(np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], axis=-1).mean())
 
-    for changes in ({}, {"fam_init": "prefix", "norm": "layernorm"}):
+    for changes in ({}, {"init": "prefix", "norm": "layernorm"}):
         # Each activation is rounded to 2^-8 of itself; the mean over 32 tokens is good to a few times that.
         assert abs(loss(variant(dtype="bfloat16", **changes)) - loss(variant(**changes))) < 4 * 2**-8
 
@@ -141,8 +150,8 @@ def new_parameters(config, seed=0):
     [
         {},
         {"norm": "layernorm", "tie_embeddings": False, "activation": "gelu"},
-        {"fam_init": "prefix"},
-        {"fam_length": 0},
+        {"init": "prefix"},
+        {"length": 0},
     ],
     ids=str,
 )
@@ -190,7 +199,10 @@ def test_parameters_that_do_not_fit_are_named():
     cases = {
         "final_norm/scale is missing": {k: v for k, v in good.items() if k != "final_norm"},
         "extra is not expected": {**good, "extra": jnp.zeros(1)},
-        r"initial_fam has shape \(3, 8\), not \(2, 8\)": {**good, "initial_fam": jnp.zeros((3, 8))},
+        r"memory/initial_fam has shape \(3, 8\), not \(2, 8\)": {
+            **good,
+            "memory": {"initial_fam": jnp.zeros((3, 8))},
+        },
     }
     for message, values in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -203,7 +215,8 @@ def test_parameters_that_do_not_fit_are_named():
 def paper_size(layers, width, multiplier, heads, kv_heads):
     return ModelConfig(
         vocab_size=256_000, num_layers=layers, model_dim=width, num_heads=heads, num_kv_heads=kv_heads, head_dim=128,
-        ff_dim=width * multiplier, block_size=1024, memory_segments=3, fam_length=64, dtype="bfloat16", remat="full",
+        ff_dim=width * multiplier, block_size=1024, dtype="bfloat16", remat="full",
+        memory=FamConfig(segments=3, length=64),
     )  # fmt: skip
 
 
@@ -222,13 +235,13 @@ def test_the_paper_s_models(config, parameters):
     assert count == pytest.approx(parameters, rel=0.01)
 
     def loss(state, tokens):
-        hidden, memory = nnx.merge(graphdef, state).hidden(tokens, empty_memory(config, 2), aligned=True)
+        hidden, memory = nnx.merge(graphdef, state).hidden(tokens, empty_state(config, 2), aligned=True)
         return hidden.astype(jnp.float32).sum(), memory
 
     tokens = jax.ShapeDtypeStruct((2, 8192), jnp.int32)
     gradients, memory = jax.eval_shape(jax.grad(loss, has_aux=True), state, tokens)
     assert struct(gradients) == struct(state)
-    assert struct(memory) == struct(jax.eval_shape(lambda: empty_memory(config, 2)))
+    assert struct(memory) == struct(jax.eval_shape(lambda: empty_state(config, 2)))
 
 
 def test_the_program_does_not_grow_with_depth():
@@ -238,7 +251,7 @@ def test_the_program_does_not_grow_with_depth():
         tokens = jnp.zeros((1, 8), jnp.int32)
 
         def loss(params):
-            return build(config, params)(tokens, empty_memory(config, 1), aligned=aligned)[0].sum()
+            return build(config, params)(tokens, empty_state(config, 1), aligned=aligned)[0].sum()
 
         return quick_jit(jax.grad(loss)).lower(params).as_text().count("\n")
 

@@ -1,0 +1,40 @@
+"""Go on with runs of version 0.1 (format 1) in the current folder; print what comes out as JSON.
+
+A program of its own, as the runs were made on one device and the tests have eight.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fam_jax.checkpoint import read_config
+from fam_jax.config import resolve
+from fam_jax.generate.sampling import Sampling
+from fam_jax.generate.text import TextModel
+from fam_jax.train.loop import train
+
+
+def answer(model: TextModel, state: Any) -> str:
+    """Generate as the recorded answers were generated."""
+    asked = model.read("Where is Ada?", state)
+    return model.generate(asked, max_tokens=24, sampling=Sampling(temperature=1.0), seed=1).text
+
+
+def main() -> None:
+    """Generate from steps that format 1 saved, then resume each run."""
+    found: dict[str, Any] = {"answers": {}, "metrics": {}}
+    document = Path("heldout.txt").read_text()
+    for run, step in (("text", 4), ("lora", 2)):
+        model = TextModel.restore(run, step)
+        found["answers"][run] = answer(model, model.read(document))
+        if run == "text":
+            found["answers"]["memory"] = answer(model, model.load("heldout.memory"))
+    for run in ("text", "lora", "passkey"):
+        train(resolve(read_config(run)), run, quiet=True)
+        lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        found["metrics"][run] = {line["step"]: line for line in lines}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
