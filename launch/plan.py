@@ -90,7 +90,7 @@ def plan_training_run(console: Console, config: Config, arguments: argparse.Name
     from fam_jax.plan import topology_devices
     from fam_jax.plan.training import advice, best_plan, plan_training, sensible_meshes
 
-    tokens = arguments.tokens or longest_row(config)
+    tokens = arguments.tokens or longest_row(config.data, block_size=config.model.block_size)
     chips = len(topology_devices(arguments.topology))
     meshes = sensible_meshes(config, arguments.topology) if arguments.mesh == "try" else [config.mesh]
     if not meshes:

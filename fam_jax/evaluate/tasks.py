@@ -44,7 +44,7 @@ def _prepare_passkey(request: Request) -> Callable[[Request], dict[str, Any]]:
     from fam_jax.data.build import task_vocabulary
     from fam_jax.evaluate.passkey import evaluate_passkey
 
-    vocabulary = task_vocabulary(request.config)
+    vocabulary = task_vocabulary(request.config.data)
 
     def measure(request: Request) -> dict[str, Any]:
         show = request.on_progress
@@ -62,7 +62,7 @@ def _prepare_text(request: Request) -> Callable[[Request], dict[str, Any]]:
     from fam_jax.data.build import heldout_examples
     from fam_jax.evaluate.text import evaluate_text
 
-    heldout = heldout_examples(request.config, request.files, request.suffixes)
+    heldout = heldout_examples(request.config.data, request.config.evaluate, request.files, request.suffixes)
 
     def measure(request: Request) -> dict[str, Any]:
         return evaluate_text(

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fam_jax.config import Config, ModelConfig, UserError
-from fam_jax.data.bos import first_input
-from fam_jax.data.examples import Example
+from fam_jax.data.interface import Example
 from fam_jax.data.quiet_seqio import seqio
+from fam_jax.data.vocabulary import check_vocabulary_size, first_input
 from fam_jax.generate.streaming import Streamer
 from fam_jax.model import StreamState
 from fam_jax.model.layer_types import memory_of
@@ -67,11 +67,7 @@ def evaluate_text(
       UserError: the vocabulary has more ids than the model, or there is only one document to shuffle states with.
     """
     evaluate, model = config.evaluate, config.model
-    if vocabulary.vocab_size > model.vocab_size:
-        raise UserError(
-            f"vocabulary: has {vocabulary.vocab_size} ids, but the model has only {model.vocab_size}; "
-            "evaluate with the vocabulary of its training"
-        )
+    check_vocabulary_size(vocabulary, model, config.data)
     if "shuffled" in evaluate.ablations and min(len(examples), evaluate.batch_size) < 2:
         raise UserError(
             "config.evaluate.ablations: shuffled needs two documents in a batch, to swap their states"

@@ -10,7 +10,7 @@ import pytest
 
 from fam_jax import sharding
 from fam_jax.config import Config, MeshConfig, ModelConfig, UserError
-from fam_jax.data.examples import Example
+from fam_jax.data.interface import Example
 from fam_jax.evaluate.text import evaluate_text
 from fam_jax.generate.streaming import Streamer
 from tests.generate.tiny import CONFIG, forward, texts
