@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fam_jax.config import Config, UserError
+from fam_jax.config import Config
 from fam_jax.data.passkey import passkey_examples
 from fam_jax.data.quiet_seqio import seqio
+from fam_jax.data.vocabulary import check_vocabulary_size
 from fam_jax.generate.streaming import Streamer
 from fam_jax.model import StreamState
 
@@ -51,13 +52,9 @@ def evaluate_passkey(
         seconds: of reading and generating, with compilation.
 
     Raises:
-      UserError: the vocabulary has more ids than the model.
+      ConfigError: the vocabulary has more ids than the model.
     """
-    if vocabulary.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"vocabulary: has {vocabulary.vocab_size} ids, but the model has only {config.model.vocab_size}; "
-            "evaluate with the vocabulary of its training"
-        )
+    check_vocabulary_size(vocabulary, config.model, config.data)
     evaluate, streamer = config.evaluate, Streamer(config.model, params)
     keys = evaluate.keys if keys is None else keys
     lengths = {}

@@ -90,5 +90,7 @@ def test_truncation_does_not_go_unnoticed(rigged: tuple, monkeypatch: pytest.Mon
 
 
 def test_vocabulary_must_fit_the_model(config: Config, parrot: dict) -> None:
-    with pytest.raises(UserError, match="vocabulary: has 259 ids, but the model has only 51"):
+    with pytest.raises(
+        UserError, match=r"vocab_size: 51 is smaller than the vocabulary .*, which has 259 pieces"
+    ):
         evaluate_passkey(config, parrot, vocabulary=load_vocabulary("bytes"))

@@ -221,5 +221,7 @@ def test_mistakes() -> None:
     class Large(Sixteen):
         vocab_size = 17
 
-    with pytest.raises(UserError, match="vocabulary: has 17 ids, but the model has only 16"):
+    with pytest.raises(
+        UserError, match=r"vocab_size: 16 is smaller than the vocabulary .*, which has 17 pieces"
+    ):
         evaluate_text(config_of(), params_of(CONFIG), examples=EXAMPLES, vocabulary=Large())
