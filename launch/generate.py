@@ -22,7 +22,7 @@ import rich.progress
 from fam_jax.config import MeshConfig, UserError
 from fam_jax.generate.batch import complete_lines, open_text
 from fam_jax.generate.sampling import Sampling
-from fam_jax.generate.text import Completion, State, TextModel
+from fam_jax.generate.text import Completion, TextModel, TextState
 from fam_jax.sharding import make_mesh
 from launch.errors import ArgumentParser, integers, user_errors
 
@@ -146,7 +146,9 @@ def reading_progress() -> Iterator[Callable[[int], None]]:
         print(line(), file=sys.stderr)
 
 
-def completer(model: TextModel, found: argparse.Namespace, *, aloud: bool) -> Callable[[State], Completion]:
+def completer(
+    model: TextModel, found: argparse.Namespace, *, aloud: bool
+) -> Callable[[TextState], Completion]:
     """Generation as the command line says; `aloud` prints it as it comes."""
     sampling = Sampling(found.temperature, found.top_k, found.top_p)
 
@@ -160,7 +162,7 @@ def completer(model: TextModel, found: argparse.Namespace, *, aloud: bool) -> Ca
     )  # fmt: skip
 
 
-def run_batch(model: TextModel, found: argparse.Namespace, state: State | None) -> None:
+def run_batch(model: TextModel, found: argparse.Namespace, state: TextState | None) -> None:
     """Answers the lines of --batch.
 
     Raises:
