@@ -195,9 +195,8 @@ def _check_model(
 
 def _meaning(model: ModelConfig) -> dict[str, Any]:
     """Return the fields that decide what a state means, by path."""
-    effects = ("parameters", "state")
-    own = fields_with_effect(type(model), *effects)
-    own |= fields_with_effect(type(model.memory), *effects, prefix="memory.")
+    own = fields_with_effect(type(model), "parameters", "state")
+    own |= fields_with_effect(type(model.memory), "parameters", "state", prefix="memory.")
     return {name: value for name, value in _flat(dataclasses.asdict(model)).items() if name in own}
 
 
