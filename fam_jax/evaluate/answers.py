@@ -14,6 +14,7 @@ import rich.table
 
 from fam_jax.config import EvaluateConfig
 from fam_jax.evaluate.task import Measured, Metric, OnProgress, Setting, make_table
+from fam_jax.generate.compiled import TIE
 from fam_jax.generate.streaming import Streamer
 
 # Prompt and answer, each (tokens,) int32.
@@ -43,6 +44,8 @@ def measure_answers(
 ) -> Measured:
     """Generate the answer to each question greedily, and also score the right answer with teacher forcing.
 
+    A predicted token is right only if its logit is above all others: a tie counts as wrong.
+
     Args:
       streamer: the model.
       questions: in groups.
@@ -53,10 +56,9 @@ def measure_answers(
       Scalars: each metric as the mean of all groups, and for each group, such as exact_match/4_blocks. Details: the
       facts, `grouped_by`, and `groups` with for each group
         exact_match: fraction of answers that were generated right in every token.
-        teacher_forced_exact_match: fraction of answers whose every token has the highest logit, alone, after the true
-          tokens before it. As generation is greedy, it differs from exact_match only where two logits are equal, or if
-          generating and reading disagree.
-        answer_token_accuracy: fraction of the answers' tokens with the highest logit, alone, after the true ones.
+        teacher_forced_exact_match: the same with each token predicted after the true tokens before it. As generation is
+          greedy, it differs from exact_match only if generating and reading disagree.
+        answer_token_accuracy: fraction of the answers' tokens that are right, teacher-forced.
         questions: their number.
         tokens_read, tokens_read_most: fewest and most tokens of a prompt, as counted by the state.
         seconds: for reading and generating, with compilation.
@@ -97,8 +99,10 @@ def _measure_group(
         scores = streamer.score(answers, logits, state)
         tokens = streamer.generate(logits, state, max_tokens=max(map(len, answers))).tokens
         for row, answer in enumerate(answers[:real]):
-            generated.append(bool((tokens[row, : len(answer)] == answer).all()))
-            forced.append(scores[row][0] == answer)
+            likeliest, _ = scores[row]
+            right = (tokens[row, : len(answer)] == answer) & (likeliest != TIE)
+            generated.append(bool(right.all()))
+            forced.append(likeliest == answer)
         done += new
     return {
         "exact_match": float(np.mean(generated)),

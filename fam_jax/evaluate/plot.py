@@ -27,7 +27,8 @@ def plot_retrieval(
       trained_blocks: longest filler in training, up to which the background is gray.
       title: above the axes.
     """
-    axes = _axes()
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes = _axes(figure)
     lengths = sorted({int(length) for curve in curves.values() for length in curve})
     for (label, curve), (color, marker) in zip(curves.items(), itertools.cycle(STYLES), strict=False):
         blocks = sorted(map(int, curve))
@@ -44,7 +45,9 @@ def plot_retrieval(
     axes.set_ylim(0, 101)
     axes.set_xlabel("filler between key and question (blocks)")
     axes.set_ylabel("pass key retrieved (%)")
-    _save(axes, title, path, loc="center right", bbox_to_anchor=(1, 0.35))
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1, 0.35))
+    figure.savefig(path, dpi=150)
 
 
 def plot_loss_by_position(
@@ -62,7 +65,8 @@ def plot_loss_by_position(
       trained_tokens: longest row in training, up to which the background is gray; 0: not shown.
       title: above the axes.
     """
-    axes = _axes()
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes = _axes(figure)
     for label, buckets in curves.items():
         seen = [bucket for bucket in buckets if bucket["loss"] is not None]
         ends, losses = [bucket["end"] for bucket in seen], [bucket["loss"] for bucket in seen]
@@ -75,18 +79,13 @@ def plot_loss_by_position(
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("position in the document (tokens, end of bucket)")
     axes.set_ylabel("loss (nats per token)")
-    _save(axes, title, path)
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
 
 
-def _axes() -> Axes:
-    axes: Axes = Figure(figsize=(7.2, 4.0), layout="constrained").subplots()
+def _axes(figure: Figure) -> Axes:
+    axes: Axes = figure.subplots()
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     return axes
-
-
-def _save(axes: Axes, title: str, path: str | Path | BinaryIO, **legend: Any) -> None:
-    axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=9, **legend)
-    assert axes.figure is not None
-    axes.figure.savefig(path, dpi=150)

@@ -78,8 +78,8 @@ def evaluate_in_training(
     """Return the evaluation for the training loop. The data is loaded now.
 
     Returns:
-      A function of (parameters as they are trained, step). It measures the task of config.data, writes the results below
-      the workdir as :func:`evaluate` does, and returns the figures by name under the name of the task.
+      A function of (parameters as they are trained, step). It measures the task of config.data, writes the results
+      below the workdir as :func:`evaluate` does, and returns the figures by name under the name of the task.
     """
     name = default_task(config.data)
     measure = _prepare(name, _setting(config))

@@ -59,7 +59,7 @@ class Scores(NamedTuple):
 def measure_documents(
     streamer: Streamer, documents: Documents, setting: Setting, on_progress: OnProgress | None = None
 ) -> Measured:
-    """Measure the loss, also by position and with the memory ablated.
+    """Measure the loss per token, also by position and with the memory ablated.
 
     Args:
       streamer: the model.
@@ -68,13 +68,17 @@ def measure_documents(
       on_progress: called with the name of a pass ("loss", or an ablation), its tokens read and its tokens to read.
 
     Returns:
-      Scalars: loss (nats per token, ends of documents included), perplexity, bits_per_byte (of the text in UTF-8),
-      next_token_accuracy (fraction of tokens with the highest logit, alone), loss_after_first_block (of the tokens that
-      a memory could help with), and loss_by_position/END; of each ablation zeroed/loss and so on. A figure without a
-      token to measure it on is left out. Details: documents, tokens, tokens_read (counted while reading, equal to
-      tokens), longest_document (tokens), text_bytes, seconds, and
+      Scalars, unless there is no token to measure one on:
+        loss: nats per token, ends of documents included; perplexity: its exponential.
+        bits_per_byte: of the text in UTF-8.
+        next_token_accuracy: fraction of tokens whose logit is above all others; a tie counts as wrong.
+        loss_after_first_block: of the tokens that a memory could help with.
+        loss_by_position/END: of the bucket of positions that ends there.
+        zeroed/loss and so on: the same with the memory ablated.
+      Details: documents, tokens, tokens_read (counted while reading, equal to tokens), longest_document (tokens),
+      text_bytes, seconds, the figures above (or None), and
         by_position: buckets of positions in the document, each twice as long as the one before: begin, end, documents
-          that reach it, tokens, loss, next_token_accuracy. Without a token, the last two are None.
+          that reach it, tokens, loss, next_token_accuracy.
         ablations: for each of evaluate.ablations, its loss, loss_after_first_block and by_position.
 
     Raises:
@@ -89,28 +93,30 @@ def measure_documents(
     began = time.perf_counter()
     reader = _Reader(streamer, documents, setting, on_progress)
     scores = reader.read(None)
-    tokens, text_bytes = sum(len(each.ids) for each in examples), sum(each.text_bytes for each in examples)
-    whole = _summary(scores, streamer.config.block_size)
-    nats = sum(float(each.nats[each.counted].sum(dtype=np.float64)) for each in scores)
-    whole |= {
-        "perplexity": math.exp(min(whole["loss"], 700.0)),
-        "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None,
-    }
+    details = {**_totals(scores, examples), **_summary(scores, streamer.config.block_size)}
+    details["perplexity"] = math.exp(min(details["loss"], 700.0))
     ablations = {name: _summary(reader.read(name), streamer.config.block_size) for name in evaluate.ablations}
     kept = ("loss", "loss_after_first_block", "by_position")
-    details = {
-        "documents": len(examples),
-        "tokens": tokens,
-        "tokens_read": sum(len(each.nats) for each in scores),
-        "longest_document": max(len(each.ids) for each in examples),
-        "text_bytes": text_bytes,
+    details |= {
+        "ablations": {name: {key: found[key] for key in kept} for name, found in ablations.items()},
         "block_size": streamer.config.block_size,
         "trained_tokens": documents.trained_tokens,
         "seconds": round(time.perf_counter() - began, 3),
-        **whole,
-        "ablations": {name: {key: found[key] for key in kept} for name, found in ablations.items()},
     }
     return Measured(_scalars(details), details)
+
+
+def _totals(scores: list[Scores], examples: "Sequence[Example]") -> dict[str, Any]:
+    text_bytes = sum(each.text_bytes for each in examples)
+    nats = sum(float(each.nats[each.counted].sum(dtype=np.float64)) for each in scores)
+    return {
+        "documents": len(examples),
+        "tokens": sum(len(each.ids) for each in examples),
+        "tokens_read": sum(len(each.nats) for each in scores),
+        "longest_document": max(len(each.ids) for each in examples),
+        "text_bytes": text_bytes,
+        "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None,
+    }
 
 
 def _scalars(details: dict[str, Any]) -> dict[str, float]:
@@ -156,7 +162,7 @@ class _Reader:
     ) -> list[Scores]:
         size, lengths = self.streamer.config.block_size, np.array([len(each.ids) for each in batch])
         blocks = ceil_div(int(lengths.max()), size)
-        # After each block that an ablated memory has read, what it wrote is replaced.
+        # An ablation replaces what the memory has written after every block.
         chunk = 1 if ablation else self.setting.evaluate.chunk_blocks
         state = start = self.streamer.start(len(batch))
         nats: list[list[np.ndarray]] = [[] for _ in batch]
