@@ -1,9 +1,10 @@
 """What a memory architecture is: config fields, parameters, a state per layer, and how blocks read and write it.
 
-The timeline is the same for all. Tokens of block tau read the state that block tau - 1 left. The state changes once, when
-the last token of the block has been read. Most memories therefore define two things: :meth:`Memory.extra_of_piece`, the
-keys that tokens see beside their window, and :meth:`Memory.close_block`, which writes a complete block into the state.
-Memories that tokens read in another way than by attention override :meth:`Memory.read_piece` instead.
+The timeline is the same for all. Tokens of block tau read the state that block tau - 1 left. The state changes once,
+when the last token of the block has been read. Most memories therefore define two things:
+:meth:`Memory.extra_of_piece`, the keys that tokens see beside their window, and :meth:`Memory.close_block`, which
+writes a complete block into the state. Memories that tokens read in another way than by attention override
+:meth:`Memory.read_piece` instead.
 
 From these, the default :meth:`Memory.read_blocks` reads whole blocks for training and prefill. It is also the reference
 for a faster one.

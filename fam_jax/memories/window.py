@@ -34,8 +34,10 @@ class WindowConfig(MemoryConfig):
 class FullConfig(WindowConfig):
     """Full causal attention over a context of fixed length; beyond it, a window of blocks."""
 
-    kind: str = setting("full", "The architecture.")
-    context: int = setting(1024, "Tokens, from the first on, that see all tokens before them.", minimum=1)
+    kind: str = setting(default="full", doc="The architecture.")
+    context: int = setting(
+        default=1024, doc="Tokens, from the first on, that see all tokens before them.", minimum=1
+    )
 
     def cached_blocks(self, block_size: int) -> int:
         """Return m: enough blocks for the last token of the context to see the first."""
@@ -46,8 +48,8 @@ class FullConfig(WindowConfig):
 class SlidingWindowConfig(WindowConfig):
     """Sliding window attention (Longformer, Mistral): each token sees a fixed number of tokens."""
 
-    kind: str = setting("swa", "The architecture.")
-    window: int = setting(64, "Tokens that a token sees, itself included.", minimum=1)
+    kind: str = setting(default="swa", doc="The architecture.")
+    window: int = setting(default=64, doc="Tokens that a token sees, itself included.", minimum=1)
 
     def cached_blocks(self, block_size: int) -> int:
         """Return m: as many blocks as the window of a block's first token reaches into."""
@@ -58,14 +60,14 @@ class SlidingWindowConfig(WindowConfig):
 class BlockSlidingWindowConfig(WindowConfig, BlockWindowConfig):
     """Block Sliding Window Attention: each token sees all of the last m blocks and its own block causally."""
 
-    kind: str = setting("bswa", "The architecture.")
+    kind: str = setting(default="bswa", doc="The architecture.")
 
 
 @group("model.memory", effect="state")
 class TransformerXLConfig(WindowConfig, SegmentsConfig):
     """Transformer-XL with RoPE: cached keys and values get no gradient (Dai et al. 2019)."""
 
-    kind: str = setting("transformer_xl", "The architecture.")
+    kind: str = setting(default="transformer_xl", doc="The architecture.")
 
     @property
     def stop_gradient(self) -> bool:
@@ -96,7 +98,7 @@ class ExtraKeys(NamedTuple):
     keys: jax.Array
     values: jax.Array
     # (B, N) how many of the S exist: the first ones. None: all.
-    count: jax.Array | None
+    existing: jax.Array | None
 
 
 S = TypeVar("S", bound=WindowState)
@@ -148,7 +150,7 @@ class Window(Memory[S]):
             extra.keys,
             extra.values,
             frames.past_length,
-            extra.count,
+            extra.existing,
             block_size=model.block_size,
             memory_segments=segments,
             window=model.memory.window,

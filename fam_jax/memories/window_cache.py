@@ -21,9 +21,9 @@ from fam_jax.layers.rope import Rope, Rotation, rotate
 class SegmentsConfig(MemoryConfig):
     """Fields of a memory whose tokens see the last m blocks beside it (m = 0: their own block only)."""
 
-    segments: int = setting(1, "m, past blocks that stay visible.", minimum=0)
+    segments: int = setting(default=1, doc="m, past blocks that stay visible.", minimum=0)
     window: int = setting(
-        0, "If positive, hide keys this many tokens or more behind a query as well.", minimum=0
+        default=0, doc="If positive, hide keys this many tokens or more behind a query as well.", minimum=0
     )
 
     def cached_blocks(self, block_size: int) -> int:
@@ -36,7 +36,7 @@ class BlockWindowConfig(SegmentsConfig):
     """The fields of :class:`SegmentsConfig`, and whether gradients stop between blocks. The base of most memories."""
 
     stop_gradient: bool = setting(
-        False, "Stop gradients at the keys and values of earlier blocks.", effect="training"
+        default=False, doc="Stop gradients at the keys and values of earlier blocks.", effect="training"
     )
 
 
