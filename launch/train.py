@@ -1,74 +1,91 @@
-"""Trains a model: `python -m launch.train --config=configs/passkey.py --workdir=runs/passkey`.
+"""Train a model.
 
-Any field of the config can be set behind it: `--config.model.num_layers=4`. The same command again resumes. Ctrl-C
-stops after the current step and saves. `--restore_step=N` goes back to an earlier checkpoint.
+    python -m launch.train --config=configs/passkey.py --workdir=runs/passkey
 
-On the hosts of a TPU slice, type it on all of them. `--profile_steps=10,15` traces these steps for XProf;
-`--compilation_cache=DIR` keeps compiled programs. Jobs of several processes elsewhere: see launch/processes.py.
+Ctrl-C stops after the current step and saves; run the same command again to resume. On the hosts of a TPU slice, run
+it on all of them. For jobs of several processes elsewhere, see launch/processes.py.
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 
-import jax
-from absl import app, flags, logging
+from absl import logging
 
-from fam_jax.config import UserError
-from launch.errors import user_errors
-from launch.processes import join, leaving_together
-from launch.read_config import define_config_flag, parse_flags, resolved_config
-
-define_config_flag("config")
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run, local or gs://...: checkpoints, metrics, evaluations.", required=True
-)
-RESTORE_STEP = flags.DEFINE_integer("restore_step", None, "Checkpoint to go back to, in place of the latest.")
-PROFILE_STEPS = flags.DEFINE_string(
-    "profile_steps", None, "FIRST,LAST step of a trace below WORKDIR/profile."
-)
-QUIET = flags.DEFINE_bool("quiet", False, "No progress on the terminal.")
+from launch import cli, processes
 
 
-def profile_steps() -> tuple[int, int] | None:
-    """Of the flag.
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
 
     Raises:
-      UserError: it is not two numbers.
+      UserError: an argument is unknown, missing or malformed.
     """
-    if PROFILE_STEPS.value is None:
-        return None
+    parser = cli.Parser("launch.train", __doc__, config=True, job=True)
+    add = parser.add_argument
+    add(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="folder of the run, local or gs://...: checkpoints, metrics, evaluations",
+    )
+    add(
+        "--restore_step",
+        type=cli.at_least(0),
+        metavar="N",
+        help="go back to this checkpoint; later ones are deleted",
+    )
+    add(
+        "--profile_steps",
+        type=first_and_last,
+        metavar="FIRST,LAST",
+        help="trace these steps for XProf, to WORKDIR/profile",
+    )
+    add("--quiet", action="store_true", help="print no progress")
+    return parser.parse_args(argv)
+
+
+def first_and_last(text: str) -> tuple[int, int]:
+    """Argument type: the first and the last step of a range."""
     try:
-        first, last = map(int, PROFILE_STEPS.value.split(","))
+        first, last = map(int, text.split(","))
     except ValueError:
-        raise UserError(
-            f"--profile_steps={PROFILE_STEPS.value}: expected FIRST,LAST, such as 10,15"
-        ) from None
+        raise argparse.ArgumentTypeError(f"expected FIRST,LAST, such as 10,15, got {text!r}") from None
     return first, last
 
 
-def main(argv: list[str]) -> None:
-    """Resolves the config and trains."""
-    if argv[1:]:
-        raise UserError(f"{argv[1]}: not a flag; fields of the config are set as --config.group.field=value")
-    config = resolved_config("config")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, and return the exit code.
 
-    # After the config: it takes seconds, for TensorFlow.
+    Raises:
+      UserError: the command line, the config or the data has a mistake.
+    """
+    arguments = parse_arguments(argv)
+    processes.join(arguments, stop_together=True)
+    config = cli.load_config(arguments.config, arguments.overrides)
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every checkpoint
+
+    # Imported once the config is known to be right, as TensorFlow takes seconds.
+    import jax
+
     from fam_jax.train.loop import Interrupted, train
     from launch.evaluation import in_training
 
-    evaluate = in_training(config) if config.evaluate.every else None
     try:
         train(
-            config, WORKDIR.value, evaluate=evaluate, restore_step=RESTORE_STEP.value,
-            profile_steps=profile_steps(), quiet=QUIET.value,
-        )  # fmt: skip
+            config,
+            arguments.workdir,
+            evaluate=in_training(config) if config.evaluate.every else None,
+            restore_step=arguments.restore_step,
+            profile_steps=arguments.profile_steps,
+            quiet=arguments.quiet,
+        )
     except Interrupted as stopped:
         if jax.process_index() == 0:
             print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
+        return stopped.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    with leaving_together(), user_errors():
-        sys.argv = join(sys.argv, stop_together=True)  # in place: config_flags looks there for overrides
-        app.run(main, flags_parser=parse_flags)
+    cli.run(main)

@@ -1,0 +1,282 @@
+"""The command-line kit: flags, configs, errors, exit codes and progress bars, the same in every program.
+
+A program is a function `main(argv=None) -> int`, which returns the exit code, over library functions that know nothing
+of flags:
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        parser = cli.Parser("launch.example", __doc__, config=True, job=True)
+        cli.add_mesh(parser)
+        arguments = parser.parse_args(argv)
+        processes.join(arguments, stop_together=False)
+        config = cli.load_config(arguments.config, arguments.overrides)
+        ...
+        return 0
+
+    if __name__ == "__main__":
+        cli.run(main)
+
+Mistakes of the user are raised as :class:`fam_jax.config.UserError`; :func:`run` prints them.
+"""
+
+import argparse
+import contextlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import rich.console
+import rich.progress
+
+from fam_jax.config import Config, ConfigError, MeshConfig, UserError
+from fam_jax.config.fields import field_types
+from fam_jax.config.memory import MemoryConfig, memory_config_type
+from fam_jax.config.overrides import Override
+from launch import processes
+from launch.config_file import load_config
+
+__all__ = [
+    "INTERRUPTED",
+    "PIPE_CLOSED",
+    "USER_ERROR",
+    "Parser",
+    "add_checkpoint",
+    "add_mesh",
+    "at_least",
+    "integers",
+    "load_config",
+    "mesh",
+    "progress_bars",
+    "run",
+    "user_errors",
+    "words",
+]
+
+# Exit codes: of a user's mistake, and what shells report for a program that wrote to a closed pipe or got Ctrl-C.
+USER_ERROR = 2
+PIPE_CLOSED = 141
+INTERRUPTED = 130
+
+FIELD = "--config."
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises :class:`UserError` for mistakes and takes --some-flag and --some_flag alike."""
+
+    def __init__(self, program: str, doc: str | None, *, config: bool = False, job: bool = False):
+        """Create the parser of `python -m PROGRAM`.
+
+        Args:
+          program: name of its module, such as launch.train.
+          doc: docstring of its module. --help shows its first line at the top and the others at the end.
+          config: whether to take --config=FILE and --config.GROUP.FIELD=VALUE. The namespace then has `config` and
+            `overrides`, for :func:`load_config`.
+          job: whether the program can be one of several processes; see :func:`launch.processes.join`.
+        """
+        summary, _, details = (doc or "").strip().partition("\n")
+        super().__init__(
+            prog=f"python -m {program}",
+            description=summary,
+            epilog=details.strip("\n") or None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._takes_config = config
+        if config:
+            add = self.add_argument_group("config").add_argument
+            add("--config", required=True, metavar="FILE[:ARG]", help="such as configs/passkey.py:fam")
+            add(
+                f"{FIELD}GROUP.FIELD",
+                default=argparse.SUPPRESS,
+                metavar="VALUE",
+                help="set a field, as in --config.model.num_layers=4 or --config.model.memory.kind=bswa",
+            )
+            add("--help-config", action=_HelpConfig, help="list all config fields and exit")
+        if job:
+            processes.add_flags(self)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments; argparse calls it for `parse_args` too.
+
+        Raises:
+          UserError: an argument is unknown, missing or malformed.
+        """
+        given = [*(sys.argv[1:] if args is None else args)]
+        overrides: list[Override] = []
+        if self._takes_config:
+            given, overrides = _take_overrides(given)
+        spelled = {option.replace("_", "-"): option for option in self._option_string_actions}
+
+        def respell(argument: str) -> str:
+            name, equals, value = argument.partition("=")
+            return spelled.get(name.replace("_", "-"), name) + equals + value
+
+        found, rest = super().parse_known_args([respell(argument) for argument in given], namespace)
+        if self._takes_config:
+            found.overrides = overrides
+        return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Raise :class:`UserError`; argparse calls it."""
+        missing = message.removeprefix("the following arguments are required: ")
+        message = message if missing == message else f"missing {missing}"
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def _take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
+    """Divide arguments into those for argparse and config fields, as `--config.x.y=1` or `--config.x.y 1`."""
+    rest, overrides = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if not argument.startswith(FIELD):
+            rest.append(argument)
+            continue
+        name, equals, value = argument.partition("=")
+        if not equals:
+            value = next(remaining, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"{name}: has no value; write {name}=VALUE")
+        overrides.append(Override(name.removeprefix("--"), value))
+    return rest, overrides
+
+
+class _HelpConfig(argparse.Action):
+    """Print all config fields."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(describe_config(), end="")
+        parser.exit()
+
+
+def describe_config() -> str:
+    """Return the documentation of every config field, by group."""
+    from fam_jax.memories.registry import memory_kinds
+
+    groups: dict[str, Any] = {f"config.{name}": kind for name, kind in field_types(Config).items()}
+    for kind in memory_kinds():
+        groups[f"config.model.memory, if its kind is {kind}"] = memory_config_type(kind)
+    sections = []
+    for title, group in groups.items():
+        documentation = inspect.cleandoc(group.__doc__ or "").replace(
+            "\n  memory:\n", f"\n  memory: {MemoryConfig.__name__}, below.\n"
+        )
+        sections.append(f"{title}\n{'=' * len(title)}\n{documentation}\n")
+    return "\n".join(sections)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Argument type: words with commas between them."""
+    return tuple(part for part in text.split(",") if part)
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Argument type: whole numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return an argument type: a whole number that is `minimum` or more."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if number < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {number}")
+        return number
+
+    return parse
+
+
+def mesh(text: str) -> MeshConfig:
+    """Argument type: devices along each mesh axis, as in data=2,fsdp=4, or as three numbers, data, fsdp and tensor."""
+    axes = list(field_types(MeshConfig))
+    parts = text.split(",")
+    if len(parts) == len(axes) and "=" not in text:
+        parts = [f"{axis}={part}" for axis, part in zip(axes, parts, strict=True)]
+    sizes: dict[str, int] = {}
+    try:
+        for part in parts:
+            axis, _, size = part.partition("=")
+            if axis not in axes or axis in sizes:
+                raise ValueError
+            sizes[axis] = int(size)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected the devices along some of {', '.join(axes)}, such as data=2,fsdp=4, got {text!r}"
+        ) from None
+    try:
+        return MeshConfig(**sizes)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{error}") from error
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add --checkpoint and --step, which choose what to load."""
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="workdir of a run, or an imported model"
+    )
+    parser.add_argument("--step", type=at_least(0), metavar="N", help="saved step; default: the latest")
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Add --mesh, a MeshConfig."""
+    parser.add_argument(
+        "--mesh",
+        type=mesh,
+        default=MeshConfig(),
+        metavar="AXIS=N,...",
+        help="devices along each axis, such as data=2,fsdp=4; an axis of 0 takes the rest; default: data=0",
+    )
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a program and exit with its exit code. A mistake of the user is one line on stderr and exit code 2."""
+    with processes.leaving_together(), user_errors():
+        sys.exit(main())
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a UserError into one line on stderr and exit code 2. Ctrl-C and a closed pipe exit as shells expect.
+
+    All other errors are bugs and keep their tracebacks.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except BrokenPipeError:  # the reader of standard output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
+        sys.exit(PIPE_CLOSED)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show a progress bar for each name while the context lasts, on stderr if that is a terminal.
+
+    Yields:
+      A function to call with (name, done, total); a total of None is unknown.
+    """
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        bars: dict[str, rich.progress.TaskID] = {}
+
+        def show(name: str, done: int, total: int | None) -> None:
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=total)
+            progress.update(bars[name], completed=done, total=total)
+
+        yield show
