@@ -4,7 +4,7 @@ A program is a function `main(argv=None) -> int`, which returns the exit code, o
 of flags:
 
     def main(argv: Sequence[str] | None = None) -> int:
-        parser = cli.Parser("launch.example", __doc__, config=True, job=True)
+        parser = cli.Parser("example", __doc__, config=True, job=True)
         cli.add_mesh(parser)
         arguments = parser.parse_args(argv)
         processes.join(arguments, stop_together=False)
@@ -20,8 +20,8 @@ Mistakes of the user are raised as :class:`fam_jax.config.UserError`; :func:`run
 
 import argparse
 import contextlib
+import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -35,11 +35,10 @@ from fam_jax.config.memory import MemoryConfig, memory_config_type
 from fam_jax.config.overrides import Override
 from launch import processes
 from launch.config_file import load_config
+from launch.errors import user_errors
 
 __all__ = [
-    "INTERRUPTED",
-    "PIPE_CLOSED",
-    "USER_ERROR",
+    "ArgumentParser",
     "Parser",
     "add_checkpoint",
     "add_mesh",
@@ -47,45 +46,70 @@ __all__ = [
     "integers",
     "load_config",
     "mesh",
+    "progress_bar",
     "progress_bars",
     "run",
-    "user_errors",
     "words",
 ]
-
-# Exit codes: of a user's mistake, and what shells report for a program that wrote to a closed pipe or got Ctrl-C.
-USER_ERROR = 2
-PIPE_CLOSED = 141
-INTERRUPTED = 130
 
 FIELD = "--config."
 
 
-class Parser(argparse.ArgumentParser):
+class ArgumentParser(argparse.ArgumentParser):
     """An argument parser that raises :class:`UserError` for mistakes and takes --some-flag and --some_flag alike."""
 
-    def __init__(self, program: str, doc: str | None, *, config: bool = False, job: bool = False):
-        """Create the parser of `python -m PROGRAM`.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments; argparse calls it for `parse_args` too.
+
+        Raises:
+          UserError: an argument is unknown, missing or malformed.
+        """
+        given = sys.argv[1:] if args is None else args
+        spelled = {option.replace("_", "-"): option for option in self._option_string_actions}
+
+        def respell(argument: str) -> str:
+            name, equals, value = argument.partition("=")
+            return spelled.get(name.replace("_", "-"), name) + equals + value
+
+        return super().parse_known_args([respell(argument) for argument in given], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise :class:`UserError`; argparse calls it."""
+        missing = message.removeprefix("the following arguments are required: ")
+        message = message if missing == message else f"missing {missing}"
+        raise UserError(f"{message}; --help lists the flags")
+
+
+class Parser(ArgumentParser):
+    """The parser of a program of this folder."""
+
+    def __init__(
+        self, program: str, doc: str | None, *, config: bool = False, fields: bool = False, job: bool = False
+    ):
+        """Create the parser of `python -m launch.PROGRAM`.
 
         Args:
-          program: name of its module, such as launch.train.
+          program: name of its module, such as train.
           doc: docstring of its module. --help shows its first line at the top and the others at the end.
-          config: whether to take --config=FILE and --config.GROUP.FIELD=VALUE. The namespace then has `config` and
-            `overrides`, for :func:`load_config`.
+          config: whether to take --config=FILE and config fields, `--config.GROUP.FIELD=VALUE`. The namespace then has
+            `config` and `overrides`, for :func:`load_config`.
+          fields: whether to take config fields, for a program that has a config of its own. The namespace then has
+            `overrides`.
           job: whether the program can be one of several processes; see :func:`launch.processes.join`.
         """
         summary, _, details = (doc or "").strip().partition("\n")
         super().__init__(
-            prog=f"python -m {program}",
+            prog=f"python -m launch.{program}",
             description=summary,
             epilog=details.strip("\n") or None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self._takes_config = config
-        if config:
+        self._takes_fields = config or fields
+        if self._takes_fields:
             add = self.add_argument_group("config").add_argument
-            add("--config", required=True, metavar="FILE[:ARG]", help="such as configs/passkey.py:fam")
+            if config:
+                add("--config", required=True, metavar="FILE[:ARG]", help="such as configs/passkey.py:fam")
             add(
                 f"{FIELD}GROUP.FIELD",
                 default=argparse.SUPPRESS,
@@ -97,31 +121,18 @@ class Parser(argparse.ArgumentParser):
             processes.add_flags(self)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments; argparse calls it for `parse_args` too.
+        """Parse arguments and take out the config fields; argparse calls it for `parse_args` too.
 
         Raises:
           UserError: an argument is unknown, missing or malformed.
         """
         given = [*(sys.argv[1:] if args is None else args)]
-        overrides: list[Override] = []
-        if self._takes_config:
-            given, overrides = _take_overrides(given)
-        spelled = {option.replace("_", "-"): option for option in self._option_string_actions}
-
-        def respell(argument: str) -> str:
-            name, equals, value = argument.partition("=")
-            return spelled.get(name.replace("_", "-"), name) + equals + value
-
-        found, rest = super().parse_known_args([respell(argument) for argument in given], namespace)
-        if self._takes_config:
-            found.overrides = overrides
+        if not self._takes_fields:
+            return super().parse_known_args(given, namespace)
+        given, overrides = _take_overrides(given)
+        found, rest = super().parse_known_args(given, namespace)
+        found.overrides = overrides
         return found, rest
-
-    def error(self, message: str) -> NoReturn:
-        """Raise :class:`UserError`; argparse calls it."""
-        missing = message.removeprefix("the following arguments are required: ")
-        message = message if missing == message else f"missing {missing}"
-        raise UserError(f"{message}; --help lists the flags")
 
 
 def _take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
@@ -245,25 +256,6 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit code 2. Ctrl-C and a closed pipe exit as shells expect.
-
-    All other errors are bugs and keep their tracebacks.
-    """
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(USER_ERROR)
-    except BrokenPipeError:  # the reader of standard output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
-        sys.exit(PIPE_CLOSED)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-
-
-@contextlib.contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
     """Show a progress bar for each name while the context lasts, on stderr if that is a terminal.
 
@@ -280,3 +272,14 @@ def progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
             progress.update(bars[name], completed=done, total=total)
 
         yield show
+
+
+@contextlib.contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Show one progress bar while the context lasts, on stderr if that is a terminal.
+
+    Yields:
+      A function to call with (done, total).
+    """
+    with progress_bars() as show:
+        yield functools.partial(show, name)

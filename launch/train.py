@@ -21,7 +21,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
       UserError: an argument is unknown, missing or malformed.
     """
-    parser = cli.Parser("launch.train", __doc__, config=True, job=True)
+    parser = cli.Parser("train", __doc__, config=True, job=True)
     add = parser.add_argument
     add(
         "--workdir",
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     from fam_jax.train.loop import Interrupted, train
-    from launch.evaluation import in_training
+    from fam_jax.evaluate.run import in_training
 
     try:
         train(

@@ -13,7 +13,7 @@ import pytest
 
 from fam_jax.config import MeshConfig, UserError
 from fam_jax.config.overrides import Override
-from launch import cli
+from launch import cli, errors
 from tests.launch.running import ROOT, command, environment
 
 DOC = """Do something.
@@ -23,7 +23,7 @@ DOC = """Do something.
 
 
 def parser() -> cli.Parser:
-    made = cli.Parser("launch.something", DOC, config=True)
+    made = cli.Parser("something", DOC, config=True)
     made.add_argument("--top_k", type=cli.at_least(1), default=3)
     made.add_argument("--top-p", type=float, default=1.0)
     cli.add_checkpoint(made)
@@ -174,7 +174,7 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(60) == cli.PIPE_CLOSED
+    assert process.wait(60) == errors.PIPE_CLOSED
     assert process.stderr.read() == ""
 
 
@@ -187,14 +187,26 @@ def test_progress_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> Non
     assert file.getvalue() == ""
 
 
+FIELD = "--config.GROUP.FIELD VALUE"
+# What the help of each program names, among others.
 PROGRAMS = {
+    "demo": [FIELD, "--help-config", "--workdir DIR", "--workers N"],
+    "evaluate": ["--checkpoint DIR", "--step N", "--mesh AXIS=N", "--out FILE", "--coordinator HOST:PORT"],
+    "export_hf": ["--checkpoint DIR", "--step N", "--out DIR", "--lora"],
+    "generate": ["--checkpoint DIR", "--step N", "--mesh AXIS=N", "--out FILE"],
+    "import_hf": ["--source DIR", "--mesh AXIS=N", "--coordinator HOST:PORT", "--out"],
+    "plan": ["--config FILE[:ARG]", FIELD, "--help-config", "--topology", "--mesh", "--out FILE"],
+    "tpu.jobset": ["--name", "--slice", "--image"],
+    "tpu.slices": ["SLICE", "FIELD"],
     "train": [
         "--config FILE[:ARG]",
-        "--config.GROUP.FIELD VALUE",
-        "--workdir",
-        "--restore_step",
-        "--coordinator",
+        FIELD,
+        "--help-config",
+        "--workdir DIR",
+        "--restore_step N",
+        "--coordinator HOST:PORT",
     ],
+    "train_vocabulary": ["--files", "--size", "--out FILE"],
 }
 
 
