@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported once the config is known to be right, as TensorFlow takes seconds.
     import jax
 
-    from fam_jax.train.loop import Interrupted, train
     from fam_jax.evaluate.run import in_training
+    from fam_jax.train.loop import Interrupted, train
 
     try:
         train(
