@@ -23,14 +23,14 @@ class Case:
     memory_segments: int = 2  # m
     heads: int = 4  # H
     kv_heads: int = 2  # K
-    fam_slots: int = 3  # S
+    extra_slots: int = 3  # S
     window: int = 0
     stop_gradient: bool = False
     softcap: float = 0.0
     past_blocks: tuple[int, ...] = (2, 1, 0)  # per row: how many blocks of the past exist
     head_dim: int = 4
     slots: int = -1  # blocks of the past that there is room for; -1 = m
-    counted: bool = True  # give past_length and fam_count
+    counted: bool = True  # give past_length and extra_count
 
     @property
     def past_slots(self) -> int:
@@ -68,9 +68,9 @@ class Case:
 class Call(NamedTuple):
     """A case's arguments in float64, and a cotangent."""
 
-    inputs: Arrays  # q, k, v, fam_k, fam_v
+    inputs: Arrays  # q, k, v, extra_k, extra_v
     past_length: np.ndarray  # (B,)
-    fam_count: np.ndarray  # (B, N)
+    extra_count: np.ndarray  # (B, N)
     cotangent: np.ndarray
 
 
@@ -78,25 +78,25 @@ def draw(case: Case, seed: int = 0) -> Call:
     """Random arguments; between 0 and S of the feedback keys of each block exist."""
     rng = np.random.default_rng(seed)
     batch, tokens = len(case.past_blocks), case.past_slots + case.length
-    fam = (batch, case.blocks, case.fam_slots, case.kv_heads, case.head_dim)
+    extra = (batch, case.blocks, case.extra_slots, case.kv_heads, case.head_dim)
     queries = (batch, case.length, case.heads, case.head_dim)
     keys = (batch, tokens, case.kv_heads, case.head_dim)
-    shapes = {"q": queries, "k": keys, "v": keys, "fam_k": fam, "fam_v": fam}
+    shapes = {"q": queries, "k": keys, "v": keys, "extra_k": extra, "extra_v": extra}
     inputs = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     past_length = np.array(case.past_blocks, np.int32) * case.block_size
-    fam_count = rng.integers(0, case.fam_slots + 1, (batch, case.blocks)).astype(np.int32)
+    extra_count = rng.integers(0, case.extra_slots + 1, (batch, case.blocks)).astype(np.int32)
     if not case.counted:
-        past_length, fam_count = (
+        past_length, extra_count = (
             np.full_like(past_length, case.past_slots),
-            np.full_like(fam_count, case.fam_slots),
+            np.full_like(extra_count, case.extra_slots),
         )
-    return Call(inputs, past_length, fam_count, rng.normal(size=queries))
+    return Call(inputs, past_length, extra_count, rng.normal(size=queries))
 
 
 def attend(case: Case, call: Call, inputs: dict[str, Any], implementation: str) -> jax.Array:
     """The call under test."""
-    ordered = (inputs[name] for name in ("q", "k", "v", "fam_k", "fam_v"))
-    counts = (jnp.asarray(call.past_length), jnp.asarray(call.fam_count)) if case.counted else (None, None)
+    ordered = (inputs[name] for name in ("q", "k", "v", "extra_k", "extra_v"))
+    counts = (jnp.asarray(call.past_length), jnp.asarray(call.extra_count)) if case.counted else (None, None)
     return block_attention(*ordered, *counts, implementation=implementation, **case.options())
 
 
@@ -113,13 +113,13 @@ def visibility(case: Case, call: Call) -> tuple[np.ndarray, np.ndarray]:
         seen &= t - at < case.window
     seen = seen[None] & (at >= -call.past_length[:, None])[:, None]
     own = t // case.block_size == np.arange(case.blocks)[None]  # (T, N)
-    slot = np.arange(case.fam_slots)
-    fam = own[None, :, :, None] & (slot < call.fam_count[..., None])[:, None]
+    slot = np.arange(case.extra_slots)
+    extra = own[None, :, :, None] & (slot < call.extra_count[..., None])[:, None]
     gradient = (blocks_between == 0) | (not case.stop_gradient)
-    fam_gradient = np.ones((case.length, case.blocks * case.fam_slots), bool)
+    extra_gradient = np.ones((case.length, case.blocks * case.extra_slots), bool)
     return (
-        np.concatenate([seen, fam.reshape(*fam.shape[:2], -1)], axis=-1),
-        np.concatenate([np.broadcast_to(gradient, seen.shape[1:]), fam_gradient], axis=-1),
+        np.concatenate([seen, extra.reshape(*extra.shape[:2], -1)], axis=-1),
+        np.concatenate([np.broadcast_to(gradient, seen.shape[1:]), extra_gradient], axis=-1),
     )
 
 
@@ -138,7 +138,7 @@ def dense_attention(
     def sums(equation: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.einsum(equation, a, b, optimize=True)  # as matrix products
 
-    k, v = all_keys(inputs["k"], inputs["fam_k"]), all_keys(inputs["v"], inputs["fam_v"])
+    k, v = all_keys(inputs["k"], inputs["extra_k"]), all_keys(inputs["v"], inputs["extra_v"])
     scores, slope = sums("bthd,bshd->bths", q, k) * scale, np.ones(1)
     if case.softcap:
         capped = np.tanh(scores / case.softcap)
@@ -154,7 +154,7 @@ def dense_attention(
     def by_source(name: str, d: np.ndarray) -> Arrays:  # the reverse of all_keys
         d = d.reshape(*d.shape[:2], case.kv_heads, group, case.head_dim).sum(3)
         tokens = inputs[name].shape[1]
-        return {name: d[:, :tokens], "fam_" + name: d[:, tokens:].reshape(inputs["fam_" + name].shape)}
+        return {name: d[:, :tokens], "extra_" + name: d[:, tokens:].reshape(inputs["extra_" + name].shape)}
 
     through = gradient[None, :, None]
 

@@ -32,7 +32,7 @@ SHAPES = {
 
 def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **options: Any) -> set[str]:
     """Names of the Pallas kernels in the executable, for a mesh of so many chips."""
-    batch, heads, kv_heads, head_dim, size, length, segments, fam, past, dtype = SHAPES[name]
+    batch, heads, kv_heads, head_dim, size, length, segments, extra, past, dtype = SHAPES[name]
     blocks = math.ceil(length)
     mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), topology_devices(topology)[: fsdp * tensor])
 
@@ -44,7 +44,7 @@ def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **op
     inputs = (
         array(batch, tokens, heads, head_dim),
         *[array(batch, keys, kv_heads, head_dim)] * 2,
-        *[array(batch, blocks, fam, kv_heads, head_dim)] * 2,
+        *[array(batch, blocks, extra, kv_heads, head_dim)] * 2,
     )
     counts = (array(batch, dtype=jnp.int32), array(batch, blocks, dtype=jnp.int32)) if past else (None, None)
 
@@ -64,7 +64,7 @@ def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **op
 
     traced = jax.jit(traced_for(mesh, attention_and_gradients)).trace(inputs, counts, inputs[0])
     text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
-    return set(re.findall(r"fam_attention_[a-z_]*[a-z]", text))
+    return set(re.findall(r"block_attention_[a-z_]*[a-z]", text))
 
 
 def compile_small(topology: str) -> set[str]:
@@ -88,7 +88,7 @@ def compile_small(topology: str) -> set[str]:
     angles = (array(1, 32, 1, 64, dtype=jnp.float32),) * 2
     traced = jax.jit(traced_for(mesh, update_and_gradients)).trace(*shapes, *angles)
     text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
-    return set(re.findall(r"fam_(?:rotary|update_forward|update_backward)", text))
+    return set(re.findall(r"(?:rotary_embedding|update_attention_forward|update_attention_backward)", text))
 
 
 def main(topology: str, *names: str) -> None:

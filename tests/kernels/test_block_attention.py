@@ -26,8 +26,8 @@ CASES = {
     "shorter than a block": Case(length=3),
     "one token": Case(length=1),
     "no memory": Case(memory_segments=0, past_blocks=(0, 0)),
-    "no feedback": Case(fam_slots=0),
-    "neither": Case(memory_segments=0, fam_slots=0, past_blocks=(0, 0)),
+    "no feedback": Case(extra_slots=0),
+    "neither": Case(memory_segments=0, extra_slots=0, past_blocks=(0, 0)),
     "memory longer than the tokens": Case(memory_segments=4, length=6, past_blocks=(4, 2, 0)),
     "window within the block": Case(window=3),
     "window across blocks": Case(window=6, length=11),
@@ -45,7 +45,7 @@ TRAINING_CASES = {
     "training, odd length": dataclasses.replace(TRAINING, length=14),
     "training, memory longer than the tokens": dataclasses.replace(TRAINING, memory_segments=4, length=8),
     "training, no memory": dataclasses.replace(TRAINING, memory_segments=0),
-    "training, no feedback": dataclasses.replace(TRAINING, fam_slots=0, kv_heads=4),
+    "training, no feedback": dataclasses.replace(TRAINING, extra_slots=0, kv_heads=4),
     "training, window within the block": dataclasses.replace(TRAINING, window=3),
     "training, window across blocks": dataclasses.replace(TRAINING, window=6),
     "training, stop-gradient": dataclasses.replace(TRAINING, stop_gradient=True),
@@ -90,7 +90,7 @@ def test_the_kernels_are_dense_attention_under_its_mask(case: Case) -> None:
 @pytest.mark.parametrize("past_blocks", [(0,), (2,)])
 def test_one_key_head_for_two_cores(past_blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an odd number of rows and key heads, which two cores cannot divide."""
-    monkeypatch.setattr("fam_jax.kernels.pallas.call.CORES", {"interpreter": 2})
+    monkeypatch.setattr("fam_jax.kernels.pallas.block_attention.CORES", {"interpreter": 2})
     case = dataclasses.replace(
         TRAINING, kv_heads=1, past_blocks=past_blocks, slots=-1 if past_blocks[0] else 0
     )
@@ -132,7 +132,7 @@ def any_case(draw_from: st.DrawFn) -> Case:
         memory_segments=segments,
         heads=kv_heads * draw_from(st.integers(1, 3)),
         kv_heads=kv_heads,
-        fam_slots=draw_from(st.integers(0, 5)),
+        extra_slots=draw_from(st.integers(0, 5)),
         window=draw_from(st.integers(0, segments * size + 1)),
         stop_gradient=draw_from(st.booleans()),
         past_blocks=tuple(past),
@@ -166,8 +166,8 @@ def test_what_is_hidden_has_no_influence(implementation: str) -> None:
     for b, length in enumerate(call.past_length):
         for name in ("k", "v"):
             spoilt[name][b, : case.past_slots - length] = 1e6
-        for n, count in enumerate(call.fam_count[b]):
-            for name in ("fam_k", "fam_v"):
+        for n, count in enumerate(call.extra_count[b]):
+            for name in ("extra_k", "extra_v"):
                 spoilt[name][b, n, count:] = 1e6
     assert all((spoilt[name] != call.inputs[name]).any() for name in spoilt if name != "q")
     attention = quick_jit(lambda x: attend(case, call, x, implementation))
@@ -235,7 +235,7 @@ def test_contradictions_are_refused(case: Case, implementation: str, message: st
 def test_wrong_feedback_keys_are_refused() -> None:
     call = draw(Case(length=8))
     inputs = single(call.inputs)
-    inputs["fam_k"] = inputs["fam_k"][:, :1]
+    inputs["extra_k"] = inputs["extra_k"][:, :1]
     with pytest.raises(ValueError, match="feedback keys"):
         attend(Case(length=8), call, inputs, "auto")
 

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fam_jax.kernels import block_attention
-from fam_jax.kernels.pallas.call import pallas_block_attention
+from fam_jax.kernels.pallas.block_attention import pallas_block_attention
 from tests.kernels.cases import Case, attend, draw
 
 WATCHED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)

@@ -5,11 +5,11 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from fam_jax.kernels.pallas.geometry import Geometry, Span, sight, tiles
+from fam_jax.kernels.pallas.geometry import Geometry, Span, sight
 from fam_jax.kernels.pallas.tiles import VMEM_MIB, Tiles, choose_tiles
 
 PAPER = Geometry(
-    block_size=1024, blocks=8, segments=3, window=0, fam_slots=64, fam_keys=64, heads=12, kv_heads=12, head_dim=128,
+    block_size=1024, blocks=8, segments=3, window=0, extra_slots=64, extra_keys=64, heads=12, kv_heads=12, head_dim=128,
     stop_gradient=False,
 )  # fmt: skip
 
@@ -63,5 +63,5 @@ def test_sight_is_what_pairs_see() -> None:
 
 
 def test_tiles_cover_a_span() -> None:
-    assert tiles(Span(-10, 7), 3) == [Span(-10, 3), Span(-7, 3), Span(-4, 1)]
-    assert tiles(Span(5, 0), 3) == []
+    assert Span(-10, 7).split(3) == [Span(-10, 3), Span(-7, 3), Span(-4, 1)]
+    assert Span(5, 0).split(3) == []
