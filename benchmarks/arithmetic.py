@@ -40,18 +40,18 @@ def count_flops(config: ModelConfig, batch: int, length: int) -> Flops:
         config.num_kv_heads,
     )
     tokens, blocks = batch * length, length // config.block_size
-    vectors = config.fam_length
+    vectors = config.memory.chained_rows
     reach = (config.memory_segments + 1) * config.block_size
     kernels = 2 if config.activation == "gelu" else 3
     key_value = 4 * width * kv_heads * config.head_dim
     dense = key_value + 4 * width * heads * config.head_dim + 2 * kernels * width * config.ff_dim  # per row
     pair = 4 * heads * config.head_dim  # score and weighted value of a query and a key
-    prompt = vectors if config.fam_init == "prompt" else 0
+    prompt = vectors if getattr(config.memory, "init", "") == "prompt" else 0
     updates = batch * blocks * vectors
     return Flops(
         tokens_dense=tokens * (layers * dense + 2 * width * config.vocab_size),
         tokens_attention=tokens * layers * pair * reach,
         fam_dense=layers * ((updates + prompt) * dense + batch * vectors * key_value),
         fam_attention=layers * pair * (updates * (vectors + config.block_size) + prompt * vectors),
-        fam_read=tokens * layers * pair * vectors * config.fam_previous_blocks,
+        fam_read=tokens * layers * pair * config.memory.extra_keys,
     )

@@ -22,9 +22,11 @@ from benchmarks.record import write_record
 from benchmarks.report import print_table
 from benchmarks.splash import SplashTiles
 from fam_jax.config import ModelConfig
+from fam_jax.memories.fam import FamConfig
 from fam_jax.plan import ProfileError, check_floor, estimate, parse, static_profile
 from fam_jax.plan.attention import kernel_seconds
-from launch.errors import ArgumentParser, user_errors
+from launch.cli import ArgumentParser
+from launch.errors import user_errors
 
 SHAPES = {"1B": (12, 12), "8B": (32, 32), "24B": (32, 1)}  # query and key heads of the paper's models
 FAM = 64
@@ -61,8 +63,7 @@ class Profiler:
         """The simulator dies of a program that holds both of our kernels: each alone, as the planner has them."""
         model = ModelConfig(
             block_size=case.block_size,
-            memory_segments=case.segments,
-            fam_length=case.fam,
+            memory=FamConfig(segments=case.segments, length=case.fam),
             head_dim=case.head_dim,
         )
         spans = kernel_seconds(case.topology, model, case.batch, case.tokens, case.heads, case.kv_heads)

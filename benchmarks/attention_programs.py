@@ -50,7 +50,7 @@ class Case:
     def scores(self, *, whole_tiles: bool) -> float:
         """Visible scores of all rows and heads; with `whole_tiles` the masked half of a block's own square too."""
         size = self.block_size
-        keys = visible_keys(self.tokens, block_size=size, segments=self.segments, fam=self.fam)
+        keys = visible_keys(self.tokens, block_size=size, segments=self.segments, extra=lambda _: self.fam)
         masked = self.tokens * (size - 1) / 2
         return self.batch * self.heads * (keys + whole_tiles * masked)
 

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fam_jax.model.fam import ChainAttention, ChainInputs, local_rotation, run_chain, update_fam
 from flax import nnx
 
 from benchmarks.workload import Workload
@@ -14,6 +13,8 @@ from fam_jax.config import ModelConfig
 from fam_jax.kernels import Part, multi_part_attention
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.layers.rope import Rope, rotate
+from fam_jax.memories.chain import ChainAttention, ChainInputs, run_chain, update_vectors
+from fam_jax.memories.fam import FeedbackAttentionMemory
 from fam_jax.model import from_dict
 
 Chain = Callable[[DecoderLayer, jax.Array, ChainInputs, ChainAttention], Any]
@@ -39,7 +40,7 @@ def plain_chain(layer: DecoderLayer, fam: jax.Array, inputs: ChainInputs, attent
             q, k = rotate(q, rotation), rotate(k, rotation)
             return multi_part_attention([Part(q, k, v), Part(q, keys, values)])
 
-        return update_fam(layer, fam, keep, attend)
+        return update_vectors(layer, fam, keep, attend)
 
     return jax.lax.scan(body, fam, (jnp.arange(len(inputs.keep)), inputs.rotation, inputs.keep))
 
@@ -47,7 +48,7 @@ def plain_chain(layer: DecoderLayer, fam: jax.Array, inputs: ChainInputs, attent
 def chain_loss(model: ModelConfig, chain: Chain) -> Callable[..., jax.Array]:
     """loss(layer parameters, fam (B, M, D), keys, values (B, T, K * hd)): half the squares of all that it returns."""
     graphdef, _ = layer_structure(model)
-    own = local_rotation(model, Rope(model.head_dim, model.rope_base, "float32"))
+    own = FeedbackAttentionMemory(model).enter_at(Rope(model.head_dim, model.rope_base, "float32"))
 
     def loss(parameters: Any, fam: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         layer = nnx.merge(graphdef, parameters)
@@ -68,7 +69,7 @@ def chain_inputs(work: Workload, model: ModelConfig, params: dict[str, Any]) -> 
     parameters = from_dict(abstract, jax.tree.map(lambda x: x[0], params["layers"]))
     shape = (work.batch, work.length, model.num_kv_heads * model.head_dim)
     fam_key, *keys = jax.random.split(jax.random.key(work.seed), 3)
-    fam = jax.random.normal(fam_key, (work.batch, model.fam_length, model.model_dim))
+    fam = jax.random.normal(fam_key, (work.batch, model.memory.chained_rows, model.model_dim))
     return parameters, fam, *(jax.random.normal(key, shape) for key in keys)
 
 

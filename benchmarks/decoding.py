@@ -22,12 +22,14 @@ from benchmarks.timing import interleave
 from benchmarks.workload import random_parameters
 from fam_jax.config import ModelConfig
 from fam_jax.generate.streaming import Streamer
-from fam_jax.model import Memory
-from launch.errors import ArgumentParser, user_errors
+from fam_jax.memories.fam import FamConfig
+from fam_jax.model import StreamState
+from launch.cli import ArgumentParser
+from launch.errors import user_errors
 
 MODEL = ModelConfig(
     vocab_size=64, num_layers=2, model_dim=64, num_heads=2, num_kv_heads=2, head_dim=32, ff_dim=256,
-    block_size=64, fam_length=4,
+    block_size=64, memory=FamConfig(length=4),
 )  # fmt: skip
 CHUNK_BLOCKS = 16
 CHUNK = CHUNK_BLOCKS * MODEL.block_size  # 1024 tokens: positions are counted in these
@@ -40,25 +42,25 @@ def stream(streamer: Streamer, marks: Sequence[int], seed: int) -> tuple[dict[st
     """Reads random tokens up to the last mark.
 
     Returns:
-      What was sampled at each mark; {"near": (logits, memory) after one chunk, "far": after the last}.
+      What was sampled at each mark; {"near": (logits, state) after one chunk, "far": after the last}.
     """
     random = np.random.default_rng(seed)
     samples: list[dict[str, Any]] = []
-    memory: Memory | None = None
+    state: StreamState | None = None
     for _ in range(2):  # compiles both what begins a stream and what continues one
-        _, memory = streamer.read([np.zeros(CHUNK, np.int32)], memory, chunk_blocks=CHUNK_BLOCKS)
-    memory = None
+        _, state = streamer.read([np.zeros(CHUNK, np.int32)], state, chunk_blocks=CHUNK_BLOCKS)
+    state = None
     started = time.perf_counter()
     kept: dict[str, Any] = {}
     before = 0
     for chunk in range(1, marks[-1] + 1):
         # Drawn as it is read: a prompt of a million tokens would itself take memory.
         tokens = random.integers(0, streamer.config.vocab_size, CHUNK)
-        logits, memory = streamer.read([tokens], memory, chunk_blocks=CHUNK_BLOCKS)
+        logits, state = streamer.read([tokens], state, chunk_blocks=CHUNK_BLOCKS)
         if chunk == 1:
-            kept["near"] = (logits, memory)
+            kept["near"] = (logits, state)
         if chunk in marks:
-            jax.block_until_ready((logits, memory))
+            jax.block_until_ready((logits, state))
             elapsed = time.perf_counter() - started
             samples.append(
                 {
@@ -69,7 +71,7 @@ def stream(streamer: Streamer, marks: Sequence[int], seed: int) -> tuple[dict[st
                 }
             )
             before, started = chunk, time.perf_counter()
-    kept["far"] = (logits, memory)
+    kept["far"] = (logits, state)
     return _stream_result(samples), kept
 
 
@@ -95,13 +97,13 @@ def compare_positions(streamer: Streamer, kept: dict[str, Any], seconds: float) 
     count = 2 * size
 
     def call(name: str) -> Any:
-        logits, memory = kept[name]
-        out = streamer.generate(logits, memory, max_tokens=count, tokens_per_call=size)
-        return out.logits, out.memory
+        logits, state = kept[name]
+        out = streamer.generate(logits, state, max_tokens=count, tokens_per_call=size)
+        return out.logits, out.state
 
     times = interleave({name: lambda name=name: call(name) for name in kept}, seconds)  # type: ignore[misc]
     return {
-        "positions": {name: tokens_read(memory, size) for name, (_, memory) in kept.items()},
+        "positions": {name: int(state.tokens_read[0]) for name, (_, state) in kept.items()},
         "tokens_per_call": count,
         "seconds_per_token": {
             name: times.over_rounds(lambda t, name=name: t[name] / count)  # type: ignore[misc]
@@ -109,11 +111,6 @@ def compare_positions(streamer: Streamer, kept: dict[str, Any], seconds: float) 
         },
         "ratio": times.ratio("far", "near"),
     }
-
-
-def tokens_read(memory: Memory, size: int) -> int:
-    """How many tokens the memory's first stream has taken in, by its own count."""
-    return int(memory.blocks[0]) * size + int(memory.filled[0])
 
 
 def peak_rss() -> int:

@@ -23,9 +23,10 @@ from fam_jax.config import Config, MeshConfig, UserError, resolve
 from fam_jax.data.passkey import passkey_examples
 from fam_jax.data.vocabulary import load_vocabulary
 from fam_jax.generate.streaming import Streamer
-from fam_jax.model import Memory
+from fam_jax.model import StreamState
 from fam_jax.sharding import make_mesh, param_shardings
-from launch.errors import ArgumentParser, user_errors
+from launch.cli import ArgumentParser
+from launch.errors import user_errors
 
 
 def measure(config: Config, params: Any, blocks: int, keys: int) -> dict[str, Any]:
@@ -39,23 +40,23 @@ def measure(config: Config, params: Any, blocks: int, keys: int) -> dict[str, An
     Raises:
       UserError: the model has no FAM.
     """
-    if not config.model.fam_length:
-        raise UserError("config.model.fam_length: is 0; drift is measured of models with FAM")
+    if config.model.memory.kind != "fam":
+        raise UserError(f"config.model.memory.kind: is {config.model.memory.kind}; drift is that of FAM")
     vocabulary = load_vocabulary(config.data.vocabulary)
     size, chunk = config.model.block_size, config.evaluate.chunk_blocks
     examples = passkey_examples(config.data, vocabulary, blocks * size, keys, config.evaluate.seed)
     prompts, answers = [prompt for prompt, _ in examples], np.stack([answer for _, answer in examples])
     streamer = Streamer(config.model, params)
-    memory: Memory | None = None
+    state: StreamState | None = None
     course, begin, end = [], 0, 1
     while begin < blocks:
         last = end >= blocks
         rows = [prompt[begin * size : None if last else end * size] for prompt in prompts]
-        logits, memory = streamer.read(rows, memory, chunk_blocks=chunk)
-        course.append({"blocks": min(end, blocks)} | _directions(np.asarray(memory.layers.fam, np.float64)))
+        logits, state = streamer.read(rows, state, chunk_blocks=chunk)
+        course.append({"blocks": min(end, blocks)} | _directions(np.asarray(state.layers.fam, np.float64)))
         begin, end = end, 2 * end
-    assert memory is not None
-    tokens = streamer.generate(logits, memory, max_tokens=answers.shape[1]).tokens[:, : answers.shape[1]]
+    assert state is not None
+    tokens = streamer.generate(logits, state, max_tokens=answers.shape[1]).tokens[:, : answers.shape[1]]
     names = {int(token): vocabulary.decode([int(token)]) for token in np.unique(np.stack([answers, tokens]))}
     return {"course": course, "misread": _misread(answers, tokens, names)}
 

@@ -22,7 +22,8 @@ from benchmarks.report import print_table
 from benchmarks.workload import random_parameters
 from fam_jax.checkpoint import Checkpoints
 from fam_jax.config import Config, DataConfig
-from launch.errors import ArgumentParser, integers, user_errors
+from launch.cli import ArgumentParser, integers
+from launch.errors import user_errors
 
 LENGTHS = (10_000, 100_000, 1_000_000)
 GENERATED = 128

@@ -27,7 +27,9 @@ from fam_jax.config import ModelConfig
 from fam_jax.hf import hf_config
 from fam_jax.hf.folder import INDEX
 from fam_jax.hf.names import tensors
-from launch.errors import ArgumentParser, integers, user_errors
+from fam_jax.memories.window import BlockSlidingWindowConfig
+from launch.cli import ArgumentParser, integers
+from launch.errors import user_errors
 
 FILES = 4
 WIDTHS = (512, 1024, 1536, 2048)  # Llama 3 8B: 4096
@@ -39,7 +41,7 @@ def llama(width: int, num_layers: int = 32) -> ModelConfig:
     return ModelConfig(
         vocab_size=width * 128256 // 4096, num_layers=num_layers, model_dim=width, num_heads=max(width // 128, 1),
         num_kv_heads=max(width // 512, 1), head_dim=128, ff_dim=width * 7 // 2, tie_embeddings=False, rope_base=5e5,
-        block_size=1024, memory_segments=7, fam_length=0,
+        block_size=1024, memory=BlockSlidingWindowConfig(segments=7),
     )  # fmt: skip
 
 

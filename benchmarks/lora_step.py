@@ -19,25 +19,27 @@ from benchmarks.record import write_record
 from benchmarks.timing import interleave
 from benchmarks.workload import Workload, random_batch
 from fam_jax.config import Config, LoraConfig, ModelConfig, TrainConfig
+from fam_jax.memories.fam import FamConfig
 from fam_jax.model import count_parameters, lora
 from fam_jax.train.optimizer import make_optimizer
 from fam_jax.train.state import init_state
 from fam_jax.train.step import make_train_step
-from launch.errors import ArgumentParser, user_errors
+from launch.cli import ArgumentParser
+from launch.errors import user_errors
 
 SECONDS = 120.0
 # The proportions of Llama 3 8B: four query heads to a key head, a feed-forward of 3.5 times the width.
 FULL = Workload(
     ModelConfig(
         vocab_size=8192, num_layers=4, model_dim=1024, num_heads=8, num_kv_heads=2, head_dim=128, ff_dim=3584,
-        block_size=128, memory_segments=1, fam_length=8,
+        block_size=128, memory=FamConfig(segments=1, length=8),
     ),
     batch=2, length=512, seed=0,
 )  # fmt: skip
 QUICK = Workload(
     ModelConfig(
         vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=1, head_dim=8, ff_dim=112,
-        block_size=16, memory_segments=1, fam_length=2,
+        block_size=16, memory=FamConfig(segments=1, length=2),
     ),
     batch=2, length=64, seed=0,
 )  # fmt: skip

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fam_jax.model.fam import local_rotation, prompt_step
 from flax import nnx
 
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import Part, multi_part_attention
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.layers.rope import Rope, rotate
+from fam_jax.memories.fam import FamConfig, FeedbackAttentionMemory, raise_prompt
 from fam_jax.model import Transformer
 
 
@@ -29,19 +29,20 @@ def naive_hidden(model: Transformer, tokens: jax.Array) -> jax.Array:
     """
     config = model.config
     _check(config, tokens.shape[1])
-    assert model.initial_fam is not None
+    assert model.memory is not None
     rope = Rope(config.head_dim, config.rope_base, str(jnp.promote_types(config.dtype, jnp.float32)))
     batch, length = tokens.shape
     blocks = (batch, length // config.block_size, config.block_size)
     x = model.embedding.table[...][tokens].astype(config.dtype).reshape(*blocks, -1).swapaxes(0, 1)
-    prompt = model.initial_fam[...].astype(config.dtype)
+    prompt = model.memory.initial_fam[...].astype(config.dtype)
+    own = FeedbackAttentionMemory(config).enter_at(rope)
     graphdef, state = nnx.split(model.layers)
 
     def body(carry: tuple[jax.Array, jax.Array], layer_state: nnx.State) -> tuple[Any, None]:
         x, prompt = carry
         layer = nnx.merge(graphdef, layer_state)
         x = _scan_blocks(layer, config, rope, x, prompt)
-        return (x, prompt_step(layer, prompt, local_rotation(config, rope))), None
+        return (x, raise_prompt(layer, prompt[None], own)[0]), None
 
     (x, _), _ = jax.lax.scan(body, (x, prompt), state)
     return model.final_norm(x.swapaxes(0, 1).reshape(batch, length, -1))
@@ -52,7 +53,7 @@ def _scan_blocks(
 ) -> jax.Array:
     """One layer over x (N, B, C, D), block by block; `prompt` (M, D) is the layer's initial FAM."""
     blocks, batch = x.shape[:2]
-    size, fams = config.block_size, config.fam_length
+    size, fams = config.block_size, config.memory.chained_rows
     past = config.memory_segments * size
     place = np.concatenate([np.arange(size), np.arange(-fams, 0)])  # of tokens and FAM, in the block's frame
 
@@ -87,11 +88,7 @@ def _mask(past: int, size: int, fams: int, index: jax.Array) -> jax.Array:
 def _check(config: ModelConfig, length: int) -> None:
     plain = dataclasses.replace(
         config,
-        fam_init="prompt",
-        fam_positions="last",
-        fam_previous_blocks=1,
-        window=0,
-        stop_gradient=False,
+        memory=FamConfig(length=config.memory.chained_rows, segments=config.memory_segments),
         attention_softcap=0.0,
         rope_scaling="none",
         layer_pattern=("global",),
@@ -99,7 +96,7 @@ def _check(config: ModelConfig, length: int) -> None:
         scale_embeddings=False,
         remat="none",
     )
-    if config != plain or config.fam_length == 0:
+    if config != plain or not config.memory.has_state:
         raise ValueError("the naive form is for a FAM with the paper's defaults only")
     if length % config.block_size:
         raise ValueError(

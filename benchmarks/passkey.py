@@ -16,8 +16,9 @@ from rich.table import Table
 
 from benchmarks.record import environment
 from fam_jax.config import UserError
+from launch.cli import ArgumentParser
 from launch.demo import VARIANTS
-from launch.errors import ArgumentParser, user_errors
+from launch.errors import user_errors
 
 KEPT = ("exact_match", "teacher_forced_exact_match", "answer_token_accuracy", "keys", "tokens_read")
 

@@ -36,9 +36,10 @@ from benchmarks.retrofit_settings import (
     retrofit_flags,
 )
 from fam_jax.config import UserError
-from fam_jax.generate.restore import load_model
 from fam_jax.generate.streaming import Streamer
-from launch.errors import ArgumentParser, user_errors
+from fam_jax.restore import load_model
+from launch.cli import ArgumentParser
+from launch.errors import user_errors
 
 HELDOUT = 10  # of so many files one is held out
 VARIANTS = ("fam", "bswa")

@@ -1,18 +1,19 @@
-"""PassKey with the FAM that one block hands to the next made useless: whether it is FAM that carries the key."""
+"""PassKey with ablated memory: does the memory carry the key?"""
 
 from pathlib import Path
 
 import numpy as np
 
+from fam_jax.config import ABLATIONS
 from fam_jax.data.build import task_vocabulary
 from fam_jax.data.passkey import passkey_examples
-from fam_jax.evaluate.text import ABLATE
-from fam_jax.generate.restore import load_model
+from fam_jax.evaluate.text import ablated
 from fam_jax.generate.streaming import Streamer
+from fam_jax.restore import load_model
 
 
 def ablate_passkey(checkpoint: Path, blocks: int, keys: int) -> dict[str, float]:
-    """Fraction of keys whose every token is the likeliest after the true ones before it, by ablation.
+    """Return the fraction of keys whose every token is the likeliest after the true ones before it, by ablation.
 
     Args:
       checkpoint: of a model with FAM.
@@ -30,15 +31,15 @@ def ablate_passkey(checkpoint: Path, blocks: int, keys: int) -> dict[str, float]
     )
     answer = slice(len(examples[0][0]) - 1, rows.shape[1] - 1)
     found = {}
-    for name in ("none", *ABLATE):
-        memory = start = streamer.start(keys)
+    for name in ("none", *ABLATIONS):
+        state = start = streamer.start(keys)
         likeliest = []
         for begin in range(0, inputs.shape[1], size):
             block = slice(begin, begin + size)
-            tokens, _, memory = streamer.measure(inputs[:, block], targets[:, block], memory)
+            tokens, _, state = streamer.measure(inputs[:, block], targets[:, block], state)
             likeliest.append(tokens)
-            if name in ABLATE:
-                memory = ABLATE[name](memory, start)
+            if name in ABLATIONS:
+                state = ablated(config.model, state, start, name)
         right = np.concatenate(likeliest, axis=1)[:, answer] == targets[:, answer]
         found[name] = float(right.all(axis=1).mean())
     return found

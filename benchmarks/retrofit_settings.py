@@ -38,7 +38,7 @@ def base_flags(place: Path, settings: Settings) -> list[str]:
         "data.heldout_files": place / "text/heldout", "data.file_suffixes": ".py", "data.sequence_length": CONTEXT,
         "model.vocab_size": VOCABULARY, "model.num_layers": 4, "model.model_dim": 192, "model.num_heads": 6,
         "model.num_kv_heads": 6, "model.head_dim": 32, "model.ff_dim": 768, "model.block_size": BLOCK,
-        "model.memory_segments": CONTEXT // BLOCK - 1, "model.remat": "none", "optimizer.learning_rate": 3e-3,
+        "model.memory.context": CONTEXT, "model.remat": "none", "optimizer.learning_rate": 3e-3,
         "train.batch_size": 8, "train.accumulation": 4, "train.loss_chunk": 1024, "train.checkpoint_every": 300,
         "train.steps": settings.base_steps, "evaluate.every": 0,
     }  # fmt: skip
@@ -49,9 +49,9 @@ def retrofit_flags(place: Path, variant: str, settings: Settings, seed: int = 1)
     """LoRA and the initial FAM on the imported base: text and PassKey in turns."""
     words = ",bswa" if variant == "bswa" else ""
     # Without FAM the curriculum would end at the window: it goes on as fast as it does with FAM, mastered or not.
-    own = {"data.max_stage_steps": 35} if variant == "bswa" else {"model.fam_length": 16}
+    own = {"data.max_stage_steps": 35} if variant == "bswa" else {"model.memory.length": 16}
     config = {
-        "model.block_size": BLOCK, "model.memory_segments": 1, "model.remat": "none", **own,
+        "model.block_size": BLOCK, "model.memory.segments": 1, "model.remat": "none", **own,
         "lora.alpha": 128.0,  # a model this small wants larger steps than the config has
         "data.task": "text+passkey", "data.train_files": place / "text/train",
         "data.heldout_files": place / "text/heldout", "data.file_suffixes": ".py",

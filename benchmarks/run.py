@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fam_jax.config import UserError
-from launch.errors import ArgumentParser, user_errors
+from launch.cli import ArgumentParser
+from launch.errors import user_errors
 
 BENCHMARKS = ("training", "decoding")
 

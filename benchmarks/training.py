@@ -38,7 +38,8 @@ from benchmarks.workload import (
 )
 from fam_jax.config import UserError
 from fam_jax.kernels import block_attention
-from launch.errors import ArgumentParser, user_errors
+from launch.cli import ArgumentParser
+from launch.errors import user_errors
 
 SIZES = (64, 128, 256, 512, 1024)
 QUICK_SIZES = (16,)
@@ -60,8 +61,8 @@ def compare_memory(work: Workload, size: int, seconds: float) -> dict[str, Any]:
         },
         "ratio": times.ratio("fam", "bswa"),
         "expected_ratio": flops["fam"].ratio,
-        "fam_length": models["fam"].fam_length,
-        "fam_per_token": models["fam"].fam_length / size,
+        "fam_length": models["fam"].memory.chained_rows,
+        "fam_per_token": models["fam"].memory.chained_rows / size,
         "flops": flops,
     }
 
@@ -75,11 +76,11 @@ def compare_attention(work: Workload, size: int, seconds: float) -> dict[str, An
     shapes = (
         (work.batch, work.length, *heads),
         *[(work.batch, past + work.length, *kv_heads)] * 2,
-        *[(work.batch, blocks, model.fam_length, *kv_heads)] * 2,
+        *[(work.batch, blocks, model.memory.extra_keys, *kv_heads)] * 2,
     )
     arrays = tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
     past_length = jnp.zeros(work.batch, jnp.int32)
-    fam_count = jnp.full((work.batch, blocks), model.fam_length)
+    fam_count = jnp.full((work.batch, blocks), model.memory.extra_keys)
 
     def step(implementation: str) -> Callable[..., Any]:
         def loss(q: jax.Array, k: jax.Array, v: jax.Array, fam_k: jax.Array, fam_v: jax.Array) -> jax.Array:

@@ -20,7 +20,8 @@ from benchmarks.report import print_table
 from fam_jax.config import UserError
 from fam_jax.kernels.pallas import tiles
 from fam_jax.plan.attention import Problem, cycles, device_kind
-from launch.errors import ArgumentParser, user_errors
+from launch.cli import ArgumentParser
+from launch.errors import user_errors
 
 SIDES = (128, 256, 512, 1024)
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fam_jax.config import Config, ModelConfig
-from fam_jax.model import Transformer, empty_memory, from_dict
+from fam_jax.memories.fam import FamConfig
+from fam_jax.model import Transformer, empty_state, from_dict
 from fam_jax.train.losses import token_loss
 from fam_jax.train.optimizer import make_optimizer
-from fam_jax.train.state import TrainState, init_state, model_structure
+from fam_jax.train.state import TrainState, init_state, model_structure, nothing_carried
 from fam_jax.train.step import Batch, make_train_step
 
 Hidden = Callable[[Transformer, jax.Array], jax.Array]
@@ -54,8 +55,9 @@ QUICK = Workload(
 
 
 def with_blocks(model: ModelConfig, size: int, *, fam: bool = True) -> ModelConfig:
-    """Blocks of `size` tokens, with a FAM of C / 16 vectors or none."""
-    return dataclasses.replace(model, block_size=size, fam_length=size // TOKENS_PER_FAM if fam else 0)
+    """Return `model` with blocks of `size` tokens and a FAM of C / 16 vectors, or none."""
+    memory = FamConfig(length=size // TOKENS_PER_FAM if fam else 0)
+    return dataclasses.replace(model, block_size=size, memory=memory)
 
 
 def random_batch(work: Workload) -> Batch:
@@ -81,9 +83,7 @@ def _initial_parameters(model: ModelConfig, seed: int) -> dict[str, Any]:
 
 def blockwise_hidden(model: Transformer, tokens: jax.Array) -> jax.Array:
     """The library's form: all tokens of a layer at once, around the chain of FAM."""
-    return model.hidden(tokens, empty_memory(model.config, tokens.shape[0], past_slots=False), aligned=True)[
-        0
-    ]
+    return model.hidden(tokens, empty_state(model.config, tokens.shape[0], past_slots=False), aligned=True)[0]
 
 
 def make_loss(model: ModelConfig, hidden: Hidden = blockwise_hidden) -> Callable[[Any, Batch], jax.Array]:
@@ -111,8 +111,8 @@ def training_call(work: Workload, model: ModelConfig, batch: Batch) -> Callable[
         optimizer=jax.jit(optimizer.init)(params),
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key(work.seed),
-        saved_fam=jnp.zeros((model.num_layers, model.fam_length, model.model_dim), model.dtype),
-        has_saved_fam=jnp.zeros((), bool),
+        carried=nothing_carried(model),
+        has_carried=jnp.zeros((), bool),
     )
 
     def call() -> Any:

@@ -27,8 +27,17 @@ from ml_collections import ConfigDict
 
 from configs.public_models import SHAPES
 from fam_jax.checkpoint import absolute
-from fam_jax.config import Config, ConfigError, DataConfig, ModelConfig, default_config
+from fam_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    ceil_div,
+    default_config,
+    memory_config,
+)
 from fam_jax.hf import model_fields
+from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.train.init_from import base_config, locate
 
 WORDS = ("bswa", "smoke")
@@ -49,9 +58,11 @@ def get_config(arg: str = "") -> ConfigDict:
     if smoke and shape:
         model = _small(model)
     config = default_config()
-    config.model.update(dataclasses.asdict(model) | _memory(model, 16 if smoke else BLOCK))
+    fields = dataclasses.asdict(model) | _execution(model, 16 if smoke else BLOCK)
+    config.model.memory = ConfigDict(fields.pop("memory"))
+    config.model.update(fields)
     if "bswa" in words:
-        config.model.fam_length = 0
+        config.model.memory = memory_config("bswa", segments=config.model.memory.segments)
     config.lora.update(rank=64, alpha=64.0)
     config.optimizer.update(name="adafactor", learning_rate=1e-4, warmup_steps=100)
     config.data.update(
@@ -67,7 +78,7 @@ def get_config(arg: str = "") -> ConfigDict:
         steps=2000,  # the paper: 50,000 of 128 rows
         batch_size=32,
         loss_chunk=16_384,  # vocabularies are large
-        random_state_passing=0.8 if config.model.fam_length else 0.0,
+        random_state_passing=0.8 if config.model.memory.kind == "fam" else 0.0,
         checkpoint_every=200,
         init_from="" if shape else place,
     )
@@ -100,23 +111,25 @@ def _read(arg: str) -> tuple[str, list[str]]:
 
 def _of_shape(name: str) -> Config:
     """The config of an import, as far as a public model's config.json tells; its vocabulary has to be given."""
-    model = ModelConfig(**model_fields(SHAPES[name]), dtype="bfloat16", fam_length=0)
+    model = ModelConfig(
+        **model_fields(SHAPES[name]),
+        dtype="bfloat16",
+        block_size=BLOCK,
+        memory=BlockSlidingWindowConfig(segments=4),
+    )
     return Config(model=model, data=DataConfig(vocabulary=""))
 
 
-def _memory(model: ModelConfig, block_size: int) -> dict[str, Any]:
+def _execution(model: ModelConfig, block_size: int) -> dict[str, Any]:
     """Fields of how the model remembers and executes; a base that has a FAM remembers as it did."""
     fields: dict[str, Any] = {"remat": "full"}  # rows are long
-    if model.fam_length:
+    if model.memory.has_state:
         return fields
-    segments = max(
-        SEGMENTS, -(-(model.local_window - 1) // block_size)
-    )  # local layers see their whole window
+    # Local layers see their whole window. The segments replace the window of all layers, as of Mistral.
+    segments = max(SEGMENTS, ceil_div(model.local_window - 1, block_size))
     return fields | {
         "block_size": block_size,
-        "memory_segments": segments,
-        "window": 0,  # of Mistral and others: the segments are in its place
-        "fam_length": min(FAM, block_size),
+        "memory": memory_config("fam", segments=segments, length=min(FAM, block_size)).to_dict(),
     }
 
 

@@ -6,7 +6,6 @@ was interrupted and reuses what is finished; --clean starts over.
 """
 
 import argparse
-import ast
 import concurrent.futures
 import json
 import os
@@ -24,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.passkey import get_config
-from fam_jax.config import UserError, check_field, resolve, to_json
-from launch.errors import ArgumentParser, integers, user_errors
+from fam_jax.config import UserError, resolve, to_json
+from fam_jax.config.overrides import apply_overrides
+from launch import cli
 
 VARIANTS = ("fam", "bswa_m1", "bswa_m1_sg")
 LENGTHS = (4, 9, 18, 36, 72, 130, 260, 520)
@@ -93,23 +93,17 @@ class Workers:
 
 
 def wanted_config(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The resolved config of a model of this demo, as JSON has it.
+    """Return the resolved config of a model of this demo as nested dict.
 
     Raises:
-      ConfigError: an override names no field, or cannot be.
+      ConfigError: an override names no field, or is not allowed.
     """
     config = get_config(variant)
     config.train.seed = arguments.seed
-    for override in arguments.extra:
-        name, _, value = override.lstrip("-").partition("=")
-        check_field(name)
-        _, group, field = name.split(".")
-        try:
-            config[group][field] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            config[group][field] = value  # a word
     config.evaluate.update(filler_blocks=arguments.lengths, keys=arguments.keys)
-    return json.loads(to_json(resolve(config)))
+    values = config.to_dict()
+    apply_overrides(values, arguments.overrides)
+    return json.loads(to_json(resolve(values)))
 
 
 def finished(result: Path, config: dict[str, Any]) -> bool:
@@ -131,7 +125,8 @@ def commands(variant: str, arguments: argparse.Namespace) -> list[list[str]]:
     result = folder / "result.json"
     if finished(result, wanted_config(variant, arguments)):
         return []
-    config = [f"--config={CONFIG}:{variant}", f"--config.train.seed={arguments.seed}", *arguments.extra]
+    fields = [f"--{path}={text}" for path, text in arguments.overrides]
+    config = [f"--config={CONFIG}:{variant}", f"--config.train.seed={arguments.seed}", *fields]
     lengths = ",".join(map(str, arguments.lengths))
     return [
         [sys.executable, "-m", "launch.train", *config, f"--workdir={folder}"],
@@ -163,25 +158,21 @@ def show(models: dict[str, dict[str, float]], keys: int) -> None:
     Console().print(table)
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Command line of the demo."""
-    parser = ArgumentParser(prog="python -m launch.demo", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--clean", action="store_true", help="delete the workdir first")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keys", type=int, default=64, help="examples per length")
-    parser.add_argument("--lengths", type=integers, default=LENGTHS, help="filler lengths in blocks")
-    parser.add_argument("--workers", type=int, default=2, help="trainings side by side")
-    arguments, extra = parser.parse_known_args(argv)
-    arguments.extra = extra
-    unknown = [a for a in extra if not a.startswith("--config.")]
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]}; there are --help and --config.group.field=value")
-    return arguments
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line of the demo."""
+    parser = cli.Parser("demo", __doc__, fields=True)
+    add = parser.add_argument
+    add("--workdir", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
+    add("--clean", action="store_true", help="delete the workdir first")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--keys", type=int, default=64, metavar="N", help="examples per length (default: %(default)s)")
+    add("--lengths", type=cli.integers, default=LENGTHS, metavar="N,N,...", help="filler lengths in blocks")
+    add("--workers", type=int, default=2, metavar="N", help="trainings side by side (default: %(default)s)")
+    return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Trains, evaluates, prints, draws."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, evaluate, print and draw; return the exit code."""
     arguments = parse(argv)
     workdir: Path = arguments.workdir
     if arguments.clean and workdir.exists():
@@ -210,6 +201,7 @@ def main(argv: Sequence[str]) -> None:
     _draw(workdir, models)
     show(models, arguments.keys)
     print(f"{seconds / 60:.1f} minutes; wrote {workdir}/passkey.json and {workdir}/passkey.png")
+    return 0
 
 
 def _draw(workdir: Path, models: dict[str, dict[str, float]]) -> None:
@@ -226,5 +218,4 @@ def _draw(workdir: Path, models: dict[str, dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(sys.argv[1:])
+    cli.run(main)

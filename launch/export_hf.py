@@ -14,6 +14,7 @@ neither blocks nor FAM: there the model attends to its whole context.
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -34,21 +35,17 @@ from fam_jax.hf.folder import CONFIG, copy_companions, read_json
 from fam_jax.hf.multimodal import ARCHITECTURE as MULTIMODAL
 from fam_jax.hf.multimodal import is_multimodal, text_part
 from fam_jax.model import lora
-from launch.errors import ArgumentParser, user_errors
-from launch.import_hf import progress_bar
+from launch import cli
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line.
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line.
 
     Raises:
       UserError: an argument is unknown, missing or malformed.
     """
-    parser = ArgumentParser(prog="python -m launch.export_hf", description=str(__doc__).partition("\n")[0])
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="an imported checkpoint, or a workdir"
-    )
-    parser.add_argument("--step", type=int, help="saved step; default: the latest")
+    parser = cli.Parser("export_hf", __doc__)
+    cli.add_checkpoint(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder")
     parser.add_argument("--lora", choices=("merged", "base", "adapter"), default="merged",
                         help="what to export of a run with LoRA; default: merged")  # fmt: skip
@@ -71,17 +68,16 @@ def positive(text: str) -> float:
     return number
 
 
-@user_errors()
-def main() -> None:
-    """Entry point."""
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export a model; return the exit code."""
+    arguments = parse_arguments(argv)
     check_new(arguments.out)
     params, values, step = load_params(arguments.checkpoint, arguments.step)  # in host memory
     config, dtype = resolve(values), arguments.dtype
     if arguments.lora == "adapter":
         export_adapter(arguments.out, config, params, config.train.init_from)
         print(f"adapter of step {step} written to {arguments.out}")
-        return
+        return 0
     if config.lora.rank and arguments.lora == "merged":
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             params, dtype = lora.merge(params, config.lora), dtype or "float32"
@@ -100,7 +96,7 @@ def main() -> None:
         else:
             copy_tokenizer(config.data.vocabulary, folder)
 
-    with progress_bar("writing") as show:
+    with cli.progress_bar("writing") as show:
         export_folder(
             arguments.out, config.model, params, hf, dtype=dtype,
             shard_bytes=int(arguments.shard_gb * 2**30), on_progress=show, write_more=write_more,
@@ -108,6 +104,7 @@ def main() -> None:
     print(f"step {step} written to {arguments.out}, for {hf['architectures'][0]}")
     if original is not None and is_multimodal(original):
         print(f"the text part of {MULTIMODAL}, without its vision tower", file=sys.stderr)
+    return 0
 
 
 def _companions(checkpoint: str, config: Config) -> epath.Path | None:
@@ -117,4 +114,4 @@ def _companions(checkpoint: str, config: Config) -> epath.Path | None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,10 +1,10 @@
-"""Reads text of any length through constant memory, then writes on.
+"""Read text of any length through constant memory, then continue it.
 
     python -m launch.generate --checkpoint=runs/book --prompt-file=book.txt --question="Who did it?"
 
-`--save-memory=FILE` keeps what was read, to be asked again by `--load-memory=FILE`. `--batch=IN.jsonl --out=OUT.jsonl`
-answers many. Text goes to standard output as it is generated, everything else to standard error. docs/generation.md
-has the details, and the same in Python.
+`--save-memory=FILE` saves what was read, and `--load-memory=FILE` continues it. `--batch=IN.jsonl --out=OUT.jsonl`
+answers many lines. Text goes to standard output as it is generated, everything else to standard error.
+docs/generation.md has the details, and the same in Python.
 """
 
 import argparse
@@ -12,53 +12,68 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import rich.console
 import rich.progress
 
-from fam_jax.config import MeshConfig, UserError
+from fam_jax.config import UserError
 from fam_jax.generate.batch import complete_lines, open_text
 from fam_jax.generate.sampling import Sampling
-from fam_jax.generate.text import Completion, State, TextModel
+from fam_jax.generate.text import Completion, TextModel, TextState
 from fam_jax.sharding import make_mesh
-from launch.errors import ArgumentParser, integers, user_errors
+from launch import cli
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line.
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line.
 
     Raises:
       UserError: an argument is unknown, missing or malformed, or contradicts another.
     """
-    parser = ArgumentParser(prog="python -m launch.generate", description=str(__doc__).partition("\n")[0])
+    parser = cli.Parser("generate", __doc__)
+    cli.add_checkpoint(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="workdir of a training run")
-    add("--step", type=int, help="saved step; default: the latest")
-    add("--mesh", type=integers, metavar="DATA,FSDP,TENSOR", help="spreads the parameters over devices")
+    add(
+        "--mesh",
+        type=cli.mesh,
+        metavar="AXIS=N,...",
+        help="spread the parameters over devices: data=1,fsdp=8",
+    )
     add("--prompt", metavar="TEXT", help="text to read")
-    add("--prompt-file", metavar="FILE", help="UTF-8 text to read; - is standard input, as is none at all")
-    add("--question", metavar="TEXT", help="text to read after the prompt, and after the memory is saved")
+    add("--prompt-file", metavar="FILE", help="UTF-8 text to read; - or no prompt: standard input")
+    add("--question", metavar="TEXT", help="text to read after the prompt, once the memory is saved")
     add("--load-memory", metavar="FILE", help="continue what --save-memory wrote")
-    add("--save-memory", metavar="FILE", help="what is remembered after the prompt")
+    add("--save-memory", metavar="FILE", help="save the memory after the prompt")
     add("--batch", type=Path, metavar="FILE.jsonl", help="lines with prompt_file, prompt or question")
-    add("--out", type=Path, metavar="FILE.jsonl", help="results of --batch; continued if it is there")
-    add("--max-tokens", type=int, default=256, help="to generate; 0 reads only (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    add("--top-k", type=int, default=0, help="draw among so many; 0 = off")
-    add("--top-p", type=float, default=1.0, help="draw among the likeliest of this probability; 1 = off")
-    add("--seed", type=int, default=0, help="of what is drawn")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
-    add("--chunk-blocks", type=int, default=16, help="blocks that are read at once (default: %(default)s)")
+    add("--out", type=Path, metavar="FILE.jsonl", help="results of --batch; continued if it exists")
+    add("--max-tokens", type=int, default=256, help="tokens to generate; 0: read only (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0: take the likeliest token (default)")
+    add("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: off")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample among the likeliest tokens of this total probability; 1: off",
+    )
+    add("--seed", type=int, default=0, help="of the sampling")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="string that ends the text; may be repeated",
+    )
+    add("--chunk-blocks", type=int, default=16, help="blocks to read at once (default: %(default)s)")
     found = parser.parse_args(arguments)
     _check(found)
     return found
 
 
 def _check(found: argparse.Namespace) -> None:
-    """What can be told before the checkpoint is loaded."""
+    """Raise :class:`UserError` for what is wrong before the checkpoint is loaded."""
 
     def refuse(condition: bool, message: str) -> None:
         if condition:
@@ -71,12 +86,8 @@ def _check(found: argparse.Namespace) -> None:
             writable = not file.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK)
             refuse(
                 not writable,
-                f"argument {flag}: {place} cannot be written; give a file in a folder that is there",
+                f"argument {flag}: {place} cannot be written; give a file in a folder that exists",
             )
-    refuse(
-        found.mesh is not None and len(found.mesh) != 3,
-        "argument --mesh: expected three numbers such as 1,1,8",
-    )
     refuse(
         found.prompt is not None and found.prompt_file is not None, "give --prompt or --prompt-file, not both"
     )
@@ -94,7 +105,7 @@ def _check(found: argparse.Namespace) -> None:
     refuse(found.batch is not None and found.question is not None, "with --batch, questions are in its lines")
     refuse(
         found.max_tokens == 0 and (found.batch is not None or found.save_memory is None),
-        "argument --max-tokens: 0 reads only, which is of use with --save-memory alone",
+        "argument --max-tokens: 0 reads only, so it needs --save-memory",
     )
     refuse(
         found.max_tokens > 0 and found.batch is None and found.load_memory is not None
@@ -105,7 +116,7 @@ def _check(found: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def prompt(found: argparse.Namespace) -> Iterator[BinaryIO | str | None]:
-    """The text to read, as the command line names it; None if there is none."""
+    """Open the text that the command line names; None if it names none."""
     alone = found.load_memory is None and found.batch is None
     if found.prompt is not None:
         yield found.prompt
@@ -122,7 +133,7 @@ def prompt(found: argparse.Namespace) -> Iterator[BinaryIO | str | None]:
 
 @contextlib.contextmanager
 def reading_progress() -> Iterator[Callable[[int], None]]:
-    """Shows tokens and tokens/s on stderr while a prompt is read, and a line at the end."""
+    """Show tokens and tokens/s on stderr while a prompt is read, and a line at the end."""
     console = rich.console.Console(stderr=True)
     columns = (rich.progress.SpinnerColumn(), rich.progress.TextColumn("{task.description}"))
     began, read = time.perf_counter(), 0
@@ -146,8 +157,10 @@ def reading_progress() -> Iterator[Callable[[int], None]]:
         print(line(), file=sys.stderr)
 
 
-def completer(model: TextModel, found: argparse.Namespace, *, aloud: bool) -> Callable[[State], Completion]:
-    """Generation as the command line says; `aloud` prints it as it comes."""
+def completer(
+    model: TextModel, found: argparse.Namespace, *, aloud: bool
+) -> Callable[[TextState], Completion]:
+    """Return a function that generates as the command line says; `aloud` prints the text as it comes."""
     sampling = Sampling(found.temperature, found.top_k, found.top_p)
 
     def tell(text: str) -> None:
@@ -160,11 +173,11 @@ def completer(model: TextModel, found: argparse.Namespace, *, aloud: bool) -> Ca
     )  # fmt: skip
 
 
-def run_batch(model: TextModel, found: argparse.Namespace, state: State | None) -> None:
-    """Answers the lines of --batch.
+def run_batch(model: TextModel, found: argparse.Namespace, state: TextState | None) -> None:
+    """Answer the lines of --batch.
 
     Raises:
-      UserError: some lines could not be answered; the others are.
+      UserError: some lines could not be answered; all others are.
     """
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -175,14 +188,13 @@ def run_batch(model: TextModel, found: argparse.Namespace, state: State | None) 
         )  # fmt: skip
     print(f"{count} lines are answered in {found.out}", file=sys.stderr)
     if failed:
-        raise UserError(f"{failed} of {count} lines have an error in place of a text; {found.out} says which")
+        raise UserError(f"{failed} of {count} lines could not be answered; their errors are in {found.out}")
 
 
-@user_errors()
-def main() -> None:
-    """Entry point."""
-    found = parse_arguments()
-    mesh = None if found.mesh is None else make_mesh(MeshConfig(*found.mesh))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Generate; return the exit code."""
+    found = parse_arguments(argv)
+    mesh = None if found.mesh is None else make_mesh(found.mesh)
     with prompt(found) as source:
         model = TextModel.restore(found.checkpoint, found.step, mesh)
         state = None if found.load_memory is None else model.load(found.load_memory)
@@ -207,7 +219,8 @@ def main() -> None:
             f"{done.ended_by!r}",
             file=sys.stderr,
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -14,18 +14,17 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import rich.console
-import rich.progress
 from etils import epath
 from jax.experimental import multihost_utils
 
 from fam_jax.checkpoint import COMPANIONS, Checkpoints, absolute, saved_steps
-from fam_jax.config import Config, MeshConfig, ModelConfig, UserError, resolve
+from fam_jax.config import Config, UserError, ceil_div, field_type, resolve
+from fam_jax.config.format1 import MOVED
 from fam_jax.hf import (
     ConvertError,
     Folder,
@@ -34,13 +33,12 @@ from fam_jax.hf import (
     find_tokenizer,
     import_parameters,
     model_fields,
+    model_window,
 )
-from fam_jax.hf.families import OWN_FIELDS
 from fam_jax.hf.folder import copy_companions
-from fam_jax.hf.importing import stored_fam
+from fam_jax.hf.importing import stored_memory
 from fam_jax.sharding import make_mesh, param_shardings
-from launch.errors import ArgumentParser, integers, user_errors
-from launch.processes import join, leaving_together
+from launch import cli, processes
 
 MADE = rf"{COMPANIONS}|config\.json(\.tmp)?|0(\.orbax-checkpoint-tmp.*)?"  # names in a folder that is being imported to
 CONTEXT = 8192  # tokens that the defaults let a model see at a time, if it was made for as many
@@ -50,13 +48,13 @@ DTYPES = {
 }  # of activations, by the embedding table's; else float32
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; fields of the model that are not given are None.
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line; fields of the model that are not given are None.
 
     Raises:
       UserError: an argument is unknown, missing or malformed.
     """
-    parser = ArgumentParser(prog="python -m launch.import_hf", description=str(__doc__).partition("\n")[0])
+    parser = cli.Parser("import_hf", __doc__, job=True)
     parser.add_argument("--source", required=True, metavar="DIR", help="config.json, safetensors, tokenizer")
     parser.add_argument("--out", required=True, metavar="CKPT", help="folder of the new checkpoint")
     parser.add_argument("--param_dtype", choices=("float32", "bfloat16"), help="default: as in the files")
@@ -66,17 +64,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ignore_option", action="append", default=[], metavar="NAME",
                         help="of config.json, known to change nothing that the model computes")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the initial FAM")
-    parser.add_argument("--mesh", type=integers, metavar="DATA,FSDP,TENSOR", default=(0, 1, 1),
-                        help="devices along each axis of the mesh; default: all along data")  # fmt: skip
+    cli.add_mesh(parser)
     group = parser.add_argument_group("fields of the model, see fam_jax/config/model.py")
-    types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
-    for name in (*OWN_FIELDS, "window"):
-        kind: Any = (lambda text: text.lower() == "true") if types[name] is bool else types[name]
-        group.add_argument(f"--{name}", type=kind)
-    found = parser.parse_args(arguments)
-    if len(found.mesh) != 3:
-        raise UserError(f"argument --mesh: expected three numbers such as 0,1,1, got {len(found.mesh)}")
-    return found
+    for name in ("dtype", "block_size", "attention", "remat"):
+        group.add_argument(f"--{name}", type=field_type(f"config.model.{name}"))
+    for name, field in MOVED.items():
+        kind: Any = field_type(f"config.model.memory.{field}", "fam")
+        group.add_argument(f"--{name}", type=(lambda text: text.lower() == "true") if kind is bool else kind)
+    return parser.parse_args(arguments)
 
 
 def imported_config(folder: Folder, arguments: argparse.Namespace, vocabulary: str | None) -> Config:
@@ -86,28 +81,28 @@ def imported_config(folder: Folder, arguments: argparse.Namespace, vocabulary: s
       UserError: the folder's model is not supported, or the arguments do not fit it.
     """
     original = model_fields(folder.config, arguments.ignore_option)
-    given = {name: getattr(arguments, name) for name in (*OWN_FIELDS, "window")}
-    given = stored_fam(folder) | {name: value for name, value in given.items() if value is not None}
+    window = model_window(folder.config, arguments.ignore_option)
+    stored = stored_memory(folder)
+    given = {name: getattr(arguments, name) for name in ("dtype", "block_size", "attention", "remat", *MOVED)}
+    given = {name: value for name, value in given.items() if value is not None}
+    memory = {"window": window} | stored.get("memory", {})
+    memory |= {MOVED[name]: given.pop(name) for name in MOVED if name in given}
+    memory["kind"] = "fam" if memory.get("length") else "bswa"
+    if memory["kind"] == "bswa":
+        memory = {
+            name: memory[name] for name in ("kind", "segments", "window", "stop_gradient") if name in memory
+        }
     table = "model.embed_tokens.weight"
     dtype = str(folder.dtype(table)) if table in folder.names else "float32"
-    fields: dict[str, Any] = {"block_size": 1024, "fam_length": 0, "dtype": DTYPES.get(dtype, "float32")}
-    fields |= original | given
-    if "memory_segments" not in given and fields["block_size"] > 0:
+    fields: dict[str, Any] = {"block_size": 1024, "dtype": DTYPES.get(dtype, "float32")}
+    fields |= original | {name: value for name, value in stored.items() if name == "block_size"} | given
+    if "segments" not in memory and fields["block_size"] > 0:
         context = min(folder.config.get("max_position_embeddings") or CONTEXT, CONTEXT)
         # A window reaches window - 1 tokens beyond a token, which may be the first of its block.
-        reach = max(context - fields["block_size"], fields["window"] - 1, fields["local_window"] - 1, 0)
-        fields["memory_segments"] = -(-reach // fields["block_size"])
+        reach = max(context - fields["block_size"], memory["window"] - 1, fields["local_window"] - 1, 0)
+        memory["segments"] = ceil_div(reach, fields["block_size"])
     data = {} if vocabulary is None else {"vocabulary": vocabulary}
-    return resolve({"model": fields, "data": data})
-
-
-@contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, to be told (done, total); none if that is no terminal."""
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+    return resolve({"model": fields | {"memory": memory}, "data": data})
 
 
 def chosen_tokenizer(folder: Folder, out: epath.Path, choice: str | None) -> tuple[Path | None, str | None]:
@@ -175,14 +170,13 @@ def _remove_made(out: epath.Path) -> None:
             path.unlink()
 
 
-@leaving_together()
-@user_errors()
-def main() -> None:
-    """Entry point."""
-    arguments = parse_arguments(join(sys.argv, stop_together=False)[1:])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Import a model; return the exit code."""
+    given = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
+    arguments = parse_arguments(processes.join(given, stop_together=False)[1:])
     out = absolute(arguments.out)
     check_out(out)
-    mesh = make_mesh(MeshConfig(*arguments.mesh))
+    mesh = make_mesh(arguments.mesh)
     folder = Folder(arguments.source)
     tokenizer, vocabulary = chosen_tokenizer(folder, out, arguments.tokenizer)
     config = imported_config(folder, arguments, vocabulary)
@@ -194,7 +188,7 @@ def main() -> None:
     with new_checkpoint(out, folder.path):
         import_to(out, folder, config, mesh, arguments)
     if jax.process_index() > 0:
-        return
+        return 0
     model = config.model
     print(
         f"written to {out}: {model.num_layers} layers of width {model.model_dim}, vocabulary {vocabulary or 'none'}"
@@ -205,11 +199,12 @@ def main() -> None:
             file=sys.stderr,
         )
     seen = (model.memory_segments + 1) * model.block_size
-    if model.fam_length == 0:
+    if not model.memory.has_state:
         print(
             f"equal to the original for the first {seen} tokens, and a sliding window of blocks beyond",
             file=sys.stderr,
         )
+    return 0
 
 
 def import_to(
@@ -220,7 +215,7 @@ def import_to(
     Raises:
       UserError: the folder's tensors are not those of the model, or the checkpoint cannot be written.
     """
-    with progress_bar("reading") as show:
+    with cli.progress_bar("reading") as show:
         params = import_parameters(
             folder, config.model, lambda shapes: param_shardings(shapes, mesh),
             param_dtype=arguments.param_dtype, seed=arguments.seed, on_progress=show,
@@ -231,4 +226,4 @@ def import_to(
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

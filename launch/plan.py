@@ -1,101 +1,106 @@
-"""What a run needs on a TPU slice, told on a machine that has no TPU.
+"""Estimate memory, step time and traffic of a run on a TPU slice. No TPU needed.
 
     python -m launch.plan --config=configs/fam_1b.py --topology=v5p:2x4x4 --json=plan.json
     python -m launch.plan --config=configs/fam_24b.py --topology=v5e:4x4 --what=serve --streams=8
 
-Compiles the real programs, with the real kernels, by the TPU compiler (the extra `tpu`), and reports memory, a range
-for the time of a step, throughput and traffic. Estimates, never checked against hardware. Fields of the config can be
-set behind it, as for training. Exit code 1 if the run does not fit.
+Compiles the real programs, with the real kernels, with the TPU compiler (the extra `tpu`), and reports memory, a range
+for the time of a step, throughput and traffic. These are estimates that were never checked against hardware. Exit code
+1 if the run does not fit.
 
 `--what=train` plans the train step, `serve` what `launch.generate` runs (reading by chunks, writing token by token),
 and `evaluate` what `launch.evaluate` runs for the config's task.
 """
 
+import argparse
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import logging
 from rich.console import Console
 from rich.table import Table
 
 from fam_jax.config import Config, MeshConfig, UserError
-from launch.errors import user_errors
-from launch.read_config import define_config_flag, parse_flags, resolved_config
-
-define_config_flag("config")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, as v5p:4x4x8 or v5e:4x8.", required=True)
-JSON = flags.DEFINE_string("json", None, "File for the results.")
-TOKENS = flags.DEFINE_integer("tokens", None, "Length of the batch's rows, in place of what the data gives.")
-MESH = flags.DEFINE_enum(
-    "mesh",
-    None,
-    ["config", "try"],
-    "The config's mesh (the default for training), or the best of the sensible ones (for all else).",
-)
-WHAT = flags.DEFINE_enum("what", "train", ["train", "serve", "evaluate"], "What is planned.")
-STREAMS = flags.DEFINE_integer(
-    "streams",
-    None,
-    "Streams that are served together (1 by default), or documents evaluated (as the config says).",
-    lower_bound=1,
-)
-CHUNK_BLOCKS = flags.DEFINE_integer(
-    "chunk_blocks",
-    None,
-    "Blocks that are read at once, in place of config.evaluate.chunk_blocks.",
-    lower_bound=1,
-)
+from launch import cli
 
 DOES_NOT_FIT = 1
 
 
-def main(argv: list[str]) -> None:
-    """Plans, prints and writes."""
-    if argv[1:]:
-        raise UserError(f"{argv[1]}: not a flag; fields of the config are set as --config.group.field=value")
-    config = resolved_config("config")
-    check_flags()
-    logging.set_verbosity(logging.WARNING)  # JAX tells that there is no TPU
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line.
+
+    Raises:
+      UserError: an argument is unknown, missing or malformed, or means nothing for what is planned.
+    """
+    parser = cli.Parser("plan", __doc__, config=True)
+    add = parser.add_argument
+    add("--topology", required=True, metavar="SLICE", help="such as v5p:4x4x8 or v5e:4x8")
+    add(
+        "--what",
+        choices=("train", "serve", "evaluate"),
+        default="train",
+        help="what to plan (default: train)",
+    )
+    add("--json", metavar="FILE", help="write the results here")
+    add("--tokens", type=int, metavar="T", help="train: length of the rows, in place of that of the data")
+    add("--mesh", choices=("config", "try"),
+        help="config: the config's mesh (default for train); try: the best of the sensible ones")  # fmt: skip
+    add(
+        "--streams",
+        type=_positive,
+        metavar="N",
+        help="serve: streams together (default 1); evaluate: documents",
+    )
+    add("--chunk_blocks", type=_positive, metavar="N", help="serve, evaluate: blocks to read at once")
+    found = parser.parse_args(arguments)
+    foreign = ("streams", "chunk_blocks") if found.what == "train" else ("tokens",)
+    for name in foreign:
+        if getattr(found, name) is not None:
+            raise UserError(f"--{name}: means nothing for --what={found.what}")
+    return found
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plan, print and write; return the exit code."""
+    arguments = parse_arguments(argv)
+    config = cli.load_config(arguments.config, arguments.overrides)
+    logging.set_verbosity(logging.WARNING)  # JAX logs that there is no TPU
     console = Console()
-    report = plan_training_run(console, config) if WHAT.value == "train" else plan_streams(console, config)
-    if JSON.value:
-        path = Path(JSON.value).expanduser()
+    plan = plan_training_run if arguments.what == "train" else plan_streams
+    report = plan(console, config, arguments)
+    if arguments.json:
+        path = Path(arguments.json).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(f"written to {path}")
-    if not report["fits"]:
-        sys.exit(DOES_NOT_FIT)
+    return 0 if report["fits"] else DOES_NOT_FIT
 
 
-def check_flags() -> None:
-    """Raises UserError for a flag that has no meaning for what is planned."""
-    given = {"--tokens": TOKENS.value, "--streams": STREAMS.value, "--chunk_blocks": CHUNK_BLOCKS.value}
-    foreign = ("--streams", "--chunk_blocks") if WHAT.value == "train" else ("--tokens",)
-    for name in foreign:
-        if given[name] is not None:
-            raise UserError(f"{name}: has no meaning for --what={WHAT.value}")
-
-
-def plan_training_run(console: Console, config: Config) -> dict[str, Any]:
-    """The best plan of a train step, printed, for the JSON file."""
+def plan_training_run(console: Console, config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Print the best plan of a train step, and return it for the JSON file."""
     from fam_jax.data.build import longest_row  # after the config: TensorFlow takes seconds
     from fam_jax.plan import topology_devices
     from fam_jax.plan.training import advice, best_plan, plan_training, sensible_meshes
 
-    tokens = TOKENS.value or longest_row(config)
-    chips = len(topology_devices(TOPOLOGY.value))
-    meshes = sensible_meshes(config, TOPOLOGY.value) if MESH.value == "try" else [config.mesh]
+    tokens = arguments.tokens or longest_row(config)
+    chips = len(topology_devices(arguments.topology))
+    meshes = sensible_meshes(config, arguments.topology) if arguments.mesh == "try" else [config.mesh]
     if not meshes:
         raise UserError(
             f"no mesh of {chips} chips divides the batch of {config.train.batch_size} rows and the model's heads: "
             "change config.train.batch_size or the topology"
         )
     plans = []
-    for mesh in announced(console, meshes):
-        plans.append(plan_training(config, TOPOLOGY.value, tokens, mesh))
+    for mesh in announced(console, arguments.topology, meshes):
+        plans.append(plan_training(config, arguments.topology, tokens, mesh))
         console.print(summary(plans[-1].report()), highlight=False)
     best = best_plan(plans)
     report = best.report() | {"tried": [plan.report() for plan in plans] if len(plans) > 1 else []}
@@ -105,18 +110,20 @@ def plan_training_run(console: Console, config: Config) -> dict[str, Any]:
     return report
 
 
-def plan_streams(console: Console, config: Config) -> dict[str, Any]:
-    """The best plan of generation or evaluation, printed, for the JSON file."""
+def plan_streams(console: Console, config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Print the best plan of generation or evaluation, and return it for the JSON file."""
     from fam_jax.plan.serving import SERVE, best_serving, plan_serving, serving_advice, serving_meshes
 
-    serving = WHAT.value == "serve"
-    streams = STREAMS.value or (1 if serving else config.evaluate.batch_size)
+    serving = arguments.what == "serve"
+    streams = arguments.streams or (1 if serving else config.evaluate.batch_size)
     phases = SERVE if serving or config.data.task == "passkey" else ("measure",)
-    meshes = [config.mesh] if MESH.value == "config" else serving_meshes(config, TOPOLOGY.value, streams)
+    meshes = (
+        [config.mesh] if arguments.mesh == "config" else serving_meshes(config, arguments.topology, streams)
+    )
     plans = []
-    for mesh in announced(console, meshes):
+    for mesh in announced(console, arguments.topology, meshes):
         plan = plan_serving(
-            config, TOPOLOGY.value, streams, phases, mesh=mesh, chunk_blocks=CHUNK_BLOCKS.value
+            config, arguments.topology, streams, phases, mesh=mesh, chunk_blocks=arguments.chunk_blocks
         )
         plans.append(plan)
         console.print(summary_of_phases(plan.report()), highlight=False)
@@ -128,22 +135,22 @@ def plan_streams(console: Console, config: Config) -> dict[str, Any]:
     return report
 
 
-def announced(console: Console, meshes: list[MeshConfig]) -> Iterator[MeshConfig]:
-    """Each mesh, told before it is compiled for."""
+def announced(console: Console, topology: str, meshes: list[MeshConfig]) -> Iterator[MeshConfig]:
+    """Yield each mesh, and print it before it is compiled for."""
     for number, mesh in enumerate(meshes, 1):
         console.print(
-            f"{number}/{len(meshes)}  compiling for {TOPOLOGY.value}, {describe(mesh)} ...", highlight=False
+            f"{number}/{len(meshes)}  compiling for {topology}, {describe(mesh)} ...", highlight=False
         )
         yield mesh
 
 
 def describe(mesh: MeshConfig) -> str:
-    """In words."""
+    """Return the mesh in words."""
     return ", ".join(f"{name}={size or 'the rest'}" for name, size in vars(mesh).items())
 
 
 def summary(report: dict[str, Any]) -> str:
-    """In a line."""
+    """Return the report in one line."""
     memory = f"{report['hbm_peak_bytes'] / 2**30:.1f} of {report['hbm_capacity_bytes'] / 2**30:.0f} GiB"
     if "step_seconds_low" not in report:
         return f"    {memory}: does not fit"
@@ -154,7 +161,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def print_report(console: Console, report: dict[str, Any]) -> None:
-    """As a table."""
+    """Print the report as a table."""
     table = Table(
         title=f"{report['topology']}, mesh {report['mesh']}", title_justify="left", show_header=False
     )
@@ -179,7 +186,7 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
 
 
 def summary_of_phases(report: dict[str, Any]) -> str:
-    """In a line."""
+    """Return the report in one line."""
     most = max(report["hbm_peak_bytes"], report["hbm_loading_bytes"])
     memory = f"{most / 2**30:.1f} of {report['hbm_capacity_bytes'] / 2**30:.0f} GiB"
     spans = [
@@ -192,12 +199,12 @@ def summary_of_phases(report: dict[str, Any]) -> str:
 
 
 def span(found: dict[str, Any], name: str, digits: str) -> str:
-    """A range."""
+    """Return a range of figures."""
     return f"{found[f'{name}_low']:{digits}} to {found[f'{name}_high']:{digits}}"
 
 
 def print_phases(console: Console, report: dict[str, Any]) -> None:
-    """As a table."""
+    """Print the report as a table."""
     title = f"{report['topology']}, mesh {report['mesh']}, streams: {report['streams']}"
     table = Table(title=title, title_justify="left", show_header=False)
     peak, loading, capacity, parameters, memory = (
@@ -232,5 +239,4 @@ def print_phases(console: Console, report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
-        app.run(main, flags_parser=parse_flags)
+    cli.run(main)

@@ -22,12 +22,11 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import jax
 
 from fam_jax.config import UserError
-from launch.errors import ArgumentParser
 
 WORKER_LOST = 3  # exit code: another process of the job died, or never came
 GRACEFUL = (0, 128 + signal.SIGTERM)  # exit codes that all processes of a job leave with together
@@ -41,22 +40,58 @@ PLACE = "fam_jax-process "  # begins the line by which the child tells its paren
 _JOINED = threading.Event()  # a script that calls several entry points takes its place once
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a job of several processes, which :func:`join` reads and removes."""
+    group = parser.add_argument_group("jobs of several processes, and how programs are compiled")
+    add = group.add_argument
+    add("--distributed", action=argparse.BooleanOptionalAction, help="ask JAX to find the other processes")
+    add(
+        "--coordinator",
+        metavar="HOST:PORT",
+        default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        help="of process 0",
+    )
+    add(
+        "--num_processes",
+        type=int,
+        metavar="N",
+        default=os.environ.get("JAX_NUM_PROCESSES"),
+        help="in the job",
+    )
+    add(
+        "--process_id",
+        type=int,
+        metavar="I",
+        default=os.environ.get("JAX_PROCESS_ID"),
+        help="of this process",
+    )
+    add(
+        "--join_timeout", type=int, metavar="SECONDS", default=300, help="to wait for the others at the start"
+    )
+    add(
+        "--heartbeat_timeout",
+        type=int,
+        metavar="SECONDS",
+        default=40,
+        help="after which a silent process is lost",
+    )
+    add("--cpu_devices", type=int, metavar="N", help="run on N simulated CPU devices")
+    add("--compilation_cache", metavar="DIR", help="keep compiled programs here")
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """This module's options, and the arguments that are not its own.
+    """Return this module's options, and the arguments that are not its own.
 
     Raises:
       UserError: an option is malformed, or some of those that place a process are missing.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    group = parser.add_argument_group("one job of several processes, on every host")
-    group.add_argument("--distributed", action=argparse.BooleanOptionalAction)
-    group.add_argument("--coordinator", default=os.environ.get("JAX_COORDINATOR_ADDRESS"))
-    group.add_argument("--num_processes", type=int, default=os.environ.get("JAX_NUM_PROCESSES"))
-    group.add_argument("--process_id", type=int, default=os.environ.get("JAX_PROCESS_ID"))
-    group.add_argument("--join_timeout", type=int, default=300)
-    group.add_argument("--heartbeat_timeout", type=int, default=40)
-    group.add_argument("--cpu_devices", type=int)
-    group.add_argument("--compilation_cache")
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    add_arguments(parser)
     options, rest = parser.parse_known_args(argv[1:])
     given = [value is not None for value in (options.coordinator, options.num_processes, options.process_id)]
     if any(given) and not all(given) and options.distributed is None:

@@ -9,7 +9,7 @@ encoded as bytes, and all text decodes to what it was.
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 from rich.console import Console
@@ -17,22 +17,24 @@ from rich.console import Console
 from fam_jax.config import UserError
 from fam_jax.data.documents import Documents, find_files
 from fam_jax.data.text_vocabulary import train_text_vocabulary
-from launch.errors import ArgumentParser, user_errors, words
+from launch import cli
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line.
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line.
 
     Raises:
       UserError: an argument is unknown, missing or malformed.
     """
-    parser = ArgumentParser(
-        prog="python -m launch.train_vocabulary", description=str(__doc__).partition("\n")[0]
-    )
-    parser.add_argument("--files", type=words, required=True, metavar="PATH,...",
+    parser = cli.Parser("train_vocabulary", __doc__)
+    parser.add_argument("--files", type=cli.words, required=True, metavar="PATH,...",
                         help="UTF-8 files, folders or patterns; of *.jsonl files the texts")  # fmt: skip
     parser.add_argument(
-        "--suffixes", type=words, default=(".txt",), metavar=".txt,...", help="of files that count in folders"
+        "--suffixes",
+        type=cli.words,
+        default=(".txt",),
+        metavar=".txt,...",
+        help="of files that count in folders",
     )
     parser.add_argument(
         "--size", type=int, required=True, help="number of pieces; 259 of them are bytes and special ids"
@@ -56,10 +58,9 @@ def sample(documents: Documents, megabytes: int) -> Iterator[str]:
             yield text
 
 
-@user_errors()
-def main() -> None:
-    """Entry point."""
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train a vocabulary; return the exit code."""
+    arguments = parse_arguments(argv)
     out = arguments.out.expanduser()
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
@@ -73,7 +74,8 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
     print(f"{arguments.size} pieces, written to {out}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

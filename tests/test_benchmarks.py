@@ -134,7 +134,7 @@ def test_decoding_record(records: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("segments", [0, 2])
 def test_naive_form_with_other_memory_segments(segments: int) -> None:
-    config = dataclasses.replace(TINY, block_size=8, fam_length=3, memory_segments=segments)
+    config = dataclasses.replace(TINY, block_size=8, length=3, segments=segments)
     random = np.random.default_rng(0)
     graphdef, abstract = model_structure(Config(model=config))
     params = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype), to_dict(abstract))
@@ -150,7 +150,7 @@ def test_naive_form_with_other_memory_segments(segments: int) -> None:
 
 def test_naive_form_refuses_what_it_lacks() -> None:
     tokens = np.zeros((1, 16), np.int32)
-    for change in ({"fam_length": 0}, {"window": 5}, {"fam_positions": "zero"}, {"block_size": 10}):
+    for change in ({"length": 0}, {"window": 5}, {"positions": "zero"}, {"block_size": 10}):
         model = nnx.eval_shape(
             lambda change=change: Transformer(dataclasses.replace(TINY, **change), rngs=nnx.Rngs(0))
         )
@@ -161,7 +161,7 @@ def test_naive_form_refuses_what_it_lacks() -> None:
 def test_operations_are_those_of_the_compiled_products() -> None:
     """XLA counts what it compiles, scans once: so one layer and one block. Its element-wise operations come on top."""
     config = dataclasses.replace(
-        TINY, num_layers=1, model_dim=64, head_dim=32, ff_dim=256, fam_length=0, block_size=64, vocab_size=64
+        TINY, num_layers=1, model_dim=64, head_dim=32, ff_dim=256, length=0, block_size=64, vocab_size=64
     )
     params = to_dict(model_structure(Config(model=config))[1])
     loss = jax.jit(training.make_loss(config))

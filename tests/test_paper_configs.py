@@ -87,13 +87,13 @@ def test_no_large_array_is_on_every_chip(name: str, argument: str) -> None:
 def test_the_papers_settings(name: str) -> None:
     config, _ = shapes_of(name, "")
     model, train = config.model, config.train
-    assert (model.block_size, model.fam_length, model.memory_segments) == (1024, 64, 3)
+    assert (model.block_size, model.memory.length, model.memory.segments) == (1024, 64, 3)
     assert (train.batch_size, train.steps, train.random_state_passing) == (128, 50_000, 0.8)
     assert (config.lora.rank, model.vocab_size, config.data.sequence_length) == (64, 256_000, 8704)
     assert (config.optimizer.name, config.optimizer.beta1, config.optimizer.beta2) == ("adafactor", 0.9, 0.99)
     assert config.optimizer.learning_rate == (1e-4 if name == "fam_1b" else 3e-3)
     plain = resolve(MODELS[name][0].get_config("bswa"))
-    assert (plain.model.fam_length, plain.train.random_state_passing) == (0, 0)
+    assert (plain.model.memory.length, plain.train.random_state_passing) == (0, 0)
 
 
 def test_an_unknown_word_is_named() -> None:

@@ -15,10 +15,12 @@ from flax import nnx
 from configs import retrofit
 from configs.public_models import SHAPES
 from fam_jax.checkpoint import CheckpointError
-from fam_jax.config import Config, ConfigError, DataConfig, resolve
+from fam_jax.config import Config, ConfigError, DataConfig, memory_config, resolve
 from fam_jax.generate.streaming import Streamer
+from fam_jax.memories.fam import FamConfig
+from fam_jax.memories.window_cache import visible_blocks
 from fam_jax.model import from_dict, lora
-from fam_jax.model.layer_types import kinds_of, visible_segments
+from fam_jax.model.layer_types import layer_types
 from fam_jax.train.init_from import base_config
 from fam_jax.train.loop import make_trainer
 from fam_jax.train.optimizer import make_optimizer
@@ -88,7 +90,7 @@ def test_every_shape_can_be_planned(name: str) -> None:
     config = resolve(retrofit.get_config(name))
     trainer = make_trainer(config, jax.devices()[:1])
     paths_of = paths(trainer.state_shapes.params)
-    assert paths_of["initial_fam"].shape == (64, config.model.model_dim)
+    assert paths_of["memory/initial_fam"].shape == (64, config.model.model_dim)
     batch = {
         key: jax.ShapeDtypeStruct((config.train.batch_size, config.data.sequence_length), dtype)
         for key, dtype in (
@@ -113,10 +115,12 @@ def test_full_fine_tuning_is_one_field() -> None:
 
 def test_local_layers_keep_their_window_and_have_no_fam() -> None:
     for name, window, reach in (("gemma2_2b", 4096, 4), ("gemma3_27b", 1024, 1)):
-        local, of_all = kinds_of(resolve(retrofit.get_config(name)).model)
-        assert (local.config.window, local.config.fam_length) == (window, 0)
-        assert visible_segments(local.config) == reach
-        assert (of_all.config.window, of_all.config.fam_length) == (0, 64)
+        local, of_all = (
+            memory.model for memory in layer_types(resolve(retrofit.get_config(name)).model).memories
+        )
+        assert (local.memory.kind, local.memory.window) == ("bswa", window)
+        assert visible_blocks(local) == reach
+        assert of_all.memory == FamConfig(segments=max(3, reach), length=64)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +149,9 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def config_for(base: pathlib.Path, words: str = "", **model: Any) -> Config:
     values = retrofit.get_config(f"{base}{words}")
-    values.model.update({"block_size": BLOCK, "memory_segments": 5, "fam_length": 2} | model)
-    if not values.model.fam_length:
+    values.model.block_size = BLOCK
+    values.model.memory = memory_config("fam", **{"segments": 5, "length": 2} | model)
+    if not values.model.memory.length:
         values.train.random_state_passing = 0.0
     values.data.vocabulary = "bytes"
     values.lora.update(rank=2, alpha=4.0)
@@ -165,7 +170,7 @@ def last_logits(config: Config, params: Any) -> np.ndarray:
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen3"])
 def test_at_the_start_with_all_visible_it_is_the_original(imported: Any, name: str) -> None:
     """The recorded tokens cross the windows of local layers."""
-    config = config_for(imported(name), fam_length=0)
+    config = config_for(imported(name), length=0)
     state = start(config)
     assert any("lora_a" in path for path in paths(state.params))
     found = last_logits(config, lora.merge(state.params, config.lora))
@@ -184,7 +189,7 @@ def with_random_updates(params: Any) -> Any:
 @pytest.mark.parametrize("name", ["gemma2", "mistral"])
 def test_merged_is_applied(imported: Any, name: str) -> None:
     """With FAM, beyond every window; in float32 to its rounding."""
-    config = config_for(imported(name), memory_segments=2)
+    config = config_for(imported(name), segments=2)
     fresh = start(config).params
     params = with_random_updates(fresh)
     graphdef, abstract = model_structure(config)
@@ -193,7 +198,7 @@ def test_merged_is_applied(imported: Any, name: str) -> None:
     @jax.jit
     def apply(params: Any) -> jax.Array:
         model = nnx.merge(graphdef, from_dict(abstract, params))
-        return model(tokens, model.init_memory(len(tokens)))[0][:, -1]
+        return model(tokens, model.init_state(len(tokens)))[0][:, -1]
 
     merged = last_logits(config, lora.merge(params, config.lora))
     np.testing.assert_allclose(apply(params), merged, rtol=1e-4, atol=1e-4)
@@ -207,7 +212,7 @@ def test_the_initial_fam_begins_as_embeddings(imported: Any, name: str) -> None:
     factor = math.sqrt(config.model.model_dim) if config.model.scale_embeddings else 1.0
     table = factor * np.asarray(params["embedding"]["table"])
     assert config.model.scale_embeddings == (name == "gemma2")
-    for vector in np.asarray(params["initial_fam"]):
+    for vector in np.asarray(params["memory"]["initial_fam"]):
         assert np.isclose(table, vector, rtol=1e-6).all(axis=1).any()
 
 
@@ -216,7 +221,7 @@ def test_a_base_that_has_a_fam_keeps_it(imported: Any) -> None:
     values = retrofit.get_config(str(base))
     values.data.vocabulary = "bytes"
     config = resolve(values)
-    assert (config.model.block_size, config.model.memory_segments, config.model.fam_length) == (4, 5, 3)
+    assert (config.model.block_size, config.model.memory.segments, config.model.memory.length) == (4, 5, 3)
 
 
 def test_texts_begin_as_those_of_the_base(imported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,8 +233,8 @@ def test_texts_begin_as_those_of_the_base(imported: Any, monkeypatch: pytest.Mon
 
 def test_the_config_is_the_base_s_but_for_its_memory(imported: Any) -> None:
     base = imported("mistral")
-    config = config_for(base, ",bswa", fam_length=0)
-    assert (config.model.window, config.train.init_from) == (0, str(base))
+    config = config_for(base, ",bswa", length=0)
+    assert (config.model.memory.window, config.train.init_from) == (0, str(base))
     assert config.model.remat == "full" and not config.model.tie_embeddings
 
 
@@ -256,8 +261,8 @@ def test_a_folder_without_a_checkpoint(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_window_that_the_segments_do_not_reach_is_told(imported: Any) -> None:
-    with pytest.raises(ConfigError, match=r"model\.local_window: 6 is further back than every token can see"):
-        config_for(imported("gemma2"), memory_segments=1)
+    with pytest.raises(ConfigError, match=r"model\.local_window: 6 exceeds what every token can see"):
+        config_for(imported("gemma2"), segments=1)
 
 
 @pytest.mark.parametrize("arg", ["smoke", "gemma3_27b,smoke", "mistral_7b,bswa,smoke"])

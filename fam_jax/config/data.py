@@ -12,94 +12,106 @@ class DataConfig:
     """The training data. PassKey rows (section 3.2) are a key, filler and a question; all other data is packed."""
 
     task: str = setting(
-        "passkey",
-        "passkey, text, text+passkey (batches of either), or seqio:NAME, a task or mixture that `imports` registers.",
+        default="passkey",
+        doc="passkey, text, text+passkey (batches of either), or seqio:NAME, a task or mixture that imports register.",
     )
     vocabulary: str = setting(
-        "passkey",
-        "passkey (ships with the package), bytes, or the path of a SentencePiece model or tokenizer.json.",
+        default="passkey",
+        doc="passkey (ships with the package), bytes, or the path of a SentencePiece model or tokenizer.json.",
         tasks=(PASSKEY, TEXT),
     )
     add_bos: bool = setting(
-        False,
-        "Begin each text with the vocabulary's start token, as most open models were trained.",
+        default=False,
+        doc="Begin each text with the vocabulary's start token, as most open models were trained.",
         tasks=(PASSKEY, TEXT, SEQIO),
     )
     # PassKey. Lengths are in blocks of the model.
-    digits: int = setting(5, "Digits of a key.", minimum=1, maximum=9, tasks=(PASSKEY,))
+    digits: int = setting(default=5, doc="Digits of a key.", minimum=1, maximum=9, tasks=(PASSKEY,))
     stage_blocks: tuple[int, ...] = setting(
-        (2, 3, 4, 6, 9, 13, 18),
-        "Longest filler of each stage of the curriculum, in blocks.",
+        default=(2, 3, 4, 6, 9, 13, 18),
+        doc="Longest filler of each stage of the curriculum, in blocks.",
         tasks=(PASSKEY,),
     )
     min_filler_blocks: int = setting(
-        1,
-        "Fillers of the first stage are longer than this; those of a later stage, than the stage before.",
+        default=1,
+        doc="Fillers of the first stage are longer than this; those of a later stage, than the stage before.",
         minimum=0,
         tasks=(PASSKEY,),
     )
     filler_step: int = setting(
-        1,
-        "Filler lengths are multiples of this many tokens; divides model.block_size.",
+        default=1,
+        doc="Filler lengths are multiples of this many tokens; divides model.block_size.",
         minimum=1,
         tasks=(PASSKEY,),
     )
     advance_accuracy: float = setting(
-        0.8, "Running exact match at which the next stage begins.", minimum=0, maximum=1, tasks=(PASSKEY,)
+        default=0.8,
+        doc="Running exact match at which the next stage begins.",
+        minimum=0,
+        maximum=1,
+        tasks=(PASSKEY,),
     )
     max_stage_steps: int = setting(
-        0, "Begin the next stage after this many steps in any case; 0: never.", minimum=0, tasks=(PASSKEY,)
+        default=0,
+        doc="Begin the next stage after this many steps in any case; 0: never.",
+        minimum=0,
+        tasks=(PASSKEY,),
     )
     longest_fraction: float = setting(
-        0.5,
-        "Fraction of batches from the current stage; the others are from earlier stages.",
+        default=0.5,
+        doc="Fraction of batches from the current stage; the others are from earlier stages.",
         minimum=0,
         maximum=1,
         tasks=(PASSKEY,),
     )
     prompt_weight: float = setting(
-        0.01,
-        "Loss weight of every token outside the answer; the answer has weight 1.",
+        default=0.01,
+        doc="Loss weight of every token outside the answer; the answer has weight 1.",
         minimum=0,
         tasks=(PASSKEY,),
     )
     # Text and seqio. Examples are joined and cut into rows of one length.
     sequence_length: int = setting(
-        1024, "T, tokens of a row; its last block may be short.", minimum=2, tasks=PACKED
+        default=1024, doc="T, tokens of a row; its last block may be short.", minimum=2, tasks=PACKED
     )
     shuffle_batches: int = setting(
-        8, "Rows are shuffled within groups of this many batches.", minimum=1, tasks=PACKED
+        default=8, doc="Rows are shuffled within groups of this many batches.", minimum=1, tasks=PACKED
     )
     repeat_segment: int = setting(
-        0, "Tokens of a row that it has to repeat at its end (section 3.1); 0: off.", minimum=0, tasks=PACKED
+        default=0,
+        doc="Tokens of a row that it has to repeat at its end (section 3.1); 0: off.",
+        minimum=0,
+        tasks=PACKED,
     )
-    repeat_weight: float = setting(0.1, "Loss weight of the repetition.", minimum=0, tasks=PACKED)
+    repeat_weight: float = setting(default=0.1, doc="Loss weight of the repetition.", minimum=0, tasks=PACKED)
     # Text.
     train_files: tuple[str, ...] = setting(
-        (),
-        'Files, folders or patterns to train on (*.jsonl: a document per line, under "text"), or tfds:NAME:SPLIT.',
+        default=(),
+        doc='Files, folders or patterns to train on (*.jsonl: a document per line, under "text"), or tfds:NAME:SPLIT.',
         effect="execution",  # where the files are; the data state checks their contents
         tasks=(TEXT,),
     )
     heldout_files: tuple[str, ...] = setting(
-        (), "Files to evaluate on, likewise.", effect="execution", tasks=(TEXT,)
+        default=(), doc="Files to evaluate on, likewise.", effect="execution", tasks=(TEXT,)
     )
     file_suffixes: tuple[str, ...] = setting(
-        (".txt",), "Endings of the files that count in a folder.", tasks=(TEXT,)
+        default=(".txt",), doc="Endings of the files that count in a folder.", tasks=(TEXT,)
     )
     # seqio.
-    imports: tuple[str, ...] = setting((), "Modules to import, which register tasks.", tasks=(SEQIO,))
+    imports: tuple[str, ...] = setting(
+        default=(), doc="Modules to import, which register tasks.", tasks=(SEQIO,)
+    )
     # Batches of text and PassKey, chosen at random.
     passkey_fraction: float = setting(
-        0.5,
-        "Fraction of batches that are PassKey; the others are text.",
+        default=0.5,
+        doc="Fraction of batches that are PassKey; the others are text.",
         minimum=0,
         maximum=1,
         tasks=(MIXED,),
     )
     last_stage_passkey_fraction: float = setting(
-        0.0,
-        "The same once the curriculum has reached its last stage; 0: no change.",
+        default=0.0,
+        doc="The same once the curriculum has reached its last stage; 0: no change.",
         minimum=0,
         maximum=1,
         tasks=(MIXED,),
@@ -123,7 +135,7 @@ class DataConfig:
                 f"config.data.task: expected passkey, text, text+passkey or seqio:NAME, got {self.task!r}"
             )
         parts = {kind, *kind.split("+")}
-        for name, field in self.__dataclass_fields__.items():  # type: ignore[attr-defined]
+        for name, field in self.__dataclass_fields__.items():
             tasks = constraint_of(field).tasks
             if tasks and not parts & {*tasks} and getattr(self, name) != field.default:
                 raise ConfigError(

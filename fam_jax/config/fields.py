@@ -42,9 +42,9 @@ class Constraint:
 
 
 def setting(
+    *,
     default: T,
     doc: str,
-    *,
     minimum: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
@@ -67,7 +67,7 @@ def setting(
       tasks: the data tasks that read it; default: all.
     """
     constraint = Constraint(doc, minimum, maximum, below, above, choices, effect, tasks)
-    return dataclasses.field(default=default, metadata={"constraint": constraint})  # type: ignore[return-value]
+    return dataclasses.field(default=default, metadata={"constraint": constraint})
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(setting, dataclasses.field))
@@ -119,9 +119,13 @@ def fields_with_effect(cls: Any, *effects: Effect, prefix: str = "") -> set[str]
     return found
 
 
-@functools.lru_cache
 def field_types(cls: Any) -> dict[str, Any]:
     """Return the resolved type of every field of a group."""
+    return _field_types(cls)
+
+
+@functools.lru_cache
+def _field_types(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 

@@ -49,7 +49,9 @@ def upgrade_array_name(name: str) -> str:
     if name in STATE_NAMES:
         return STATE_NAMES[name]
     head, slash, last = name.rpartition("/")
-    return f"{head}{slash}memory/initial_fam" if last == "initial_fam" else name
+    if last != "initial_fam" or head.endswith("memory"):
+        return name
+    return f"{head}{slash}memory/initial_fam"
 
 
 def former_array_name(key: str) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class MemoryConfig:
     """What the groups of all kinds of memory have in common."""
 
-    kind: str = setting("", "The architecture, a name in fam_jax/memories/registry.py.")
+    kind: str = setting(default="", doc="The architecture, a name in fam_jax/memories/registry.py.")
 
     # Logical axes (`fam_jax.sharding.AXES`) of the memory's own parameters by name, without that of the layers.
     parameter_axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}

@@ -15,76 +15,89 @@ def _default_memory() -> MemoryConfig:
 class ModelConfig:
     """The decoder. The letters in the descriptions are those of the shape legend in `fam_jax/layers/__init__.py`."""
 
-    vocab_size: int = setting(64, "V, entries of the embedding table.", minimum=1)
-    num_layers: int = setting(3, "L.", minimum=1)
-    model_dim: int = setting(96, "D, width of the residual stream.", minimum=1)
-    num_heads: int = setting(4, "H, query heads.", minimum=1)
-    num_kv_heads: int = setting(4, "K, key/value heads: H is MHA, 1 is MQA, between them GQA.", minimum=1)
-    head_dim: int = setting(24, "hd, width of a head; even, as RoPE rotates pairs.", minimum=1)
-    ff_dim: int = setting(384, "F, width of the feed-forward layer.", minimum=1)
-    activation: str = setting(
-        "swiglu", "Nonlinearity of the feed-forward layer.", choices=("swiglu", "geglu", "gelu")
+    vocab_size: int = setting(default=64, doc="V, entries of the embedding table.", minimum=1)
+    num_layers: int = setting(default=3, doc="L.", minimum=1)
+    model_dim: int = setting(default=96, doc="D, width of the residual stream.", minimum=1)
+    num_heads: int = setting(default=4, doc="H, query heads.", minimum=1)
+    num_kv_heads: int = setting(
+        default=4, doc="K, key/value heads: H is MHA, 1 is MQA, between them GQA.", minimum=1
     )
-    norm: str = setting("rmsnorm", "Normalization layer.", choices=("rmsnorm", "layernorm"))
-    norm_epsilon: float = setting(1e-6, "Added to the variance in norms.", above=0)
-    tie_embeddings: bool = setting(True, "Use the embedding table for the logits too.")
-    scale_embeddings: bool = setting(False, "Multiply embeddings by sqrt(D) at the input.")
+    head_dim: int = setting(default=24, doc="hd, width of a head; even, as RoPE rotates pairs.", minimum=1)
+    ff_dim: int = setting(default=384, doc="F, width of the feed-forward layer.", minimum=1)
+    activation: str = setting(
+        default="swiglu", doc="Nonlinearity of the feed-forward layer.", choices=("swiglu", "geglu", "gelu")
+    )
+    norm: str = setting(default="rmsnorm", doc="Normalization layer.", choices=("rmsnorm", "layernorm"))
+    norm_epsilon: float = setting(default=1e-6, doc="Added to the variance in norms.", above=0)
+    tie_embeddings: bool = setting(default=True, doc="Use the embedding table for the logits too.")
+    scale_embeddings: bool = setting(default=False, doc="Multiply embeddings by sqrt(D) at the input.")
     logit_softcap: float = setting(
-        0.0, "Logits become softcap * tanh(logits / softcap); 0 turns it off.", minimum=0
+        default=0.0, doc="Logits become softcap * tanh(logits / softcap); 0 turns it off.", minimum=0
     )
     # Options in which open checkpoints differ (fam_jax/hf).
-    qkv_bias: bool = setting(False, "Add a bias to queries, keys and values.")
-    qk_norm: bool = setting(False, "Apply RMSNorm to the queries and keys of every head before RoPE.")
+    qkv_bias: bool = setting(default=False, doc="Add a bias to queries, keys and values.")
+    qk_norm: bool = setting(
+        default=False, doc="Apply RMSNorm to the queries and keys of every head before RoPE."
+    )
     query_pre_attn_scalar: float = setting(
-        0.0, "Attention scores are divided by the square root of this; 0 means head_dim.", minimum=0
+        default=0.0,
+        doc="Attention scores are divided by the square root of this; 0 means head_dim.",
+        minimum=0,
     )
-    attention_softcap: float = setting(0.0, "Like logit_softcap, for attention scores.", minimum=0)
+    attention_softcap: float = setting(
+        default=0.0, doc="Like logit_softcap, for attention scores.", minimum=0
+    )
     post_norms: bool = setting(
-        False, "Normalize the outputs of attention and feed-forward before they join the residual stream."
+        default=False,
+        doc="Normalize the outputs of attention and feed-forward before they join the residual stream.",
     )
-    norm_offset: bool = setting(False, "The scale of a norm is 1 + its parameter.")
-    rope_base: float = setting(10_000.0, "Base of RoPE's wavelengths.", above=1)
+    norm_offset: bool = setting(default=False, doc="The scale of a norm is 1 + its parameter.")
+    rope_base: float = setting(default=10_000.0, doc="Base of RoPE's wavelengths.", above=1)
     rope_scaling: str = setting(
-        "none",
-        "How RoPE's frequencies are lowered for longer contexts.",
+        default="none",
+        doc="How RoPE's frequencies are lowered for longer contexts.",
         choices=("none", "linear", "llama3"),
     )
-    rope_factor: float = setting(1.0, "Largest factor by which frequencies are divided.", minimum=1)
+    rope_factor: float = setting(
+        default=1.0, doc="Largest factor by which frequencies are divided.", minimum=1
+    )
     rope_low_freq_factor: float = setting(
-        1.0, "llama3: wavelengths above rope_original_length / this are scaled fully."
+        default=1.0, doc="llama3: wavelengths above rope_original_length / this are scaled fully."
     )
     rope_high_freq_factor: float = setting(
-        4.0, "llama3: wavelengths below rope_original_length / this are not scaled."
+        default=4.0, doc="llama3: wavelengths below rope_original_length / this are not scaled."
     )
-    rope_original_length: int = setting(8192, "llama3: context length before scaling, in tokens.", minimum=1)
+    rope_original_length: int = setting(
+        default=8192, doc="llama3: context length before scaling, in tokens.", minimum=1
+    )
     layer_pattern: tuple[str, ...] = setting(
-        ("global",),
-        "Layer types, repeated over the depth. Global layers have the memory of model.memory; local layers have "
+        default=("global",),
+        doc="Layer types, repeated over the depth. Global layers have the memory of model.memory; local layers have "
         "sliding window attention.",
     )
-    local_window: int = setting(0, "Window of local layers, in tokens.", minimum=0)
+    local_window: int = setting(default=0, doc="Window of local layers, in tokens.", minimum=0)
     local_rope_base: float = setting(
-        0.0, "RoPE base of local layers, unscaled; 0 means that of global layers."
+        default=0.0, doc="RoPE base of local layers, unscaled; 0 means that of global layers."
     )
     dtype: str = setting(
-        "float32",
-        "Dtype of activations. Parameters are float32.",
+        default="float32",
+        doc="Dtype of activations. Parameters are float32.",
         choices=("float32", "bfloat16", "float64"),
         effect="state",
     )
     block_size: int = setting(
-        32, "C, tokens of a block: memory changes at block borders.", minimum=1, effect="state"
+        default=32, doc="C, tokens of a block: memory changes at block borders.", minimum=1, effect="state"
     )
     memory: MemoryConfig = dataclasses.field(default_factory=_default_memory)
     attention: str = setting(
-        "auto",
-        "Attention implementation; pallas needs a TPU. The table in docs/architecture.md says which runs where.",
+        default="auto",
+        doc="Attention implementation; pallas needs a TPU. The table in docs/architecture.md says which runs where.",
         choices=("auto", "reference", "xla", "pallas", "pallas_interpret"),
         effect="execution",
     )
     remat: str = setting(
-        "none",
-        "What a layer keeps for its backward pass. none: everything. dots: results of projections and attention. "
+        default="none",
+        doc="What a layer keeps for its backward pass. none: everything. dots: results of projections and attention. "
         "wide: those of feed-forward and attention. full: nothing.",
         choices=("none", "dots", "wide", "full"),
         effect="execution",

@@ -10,58 +10,72 @@ ABLATIONS = ("zeroed", "shuffled", "frozen")
 class OptimizerConfig:
     """Adafactor with the paper's betas (section 3.1), or AdamW."""
 
-    name: str = setting("adafactor", "Optimizer.", choices=("adafactor", "adamw"))
-    learning_rate: float = setting(1e-4, "Learning rate after the warm-up.", minimum=0)
+    name: str = setting(default="adafactor", doc="Optimizer.", choices=("adafactor", "adamw"))
+    learning_rate: float = setting(default=1e-4, doc="Learning rate after the warm-up.", minimum=0)
     schedule: str = setting(
-        "constant",
-        "Learning rate after the warm-up; cosine falls to zero at train.steps.",
+        default="constant",
+        doc="Learning rate after the warm-up; cosine falls to zero at train.steps.",
         choices=("constant", "cosine"),
     )
-    warmup_steps: int = setting(0, "Steps of linear warm-up.", minimum=0)
-    beta1: float = setting(0.9, "Decay of the momentum.", minimum=0, below=1)
-    beta2: float = setting(0.99, "Decay of the second moments.", minimum=0, below=1)
+    warmup_steps: int = setting(default=0, doc="Steps of linear warm-up.", minimum=0)
+    beta1: float = setting(default=0.9, doc="Decay of the momentum.", minimum=0, below=1)
+    beta2: float = setting(default=0.99, doc="Decay of the second moments.", minimum=0, below=1)
     beta2_schedule: str = setting(
-        "constant", "constant (debiased), or power: 1 - t^-beta2_power.", choices=("constant", "power")
+        default="constant",
+        doc="constant (debiased), or power: 1 - t^-beta2_power.",
+        choices=("constant", "power"),
     )
-    beta2_power: float = setting(0.8, "Exponent of the power schedule.", minimum=0, below=1)
-    parameter_scaling: bool = setting(False, "Adafactor: multiply updates by the RMS of their parameter.")
+    beta2_power: float = setting(default=0.8, doc="Exponent of the power schedule.", minimum=0, below=1)
+    parameter_scaling: bool = setting(
+        default=False, doc="Adafactor: multiply updates by the RMS of their parameter."
+    )
     block_rms_clip: float = setting(
-        1.0, "Adafactor: clip the RMS of a parameter's update to this; 0: off.", minimum=0
+        default=1.0, doc="Adafactor: clip the RMS of a parameter's update to this; 0: off.", minimum=0
     )
     min_factored_dim: int = setting(
-        128, "Adafactor: factor second moments where both dimensions reach this.", minimum=1
+        default=128, doc="Adafactor: factor second moments where both dimensions reach this.", minimum=1
     )
     epsilon: float = setting(
-        1e-30,
-        "Adafactor: added to squared gradients. AdamW: added to the denominator; 1e-8 is usual.",
+        default=1e-30,
+        doc="Adafactor: added to squared gradients. AdamW: added to the denominator; 1e-8 is usual.",
         minimum=0,
     )
-    weight_decay: float = setting(0.0, "Decoupled weight decay, of matrices only.", minimum=0)
-    clip_norm: float = setting(1.0, "Clip the global gradient norm to this; 0: off.", minimum=0)
+    weight_decay: float = setting(default=0.0, doc="Decoupled weight decay, of matrices only.", minimum=0)
+    clip_norm: float = setting(default=1.0, doc="Clip the global gradient norm to this; 0: off.", minimum=0)
 
 
 @group("train")
 class TrainConfig:
     """The training loop."""
 
-    steps: int = setting(1000, "Optimizer steps of the run.", minimum=1, effect="execution")
-    batch_size: int = setting(16, "B, rows of a step.", minimum=1)
-    accumulation: int = setting(1, "Micro-batches of a step; divides batch_size.", minimum=1)
-    seed: int = setting(0, "Seed of parameters, data order and steps.", minimum=0)
-    loss_chunk: int = setting(4096, "Tokens whose logits exist at one time.", minimum=1)
-    z_loss: float = setting(0.0, "Weight of log(Z)^2 in the loss.", minimum=0)
+    steps: int = setting(default=1000, doc="Optimizer steps of the run.", minimum=1, effect="execution")
+    batch_size: int = setting(default=16, doc="B, rows of a step.", minimum=1)
+    accumulation: int = setting(default=1, doc="Micro-batches of a step; divides batch_size.", minimum=1)
+    seed: int = setting(default=0, doc="Seed of parameters, data order and steps.", minimum=0)
+    loss_chunk: int = setting(default=4096, doc="Tokens whose logits exist at one time.", minimum=1)
+    z_loss: float = setting(default=0.0, doc="Weight of log(Z)^2 in the loss.", minimum=0)
     random_state_passing: float = setting(
-        0.0,
-        "Probability that a row starts from the state that the last step left (0.8 in the paper).",
+        default=0.0,
+        doc="Probability that a row starts from the state that the last step left (0.8 in the paper).",
         minimum=0,
         maximum=1,
     )
-    random_state_passing_from: int = setting(0, "Step from which on it is active.", minimum=0)
-    random_position_offset: bool = setting(False, "Add a random offset to positions (appendix B.2.2).")
-    log_every: int = setting(10, "Steps between two lines of metrics.", minimum=1, effect="execution")
-    checkpoint_every: int = setting(500, "Steps between two checkpoints.", minimum=1, effect="execution")
-    keep_checkpoints: int = setting(2, "Newest checkpoints to keep.", minimum=1, effect="execution")
-    init_from: str = setting("", "Workdir (or WORKDIR/STEP) of a run whose parameters this one begins with.")
+    random_state_passing_from: int = setting(default=0, doc="Step from which on it is active.", minimum=0)
+    random_position_offset: bool = setting(
+        default=False, doc="Add a random offset to positions (appendix B.2.2)."
+    )
+    log_every: int = setting(
+        default=10, doc="Steps between two lines of metrics.", minimum=1, effect="execution"
+    )
+    checkpoint_every: int = setting(
+        default=500, doc="Steps between two checkpoints.", minimum=1, effect="execution"
+    )
+    keep_checkpoints: int = setting(
+        default=2, doc="Newest checkpoints to keep.", minimum=1, effect="execution"
+    )
+    init_from: str = setting(
+        default="", doc="Workdir (or WORKDIR/STEP) of a run whose parameters this one begins with."
+    )
 
     def check(self) -> None:
         """Raise :class:`ConfigError` if fields contradict each other."""
@@ -79,21 +93,23 @@ class LoraConfig:
     """
 
     rank: int = setting(
-        0, "Rank of each kernel's update (64 in the paper); 0: train all parameters.", minimum=0
+        default=0, doc="Rank of each kernel's update (64 in the paper); 0: train all parameters.", minimum=0
     )
-    alpha: float = setting(64.0, "Updates are scaled by alpha / rank.", above=0)
+    alpha: float = setting(default=64.0, doc="Updates are scaled by alpha / rank.", above=0)
     targets: tuple[str, ...] = setting(
-        ("layers/*/kernel",), "Kernels that get an update; default: attention and feed-forward."
+        default=("layers/*/kernel",), doc="Kernels that get an update; default: attention and feed-forward."
     )
     train: tuple[str, ...] = setting(
-        ("*memory/*",), "Parameters trained beside the updates; default: those of the memory."
+        default=("*memory/*",), doc="Parameters trained beside the updates; default: those of the memory."
     )
     base_dtype: str = setting(
-        "model",
-        "Dtype of frozen matrices; model: that of model.dtype.",
+        default="model",
+        doc="Dtype of frozen matrices; model: that of model.dtype.",
         choices=("model", "float32", "bfloat16"),
     )
-    random_base: bool = setting(False, "Adapt random weights if train.init_from is empty, to try things out.")
+    random_base: bool = setting(
+        default=False, doc="Adapt random weights if train.init_from is empty, to try things out."
+    )
 
     def check(self) -> None:
         """Raise :class:`ConfigError` if there is a rank but nothing to adapt."""
@@ -107,20 +123,28 @@ class LoraConfig:
 class EvaluateConfig:
     """Evaluation from a streamed state: PassKey retrieval by generation, or the loss on held-out documents."""
 
-    every: int = setting(0, "Training steps between evaluations; 0: none during training.", minimum=0)
+    every: int = setting(
+        default=0, doc="Training steps between evaluations; 0: none during training.", minimum=0
+    )
     # PassKey.
-    filler_blocks: tuple[int, ...] = setting((4, 9, 18, 36), "PassKey: filler lengths in blocks.", minimum=1)
-    keys: int = setting(64, "PassKey: examples per length.", minimum=1)
+    filler_blocks: tuple[int, ...] = setting(
+        default=(4, 9, 18, 36), doc="PassKey: filler lengths in blocks.", minimum=1
+    )
+    keys: int = setting(default=64, doc="PassKey: examples per length.", minimum=1)
     # Text and seqio.
-    documents: int = setting(0, "Text: number of held-out documents, drawn by seed; 0: all.", minimum=0)
-    min_tokens: int = setting(0, "Text: leave out shorter documents.", minimum=0)
+    documents: int = setting(
+        default=0, doc="Text: number of held-out documents, drawn by seed; 0: all.", minimum=0
+    )
+    min_tokens: int = setting(default=0, doc="Text: leave out shorter documents.", minimum=0)
     ablations: tuple[str, ...] = setting(
-        (), "Text: measure the loss again with the memory zeroed, shuffled or frozen.", choices=ABLATIONS
+        default=(),
+        doc="Text: measure the loss again with the memory zeroed, shuffled or frozen.",
+        choices=ABLATIONS,
     )
     # All.
-    batch_size: int = setting(64, "Examples read together.", minimum=1)
-    seed: int = setting(1_000_003, "Seed of the examples.", minimum=0)
-    chunk_blocks: int = setting(16, "Blocks that prefill reads at a time.", minimum=1)
+    batch_size: int = setting(default=64, doc="Examples read together.", minimum=1)
+    seed: int = setting(default=1_000_003, doc="Seed of the examples.", minimum=0)
+    chunk_blocks: int = setting(default=16, doc="Blocks that prefill reads at a time.", minimum=1)
 
     def check(self) -> None:
         """Raise :class:`ConfigError` if there is no length to evaluate."""
@@ -134,10 +158,14 @@ class EvaluateConfig:
 class MeshConfig:
     """Devices along each mesh axis; data or fsdp, if 0, takes the devices that the other axes leave."""
 
-    data: int = setting(0, "Devices along the data axis: copies of the weights.", minimum=0)
+    data: int = setting(default=0, doc="Devices along the data axis: copies of the weights.", minimum=0)
     # An fsdp axis over a whole TPU slice makes the compiler use all-reduce in place of reduce-scatter.
-    fsdp: int = setting(1, "Devices over which weights and optimizer state are spread.", minimum=0)
-    tensor: int = setting(1, "Devices over which heads, feed-forward and vocabulary are spread.", minimum=1)
+    fsdp: int = setting(
+        default=1, doc="Devices over which weights and optimizer state are spread.", minimum=0
+    )
+    tensor: int = setting(
+        default=1, doc="Devices over which heads, feed-forward and vocabulary are spread.", minimum=1
+    )
 
     def check(self) -> None:
         """Raise :class:`ConfigError` if two axes are automatic."""

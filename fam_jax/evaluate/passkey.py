@@ -1,7 +1,7 @@
-"""PassKey retrieval (section 3.2 of the paper), measured as the model is used: by generation from streamed memory.
+"""PassKey retrieval (section 3.2 of the paper), measured by generation from a streamed state.
 
-The prompt is read chunk by chunk, so at every length the only way from the key to the answer leads through the memory
-of constant size. How many tokens an example has read is counted by the memory itself.
+The prompt is read chunk by chunk, so at every length the only way from the key to the answer is the state of constant
+size. The state itself counts the tokens that an example has read.
 """
 
 import time
@@ -29,24 +29,25 @@ def evaluate_passkey(
     keys: int | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Retrieval of hidden keys at each length of filler.
+    """Measure the retrieval of hidden keys at each length of filler.
 
     Args:
-      config: of the run; `config.evaluate` sets seed, batch size, chunks, and the defaults of what follows.
+      config: of the run; `config.evaluate` sets seed, batch size, chunks, and the defaults of the next two.
       params: nested dict of parameters, on any devices.
-      vocabulary: that of the training data.
-      filler_blocks: lengths of the filler in blocks; a filler has exactly blocks * C tokens.
+      vocabulary: of the training data.
+      filler_blocks: lengths of filler in blocks; a filler has exactly blocks * C tokens.
       keys: examples per length.
-      on_progress: called with the length in blocks, the prompt tokens of it that are read, and how many there are.
+      on_progress: called with a length in blocks, and of its prompts the tokens read and the tokens to read.
 
     Returns:
-      For JSON. `lengths` has for every length (a string):
+      A dict for JSON. `scalars` has the exact match at each length, and its mean. `lengths` has for each length (as a
+      string):
         exact_match: fraction of keys whose answer, generated greedily token by token, is right in every token.
-        teacher_forced_exact_match: the same, each token predicted after the true ones before it; as decoding is greedy
-          it differs from exact_match only if decoding and reading disagree.
+        teacher_forced_exact_match: the same with each token predicted after the true ones before it. As decoding is
+          greedy, it differs from exact_match only if decoding and reading disagree.
         answer_token_accuracy: fraction of the answers' tokens that are right, teacher-forced.
         keys: number of examples.
-        tokens_read, tokens_read_most: fewest and most tokens of a prompt, as counted by the memories.
+        tokens_read, tokens_read_most: fewest and most tokens of a prompt, as counted by the states.
         seconds: of reading and generating, with compilation.
 
     Raises:
@@ -65,7 +66,9 @@ def evaluate_passkey(
             config.data, vocabulary, blocks * config.model.block_size, keys, evaluate.seed
         )
         lengths[str(blocks)] = _evaluate_length(config, streamer, examples, blocks, on_progress)
+    matches = {f"exact_match/{blocks}_blocks": row["exact_match"] for blocks, row in lengths.items()}
     return {
+        "scalars": {"exact_match": float(np.mean([*matches.values()])), **matches},
         "lengths": lengths,
         "block_size": config.model.block_size,
         "digits": config.data.digits,
@@ -89,14 +92,14 @@ def _evaluate_length(
                 share = sum(map(len, prompts[:real])) * read // of
                 on_progress(blocks, done + share, total)
 
-        logits, memory = streamer.read(prompts, chunk_blocks=config.evaluate.chunk_blocks, on_progress=report)
-        scores = streamer.score(answers, logits, memory)
-        tokens = streamer.generate(logits, memory, max_tokens=max(map(len, answers))).tokens
+        logits, state = streamer.read(prompts, chunk_blocks=config.evaluate.chunk_blocks, on_progress=report)
+        scores = streamer.score(answers, logits, state)
+        tokens = streamer.generate(logits, state, max_tokens=max(map(len, answers))).tokens
         for row in range(real):
             answer = answers[row]
             generated.append(bool((tokens[row, : len(answer)] == answer).all()))
             forced.append(scores[row][0] == answer)
-        tokens_read += _count_tokens(config, memory, prompts)[:real]
+        tokens_read += _count_tokens(state, prompts)[:real]
         done += sum(map(len, prompts[:real]))
     return {
         "exact_match": float(np.mean(generated)),
@@ -110,16 +113,16 @@ def _evaluate_length(
 
 
 def _batches(examples: list[Example], size: int) -> Iterator[tuple[list[Example], int]]:
-    """Batches of one size, and how many of each are real: the last is filled up with its last example."""
+    """Yield batches of one size, and how many of each are real: the last is padded with its last example."""
     size = min(size, len(examples))
     for begin in range(0, len(examples), size):
         batch = examples[begin : begin + size]
         yield batch + [batch[-1]] * (size - len(batch)), len(batch)
 
 
-def _count_tokens(config: Config, memory: StreamState, prompts: Sequence[np.ndarray]) -> list[int]:
-    """Tokens that each stream has read, by its own count."""
-    counts = memory.tokens_read
+def _count_tokens(state: StreamState, prompts: Sequence[np.ndarray]) -> list[int]:
+    """Return the tokens that each stream has read, by its own count."""
+    counts = state.tokens_read
     expected = [len(prompt) for prompt in prompts]
     if counts.tolist() != expected:
         raise RuntimeError(

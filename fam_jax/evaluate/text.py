@@ -1,7 +1,7 @@
-"""Loss on held-out documents of any length, streamed through memory of constant size; nothing is cut off.
+"""Loss on held-out documents of any length, streamed through a state of constant size without truncation.
 
-Documents are read by blocks, each from an empty memory and in full. That memory is of use is shown by ablation: the
-same documents once more, with the FAM that one block hands to the next made useless.
+Each document is read in full, by blocks, from an empty state. Ablation shows whether the memory is used: the same
+documents are read again with what one block hands to the next made useless.
 """
 
 import dataclasses
@@ -26,11 +26,12 @@ FIRST_EDGE = 16  # tokens: positions before it are one bucket; the next ends at 
 
 
 class Scores(NamedTuple):
-    """Of one document's tokens (n,)."""
+    """Scores of one document's tokens (n,)."""
 
     nats: np.ndarray
     correct: np.ndarray
-    counted: np.ndarray  # bool: those with a loss weight
+    # bool: tokens with a loss weight.
+    counted: np.ndarray
 
 
 def evaluate_text(
@@ -41,28 +42,29 @@ def evaluate_text(
     vocabulary: seqio.Vocabulary,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Loss, by position too, and what becomes of it without the memory.
+    """Measure the loss, also by position and without the memory.
 
     Args:
       config: of the run; `config.evaluate` has the batch size, the chunks and the ablations.
       params: nested dict of parameters, on any devices.
-      examples: documents. Tokens of weight 0 are read, but do not count.
-      vocabulary: that of the examples.
-      on_progress: called with the name of the pass ("loss", or an ablation), its tokens read, and how many there are.
+      examples: documents. Tokens of weight 0 are read but not counted.
+      vocabulary: of the examples.
+      on_progress: called with the name of a pass ("loss", or an ablation), its tokens read and its tokens to read.
 
     Returns:
-      For JSON. Of all documents: documents, tokens, tokens_read (as counted while reading, equal to tokens),
-      longest_document (tokens), text_bytes, seconds; then
+      A dict for JSON: documents, tokens, tokens_read (counted while reading, equal to tokens), longest_document
+      (tokens), text_bytes, seconds, and
+        scalars: headline figures, losses by position and by ablation.
         loss: nats per token, ends of documents included; perplexity: its exponential.
         bits_per_byte: of the text in UTF-8; None where there is no text.
-        accuracy: fraction of tokens that were the likeliest.
-        loss_after_first_block: of the tokens that a FAM could help with; None if there are none.
+        accuracy: fraction of tokens whose logit was above all others.
+        loss_after_first_block: of the tokens that a memory could help with; None if there are none.
         by_position: buckets of positions in the document, each twice as long as the one before: begin, end, documents
           that reach it, tokens, loss, accuracy.
         ablations: for each of config.evaluate.ablations, its loss, loss_after_first_block and by_position.
 
     Raises:
-      UserError: the vocabulary has more ids than the model, or there is just one document to shuffle FAMs among.
+      UserError: the vocabulary has more ids than the model, or there is only one document to shuffle states with.
     """
     evaluate, model = config.evaluate, config.model
     if vocabulary.vocab_size > model.vocab_size:
@@ -72,7 +74,7 @@ def evaluate_text(
         )
     if "shuffled" in evaluate.ablations and min(len(examples), evaluate.batch_size) < 2:
         raise UserError(
-            "config.evaluate.ablations: shuffled needs two documents in a batch to swap their FAMs"
+            "config.evaluate.ablations: shuffled needs two documents in a batch, to swap their states"
         )
     began = time.perf_counter()
     reader = _Reader(config, Streamer(model, params), first_input(vocabulary, config.data), on_progress)
@@ -80,19 +82,35 @@ def evaluate_text(
     tokens, text_bytes = sum(len(each.ids) for each in examples), sum(each.text_bytes for each in examples)
     result = _summary(scores, model.block_size)
     nats = sum(float(each.nats[each.counted].sum(dtype=np.float64)) for each in scores)
+    ablations = {name: _ablation(reader, examples, name) for name in evaluate.ablations}
+    measured = result | {
+        "perplexity": math.exp(min(result["loss"], 700.0)),
+        "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None,
+    }
     return {
+        "scalars": _scalars(measured, ablations),
         "documents": len(examples),
         "tokens": tokens,
         "tokens_read": sum(len(each.nats) for each in scores),
         "longest_document": max(len(each.ids) for each in examples),
         "text_bytes": text_bytes,
-        "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None,
-        "perplexity": math.exp(min(result["loss"], 700.0)),
-        **result,
-        "ablations": {name: _ablation(reader, examples, name) for name in evaluate.ablations},
+        **measured,
+        "ablations": ablations,
         "block_size": model.block_size,
         "seconds": round(time.perf_counter() - began, 3),
     }
+
+
+def _scalars(measured: dict[str, Any], ablations: dict[str, Any]) -> dict[str, float]:
+    """Return the figures with a value by name, such as loss, zeroed/loss and loss_by_position/1024."""
+    names = ("loss", "perplexity", "bits_per_byte", "accuracy", "loss_after_first_block")
+    found = {name: measured[name] for name in names}
+    for prefix, part in (("", measured), *((f"{name}/", part) for name, part in ablations.items())):
+        found |= {f"{prefix}{name}": part[name] for name in ("loss", "loss_after_first_block")}
+        found |= {
+            f"{prefix}loss_by_position/{bucket['end']}": bucket["loss"] for bucket in part["by_position"]
+        }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _ablation(reader: "_Reader", examples: Sequence[Example], name: str) -> dict[str, Any]:
@@ -104,17 +122,18 @@ def _ablation(reader: "_Reader", examples: Sequence[Example], name: str) -> dict
 class _Reader:
     config: Config
     streamer: Streamer
-    start_id: int  # read before the first token of a document
+    # Read before the first token of a document.
+    start_id: int
     on_progress: Progress | None
 
     def read(self, examples: Sequence[Example], ablation: str | None) -> list[Scores]:
-        """The scores of every document, in their order."""
+        """Return the scores of every document, in order."""
         total, done = sum(len(each.ids) for each in examples), 0
         by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
         size = min(self.config.evaluate.batch_size, len(examples))
         scores: dict[int, Scores] = {}
         for begin in range(0, len(examples), size):
-            # The last batch is as large as the others, with documents of the one before.
+            # The last batch is as large as the others: documents of the one before are read again.
             batch = by_length[min(begin, len(examples) - size) :][:size]
 
             new = [len(examples[index].ids) for index in batch if index not in scores]
@@ -134,30 +153,30 @@ class _Reader:
         size, lengths = self.config.model.block_size, np.array([len(each.ids) for each in batch])
         blocks = -(-int(lengths.max()) // size)
         chunk = 1 if ablation else self.config.evaluate.chunk_blocks
-        memory = start = self.streamer.start(len(batch))
+        state = start = self.streamer.start(len(batch))
         nats: list[list[np.ndarray]] = [[] for _ in batch]
         correct: list[list[np.ndarray]] = [[] for _ in batch]
         for first, count in _chunks(blocks, chunk):
             begin, end = first * size, (first + count) * size
             inputs, targets = self._window(batch, begin, end)
-            likeliest, logprobs, memory = self.streamer.measure(
-                inputs, targets, memory, tokens_at_once=self.config.train.loss_chunk
+            likeliest, logprobs, state = self.streamer.measure(
+                inputs, targets, state, tokens_at_once=self.config.train.loss_chunk
             )
             if ablation:
-                memory = ablated(self.config.model, memory, start, ablation)
+                state = ablated(self.config.model, state, start, ablation)
             for row, length in enumerate(lengths):
                 real = slice(0, max(0, int(length) - begin))
                 nats[row].append(-logprobs[row, real])
                 correct[row].append(likeliest[row, real] == targets[row, real])
             report(end)
-        _check_all_read(memory, size, blocks, lengths, [sum(map(len, parts)) for parts in nats])
+        _check_all_read(state, size, blocks, lengths, [sum(map(len, parts)) for parts in nats])
         return [
             Scores(np.concatenate(nats[row]), np.concatenate(correct[row]), example.weights > 0)
             for row, example in enumerate(batch)
         ]
 
     def _window(self, batch: list[Example], begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets (B, end - begin); zeros after the end of a document."""
+        """Return inputs and targets (B, end - begin); zeros after the end of a document."""
         targets = np.zeros((len(batch), end - begin), np.int32)
         inputs = np.zeros_like(targets)
         for row, example in enumerate(batch):
@@ -170,7 +189,7 @@ class _Reader:
 
 
 def _chunks(blocks: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """First block and number of blocks of every call; shorter ones, in few sizes, at the end."""
+    """Yield first block and number of blocks of every call; at the end fewer blocks, in few sizes."""
     first = 0
     while first < blocks:
         while chunk > blocks - first:
@@ -180,9 +199,9 @@ def _chunks(blocks: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 def _check_all_read(
-    memory: StreamState, size: int, blocks: int, lengths: np.ndarray, scored: list[int]
+    state: StreamState, size: int, blocks: int, lengths: np.ndarray, scored: list[int]
 ) -> None:
-    read = memory.tokens_read
+    read = state.tokens_read
     if (read != blocks * size).any() or scored != lengths.tolist():
         raise RuntimeError(
             f"documents of {lengths.tolist()} tokens were read as {read.tolist()}, and {scored} tokens were scored: "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fam_jax.config import UserError
-from fam_jax.generate.text import Completion, State, TextModel
+from fam_jax.generate.text import Completion, TextModel, TextState
 
 TEXTS = ("prompt", "question")  # fields of a line, in the order in which they are read
 
@@ -16,9 +16,9 @@ def complete_lines(
     model: TextModel,
     source: Path,
     out: Path,
-    complete: Callable[[State], Completion],
+    complete: Callable[[TextState], Completion],
     *,
-    state: State | None = None,
+    state: TextState | None = None,
     on_line: Callable[[int, int], None] | None = None,
 ) -> tuple[int, int]:
     """Completes every line of `source`, an object with "prompt_file", "prompt" or "question", read in this order.
@@ -64,7 +64,7 @@ def complete_lines(
 
 
 def _complete_line(
-    model: TextModel, line: str, complete: Callable[[State], Completion], state: State | None
+    model: TextModel, line: str, complete: Callable[[TextState], Completion], state: TextState | None
 ) -> dict[str, Any]:
     given = _parse(line)
     try:

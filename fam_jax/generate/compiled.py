@@ -1,4 +1,4 @@
-"""The model's calls, compiled once per config, mesh and shape; every one takes the parameters as an argument."""
+"""The model's calls, compiled once per config, mesh and shape. Each takes the parameters as an argument."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fam_jax.config import ModelConfig
+from fam_jax.config import ModelConfig, ceil_div
 from fam_jax.generate.sampling import Sampling, sample
 from fam_jax.model import StreamState, Transformer, from_dict
 from fam_jax.model.layer_types import memory_of
@@ -21,10 +21,11 @@ from fam_jax.sharding import AXES, batch_sharding, replicated, traced_for
 
 Params = dict[str, Any]
 BATCH_AXES = cast(tuple[str, ...], AXES["batch"][0])
+TIE = -1  # in place of the likeliest token where two are equally likely
 
 
 class Calls(NamedTuple):
-    """Jitted functions. Those that take a memory consume it: its buffers become those of the memory returned."""
+    """Jitted functions. Those that take a state consume it: its buffers become those of the returned state."""
 
     start: Callable[..., StreamState]
     read_blocks: Callable[..., tuple[jax.Array, StreamState]]
@@ -36,39 +37,50 @@ class Calls(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What one call of `Calls.decode` did; columns from `steps` on are unused."""
+    """The result of one call of `Calls.decode`; columns from `steps` on are unused."""
 
-    tokens: jax.Array  # (B, W) int32; 0 in rows that had stopped
-    logprobs: jax.Array  # (B, W)
-    counts: jax.Array  # (B,) int32 tokens of this call
-    stopped: jax.Array  # (B,) bool
-    steps: jax.Array  # () int32
-    logits: jax.Array  # (B, V) of each row's next token
+    # (B, W) int32; 0 in rows that had stopped.
+    tokens: jax.Array
+    # (B, W)
+    logprobs: jax.Array
+    # (B,) int32, tokens of this call.
+    counts: jax.Array
+    # (B,) bool
+    stopped: jax.Array
+    # () int32
+    steps: jax.Array
+    # (B, V) logits of each row's next token.
+    logits: jax.Array
 
 
 class Scored(NamedTuple):
-    """The model's view of given tokens; entries beyond a row's count mean nothing."""
+    """How likely given tokens are; entries beyond a row's count mean nothing."""
 
-    likeliest: jax.Array  # (B, W) int32
-    logprobs: jax.Array  # (B, W)
-    logits: jax.Array  # (B, V) of each row's next token
+    # (B, W) int32, the likeliest token in each place, or TIE.
+    likeliest: jax.Array
+    # (B, W)
+    logprobs: jax.Array
+    # (B, V) logits of each row's next token.
+    logits: jax.Array
 
 
 class Measured(NamedTuple):
     """How well each token of a batch is predicted from those before it."""
 
-    likeliest: jax.Array  # (B, T) int32
-    logprobs: jax.Array  # (B, T)
+    # (B, T) int32, the likeliest token in each place, or TIE.
+    likeliest: jax.Array
+    # (B, T)
+    logprobs: jax.Array
 
 
 @functools.lru_cache
 def structure(config: ModelConfig) -> tuple[Any, Any]:
-    """Graph definition and abstract state of the model, to merge parameters into."""
+    """Return graph definition and abstract state of the model, to merge parameters into."""
     return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
 
 
 def mesh_of(params: Params) -> Mesh | None:
-    """The mesh (of `fam_jax.sharding`) that the parameters are spread over; None if they are not."""
+    """Return the mesh (of `fam_jax.sharding`) that the parameters are spread over; None if they are not."""
     for leaf in jax.tree.leaves(params):
         mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
         if isinstance(mesh, Mesh) and set(BATCH_AXES) <= set(mesh.axis_names):
@@ -77,7 +89,7 @@ def mesh_of(params: Params) -> Mesh | None:
 
 
 def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """Of arrays (B, ...): over the batch axes where they divide the rows; else every device has all rows."""
+    """Return the sharding of arrays (B, ...): over the batch axes if they divide the rows, else replicated."""
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     return batch_sharding(mesh) if rows % ways == 0 else replicated(mesh)
 
@@ -119,7 +131,7 @@ def _start_shapes(model: ModelConfig, rows: int) -> StreamState:
 
 @functools.lru_cache(maxsize=32)
 def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
-    """The calls for batches of `rows` rows; compilation itself waits for the first call of each shape."""
+    """Return the calls for batches of `rows` rows; each compiles when it is first called with a shape."""
     graphdef, abstract = structure(config)
 
     def model(params: Params) -> Transformer:
@@ -128,39 +140,39 @@ def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
     def start(params: Params) -> StreamState:
         return model(params).init_state(rows)
 
-    def read_blocks(params: Params, memory: StreamState, tokens: jax.Array) -> tuple[jax.Array, StreamState]:
-        hidden, memory = model(params).hidden(tokens, memory, aligned=True)
-        return hidden[:, -1], memory
+    def read_blocks(params: Params, state: StreamState, tokens: jax.Array) -> tuple[jax.Array, StreamState]:
+        hidden, state = model(params).hidden(tokens, state, aligned=True)
+        return hidden[:, -1], state
 
     def read_piece(
-        params: Params, memory: StreamState, tokens: jax.Array, counts: jax.Array, last: jax.Array
+        params: Params, state: StreamState, tokens: jax.Array, counts: jax.Array, last: jax.Array
     ) -> tuple[jax.Array, StreamState]:
-        hidden, memory = model(params).hidden(tokens, memory, lengths=counts)
+        hidden, state = model(params).hidden(tokens, state, lengths=counts)
         newest = hidden[np.arange(rows), jnp.maximum(counts - 1, 0)]
-        return jnp.where(counts[:, None] > 0, newest, last), memory
+        return jnp.where(counts[:, None] > 0, newest, last), state
 
     def logits(params: Params, hidden: jax.Array) -> jax.Array:
         return model(params).logits(hidden)
 
-    def decode(params: Params, memory: StreamState, **kwargs: Any) -> tuple[Decoded, StreamState]:
-        return _decode(model(params), memory, **kwargs)
+    def decode(params: Params, state: StreamState, **kwargs: Any) -> tuple[Decoded, StreamState]:
+        return _decode(model(params), state, **kwargs)
 
-    def score(params: Params, memory: StreamState, **kwargs: jax.Array) -> tuple[Scored, StreamState]:
-        return _score(model(params), memory, **kwargs)
+    def score(params: Params, state: StreamState, **kwargs: jax.Array) -> tuple[Scored, StreamState]:
+        return _score(model(params), state, **kwargs)
 
-    def measure_blocks(params: Params, memory: StreamState, **kwargs: Any) -> tuple[Measured, StreamState]:
-        return _measure(model(params), memory, **kwargs)
+    def measure_blocks(params: Params, state: StreamState, **kwargs: Any) -> tuple[Measured, StreamState]:
+        return _measure(model(params), state, **kwargs)
 
-    placed: dict[str, dict[str, Any]] = {"memory": {}, "both": {}, "one": {}}
+    placed: dict[str, dict[str, Any]] = {"state": {}, "both": {}, "one": {}}
     if mesh is not None:
-        one, memory = replicated(mesh), state_sharding(mesh, config, rows)
+        one, places = replicated(mesh), state_sharding(mesh, config, rows)
         placed = {
             name: {"out_shardings": out}
-            for name, out in {"memory": memory, "both": (one, memory), "one": one}.items()
+            for name, out in {"state": places, "both": (one, places), "one": one}.items()
         }
-    consuming = functools.partial(jax.jit, donate_argnames="memory", **placed["both"])
+    consuming = functools.partial(jax.jit, donate_argnames="state", **placed["both"])
     return Calls(
-        start=jax.jit(start, **placed["memory"]),
+        start=jax.jit(start, **placed["state"]),
         read_blocks=consuming(read_blocks if mesh is None else traced_for(mesh, read_blocks)),
         read_piece=consuming(read_piece),
         logits=jax.jit(logits, **placed["one"]),
@@ -174,7 +186,7 @@ def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
 
 def _decode(
     model: Transformer,
-    memory: StreamState,
+    state: StreamState,
     logits: jax.Array,
     stopped: jax.Array,
     key: jax.Array,
@@ -185,9 +197,9 @@ def _decode(
     sampling: Sampling,
     width: int,
 ) -> tuple[Decoded, StreamState]:
-    """Up to min(limit, width) tokens; `begin` (), the number of tokens before, names the random stream of each."""
+    """Generate up to min(limit, width) tokens; `begin` () tokens were generated before them (it seeds each draw)."""
     rows = logits.shape[0]
-    state = Decoded(
+    none_yet = Decoded(
         tokens=jnp.zeros((rows, width), jnp.int32),
         logprobs=jnp.zeros((rows, width), logits.dtype),
         counts=jnp.zeros(rows, jnp.int32),
@@ -200,48 +212,48 @@ def _decode(
         return (carry[0].steps < jnp.minimum(limit, width)) & ~carry[0].stopped.all()
 
     def step(carry: tuple[Decoded, StreamState]) -> tuple[Decoded, StreamState]:
-        state, memory = carry
-        active = ~state.stopped
-        token = sample(state.logits, jax.random.fold_in(key, begin + state.steps), sampling)
+        done, state = carry
+        active = ~done.stopped
+        token = sample(done.logits, jax.random.fold_in(key, begin + done.steps), sampling)
         token = jnp.where(active, token, 0)
-        logprob = jnp.where(active, _logprob(state.logits, token), 0)
-        after, memory = model(token[:, None], memory, lengths=active.astype(jnp.int32))
-        state = Decoded(
-            tokens=state.tokens.at[:, state.steps].set(token),
-            logprobs=state.logprobs.at[:, state.steps].set(logprob),
-            counts=state.counts + active,
-            stopped=state.stopped | (active & (token[:, None] == stop_tokens).any(axis=1)),
-            steps=state.steps + 1,
-            logits=jnp.where(active[:, None], after[:, 0], state.logits),
+        logprob = jnp.where(active, _logprob(done.logits, token), 0)
+        after, state = model(token[:, None], state, lengths=active.astype(jnp.int32))
+        done = Decoded(
+            tokens=done.tokens.at[:, done.steps].set(token),
+            logprobs=done.logprobs.at[:, done.steps].set(logprob),
+            counts=done.counts + active,
+            stopped=done.stopped | (active & (token[:, None] == stop_tokens).any(axis=1)),
+            steps=done.steps + 1,
+            logits=jnp.where(active[:, None], after[:, 0], done.logits),
         )
-        return state, memory
+        return done, state
 
-    return jax.lax.while_loop(unfinished, step, (state, memory))
+    return jax.lax.while_loop(unfinished, step, (none_yet, state))
 
 
 def _score(
-    model: Transformer, memory: StreamState, logits: jax.Array, tokens: jax.Array, counts: jax.Array
+    model: Transformer, state: StreamState, logits: jax.Array, tokens: jax.Array, counts: jax.Array
 ) -> tuple[Scored, StreamState]:
-    """Reads the first `counts` (B,) tokens of each row of (B, W); logits of one token per row exist at a time."""
-    hidden, memory = model.hidden(tokens, memory, lengths=counts)
+    """Read the first `counts` (B,) tokens of each row of (B, W), with logits of one token per row at a time."""
+    hidden, state = model.hidden(tokens, state, lengths=counts)
 
     def step(logits: jax.Array, x: Any) -> tuple[jax.Array, Any]:
         hidden, token, read = x
-        seen = jnp.argmax(logits, axis=-1).astype(jnp.int32), _logprob(logits, token)
+        seen = _likeliest(logits), _logprob(logits, token)
         return jnp.where(read[:, None], model.logits(hidden), logits), seen
 
     read = np.arange(tokens.shape[1])[:, None] < counts
     logits, (likeliest, logprobs) = jax.lax.scan(step, logits, (hidden.swapaxes(0, 1), tokens.T, read))
-    return Scored(likeliest.T, logprobs.T, logits), memory
+    return Scored(likeliest.T, logprobs.T, logits), state
 
 
 def _measure(
-    model: Transformer, memory: StreamState, inputs: jax.Array, targets: jax.Array, *, width: int
+    model: Transformer, state: StreamState, inputs: jax.Array, targets: jax.Array, *, width: int
 ) -> tuple[Measured, StreamState]:
-    """Reads inputs (B, T) from a block border on; logits of `width` tokens per row exist at a time."""
-    hidden, memory = model.hidden(inputs, memory, aligned=True)
+    """Read inputs (B, T) from a block border on, with logits of `width` tokens per row at a time."""
+    hidden, state = model.hidden(inputs, state, aligned=True)
     length = inputs.shape[1]
-    count = -(-length // width)
+    count = ceil_div(length, width)
 
     def split(x: jax.Array) -> jax.Array:  # (B, T, ...) -> (pieces, B, width, ...)
         padded = jnp.pad(x, ((0, 0), (0, count * width - length), *[(0, 0)] * (x.ndim - 2)))
@@ -250,10 +262,16 @@ def _measure(
     def piece(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits = model.logits(x[0])
         chosen = jnp.take_along_axis(logits, x[1][..., None], axis=-1)[..., 0]
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+        return _likeliest(logits), chosen - jax.nn.logsumexp(logits, axis=-1)
 
     parts = jax.lax.map(piece, (split(hidden), split(targets)))
-    return Measured(*(x.swapaxes(0, 1).reshape(-1, count * width)[:, :length] for x in parts)), memory
+    return Measured(*(x.swapaxes(0, 1).reshape(-1, count * width)[:, :length] for x in parts)), state
+
+
+def _likeliest(logits: jax.Array) -> jax.Array:
+    """Return the token with the highest logit (...,) int32, or TIE if several have it."""
+    alone = (logits == logits.max(axis=-1, keepdims=True)).sum(axis=-1) == 1
+    return jnp.where(alone, jnp.argmax(logits, axis=-1), TIE).astype(jnp.int32)
 
 
 def _logprob(logits: jax.Array, token: jax.Array) -> jax.Array:

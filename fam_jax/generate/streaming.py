@@ -1,4 +1,4 @@
-"""Reading any number of tokens through constant memory, and generating from it."""
+"""Read any number of tokens through a state of constant size, and generate from it."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -26,92 +26,98 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What :meth:`Streamer.generate` returns; to generate on, pass `logits` and `memory` to it again."""
+    """The result of :meth:`Streamer.generate`. To go on, pass `logits` and `state` to it again."""
 
-    tokens: np.ndarray  # (B, n) int32; each row's first `lengths` are generated, the others 0
-    lengths: np.ndarray  # (B,) int32; a stop token counts
-    logprobs: np.ndarray  # (B, n): log probability under the model itself, before temperature and filters
-    stopped: np.ndarray  # (B,) bool: ended by a stop token, not by max_tokens
-    logits: jax.Array  # (B, V) of each row's next token
-    memory: StreamState  # after what was read before and all generated tokens
+    # (B, n) int32; each row's first `lengths` are generated, the others 0.
+    tokens: np.ndarray
+    # (B,) int32; a stop token counts.
+    lengths: np.ndarray
+    # (B, n) log probabilities under the model itself, before temperature and filters.
+    logprobs: np.ndarray
+    # (B,) bool: ended by a stop token, not by max_tokens.
+    stopped: np.ndarray
+    # (B, V) logits of each row's next token.
+    logits: jax.Array
+    # After what was read before and all generated tokens.
+    state: StreamState
 
 
 class Streamer:
-    """A model that reads and writes streams. A memory passed in stays valid: continue it in as many ways as needed.
+    """A model that reads and writes streams. A state passed in stays valid, so it can be continued in several ways.
 
-    Parameters that are spread over a mesh of `fam_jax.sharding` keep their places, and batches are spread over the
-    mesh too. All instances of one config share what is compiled.
+    Parameters that are spread over a mesh of `fam_jax.sharding` stay where they are, and batches are spread over the
+    mesh too. All instances of one config share compiled programs.
     """
 
     def __init__(self, config: ModelConfig, params: Any):
-        """Takes the parameters as the nested dict that checkpoints hold, or as `nnx.State`.
+        """Take parameters as the nested dict that checkpoints hold, or as `nnx.State`.
 
         Raises:
-          UserError: the parameters are not those of a model of this config.
+          UserError: the parameters do not fit a model of this config.
         """
         values = to_dict(params) if isinstance(params, nnx.State) else params
         try:
             from_dict(structure(config)[1], values)
         except ValueError as error:
-            raise UserError(f"{error}; load them with the config that they were trained under") from error
+            raise UserError(f"{error}; load them with the config that they were trained with") from error
         self.config = config
         self.params = jax.tree.map(jnp.asarray, values)
         self._mesh = mesh_of(self.params)
 
     def start(self, batch_size: int) -> StreamState:
-        """The memory of `batch_size` streams that have read nothing."""
+        """Return the state of `batch_size` streams that have read nothing."""
         return self._calls(batch_size).start(self.params)
 
     def read(
         self,
         prompts: Sequence[np.ndarray],
-        memory: StreamState | None = None,
+        state: StreamState | None = None,
         *,
         chunk_blocks: int = 16,
         on_progress: Progress | None = None,
     ) -> tuple[jax.Array, StreamState]:
-        """Reads every row's prompt; they may differ in length. Device memory does not depend on the lengths.
+        """Read a prompt per row; they may differ in length. Device memory does not depend on the lengths.
 
         Args:
           prompts: B arrays (tokens,) of token ids.
-          memory: of B streams to continue; None starts new ones.
-          chunk_blocks: blocks that go through the model at once, where all rows have as many: sets speed and device
+          state: of B streams to continue; None starts new ones.
+          chunk_blocks: blocks that go through the model at once while all rows have that many. Sets speed and device
             memory, not the result.
-          on_progress: called with the number of tokens read and to be read, in all rows together.
+          on_progress: called with the number of tokens read and to read, in all rows together.
 
         Returns:
-          Logits (B, V) of the token that follows each prompt, and the memory.
+          Logits (B, V) of the token that follows each prompt, and the state.
 
         Raises:
-          UserError: a prompt is empty or has ids outside the vocabulary; the memory is of another number of streams.
+          UserError: a prompt is empty or has ids outside the vocabulary; the state has another number of streams.
         """
         if chunk_blocks < 1:
             raise UserError(f"chunk_blocks: must be at least 1, got {chunk_blocks}")
         rows = self._checked(prompts, "prompt")
-        memory = self.start(len(rows)) if memory is None else self._copied(memory, len(rows))
+        state = self.start(len(rows)) if state is None else self._copied(state, len(rows))
         calls = self._calls(len(rows))
         last = jnp.zeros((len(rows), self.config.model_dim), self.config.dtype)
         lengths = np.array([len(row) for row in rows])
         done = np.zeros_like(lengths)
-        filled = np.asarray(memory.position.filled)
+        filled = np.asarray(state.position.filled)
         for counts, aligned in plan_reads(filled, lengths, self.config.block_size, chunk_blocks):
             tokens = self._placed(_window(rows, done, counts, max(counts.max(), self.config.block_size)))
             if aligned:
-                last, memory = calls.read_blocks(self.params, memory=memory, tokens=tokens)
+                last, state = calls.read_blocks(self.params, state=state, tokens=tokens)
             else:
-                last, memory = calls.read_piece(
-                    self.params, memory=memory, tokens=tokens, counts=counts.astype(np.int32), last=last
+                last, state = calls.read_piece(
+                    self.params, state=state, tokens=tokens, counts=counts.astype(np.int32), last=last
                 )
             done += counts
             if on_progress is not None:
-                last.block_until_ready()  # calls are queued, and progress would run ahead of them
+                last.block_until_ready()  # calls are queued: progress would run ahead of them
                 on_progress(int(done.sum()), int(lengths.sum()))
-        return calls.logits(self.params, last), memory
+        return calls.logits(self.params, last), state
 
     def generate(
         self,
         logits: jax.Array,
-        memory: StreamState,
+        state: StreamState,
         *,
         max_tokens: int,
         sampling: Sampling = GREEDY,
@@ -120,16 +126,16 @@ class Streamer:
         on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
         tokens_per_call: int = 16,
     ) -> Generated:
-        """Generates token by token; each goes into the memory, a stop token too, and then the row rests.
+        """Generate token by token. Each token is read into the state; after a stop token the row rests.
 
         Args:
           logits: (B, V) of the next token, from :meth:`read` or an earlier generation.
-          memory: of the same B streams.
-          max_tokens: of each row.
-          sampling: how tokens are drawn.
-          key: typed PRNG key, needed unless greedy; token t of this call is drawn with `fold_in(key, t)`.
+          state: of the same B streams.
+          max_tokens: tokens to generate in each row.
+          sampling: how tokens are sampled.
+          key: typed PRNG key, needed unless greedy; token t of this call is sampled with `fold_in(key, t)`.
           stop_tokens: ids that end a row.
-          on_tokens: called with the tokens (B, n) since the last call, and how many of them (B,) each row has.
+          on_tokens: called with the tokens (B, n) since the last call and their number (B,) in each row.
           tokens_per_call: tokens between these calls; they leave the device together.
 
         Raises:
@@ -141,13 +147,13 @@ class Streamer:
             raise UserError("key: sampling at a temperature above 0 needs a random key")
         key = jax.random.key(0) if key is None else key
         batch = logits.shape[0]
-        memory = self._copied(memory, batch)
+        state = self._copied(state, batch)
         calls, stops = self._calls(batch), np.asarray([*stop_tokens], np.int32)
         stopped: Any = np.zeros(batch, bool)
         parts, generated = [], 0
         while generated < max_tokens:
-            out, memory = calls.decode(
-                self.params, memory=memory, logits=logits, stopped=stopped, key=key, begin=np.int32(generated),
+            out, state = calls.decode(
+                self.params, state=state, logits=logits, stopped=stopped, key=key, begin=np.int32(generated),
                 limit=np.int32(max_tokens - generated), stop_tokens=stops, sampling=sampling, width=tokens_per_call,
             )  # fmt: skip
             logits, stopped, steps = out.logits, out.stopped, int(out.steps)
@@ -165,27 +171,28 @@ class Streamer:
             logprobs=np.concatenate(logprobs, axis=1),
             stopped=np.asarray(stopped),
             logits=logits,
-            memory=memory,
+            state=state,
         )
 
     def score(
-        self, continuations: Sequence[np.ndarray], logits: jax.Array, memory: StreamState
+        self, continuations: Sequence[np.ndarray], logits: jax.Array, state: StreamState
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the model thinks of given continuations, each token after the true ones before it (teacher forcing).
+        """Score given continuations, each token after the true ones before it (teacher forcing).
 
         Args:
           continuations: B arrays (tokens,) of token ids.
           logits: (B, V) of the next token, from :meth:`read` or :meth:`generate`.
-          memory: of the same B streams.
+          state: of the same B streams.
 
         Returns:
-          For each row: the likeliest id in place of each token (int32), and the log probability of each token.
+          For each row: the likeliest id in place of each token (int32; TIE if several are equally likely), and the log
+          probability of each token.
 
         Raises:
           UserError: as :meth:`read`.
         """
         rows = self._checked(continuations, "continuation")
-        memory = self._copied(memory, len(rows))
+        state = self._copied(state, len(rows))
         lengths = np.array([len(row) for row in rows])
         # A power of two: few widths are compiled, whatever the lengths.
         width = min(1 << int(lengths.max() - 1).bit_length(), self.config.block_size)
@@ -193,8 +200,8 @@ class Streamer:
         for begin in range(0, int(lengths.max()), width):
             counts = np.clip(lengths - begin, 0, width)
             tokens = self._placed(_window(rows, np.full_like(lengths, begin), counts, width))
-            out, memory = self._calls(len(rows)).score(
-                self.params, memory=memory, logits=logits, tokens=tokens, counts=counts.astype(np.int32)
+            out, state = self._calls(len(rows)).score(
+                self.params, state=state, logits=logits, tokens=tokens, counts=counts.astype(np.int32)
             )
             logits = out.logits
             likeliest.append(np.asarray(out.likeliest))
@@ -203,34 +210,36 @@ class Streamer:
         return [(ids[b, :n], values[b, :n]) for b, n in enumerate(lengths)]
 
     def measure(
-        self, inputs: np.ndarray, targets: np.ndarray, memory: StreamState, *, tokens_at_once: int = 4096
+        self, inputs: np.ndarray, targets: np.ndarray, state: StreamState, *, tokens_at_once: int = 4096
     ) -> tuple[np.ndarray, np.ndarray, StreamState]:
-        """How well each target is predicted after the input in its place and all before it, for long texts.
+        """Measure how well each target is predicted from the inputs up to its place, for long texts.
 
         Args:
           inputs: (B, T) int32, T a multiple of the block size; every stream must stand at a block border.
           targets: (B, T) int32.
-          memory: of B streams.
-          tokens_at_once: of all rows together, whose logits exist at one time.
+          state: of B streams.
+          tokens_at_once: tokens in all rows together whose logits exist at one time.
 
         Returns:
-          The likeliest id in place of each target (B, T) int32, the log probability of each target (B, T), and the
-          memory after the inputs.
+          The likeliest id in place of each target (B, T) int32 (TIE if several are equally likely), the log probability
+          of each target (B, T), and the state after the inputs.
 
         Raises:
-          UserError: ids are outside the vocabulary; the memory is of another number of streams.
-          ValueError: the inputs are not whole blocks, or a stream stands within one.
+          UserError: ids are outside the vocabulary; the state has another number of streams.
+          ValueError: the inputs are not whole blocks, or a stream is within one.
         """
-        if inputs.shape[1] % self.config.block_size or np.asarray(memory.position.filled).any():
-            raise ValueError(f"inputs: {inputs.shape[1]} tokens are not whole blocks from a block border on")
+        if inputs.shape[1] % self.config.block_size or np.asarray(state.position.filled).any():
+            raise ValueError(
+                f"inputs: {inputs.shape[1]} tokens are not whole blocks that start at a block border"
+            )
         self._checked([*inputs], "input")
         self._checked([*targets], "target")
         rows = len(inputs)
-        out, memory = self._calls(rows).measure_blocks(
-            self.params, memory=self._copied(memory, rows), inputs=self._placed(inputs),
+        out, state = self._calls(rows).measure_blocks(
+            self.params, state=self._copied(state, rows), inputs=self._placed(inputs),
             targets=self._placed(targets), width=min(max(1, tokens_at_once // rows), inputs.shape[1]),
         )  # fmt: skip
-        return np.asarray(out.likeliest), np.asarray(out.logprobs), memory
+        return np.asarray(out.likeliest), np.asarray(out.logprobs), state
 
     def _calls(self, rows: int) -> Calls:
         return compiled_calls(self.config, self._mesh, rows)
@@ -240,25 +249,23 @@ class Streamer:
             tokens if self._mesh is None else jax.device_put(tokens, rows_sharding(self._mesh, len(tokens)))
         )
 
-    def _copied(self, memory: StreamState, rows: int) -> StreamState:
-        """A copy for the compiled calls to consume."""
-        if memory.batch_size != rows:
-            raise UserError(
-                f"memory: holds {memory.batch_size} streams, but {rows} rows are to continue them"
-            )
-        memory = jax.tree.map(lambda x: jnp.array(x, copy=True), memory)
+    def _copied(self, state: StreamState, rows: int) -> StreamState:
+        """Return a copy for the compiled calls to consume."""
+        if state.batch_size != rows:
+            raise UserError(f"state: holds {state.batch_size} streams, but there are {rows} rows to read")
+        state = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
         if self._mesh is None:
-            return memory
-        return jax.device_put(memory, state_sharding(self._mesh, self.config, rows))
+            return state
+        return jax.device_put(state, state_sharding(self._mesh, self.config, rows))
 
     def _checked(self, texts: Sequence[np.ndarray], kind: str) -> list[np.ndarray]:
         if len(texts) == 0:
-            raise UserError(f"there is no {kind} to read: give at least one")
+            raise UserError(f"{kind}s: there are none; give at least one")
         rows = [np.asarray(text) for text in texts]
         for number, row in enumerate(rows):
             if row.size == 0:
                 raise UserError(
-                    f"{kind} {number} is empty: the model needs at least one token, such as a start token"
+                    f"{kind} {number}: is empty; the model needs at least one token, such as a start token"
                 )
             if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
                 raise UserError(
@@ -277,14 +284,14 @@ class Streamer:
 def plan_reads(
     filled: np.ndarray, lengths: np.ndarray, block_size: int, chunk_blocks: int
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """Divides rows of `lengths` (B,) tokens into calls, for streams with `filled` (B,) tokens in their open blocks.
+    """Divide rows of `lengths` (B,) tokens into calls, for streams with `filled` (B,) tokens in unfinished blocks.
 
     Yields:
-      How many tokens (B,) each row reads next, and whether in whole blocks from a block border: then all read as many,
-      `chunk_blocks` blocks while they last, then ever fewer. Other calls read a block of tokens at most.
+      How many tokens (B,) each row reads next, and whether as whole blocks from a block border. Then all rows read the
+      same number: `chunk_blocks` blocks at first, fewer at the end. Other calls read at most a block of tokens.
     """
     lead = -filled % block_size
-    whole = int(((lengths - lead) // block_size).min())  # whole blocks that every row has
+    whole = int(((lengths - lead) // block_size).min())  # whole blocks that all rows have
     remaining = lengths.copy()
     if whole > 0:
         if lead.any():
@@ -292,7 +299,7 @@ def plan_reads(
         left, blocks = whole, chunk_blocks
         while left > 0:
             while blocks > left:
-                blocks = max(blocks // 4, 1)  # by four: every size is a program to compile
+                blocks = max(blocks // 4, 1)  # every size is a program to compile: few sizes
             yield np.full_like(lengths, blocks * block_size), True
             left -= blocks
         remaining -= lead + whole * block_size
@@ -303,7 +310,7 @@ def plan_reads(
 
 
 def _window(rows: Sequence[np.ndarray], begin: np.ndarray, counts: np.ndarray, width: int) -> np.ndarray:
-    """(B, width): each row's `counts` tokens from `begin` on, then zeros."""
+    """Return (B, width): each row's `counts` tokens from `begin` on, then zeros."""
     out = np.zeros((len(rows), width), np.int32)
     for b, (row, first, count) in enumerate(zip(rows, begin, counts, strict=True)):
         out[b, :count] = row[first : first + count]

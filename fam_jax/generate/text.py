@@ -1,4 +1,4 @@
-"""Text in, text out: a trained model with its vocabulary, and what it remembers of a text.
+"""Text in, text out: a trained model with its vocabulary.
 
 model = TextModel.restore("runs/book")
 with open("book.txt", "rb") as book:
@@ -16,48 +16,53 @@ import numpy as np
 
 from fam_jax.config import Config, ConfigError, UserError
 from fam_jax.data.bos import bos_ids
-from fam_jax.generate.memory_file import load_memory, save_memory
-from fam_jax.generate.restore import load_model
 from fam_jax.generate.sampling import GREEDY, Sampling
+from fam_jax.generate.state_file import load_state, save_state
 from fam_jax.generate.streaming import Streamer
 from fam_jax.generate.tokenize import Detokenizer, encode_pieces, read_text
 from fam_jax.model import StreamState
+from fam_jax.restore import load_model
 
 TOKENS_PER_CALL = 16  # between two looks at the text that is generated
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
-    """What one stream remembers: a value, to be continued in as many ways as needed."""
+class TextState:
+    """The state of one stream of text: a value that can be continued in several ways."""
 
-    memory: StreamState
-    logits: jax.Array | None  # (1, V) of the next token; None: not known, as the memory comes from a file
+    streams: StreamState
+    # (1, V) logits of the next token; None: unknown, as the state comes from a file.
+    logits: jax.Array | None
 
     @property
     def tokens_read(self) -> int:
-        """Of the whole stream, generated ones included."""
-        return int(self.memory.tokens_read[0])
+        """Return the tokens of the whole stream, generated ones included."""
+        return int(self.streams.tokens_read[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What :meth:`TextModel.generate` returns."""
+    """The result of :meth:`TextModel.generate`."""
 
-    text: str  # without the stop that ended it
-    tokens: int  # generated, those of the stop included
-    ended_by: str  # "length", "end" (the vocabulary's end token) or the text in `stop`
-    state: State  # after all of these tokens
+    # Without the stop string that ended it.
+    text: str
+    # Tokens generated, those of the stop string included.
+    tokens: int
+    # "length", "end" (the vocabulary's end token) or the stop string.
+    ended_by: str
+    # After all of these tokens.
+    state: TextState
 
 
 class TextModel:
-    """A model that reads and writes text through a memory of constant size."""
+    """A model that reads and writes text through a state of constant size."""
 
     def __init__(self, config: Config, params: dict[str, Any], vocabulary: Any):
-        """Takes the plain parameters (any LoRA merged) and a vocabulary from `fam_jax.data.vocabulary`.
+        """Take parameters, with any LoRA merged, and a vocabulary from `fam_jax.data.vocabulary`.
 
         Raises:
-          UserError: the parameters are of another model, the vocabulary is larger than the model's, or has no start
-            token and config.data.add_bos asks for one.
+          UserError: the parameters do not fit the model, the vocabulary is larger than the model's, or it has no start
+            token although config.data.add_bos asks for one.
         """
         if vocabulary.vocab_size > config.model.vocab_size:
             raise ConfigError(
@@ -72,31 +77,31 @@ class TextModel:
     def restore(
         cls, folder: str | os.PathLike[str], step: int | None = None, mesh: jax.sharding.Mesh | None = None
     ) -> "TextModel":
-        """The model of a training run; arguments and errors are those of :func:`load_model`."""
+        """Load the model of a training run; arguments and errors are those of :func:`load_model`."""
         config, params, _ = load_model(folder, step, mesh)
-        from fam_jax.data.vocabulary import load_vocabulary  # takes seconds, for TensorFlow
+        from fam_jax.data.vocabulary import load_vocabulary  # imports TensorFlow, which takes seconds
 
         return cls(config, params, load_vocabulary(config.data.vocabulary))
 
     def read(
         self,
         source: BinaryIO | str,
-        state: State | None = None,
+        state: TextState | None = None,
         *,
         chunk_blocks: int = 16,
         on_progress: Callable[[int], None] | None = None,
-    ) -> State:
-        """Reads a text of any length; memory, of host and device, does not depend on it.
+    ) -> TextState:
+        """Read a text of any length; host and device memory do not depend on its length.
 
         Args:
           source: a binary file of UTF-8 text, or the text itself.
-          state: to continue, the text being encoded by itself; it stays valid. None: a new stream, which begins with
-            the start token if config.data.add_bos.
+          state: to continue; the text is tokenized on its own, and the state stays valid. None: a new stream, which
+            begins with the start token if config.data.add_bos is set.
           chunk_blocks: blocks that go through the model at once.
           on_progress: called with the number of tokens read so far.
 
         Raises:
-          UserError: the text is empty or no UTF-8.
+          UserError: the text is empty or not UTF-8.
         """
         if isinstance(source, str):
             name, texts = "the text", iter([source])
@@ -104,13 +109,13 @@ class TextModel:
             name = str(getattr(source, "name", "the text"))
             texts = read_text(source, name)
         size = self.config.model.block_size
-        memory = None if state is None else state.memory
+        memory = None if state is None else state.streams
         logits, done = None, 0
-        # The first chunk ends at a block border, so that all others are whole blocks.
-        first = chunk_blocks * size - (int(state.memory.position.filled[0]) if state is not None else 0)
+        # The first chunk ends at a block border, so all others are whole blocks.
+        first = chunk_blocks * size - (int(state.streams.position.filled[0]) if state is not None else 0)
         pieces = encode_pieces(self.vocabulary.encode, texts)
         if state is None:
-            pieces = _behind(self._begin, pieces)
+            pieces = _with_start(self._begin, pieces)
         for tokens in _chunks(pieces, first, chunk_blocks * size):
             logits, memory = self.streamer.read([tokens], memory, chunk_blocks=chunk_blocks)
             done += len(tokens)
@@ -119,11 +124,11 @@ class TextModel:
                 on_progress(done)
         if memory is None or logits is None:
             raise UserError(f"{name}: holds no tokens; give at least one character to read")
-        return State(memory, logits)
+        return TextState(memory, logits)
 
     def generate(
         self,
-        state: State,
+        state: TextState,
         *,
         max_tokens: int,
         sampling: Sampling = GREEDY,
@@ -131,29 +136,27 @@ class TextModel:
         stop: Sequence[str] = (),
         on_text: Callable[[str], None] | None = None,
     ) -> Completion:
-        """Writes on from `state`, FAM updated at every block border.
+        """Continue the text; the memory is written at every block border.
 
         Args:
           state: from :meth:`read`.
-          max_tokens: at which it ends at the latest; the vocabulary's end token ends it too.
-          sampling: how tokens are drawn.
-          seed: of what is drawn.
-          stop: texts that end it, and are left out.
-          on_text: called with the text as it comes; of a stop that has only begun, nothing is told.
+          max_tokens: where the text ends at the latest; the vocabulary's end token ends it too.
+          sampling: how tokens are sampled.
+          seed: of the sampling.
+          stop: strings that end the text and are left out.
+          on_text: called with the text as it comes; text that may be the start of a stop string is held back.
 
         Raises:
-          UserError: max_tokens is not positive, a stop is empty, or the memory comes from a file and nothing was
+          UserError: max_tokens is not positive, a stop string is empty, or the state comes from a file and nothing was
             read since.
         """
         if any(not text for text in stop):
-            raise UserError("stop: must not be empty text")
+            raise UserError("stop: must not be an empty string")
         if state.logits is None:
-            raise UserError(
-                "a loaded memory does not say what comes next: let it read a question or a prompt first"
-            )
+            raise UserError("a loaded memory does not say what comes next; read a question or a prompt first")
         end = self.vocabulary.eos_id
         writer = _Writer(Detokenizer(self.vocabulary.decode), stop, on_text)
-        logits, memory, done = state.logits, state.memory, 0
+        logits, memory, done = state.logits, state.streams, 0
         key = jax.random.key(seed)
         while True:
             out = self.streamer.generate(
@@ -164,82 +167,85 @@ class TextModel:
             tokens = out.tokens[0, : out.lengths[0]]
             ended = bool(out.stopped[0])
             taken = writer.add(tokens[: len(tokens) - ended].tolist())
-            if taken is not None:  # a stop: the tokens behind it were not asked for
+            if taken is not None:  # a stop string: discard the tokens after it
                 kept = tokens[:taken]
                 logits, memory = self.streamer.read([kept], memory)
-                return writer.completion(done + taken, State(memory, logits))
+                return writer.completion(done + taken, TextState(memory, logits))
             done += len(tokens)
-            logits, memory = out.logits, out.memory
+            logits, memory = out.logits, out.state
             if ended or done >= max_tokens:
-                return writer.completion(done, State(memory, logits), "end" if ended else "length")
+                return writer.completion(done, TextState(memory, logits), "end" if ended else "length")
 
-    def save(self, path: str | os.PathLike[str], state: State) -> None:
-        """Writes the memory of `state` to a file; see :func:`save_memory`."""
-        save_memory(path, state.memory, self.config.model, self.streamer.params)
+    def save(self, path: str | os.PathLike[str], state: TextState) -> None:
+        """Write `state` to a file; see :func:`save_state`."""
+        save_state(path, state.streams, self.config.model, self.streamer.params)
 
-    def load(self, path: str | os.PathLike[str]) -> State:
-        """Reads a memory of this model, to be continued; see :func:`load_memory`.
+    def load(self, path: str | os.PathLike[str]) -> TextState:
+        """Read a state of this model from a file; see :func:`load_state`.
 
         Raises:
-          MemoryFileError: no such file, a damaged one, one of another model or of several streams.
+          StateFileError: the file is missing or damaged, or belongs to another model.
+          UserError: it holds several streams.
         """
-        memory = load_memory(path, self.config.model, self.streamer.params)
+        memory = load_state(path, self.config.model, self.streamer.params)
         if memory.batch_size != 1:
             raise UserError(
                 f"{path}: holds {memory.batch_size} streams; save one of them, StreamState.select([row])"
             )
-        return State(memory, None)
+        return TextState(memory, None)
 
 
 class _Writer:
-    """Text that is generated, told as far as no stop can begin in it."""
+    """Collect generated text, and pass on what cannot be the start of a stop string."""
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], on_text: Callable[[str], None] | None):
         self._detokenizer, self._stop, self._on_text = detokenizer, stop, on_text
-        self._text, self._told = "", 0
+        self._text, self._passed_on = "", 0
         self._ended_by: str | None = None
 
     def add(self, tokens: Sequence[int]) -> int | None:
-        """Takes tokens one by one; the number of those that were needed to complete a stop, if one is."""
+        """Add tokens. Return how many of them completed a stop string, or None if none is complete."""
         for count, token in enumerate(tokens, 1):
             self._text += self._detokenizer.add([token])
-            found = [(self._text.find(stop, self._told), stop) for stop in self._stop]
+            found = [(self._text.find(stop, self._passed_on), stop) for stop in self._stop]
             places = [(place, stop) for place, stop in found if place >= 0]
             if places:
                 place, self._ended_by = min(places)
                 self._text = self._text[:place]
-                self._tell(place)
+                self._pass_on(place)
                 return count
-        self._tell(len(self._text) - max((_begun(self._text, stop) for stop in self._stop), default=0))
+        self._pass_on(
+            len(self._text) - max((_partial_stop(self._text, stop) for stop in self._stop), default=0)
+        )
         return None
 
-    def completion(self, tokens: int, state: State, ended_by: str = "") -> Completion:
-        """All of it, with the rest told."""
+    def completion(self, tokens: int, state: TextState, ended_by: str = "") -> Completion:
+        """Return the whole text, after passing on the rest."""
         if self._ended_by is None:
             self._text += self._detokenizer.finish()
-        self._tell(len(self._text))
+        self._pass_on(len(self._text))
         return Completion(self._text, tokens, self._ended_by or ended_by, state)
 
-    def _tell(self, until: int) -> None:
-        if self._on_text is not None and until > self._told:
-            self._on_text(self._text[self._told : until])
-        self._told = max(self._told, until)
+    def _pass_on(self, until: int) -> None:
+        if self._on_text is not None and until > self._passed_on:
+            self._on_text(self._text[self._passed_on : until])
+        self._passed_on = max(self._passed_on, until)
 
 
-def _begun(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are a beginning of `stop`."""
+def _partial_stop(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` are the start of `stop`."""
     return max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
 
 
-def _behind(begin: list[int], pieces: Iterable[list[int]]) -> Iterator[list[int]]:
-    """The pieces of a text with `begin` before the first token; nothing if there is none."""
+def _with_start(begin: list[int], pieces: Iterable[list[int]]) -> Iterator[list[int]]:
+    """Yield the pieces of a text with `begin` before the first token; nothing for a text without tokens."""
     for piece in pieces:
         yield [*begin, *piece] if piece else piece
         begin = [] if piece else begin
 
 
 def _chunks(pieces: Iterable[list[int]], first: int, size: int) -> Iterator[np.ndarray]:
-    """Arrays of `size` ids, the first of `first`, the last of what is left."""
+    """Yield arrays of `size` ids; the first has `first`, the last what is left."""
     held: list[int] = []
     wanted = first
     for piece in pieces:

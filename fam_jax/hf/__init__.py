@@ -9,7 +9,7 @@ side is refused by name.
 from fam_jax.hf.adapter import export_adapter, without_adapter
 from fam_jax.hf.errors import ConvertError
 from fam_jax.hf.exporting import export_folder
-from fam_jax.hf.families import hf_config, model_fields, updated_config
+from fam_jax.hf.families import hf_config, model_fields, model_window, updated_config
 from fam_jax.hf.folder import Folder
 from fam_jax.hf.importing import import_parameters
 from fam_jax.hf.tokenizer import adds_bos, check_tokenizer, copy_tokenizer, find_tokenizer
@@ -26,6 +26,7 @@ __all__ = [
     "hf_config",
     "import_parameters",
     "model_fields",
+    "model_window",
     "updated_config",
     "without_adapter",
 ]

@@ -10,9 +10,10 @@ from safetensors.numpy import save_file
 
 from fam_jax.config import Config
 from fam_jax.hf.errors import ConvertError
-from fam_jax.hf.exporting import new_folder, write_fam
+from fam_jax.hf.exporting import new_folder, write_memory
 from fam_jax.hf.names import tensors
 from fam_jax.model import lora
+from fam_jax.model.layer_types import is_memory
 from fam_jax.model.parameters import flatten, unflatten
 
 PREFIX = "base_model.model."  # what PEFT puts before the names of a base model's modules
@@ -38,7 +39,7 @@ def export_adapter(
             "config.lora.rank: is 0, so there is no adapter to export; export the model itself"
         )
     trained = flatten(lora.divide(dict(params), config.lora)[0])
-    others = [path for path in trained if not path.endswith((*lora.ADAPTERS, "initial_fam"))]
+    others = [path for path in trained if not (path.endswith(lora.ADAPTERS) or is_memory(path))]
     if others:
         raise ConvertError(
             f"config.lora.train: {others[0]} was trained too, which an adapter cannot hold; export the merged model"
@@ -62,7 +63,7 @@ def export_adapter(
     }  # fmt: skip
     with new_folder(path) as folder:
         save_file(arrays, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_fam(folder, config.model, leaves)
+        write_memory(folder, config.model, leaves)
         (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 

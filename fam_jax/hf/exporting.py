@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 from fam_jax.config import ModelConfig
 from fam_jax.hf.errors import ConvertError
 from fam_jax.hf.families import check_same
-from fam_jax.hf.folder import CONFIG, FAM_FILE, INDEX, SINGLE
-from fam_jax.hf.importing import FAM_FIELDS
+from fam_jax.hf.folder import CONFIG, INDEX, MEMORY_FILE, SINGLE
 from fam_jax.hf.names import Tensor, tensors
+from fam_jax.model.layer_types import is_memory
 from fam_jax.model.parameters import flatten
 
 Progress = Callable[[int, int], None]
@@ -60,7 +60,7 @@ def export_folder(
         hf = {key: value for key, value in hf.items() if key != "dtype"} | {"torch_dtype": dtype}
     with new_folder(path) as folder:
         _write_tensors(folder, model, leaves, dtype, shard_bytes, on_progress)
-        write_fam(folder, model, leaves)
+        write_memory(folder, model, leaves)
         (folder / CONFIG).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
         if write_more is not None:
             write_more(folder)
@@ -155,12 +155,16 @@ def _values(leaf: Any, tensor: Tensor, layer: int | None, dtype: str | None) -> 
     return tensor.to_file(values.astype(dtype or values.dtype, copy=False))
 
 
-def write_fam(folder: Path, model: ModelConfig, leaves: dict[str, Any]) -> None:
-    """Writes the initial FAM, if there is one among the parameters by path, with the fields that it belongs to."""
-    found = [np.asarray(leaf) for path, leaf in leaves.items() if path.endswith("initial_fam")]
+def write_memory(folder: Path, model: ModelConfig, leaves: dict[str, Any]) -> None:
+    """Write the memory's own parameters, if it has any, with the config fields that they belong to.
+
+    Args:
+      folder: to write to.
+      model: the config of the model.
+      leaves: all parameters by path.
+    """
+    found = {path: np.asarray(leaf) for path, leaf in leaves.items() if is_memory(path)}
     if found:
-        fields = dataclasses.asdict(model)
-        config = json.dumps({name: fields[name] for name in FAM_FIELDS})
-        save_file(
-            {"initial_fam": found[0]}, folder / FAM_FILE, metadata={"format": "fam_jax", "config": config}
-        )
+        config = json.dumps({"block_size": model.block_size, "memory": dataclasses.asdict(model.memory)})
+        metadata = {"format": "fam_jax 2", "config": config}
+        save_file(found, folder / MEMORY_FILE, metadata=metadata)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from fam_jax.config import ModelConfig
+from fam_jax.config import ModelConfig, fields_with_effect
 from fam_jax.hf.errors import ConvertError
 from fam_jax.hf.options import INERT, READ, REFUSED, ROPE, SIZES, check_kinds, short
 
@@ -75,28 +75,38 @@ FAMILIES = {
 ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
 LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
 
-# Fields of ModelConfig that say how much a model sees at a time and how it executes; they are ours alone.
-OWN_FIELDS = (
-    "dtype", "block_size", "memory_segments", "stop_gradient", "fam_length", "fam_init", "fam_positions",
-    "fam_previous_blocks", "attention", "remat",
-)  # fmt: skip
-
-# A model without any of the options that families differ in.
+# A model without any of the options that families differ in: the fields that decide what parameters are or mean.
 PLAIN = {
-    field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name not in OWN_FIELDS
+    field.name: field.default
+    for field in dataclasses.fields(ModelConfig)
+    if field.name in fields_with_effect(ModelConfig, "parameters")
 }
 
 
 def model_fields(hf: HfConfig, ignored: Collection[str] = ()) -> Fields:
-    """All fields of :class:`ModelConfig` but `OWN_FIELDS`: what the model of a `config.json` computes.
+    """Return the fields of :class:`ModelConfig` that a `config.json` decides: what its model computes.
 
     Args:
       hf: the file's content, or what :func:`fam_jax.hf.multimodal.text_part` makes of it.
-      ignored: options that may stand in it unread, because the caller knows that they change nothing.
+      ignored: options that may be in it unread, because the caller knows that they change nothing.
 
     Raises:
       ConvertError: an architecture, option or value that is not supported, or a size that is missing.
     """
+    return {name: value for name, value in _fields(hf, ignored).items() if name != "window"}
+
+
+def model_window(hf: HfConfig, ignored: Collection[str] = ()) -> int:
+    """Return the sliding window of all layers of a `config.json`, in tokens; 0: they have none.
+
+    Raises:
+      ConvertError: as :func:`model_fields`.
+    """
+    return _fields(hf, ignored).get("window", 0)
+
+
+def _fields(hf: HfConfig, ignored: Collection[str]) -> Fields:
+    """Return :func:`model_fields`, and "window" if all layers have one."""
     check_kinds(hf)
     family = _family(hf)
     _refuse_unknown(hf, family, ignored)
@@ -340,7 +350,7 @@ def _family_name(model: ModelConfig) -> str:
         return "qwen3"
     if model.qkv_bias:
         return "qwen2"
-    return "mistral" if model.window else "llama"
+    return "mistral" if model.memory.window else "llama"
 
 
 def _written_scaling(model: ModelConfig) -> Fields | None:
@@ -353,11 +363,11 @@ def _written_scaling(model: ModelConfig) -> Fields | None:
 
 def _written_layers(model: ModelConfig, name: str) -> Fields:
     if name == "mistral":
-        return {"sliding_window": model.window or None}
-    pattern = ("local",) if model.window else model.layer_pattern
+        return {"sliding_window": model.memory.window or None}
+    pattern = ("local",) if model.memory.window else model.layer_pattern
     names = {ours: theirs for theirs, ours in LAYER_TYPES.items()}
     types = [names[pattern[i % len(pattern)]] for i in range(model.num_layers)]
-    window = model.window or model.local_window or None
+    window = model.memory.window or model.local_window or None
     written: Fields = {"layer_types": types, "sliding_window": window}
     if name.startswith("qwen"):
         written |= {"use_sliding_window": window is not None, "max_window_layers": 0}

@@ -17,7 +17,8 @@ from fam_jax.hf.options import short
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FAM_FILE = "fam.safetensors"
+MEMORY_FILE = "memory.safetensors"
+FAM_FILE = "fam.safetensors"  # its name in format 1
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # Small files that go with a model and that nothing here changes: the tokenizer, its chat template, defaults.
@@ -78,6 +79,12 @@ class Folder:
                     )
                 part = handle.get_slice(stored)
                 self._entries[name] = _Entry(stored, file, tuple(part.get_shape()), part.get_dtype())
+
+    @property
+    def memory_file(self) -> Path | None:
+        """Return the file with the parameters of the memory, or None if there is none."""
+        files = (self.path / name for name in (MEMORY_FILE, FAM_FILE))
+        return next((file for file in files if file.is_file()), None)
 
     @property
     def names(self) -> set[str]:

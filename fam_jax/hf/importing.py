@@ -6,28 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
+from flax import nnx
 
 from fam_jax.config import ModelConfig
+from fam_jax.config.format1 import upgrade_array_name, upgrade_model
 from fam_jax.hf.errors import ConvertError
-from fam_jax.hf.folder import FAM_FILE, Folder
+from fam_jax.hf.folder import Folder
 from fam_jax.hf.names import Tensor, tensors
-from fam_jax.model.initial import fam_of_embeddings, fam_path, fam_shape
+from fam_jax.model import Transformer, to_dict
+from fam_jax.model.layer_types import is_memory, start_of_memory
 from fam_jax.model.parameters import flatten, unflatten
 
 Progress = Callable[[int, int], None]
 Shardings = Callable[[dict[str, Any]], dict[str, Any]]
 ALIGNMENT = 64  # bytes
-FAM_FIELDS = (
-    "fam_length",
-    "fam_init",
-    "fam_positions",
-    "fam_previous_blocks",
-    "block_size",
-    "memory_segments",
-)
 
 
 def import_parameters(
@@ -46,8 +40,8 @@ def import_parameters(
 
     Args:
       folder: whose `config.json` `model` was made from.
-      model: with a FAM, its initial FAM is the one that lies in the folder, or else rows of the embedding table drawn
-        at random: :func:`fam_jax.model.initial.fam_of_embeddings`.
+      model: the parameters of its memory are those stored in the folder, or else start as
+        `Memory.initial_parameters` says.
       shardings: from the nested dict of shapes to that of shardings.
       param_dtype: None keeps the file's.
       seed: of the rows.
@@ -59,9 +53,8 @@ def import_parameters(
     wanted = tensors(model)
     check_tensors(folder, model, wanted)
     shapes = {t.path: jax.ShapeDtypeStruct(t.shape, param_dtype or _dtype(folder, t)) for t in wanted}
-    fam = fam_path(model) if model.fam_length else None
-    if fam is not None:
-        shapes[fam] = jax.ShapeDtypeStruct(fam_shape(model), jnp.float32)
+    memory = memory_shapes(model)
+    shapes |= memory
     placed = flatten(shardings(unflatten(shapes)))
     total, done = sum(t.layers for t in wanted), 0
     params = {}
@@ -72,9 +65,15 @@ def import_parameters(
         if on_progress is not None:
             on_progress(done, total)
     folder.close()
-    if fam is not None:
-        params[fam] = _initial_fam(folder, model, shapes[fam], params, placed[fam], seed)
+    if memory:
+        params |= _memory_parameters(folder, model, params, {path: placed[path] for path in memory}, seed)
     return unflatten(params)
+
+
+def memory_shapes(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype of the memory's own parameters by path."""
+    whole = to_dict(nnx.state(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))))
+    return {path: leaf for path, leaf in flatten(whole).items() if is_memory(path)}
 
 
 def check_tensors(folder: Folder, model: ModelConfig, wanted: list[Tensor]) -> None:
@@ -100,22 +99,28 @@ def check_tensors(folder: Folder, model: ModelConfig, wanted: list[Tensor]) -> N
         )
 
 
-def stored_fam(folder: Folder) -> dict[str, Any]:
-    """Fields of :class:`ModelConfig` under which the initial FAM beside the model was trained; none if there is none.
+def stored_memory(folder: Folder) -> dict[str, Any]:
+    """Return the fields `block_size` and `memory` with which the memory stored beside a model was trained.
+
+    Returns:
+      Fields of :class:`ModelConfig`; none if nothing is stored.
 
     Raises:
-      ConvertError: the file is damaged or no FAM of ours.
+      ConvertError: the file is damaged or not one of fam_jax.
     """
-    path = folder.path / FAM_FILE
-    if not path.is_file():
+    path = folder.memory_file
+    if path is None:
         return {}
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            fields = json.loads((file.metadata() or {})["config"])
-            return {name: fields[name] for name in FAM_FIELDS}
+            metadata = file.metadata() or {}
+            fields = json.loads(metadata["config"])
+        if metadata.get("format") == "fam_jax":  # format 1
+            fields = upgrade_model(fields)
+        return {"block_size": fields["block_size"], "memory": fields["memory"]}
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ConvertError(
-            f"{path}: holds no initial FAM, or is damaged; fetch it again or remove it"
+            f"{path}: holds no memory of fam_jax, or is damaged; fetch it again or remove it"
         ) from error
 
 
@@ -168,19 +173,25 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
-def _initial_fam(
-    folder: Folder, model: ModelConfig, like: Any, params: dict[str, Any], sharding: Any, seed: int
-) -> jax.Array:
-    path = folder.path / FAM_FILE
-    if path.is_file():
+def _memory_parameters(
+    folder: Folder, model: ModelConfig, params: dict[str, Any], placed: dict[str, Any], seed: int
+) -> dict[str, jax.Array]:
+    """Return the memory's own parameters by path: stored ones, or those that a new memory starts with."""
+    shapes, path = memory_shapes(model), folder.memory_file
+    if path is not None:
         with safetensors.safe_open(path, framework="np") as file:
-            names = list(file.keys())
-            values = file.get_tensor(names[0]) if names == ["initial_fam"] else np.zeros(0)
-        if values.shape != like.shape:
-            raise ConvertError(
-                f"{path}: its initial FAM has shape {list(values.shape)}, and the model's has {list(like.shape)}; set "
-                "fam_length and fam_init to those that it was trained with, or remove the file"
-            )
-        return jax.device_put(values, sharding)
-    draw = jax.jit(lambda table: fam_of_embeddings(table, model, seed), out_shardings=sharding)
-    return draw(params["embedding/table"])
+            values = {upgrade_array_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if [*values] == [
+            "memory/initial_fam"
+        ] and "layers/memory/initial_fam" in shapes:  # format 1 named both alike
+            values = {"layers/memory/initial_fam": values["memory/initial_fam"]}
+        for name, like in shapes.items():
+            found = list(values[name].shape) if name in values else "none"
+            if found != list(like.shape):
+                raise ConvertError(
+                    f"{path}: {name} has shape {found}, and the model's has {list(like.shape)}; set the fields of the "
+                    "memory to those that it was trained with, or remove the file"
+                )
+        return {name: jax.device_put(values[name], placed[name]) for name in shapes}
+    start = jax.jit(lambda table: start_of_memory(model, table, seed), out_shardings=placed)
+    return start(params["embedding/table"])

@@ -8,6 +8,7 @@ from flax import nnx
 
 from fam_jax.config import ModelConfig
 from fam_jax.model import Transformer, to_dict
+from fam_jax.model.layer_types import is_memory
 from fam_jax.model.parameters import flatten
 
 
@@ -86,7 +87,7 @@ def tensors(model: ModelConfig) -> list[Tensor]:
     names = _names(model)
     found = []
     for path, shape in shapes.items():
-        if not path.endswith("initial_fam"):
+        if not is_memory(path):
             in_axes = 0 if not path.endswith("kernel") else 2 if path == "layers/output/kernel" else 1
             found.append(Tensor(path, names[path], shape, in_axes))
     return found

@@ -1,4 +1,4 @@
-"""Feedback Attention Memory (section 2.2, algorithm 2): each layer attends to its own latent vectors of the last block."""
+"""Feedback Attention Memory (section 2.2, algorithm 2): each layer attends to its own latent vectors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -30,27 +30,29 @@ from fam_jax.memories.window_cache import (
 class FamConfig(BlockSlidingWindowConfig):
     """Feedback Attention Memory beside Block Sliding Window Attention."""
 
-    kind: str = setting("fam", "The architecture.")
+    kind: str = setting(default="fam", doc="The architecture.")
     length: int = setting(
-        8,
-        "M, feedback vectors of a layer; 0 is Block Sliding Window Attention.",
+        default=8,
+        doc="M, feedback vectors of a layer; 0 is Block Sliding Window Attention.",
         minimum=0,
         effect="parameters",
     )
     init: str = setting(
-        "prompt",
-        "Initial FAM. prompt: learned vectors that rise through the layers. prefix: learned vectors of each layer "
+        default="prompt",
+        doc="Initial FAM. prompt: learned vectors that rise through the layers. prefix: learned vectors of each layer "
         "(appendix B.1).",
         choices=("prompt", "prefix"),
         effect="parameters",
     )
     positions: str = setting(
-        "last",
-        "Positions of FAM (appendix B.2.1). last: those of the last M tokens of its block. float: spread between "
+        default="last",
+        doc="Positions of FAM (appendix B.2.1). last: those of the last M tokens of its block. float: spread between "
         "two blocks. zero: the beginning of the stream.",
         choices=("last", "float", "zero"),
     )
-    previous_blocks: int = setting(1, "R, past blocks whose FAM a token sees (appendix B.4.2).", minimum=1)
+    previous_blocks: int = setting(
+        default=1, doc="R, past blocks whose FAM a token sees (appendix B.4.2).", minimum=1
+    )
 
     parameter_axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"initial_fam": ("slots", "width")}
 

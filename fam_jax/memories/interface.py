@@ -1,7 +1,7 @@
 """What a memory architecture is: config fields, parameters, a state per layer, and how blocks read and write it.
 
 The timeline is the same for all: the tokens of block tau read the state that block tau - 1 left, and the state changes
-once, when the last token of the block has been read. A memory therefore has to define two things, :meth:`Memory.read_piece`
+once, when the last token of the block has been read. So a memory has to define two things: :meth:`Memory.read_piece`
 (tokens within a block read the state) and :meth:`Memory.close_block` (a complete block changes it). From these the
 default :meth:`Memory.read_blocks` reads whole blocks, for training and prefill. It is also the reference for a faster
 one.
@@ -33,7 +33,7 @@ from fam_jax.memories.window_cache import (
 
 S = TypeVar("S", bound=WindowState)
 
-# The piece's entries (B, W, ...), under the name of the field of the state (B, C, ...) that holds the unfinished block's.
+# What a piece adds to the unfinished block: entries (B, W, ...) by the field of the state (B, C, ...) that holds them.
 Tail = dict[str, jax.Array]
 # Rows (B or 1, M, D) that rise through the layers beside the tokens.
 Stream = jax.Array | None

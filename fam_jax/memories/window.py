@@ -32,8 +32,10 @@ class WindowConfig(MemoryConfig):
 class FullConfig(WindowConfig):
     """Full causal attention over a context of fixed length; beyond it, a window of blocks."""
 
-    kind: str = setting("full", "The architecture.")
-    context: int = setting(1024, "Tokens, from the first on, that see all tokens before them.", minimum=1)
+    kind: str = setting(default="full", doc="The architecture.")
+    context: int = setting(
+        default=1024, doc="Tokens, from the first on, that see all tokens before them.", minimum=1
+    )
 
     def cached_blocks(self, block_size: int) -> int:
         """Return m: enough blocks for the last token of the context to see the first."""
@@ -44,8 +46,8 @@ class FullConfig(WindowConfig):
 class SlidingWindowConfig(WindowConfig):
     """Sliding window attention (Longformer, Mistral): each token sees a fixed number of tokens."""
 
-    kind: str = setting("swa", "The architecture.")
-    window: int = setting(64, "Tokens that a token sees, itself included.", minimum=1)
+    kind: str = setting(default="swa", doc="The architecture.")
+    window: int = setting(default=64, doc="Tokens that a token sees, itself included.", minimum=1)
 
     def cached_blocks(self, block_size: int) -> int:
         """Return m: as many blocks as the window of a block's first token reaches into."""
@@ -56,13 +58,13 @@ class SlidingWindowConfig(WindowConfig):
 class BlockSlidingWindowConfig(WindowConfig):
     """Block Sliding Window Attention: each token sees all of the last m blocks and its own block causally."""
 
-    kind: str = setting("bswa", "The architecture.")
-    segments: int = setting(1, "m, past blocks that stay visible.", minimum=0)
+    kind: str = setting(default="bswa", doc="The architecture.")
+    segments: int = setting(default=1, doc="m, past blocks that stay visible.", minimum=0)
     window: int = setting(
-        0, "If positive, hide keys this many tokens or more behind a query as well.", minimum=0
+        default=0, doc="If positive, hide keys this many tokens or more behind a query as well.", minimum=0
     )
     stop_gradient: bool = setting(
-        False, "Stop gradients at the keys and values of earlier blocks.", effect="training"
+        default=False, doc="Stop gradients at the keys and values of earlier blocks.", effect="training"
     )
 
     def cached_blocks(self, block_size: int) -> int:
@@ -74,10 +76,10 @@ class BlockSlidingWindowConfig(WindowConfig):
 class TransformerXLConfig(WindowConfig):
     """Transformer-XL with RoPE: cached keys and values get no gradient (Dai et al. 2019)."""
 
-    kind: str = setting("transformer_xl", "The architecture.")
-    segments: int = setting(1, "m, past blocks that stay visible.", minimum=0)
+    kind: str = setting(default="transformer_xl", doc="The architecture.")
+    segments: int = setting(default=1, doc="m, past blocks that stay visible.", minimum=0)
     window: int = setting(
-        0, "If positive, hide keys this many tokens or more behind a query as well.", minimum=0
+        default=0, doc="If positive, hide keys this many tokens or more behind a query as well.", minimum=0
     )
 
     if not TYPE_CHECKING:
@@ -111,7 +113,7 @@ class ExtraKeys(NamedTuple):
     keys: jax.Array
     values: jax.Array
     # (B, N) how many of the S exist: the first ones. None: all.
-    count: jax.Array | None
+    existing: jax.Array | None
 
 
 S = TypeVar("S", bound=WindowState)
@@ -160,7 +162,7 @@ class Window(Memory[S]):
             extra.keys,
             extra.values,
             frames.past_length,
-            extra.count,
+            extra.existing,
             block_size=model.block_size,
             memory_segments=segments,
             window=model.memory.window,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from fam_jax.config import ConfigError, ModelConfig
 from fam_jax.layers.decoder_layer import DecoderLayer
@@ -18,11 +19,37 @@ from fam_jax.memories.interface import Memory, Stream, Tail
 from fam_jax.memories.registry import memory_class
 from fam_jax.memories.window import BlockSlidingWindowAttention, local_model
 from fam_jax.memories.window_cache import Position
+from fam_jax.model.parameters import flatten
 
 
 def memory_of(model: ModelConfig) -> Memory:
     """Return the memory of a model's global layers."""
     return memory_class(model.memory.kind)(model)
+
+
+def is_memory(path: str) -> bool:
+    """Return whether a parameter, such as layers/memory/gate, belongs to the memory."""
+    return path.removeprefix("layers/").startswith("memory/")
+
+
+def start_of_memory(model: ModelConfig, table: jax.Array, seed: int) -> dict[str, jax.Array]:
+    """Return the memory's own parameters by path, for a model that goes on from one with another memory.
+
+    Args:
+      model: the config, with the new memory.
+      table: (V, D) embeddings of the other model.
+      seed: of random values.
+    """
+    memory, rngs = memory_of(model), nnx.Rngs(seed)
+    keys = jax.random.split(rngs.params(), model.num_layers)
+    layers = jax.vmap(lambda key: _arrays(memory.layer_parameters(nnx.Rngs(key))))(keys)
+    fresh = {f"memory/{path}": leaf for path, leaf in _arrays(memory.model_parameters(rngs)).items()}
+    fresh |= {f"layers/memory/{path}": leaf for path, leaf in layers.items()}
+    return fresh | dict(memory.initial_parameters(table, seed))
+
+
+def _arrays(module: nnx.Module | None) -> dict[str, jax.Array]:
+    return {} if module is None else flatten(nnx.to_pure_dict(nnx.state(module)))
 
 
 class LayerTypes(NamedTuple):

@@ -76,7 +76,7 @@ def add_lora(model: Transformer, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
     parameters = flatten(to_dict(nnx.state(model)))
     for pattern in config.train:
         named = fnmatch.filter(parameters, pattern)
-        if not named and not pattern.endswith("initial_fam"):  # which a model may do without
+        if not named and not pattern.endswith("memory/*"):  # not every memory has parameters
             raise ConfigError(f"config.lora.train: {pattern!r} names none of {', '.join(parameters)}")
         twice = chosen.intersection(named)
         if twice:

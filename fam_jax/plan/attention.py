@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fam_jax.config import MeshConfig, ModelConfig
+from fam_jax.config import MeshConfig, ModelConfig, ceil_div
 from fam_jax.kernels.pallas import resident, resident_backward
 from fam_jax.kernels.pallas.geometry import Geometry, Layout
 from fam_jax.kernels.pallas.tiles import Tiles, choose_tiles
@@ -41,8 +42,7 @@ def visible_keys(
     *,
     block_size: int,
     segments: int,
-    fam: int = 0,
-    fam_blocks: int = 1,
+    extra: Callable[[int], int] = lambda _: 0,
     window: int = 0,
     past: int = 0,
 ) -> float:
@@ -52,20 +52,19 @@ def visible_keys(
       tokens: T, from a block border on.
       block_size: C.
       segments: m.
-      fam: M.
-      fam_blocks: R, FAMs of how many past blocks a token sees.
+      extra: from the number of a block to that of the extra keys which its tokens see.
       window: 0 = no further limit.
       past: blocks that were read before.
     """
     total = 0.0
-    for block in range(-(-tokens // block_size)):
+    for block in range(ceil_div(tokens, block_size)):
         count = min(block_size, tokens - block * block_size)
         before = min(past + block, segments) * block_size
         if window:
             total += sum(min(window, before + place) for place in range(1, count + 1))
         else:
             total += count * (before + (count + 1) / 2)
-        total += count * fam * min(fam_blocks, past + block + 1)
+        total += count * extra(past + block)
     return total
 
 
@@ -114,7 +113,7 @@ class Problem:
             self.blocks * self.block_size - self.missing,
             block_size=self.block_size,
             segments=self.segments,
-            fam=self.fam,
+            extra=lambda _: self.fam,
             window=self.window,
         )
         return PRODUCTS[which] * self.group * keys * self.head_dim
@@ -155,17 +154,17 @@ def kernel_seconds(
         topology,
         model.block_size,
         model.memory_segments,
-        model.fam_length * model.fam_previous_blocks,
+        model.memory.extra_keys,
         model.head_dim,
         -(-tokens // model.block_size),
         min(group, GROUP),
-        window=model.window,
+        window=model.memory.window,
     )
     tiles = problem.tiles()
     padded = -(-tokens // tiles.rows) * tiles.rows
     problem = dataclasses.replace(problem, missing=problem.blocks * model.block_size - padded)
     whole = rows * heads / (problem.cores * problem.group)  # times the problem
-    static = past == 0 and model.fam_previous_blocks == 1
+    static = past == 0 and model.memory.extra_keys_of_block(0) == model.memory.extra_keys
     resident = {"forward": tiles.resident_forward, "backward": tiles.resident_backward}
     found = {}
     for which in ("forward", "backward") if gradient else ("forward",):
@@ -186,16 +185,20 @@ def streamed_seconds(
     chip: Chip, model: ModelConfig, heads: int, tokens: int, past: int, which: str
 ) -> dict[str, float]:
     """Least time of the streamed kernels of a pass at the matrix units' peak; `heads` are those of all rows."""
-    fam = model.fam_length * model.fam_previous_blocks
+    extra = model.memory.extra_keys
     keys = visible_keys(
-        tokens, block_size=model.block_size, segments=model.memory_segments, window=model.window, past=past
+        tokens,
+        block_size=model.block_size,
+        segments=model.memory_segments,
+        window=model.memory.window,
+        past=past,
     )
-    fam_keys = tokens * fam
+    extra_keys = tokens * extra
     return {
         name: products
         * heads
         * model.head_dim
-        * (fam_keys if name == "streamed_dfam" else keys + fam_keys * (name != "streamed_dkv"))
+        * (extra_keys if name == "streamed_dfam" else keys if name == "streamed_dkv" else keys + extra_keys)
         / (chip.cores * chip.macs_per_cycle * chip.clock)
         for name, products in STREAMED[which].items()
     }

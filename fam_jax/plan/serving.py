@@ -18,16 +18,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fam_jax.config import Config, MeshConfig, ModelConfig
-from fam_jax.generate.compiled import compiled_calls, memory_sharding, rows_sharding, structure
-from fam_jax.generate.restore import dtype_of_use
+from fam_jax.generate.compiled import compiled_calls, rows_sharding, state_sharding, structure
 from fam_jax.generate.sampling import GREEDY
 from fam_jax.generate.text import TOKENS_PER_CALL
-from fam_jax.model import Memory, create_model, lora, to_dict
+from fam_jax.model import StreamState, create_model, lora, to_dict
 from fam_jax.plan.chips import GIB, chip_of
 from fam_jax.plan.compile import compile_or_miss, local_bytes, peak_bytes, topology_devices
 from fam_jax.plan.cost import Estimate, estimate
 from fam_jax.plan.hlo import Op, Shares, parse
-from fam_jax.plan.layer_costs import kernels_of_kinds, shares_of_kinds
+from fam_jax.plan.layer_costs import kernels_of_types, shares_of_types
+from fam_jax.restore import dtype_of_use
 from fam_jax.sharding import make_mesh, param_shardings, replicated
 
 SERVE = ("prefill", "decode")
@@ -149,7 +149,7 @@ def plan_serving(
         chunk_blocks=chunk,
         capacity=chip_of(topology).hbm_bytes,
         parameters=local_bytes(programs.params),
-        memory=local_bytes(programs.memory.layers),
+        memory=local_bytes(programs.state.layers),
         stream=stream_bytes(config.model),
         loading=_loading_bytes(config, programs),
         phases=found,
@@ -157,7 +157,7 @@ def plan_serving(
 
 
 def _loading_bytes(config: Config, programs: "_Programs") -> int:
-    """As `fam_jax.generate.restore` loads: what is saved beside what is used; without LoRA, beside its largest part."""
+    """As `fam_jax.restore` loads: what is saved beside what is used; without LoRA, beside its largest part."""
 
     def saved() -> Any:
         return lora.stored(to_dict(nnx.state(create_model(config, rngs=nnx.Rngs(0)))), config)
@@ -195,16 +195,16 @@ class _Programs:
             shapes,
             param_shardings(shapes, mesh),
         )
-        self.memory: Memory = jax.tree.map(
+        self.state: StreamState = jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             jax.eval_shape(self.calls.start, self.params),
-            memory_sharding(mesh, model, streams),
+            state_sharding(mesh, model, streams),
         )
 
     def kernel_times(self, topology: str) -> dict[str, tuple[float, float]]:
         """Of attention over a chunk; decoding has no kernels."""
         model = self.config.model
-        return kernels_of_kinds(
+        return kernels_of_types(
             topology,
             model,
             self.mesh.shape,
@@ -224,14 +224,14 @@ class _Programs:
     def prefill(self) -> Any:
         """As in `Streamer.read`."""
         call: Any = self.calls.read_blocks
-        return call.trace(self.params, memory=self.memory, tokens=self._rows())
+        return call.trace(self.params, state=self.state, tokens=self._rows())
 
     def measure(self) -> Any:
         """As in `Streamer.measure`, for `fam_jax.evaluate.text`."""
         call: Any = self.calls.measure_blocks
         width = min(max(1, self.config.train.loss_chunk // self.streams), self.tokens)
         return call.trace(
-            self.params, memory=self.memory, inputs=self._rows(), targets=self._rows(), width=width
+            self.params, state=self.state, inputs=self._rows(), targets=self._rows(), width=width
         )
 
     def decode(self) -> Any:
@@ -241,7 +241,7 @@ class _Programs:
         number = whole((), jnp.int32)
         logits = jnp.promote_types(self.config.model.dtype, jnp.float32)
         return call.trace(
-            self.params, memory=self.memory, logits=whole((self.streams, self.config.model.vocab_size), logits),
+            self.params, state=self.state, logits=whole((self.streams, self.config.model.vocab_size), logits),
             stopped=whole((self.streams,), bool), key=jax.eval_shape(lambda: jax.random.key(0)), begin=number,
             limit=number, stop_tokens=whole((1,), jnp.int32), sampling=GREEDY, width=TOKENS_PER_CALL,
         )  # fmt: skip
@@ -262,7 +262,7 @@ def _phase(
     model, streams = programs.config.model, programs.streams
     # A memory passed in stays valid: the program consumes a copy of it.
     chip = chip_of(topology)
-    peak = peak_bytes(compiled, chip) + local_bytes(programs.memory.layers)
+    peak = peak_bytes(compiled, chip) + local_bytes(programs.state.layers)
     tokens = streams * (1 if name == "decode" else programs.tokens)
     if isinstance(compiled, int):
         return Phase(tokens, peak, None, compile_seconds, {})
@@ -299,7 +299,7 @@ def _phase(
 
 def _shares(model: ModelConfig, closing: float) -> Shares:
     """Of the kinds of layers; and of the branch that closes a block, which lies in the loop over tokens alone."""
-    kinds = shares_of_kinds(model)
+    kinds = shares_of_types(model)
 
     def shares(op: Op) -> Sequence[float] | None:
         if op.source.startswith("jit(decode)") and op.source.count("while/body") == 1:

@@ -15,7 +15,7 @@ from fam_jax.plan.chips import GIB, Chip, chip_of
 from fam_jax.plan.compile import compile_or_miss, local_bytes, peak_bytes, topology_devices
 from fam_jax.plan.cost import Estimate, estimate
 from fam_jax.plan.hlo import parse
-from fam_jax.plan.layer_costs import kernels_of_kinds, keys_of_layers, shares_of_kinds
+from fam_jax.plan.layer_costs import kernels_of_types, keys_of_layers, shares_of_types
 from fam_jax.sharding import batch_sharding
 from fam_jax.train.loop import Trainer, make_trainer
 
@@ -109,7 +109,7 @@ def plan_training(config: Config, topology: str, tokens: int, mesh: MeshConfig |
     started = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         # The profile comes from processes of its own, beside this one's compilation.
-        profile = pool.submit(kernels_of_kinds, topology, config.model, trainer.mesh.shape, rows, tokens)
+        profile = pool.submit(kernels_of_types, topology, config.model, trainer.mesh.shape, rows, tokens)
         executable = _compile(trainer, config.train.batch_size, tokens)
         seconds = time.perf_counter() - started
         times = profile.result()
@@ -117,7 +117,7 @@ def plan_training(config: Config, topology: str, tokens: int, mesh: MeshConfig |
     if isinstance(executable, jax.stages.Compiled):
         module = parse(executable.as_text() or "")
         ordered = list(trainer.mesh.devices.flat)
-        cost = estimate(module, chip, ordered, times, shares=shares_of_kinds(config.model))
+        cost = estimate(module, chip, ordered, times, shares=shares_of_types(config.model))
     return TrainingPlan(
         topology=topology,
         chips=len(devices),

@@ -71,7 +71,9 @@ def update_seconds(
       UserError: the TPU compiler is not installed, or its figure is below what the matrix units alone need.
     """
     chip = chip_of(topology)
-    problem = UpdateProblem(topology, model.block_size, model.fam_length, heads, kv_heads, model.head_dim)
+    problem = UpdateProblem(
+        topology, model.block_size, model.memory.chained_rows, heads, kv_heads, model.head_dim
+    )
     found = {}
     for which in PRODUCTS if gradient else ("forward",):
         name = f"fam_update_{which}"

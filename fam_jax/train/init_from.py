@@ -8,11 +8,9 @@ from etils import epath
 from fam_jax.checkpoint import absolute, load_params, read_config, with_vocabulary_found
 from fam_jax.config import Config, ConfigError, ModelConfig, fields_with_effect, resolve
 from fam_jax.model import lora
-from fam_jax.model.layer_types import memory_of
+from fam_jax.model.layer_types import is_memory, start_of_memory
 from fam_jax.model.parameters import flatten, unflatten
 from fam_jax.sharding import param_shardings
-
-MEMORY = "memory/"  # where a memory's parameters are, below the model and below its layers
 
 
 def locate(name: str) -> tuple[epath.Path, int | None]:
@@ -36,8 +34,8 @@ def check_named(config: Config) -> None:
     """Raise :class:`ConfigError` if LoRA would adapt random weights although the config does not ask for it."""
     if config.lora.rank and not config.train.init_from and not config.lora.random_base:
         raise ConfigError(
-            "config.train.init_from: is empty, but LoRA adapts a trained model; name a checkpoint, or set lora.rank=0 to "
-            "train all parameters, or lora.random_base=true to adapt random ones"
+            "config.train.init_from: is empty, but LoRA adapts a trained model; name a checkpoint, or set lora.rank=0 "
+            "to train all parameters, or lora.random_base=true to adapt random ones"
         )
 
 
@@ -58,9 +56,8 @@ def load_base(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     def adapt(params: dict[str, Any]) -> dict[str, Any]:
         flat = flatten(lora.merge(params, base.lora))
         if not _same_memory(config.model, base.model):
-            flat = {path: leaf for path, leaf in flat.items() if not _is_memory(path)}
-            memory = memory_of(config.model)
-            flat |= memory.initial_parameters(flat["embedding/table"], config.train.seed)
+            flat = {path: leaf for path, leaf in flat.items() if not is_memory(path)}
+            flat |= start_of_memory(config.model, flat["embedding/table"], config.train.seed)
         return unflatten(flat)
 
     return jax.jit(adapt)(params)
@@ -71,12 +68,8 @@ def _same_memory(model: ModelConfig, base: ModelConfig) -> bool:
     return model.memory.kind == base.memory.kind and model.memory.has_state == base.memory.has_state
 
 
-def _is_memory(path: str) -> bool:
-    return path.removeprefix("layers/").startswith(MEMORY)
-
-
 def _check_same_model(config: Config, base: Config) -> None:
-    groups = [(config.model, base.model, "model")]
+    groups: list[tuple[Any, Any, str]] = [(config.model, base.model, "model")]
     if _same_memory(config.model, base.model):
         groups.append((config.model.memory, base.model.memory, "model.memory"))
     differing = [

@@ -33,9 +33,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def _adafactor(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Build Adafactor (Shazeer and Stern 2018), in the order of optax.adafactor.
 
-    The FAM paper gives beta2 = 0.99 as a constant, where Adafactor's own choice is 1 - t^-0.8 ("power" here). It gives a
-    constant learning rate and does not say whether updates are scaled by the RMS of their parameter. The config
-    chooses.
+    The FAM paper gives beta2 = 0.99 as a constant, where Adafactor's own choice is 1 - t^-0.8 ("power" here). It
+    gives a constant learning rate and does not say whether updates are scaled by the RMS of their parameter. The
+    config chooses.
     """
     parts = [
         optax.scale_by_factored_rms(

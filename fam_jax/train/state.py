@@ -53,12 +53,12 @@ def init_state(
         optimizer=optimizer.init(lora.divide(params, config.lora)[0]),
         step=jnp.zeros((), jnp.int32),
         key=step_key,
-        carried=_nothing_carried(config.model),
+        carried=nothing_carried(config.model),
         has_carried=jnp.zeros((), bool),
     )
 
 
-def _nothing_carried(model: ModelConfig) -> dict[str, Any]:
+def nothing_carried(model: ModelConfig) -> dict[str, Any]:
     """Return zeros in place of what a step passes on."""
 
     def pass_on() -> dict[str, Any]:

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from fam_jax.config import UserError
-from launch.errors import USER_ERROR, ArgumentParser, user_errors
+from launch.cli import ArgumentParser
+from launch.errors import USER_ERROR, user_errors
 from launch.tpu.slices import Slice, parse_slice
 
 CONTAINER = "train"

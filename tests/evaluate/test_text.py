@@ -14,7 +14,7 @@ from fam_jax.data.examples import Example
 from fam_jax.evaluate.text import evaluate_text
 from fam_jax.generate.streaming import Streamer
 from tests.generate.tiny import CONFIG, forward, texts
-from tests.model.tiny import params_of
+from tests.model.tiny import params_of, variant
 
 LENGTHS = (1, 3, 4, 5, 17, 33, 40)
 C = CONFIG.block_size
@@ -122,7 +122,7 @@ def test_an_ablation_changes_what_follows_the_first_block_only(name: str) -> Non
 
 def test_a_frozen_fam_without_segments_makes_every_block_a_document_of_its_own() -> None:
     """Started by the token before it, where a document starts with the end of another."""
-    model = dataclasses.replace(CONFIG, memory_segments=0)
+    model = variant(CONFIG, segments=0)
     params = params_of(model)
     [ids] = texts(5 * C)
     config = config_of(model, ablations=("frozen",))
@@ -156,7 +156,7 @@ def test_a_fam_that_nobody_reads_can_be_ablated() -> None:
 
 
 def test_several_past_fams_are_ablated_together() -> None:
-    model = dataclasses.replace(CONFIG, fam_previous_blocks=3, memory_segments=0)
+    model = variant(CONFIG, previous_blocks=3, segments=0)
     config, params = config_of(model, ablations=("zeroed", "frozen")), params_of(model)
     rows = [example(ids) for ids in texts(40, 40)]
     # All but the last two blocks differ: of no account once the FAMs are ablated.

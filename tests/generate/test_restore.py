@@ -8,8 +8,8 @@ import numpy as np
 
 from fam_jax.checkpoint import Checkpoints
 from fam_jax.config import Config, DataConfig, TrainConfig
-from fam_jax.generate.restore import load_model
 from fam_jax.generate.streaming import Streamer
+from fam_jax.restore import load_model
 from fam_jax.train.init_from import base_config
 from tests.generate.tiny import CONFIG, texts
 from tests.model.tiny import params_of

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fam_jax.generate.rows import join_rows, select_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from fam_jax.config import MeshConfig, UserError
 from fam_jax.generate.sampling import Sampling
 from fam_jax.generate.streaming import Streamer, plan_reads
+from fam_jax.model import StreamState
 from fam_jax.sharding import make_mesh, param_shardings
 from tests.generate.tiny import CONFIG, forward, streamer, texts
 from tests.model.tiny import params_of
@@ -47,7 +47,7 @@ def assert_same_memory(found, expected, exact: bool = False) -> None:
 
 def clean(memory):
     """The memory without the unused slots of unfinished blocks, in which anything may stand."""
-    used = np.arange(CONFIG.block_size) < np.asarray(memory.filled)[:, None]
+    used = np.arange(CONFIG.block_size) < np.asarray(memory.position.filled)[:, None]
     layers = memory.layers
     keys, values = (
         jnp.where(used[None, :, :, None, None], x, 0) for x in (layers.block_keys, layers.block_values)
@@ -59,14 +59,14 @@ def clean(memory):
 def test_prompts_of_different_lengths(ragged) -> None:
     prompts, logits, memory = ragged
     np.testing.assert_allclose(logits, expected_last(prompts), **CLOSE)
-    np.testing.assert_array_equal(memory.blocks * CONFIG.block_size + memory.filled, RAGGED)
+    np.testing.assert_array_equal(memory.tokens_read, RAGGED)
 
 
 def test_a_row_is_as_it_is_alone(ragged) -> None:
     prompts, logits, memory = ragged
     alone, alone_memory = streamer().read([prompts[1]], chunk_blocks=2)
     np.testing.assert_allclose(logits[1:2], alone, **CLOSE)
-    assert_same_memory(clean(select_rows(memory, [1])), clean(alone_memory))
+    assert_same_memory(clean(memory.select([1])), clean(alone_memory))
 
 
 def test_chunks_do_not_matter(ragged) -> None:
@@ -151,15 +151,15 @@ def test_memory_holds_what_was_generated(ragged, greedy) -> None:
     prompts = ragged[0]
     read = [np.concatenate(pair) for pair in zip(prompts, greedy.tokens, strict=True)]
     _, memory = streamer().read(read, chunk_blocks=2)
-    assert_same_memory(clean(greedy.memory), clean(memory))
+    assert_same_memory(clean(greedy.state), clean(memory))
 
 
 def test_generation_goes_on_where_it_ended(ragged, greedy) -> None:
     _, logits, memory = ragged
     first = streamer().generate(logits, memory, max_tokens=3, tokens_per_call=4)
-    second = streamer().generate(first.logits, first.memory, max_tokens=7, tokens_per_call=4)
+    second = streamer().generate(first.logits, first.state, max_tokens=7, tokens_per_call=4)
     np.testing.assert_array_equal(np.concatenate([first.tokens, second.tokens], axis=1), greedy.tokens)
-    assert_same_memory(second.memory, greedy.memory, exact=True)
+    assert_same_memory(second.state, greedy.state, exact=True)
 
 
 def test_stop_tokens(ragged, greedy) -> None:
@@ -172,14 +172,12 @@ def test_stop_tokens(ragged, greedy) -> None:
         assert (found.lengths[row], found.stopped[row]) == (length, where.size > 0)
         np.testing.assert_array_equal(found.tokens[row, :length], tokens[:length])
         assert not found.tokens[row, length:].any() and not found.logprobs[row, length:].any()
-    np.testing.assert_array_equal(
-        found.memory.blocks * CONFIG.block_size + found.memory.filled, RAGGED + found.lengths
-    )
+    np.testing.assert_array_equal(found.state.tokens_read, RAGGED + found.lengths)
     # A row that has stopped rests while others go on: its memory is the one that it stopped with.
     assert found.lengths[0] <= 3 and found.stopped[0]
     length = int(found.lengths[0])
     short = streamer().generate(logits, memory, max_tokens=length, tokens_per_call=4)
-    assert_same_memory(select_rows(found.memory, [0]), select_rows(short.memory, [0]), exact=True)
+    assert_same_memory(found.state.select([0]), short.state.select([0]), exact=True)
     np.testing.assert_array_equal(found.logits[0], short.logits[0])
 
 
@@ -222,7 +220,7 @@ def test_score(ragged, greedy) -> None:
 
 def test_branches_of_a_memory(ragged) -> None:
     _, logits, memory = ragged
-    branched = select_rows(memory, [2, 0, 0])
+    branched = memory.select([2, 0, 0])
     found = streamer().generate(
         logits[jnp.array([2, 0, 0])],
         branched,
@@ -232,11 +230,11 @@ def test_branches_of_a_memory(ragged) -> None:
         tokens_per_call=4,
     )
     assert found.lengths.tolist() == [3, 3, 3]
-    parts = [select_rows(memory, [row]) for row in range(3)]
-    assert_same_memory(join_rows(parts), memory, exact=True)
+    parts = [memory.select([row]) for row in range(3)]
+    assert_same_memory(StreamState.join(parts), memory, exact=True)
     for rows in ([3], [-1], []):
         with pytest.raises(UserError, match="0 to 2"):
-            select_rows(memory, rows)
+            memory.select(rows)
 
 
 def test_spread_over_a_mesh(ragged) -> None:
@@ -248,7 +246,7 @@ def test_spread_over_a_mesh(ragged) -> None:
     for rows in ([0, 1, 2, 1], [0, 1, 2]):
         found, memory = sharded.read([prompts[row] for row in rows], chunk_blocks=2)
         np.testing.assert_allclose(found, logits[np.array(rows)], **CLOSE)
-        assert memory.filled.is_fully_replicated  # to be read from any process
+        assert memory.position.filled.is_fully_replicated  # to be read from any process
         spread = P(None, ("data", "fsdp")) if len(rows) == 4 else P(None)
         assert memory.layers.keys.sharding.is_equivalent_to(NamedSharding(mesh, spread), 6)
     tokens = sharded.generate(found, memory, max_tokens=3, tokens_per_call=4).tokens
@@ -269,7 +267,7 @@ def test_heads_spread_over_a_mesh() -> None:
     found, spread_memory = spread.read(prompts)
     np.testing.assert_allclose(found, logits, **CLOSE)
     layers = spread_memory.layers
-    assert layers.keys.sharding.spec == P(None, ("data", "fsdp"), None, None, "tensor")
+    assert layers.keys.sharding.spec == P(None, ("data", "fsdp"), None, None, "tensor", None)
     assert layers.block_values.sharding.spec == P(None, ("data", "fsdp"), None, "tensor")
     assert layers.fam.sharding.is_equivalent_to(NamedSharding(mesh, P(None, ("data", "fsdp"))), 4)
     tokens = spread.generate(found, spread_memory, max_tokens=6).tokens  # beyond the border of a block
@@ -280,7 +278,7 @@ def test_errors(ragged) -> None:
     prompts, logits, memory = ragged
     model = streamer()
     for wrong, message in (
-        ([prompts[0], prompts[1], prompts[2][:0]], "prompt 2 is empty: the model needs at least one token"),
+        ([prompts[0], prompts[1], prompts[2][:0]], "prompt 2: is empty; the model needs at least one token"),
         ([np.array([3, 16])], r"prompt 0: token id 16 is outside the model's vocabulary of 16"),
         ([np.array([3, -1])], r"prompt 0: token id -1 is outside"),
         ([prompts[0], np.array([0.5])], "prompt 1: expected a list of token ids, got float64"),

@@ -7,12 +7,13 @@ import numpy as np
 
 from fam_jax.config import ModelConfig
 from fam_jax.generate.streaming import Streamer
-from fam_jax.model import empty_memory
+from fam_jax.memories.fam import FamConfig
+from fam_jax.model import empty_state
 from tests.model.tiny import build, params_of, quick_jit
 
 CONFIG = ModelConfig(
     vocab_size=16, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, ff_dim=16,
-    block_size=4, memory_segments=1, fam_length=2,
+    block_size=4, memory=FamConfig(segments=1, length=2),
 )  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def texts(*lengths: int, seed: int = 0) -> list[np.ndarray]:
 
 @quick_jit
 def _forward(params: dict, tokens: jax.Array) -> jax.Array:
-    return build(CONFIG, params)(tokens, empty_memory(CONFIG, tokens.shape[0]), aligned=True)[0]
+    return build(CONFIG, params)(tokens, empty_state(CONFIG, tokens.shape[0]), aligned=True)[0]
 
 
 def forward(text: np.ndarray) -> np.ndarray:

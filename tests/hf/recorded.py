@@ -1,13 +1,14 @@
 """Tiny models that transformers saved, with the logits that it computed: `python -m tests.hf.hf_models`."""
 
-import dataclasses
 import pathlib
 
 import jax
 import numpy as np
 
-from fam_jax.config import ModelConfig
-from fam_jax.hf import Folder, import_parameters, model_fields
+from fam_jax.config import ModelConfig, ceil_div
+from fam_jax.hf import Folder, import_parameters, model_fields, model_window
+from fam_jax.memories.fam import FamConfig
+from tests.model.tiny import variant
 
 DATA = pathlib.Path(__file__).parent / "data"
 NAMES = sorted(path.name for path in DATA.iterdir() if path.is_dir())
@@ -24,9 +25,11 @@ def recorded_logits(name: str) -> np.ndarray:
 
 
 def config_of(folder: Folder, block_size: int = 4, **changes) -> ModelConfig:
-    """Of a model that sees its whole context, in blocks."""
-    whole = {"block_size": block_size, "memory_segments": -(-LENGTH // block_size) - 1, "fam_length": 0}
-    return dataclasses.replace(ModelConfig(), **model_fields(folder.config) | whole | changes)
+    """Return the config of a model that sees its whole context, in blocks; FAM if `changes` give it a length."""
+    fields, window = model_fields(folder.config), model_window(folder.config)
+    reach = max(LENGTH - block_size, window - 1, fields["local_window"] - 1)
+    memory = FamConfig(length=0, segments=ceil_div(reach, block_size), window=window)
+    return variant(ModelConfig(**fields, block_size=block_size, memory=memory), **changes)
 
 
 def one_device(shapes):

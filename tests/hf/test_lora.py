@@ -41,7 +41,7 @@ def run_with_lora(name, config=LORA, **changes):
     def logits(params):
         graphdef, state = nnx.split(nnx.eval_shape(lambda: create_model(config, rngs=nnx.Rngs(0))))
         built = nnx.merge(graphdef, from_dict(state, params))
-        return built(recorded_tokens(), built.init_memory(2), aligned=True)[0]
+        return built(recorded_tokens(), built.init_state(2), aligned=True)[0]
 
     return config, params, np.asarray(logits(params))
 
@@ -106,15 +106,15 @@ def test_peft_loads_the_adapter_upon_the_base(name, targets, tmp_path):
     np.testing.assert_allclose(logits_of(model, recorded_tokens()), logits, rtol=0, atol=1e-4)
 
 
-def test_the_initial_fam_lies_beside_the_adapter(monkeypatch, tmp_path):
-    config, params, _ = run_with_lora("qwen3", fam_length=2)
+def test_the_initial_fam_is_beside_the_adapter(monkeypatch, tmp_path):
+    config, params, _ = run_with_lora("qwen3", length=2)
     with Checkpoints(tmp_path / "run", config=dataclasses.asdict(config), keep=1) as checkpoints:
         checkpoints.save(5, {"params": params}, {}, wait=True)
     export(monkeypatch, tmp_path / "run", tmp_path / "adapter", "--lora=adapter")
-    names = {"adapter_config.json", "adapter_model.safetensors", "fam.safetensors"}
+    names = {"adapter_config.json", "adapter_model.safetensors", "memory.safetensors"}
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == names
-    fam = load_file(tmp_path / "adapter" / "fam.safetensors")["initial_fam"]
-    np.testing.assert_array_equal(fam, params["initial_fam"])
+    fam = load_file(tmp_path / "adapter" / "memory.safetensors")["memory/initial_fam"]
+    np.testing.assert_array_equal(fam, params["memory"]["initial_fam"])
 
 
 def test_what_an_adapter_cannot_hold_is_refused(tmp_path):

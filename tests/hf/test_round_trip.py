@@ -18,11 +18,12 @@ from fam_jax.hf import (
     hf_config,
     import_parameters,
     model_fields,
+    model_window,
     updated_config,
 )
 from fam_jax.hf.exporting import UNFINISHED
 from fam_jax.hf.families import FAMILIES
-from fam_jax.hf.importing import stored_fam
+from fam_jax.hf.importing import stored_memory
 from fam_jax.sharding import make_mesh, param_shardings
 from tests.hf.recorded import (
     DATA,
@@ -100,38 +101,38 @@ def test_what_a_config_leaves_out_is_what_transformers_takes():
     fields = model_fields({"model_type": "gemma2", "hidden_act": None} | sizes)
     assert (fields["layer_pattern"], fields["attention_softcap"]) == (("local", "global"), 50)
     assert model_fields({"model_type": "gemma", "hidden_act": "gelu"} | sizes)["activation"] == "geglu"
-    assert model_fields({"model_type": "mistral"} | sizes)["window"] == 4096
-    assert model_fields({"model_type": "mistral", "sliding_window": None} | sizes)["window"] == 0
-    assert model_fields({"model_type": "qwen2", "sliding_window": 4096} | sizes)["window"] == 0
+    assert model_window({"model_type": "mistral"} | sizes) == 4096
+    assert model_window({"model_type": "mistral", "sliding_window": None} | sizes) == 0
+    assert model_window({"model_type": "qwen2", "sliding_window": 4096} | sizes) == 0
 
 
 def test_the_initial_fam_goes_along(tmp_path):
-    config, params = imported(DATA / "qwen3", fam_length=3)
-    table, fam = np.asarray(params["embedding"]["table"]), np.asarray(params["initial_fam"])
+    config, params = imported(DATA / "qwen3", length=3)
+    table, fam = np.asarray(params["embedding"]["table"]), np.asarray(params["memory"]["initial_fam"])
     assert all((row == table).all(axis=1).any() for row in fam)
-    params["initial_fam"] = params["initial_fam"] + 0.5
+    params["memory"]["initial_fam"] += 0.5
     export_folder(tmp_path / "out", config, params, hf_config(config))
-    assert stored_fam(Folder(tmp_path / "out"))["fam_length"] == 3
-    same = imported(tmp_path / "out", fam_length=3)[1]
+    assert stored_memory(Folder(tmp_path / "out"))["memory"]["length"] == 3
+    same = imported(tmp_path / "out", length=3)[1]
     arrays_equal(same, params)
     with pytest.raises(ConvertError, match=r"shape \[3, 16\], and the model's has \[2, 16\]"):
-        imported(tmp_path / "out", fam_length=2)
-    (tmp_path / "out" / "fam.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ConvertError, match="no initial FAM, or is damaged"):
-        stored_fam(Folder(tmp_path / "out"))
+        imported(tmp_path / "out", length=2)
+    (tmp_path / "out" / "memory.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ConvertError, match="holds no memory of fam_jax, or is damaged"):
+        stored_memory(Folder(tmp_path / "out"))
 
 
 def test_a_learned_prefix_goes_along(tmp_path):
-    config, params = imported(DATA / "gemma", fam_length=2, fam_init="prefix")
-    assert params["layers"]["initial_fam"].shape == (3, 2, 16)
+    config, params = imported(DATA / "gemma", length=2, init="prefix")
+    assert params["layers"]["memory"]["initial_fam"].shape == (3, 2, 16)
     export_folder(tmp_path / "out", config, params, hf_config(config))
-    arrays_equal(imported(tmp_path / "out", fam_length=2, fam_init="prefix")[1], params)
+    arrays_equal(imported(tmp_path / "out", length=2, init="prefix")[1], params)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2"])
 def test_on_a_mesh_every_device_gets_its_part(name):
     folder = Folder(DATA / name)
-    config = config_of(folder, fam_length=2)
+    config = config_of(folder, length=2)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = import_parameters(folder, config, lambda shapes: param_shardings(shapes, mesh))
     arrays_equal(params, import_parameters(folder, config, one_device))
@@ -149,7 +150,7 @@ def test_a_model_trained_here_is_exported_as_the_family_that_computes_it(tmp_pat
         hf = hf_config(config)
         assert hf["model_type"] == family
         export_folder(tmp_path / family, config, params_of(config), hf)
-        arrays_equal(imported(tmp_path / family, fam_length=2)[1], params_of(config))
+        arrays_equal(imported(tmp_path / family, length=2)[1], params_of(config))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_a_folder_is_written_beside_and_then_renamed(tmp_path):
     assert ours == [beside]
     assert {path.name for path in out.iterdir()} == {
         "config.json",
-        "fam.safetensors",
+        "memory.safetensors",
         "model.safetensors",
         "tokenizer.json",
     }
@@ -244,7 +245,7 @@ def test_a_config_is_written_anew_where_the_original_no_longer_describes_the_mod
     original = json.loads((DATA / "mistral" / "config.json").read_text()) | {"eos_token_id": 7}
     config = config_of(Folder(DATA / "mistral"))
     assert updated_config(config, original) == original
-    changed = updated_config(dataclasses.replace(config, window=0), original, dtype="bfloat16")
+    changed = updated_config(variant(config, window=0), original, dtype="bfloat16")
     assert (changed["model_type"], changed["eos_token_id"], changed["torch_dtype"]) == (
         "llama",
         7,

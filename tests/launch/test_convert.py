@@ -11,9 +11,9 @@ from etils import epath
 
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params, read_config
 from fam_jax.config import resolve
-from fam_jax.generate.restore import load_model
 from fam_jax.generate.streaming import Streamer
 from fam_jax.hf import Folder
+from fam_jax.restore import load_model
 from fam_jax.train.init_from import base_config
 from launch import export_hf, import_hf
 from tests.hf.recorded import DATA, LENGTH, VOCABULARY, recorded_logits, recorded_tokens
@@ -51,7 +51,11 @@ def test_import_read_and_export(monkeypatch, capsys, source, tmp_path):
     ckpt, out = tmp_path / "ckpt", tmp_path / "out"
     run(monkeypatch, import_hf, "--source", source, "--out", ckpt, "--block_size=8")
     config = resolve(read_config(ckpt))
-    assert (config.model.local_window, config.model.memory_segments, config.model.fam_length) == (6, 7, 0)
+    assert (config.model.local_window, config.model.memory.kind, config.model.memory.segments) == (
+        6,
+        "bswa",
+        7,
+    )
     assert config.data.vocabulary == str(ckpt / "huggingface" / "tokenizer.json")
     params, _, step = load_params(ckpt)
     assert step == 0
@@ -81,8 +85,8 @@ def test_import_with_a_fam_export_and_import_again(monkeypatch, source, tmp_path
     assert new_config["model"] | {"attention": "xla", "dtype": "float32"} == old_config["model"] | {
         "dtype": "float32"
     }
-    np.testing.assert_array_equal(old["initial_fam"], new["initial_fam"])
-    assert old["initial_fam"].dtype == "float32"
+    np.testing.assert_array_equal(old["memory"]["initial_fam"], new["memory"]["initial_fam"])
+    assert old["memory"]["initial_fam"].dtype == "float32"
     assert old["embedding"]["table"].dtype == new["embedding"]["table"].dtype == "bfloat16"
     np.testing.assert_array_equal(old["layers"]["down"]["kernel"], new["layers"]["down"]["kernel"])
 
@@ -112,10 +116,10 @@ def test_mistakes(monkeypatch, capsys, source, tmp_path):
     assert "config.model.block_size: must be at least 1" in error(
         "--source", source, "--out", out, "--block_size=0"
     )
-    assert "config.model.fam_length" in error(
+    assert "config.model.memory.length" in error(
         "--source", source, "--out", out, "--block_size=8", "--fam_length=9"
     )
-    assert "config.model.local_window: 6 is further back" in error(
+    assert "config.model.local_window: 6 exceeds what every token" in error(
         "--source", source, "--out", out, "--block_size=2", "--memory_segments=2"
     )
     assert "no such file" in error("--source", source, "--out", out, "--tokenizer", tmp_path / "other.json")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.memories.window_cache import visible_blocks
+from fam_jax.model.layer_types import layer_types
 from tests.model.tiny import Reader, build, params_of, some_tokens, variant
 
 MIXED = variant(layer_pattern=("local", "local", "global"), local_window=4, num_layers=5, segments=2)

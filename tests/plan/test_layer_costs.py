@@ -9,14 +9,12 @@ from configs import fam_1b
 from fam_jax.config import Config, MeshConfig, ModelConfig, resolve
 from fam_jax.plan.attention import kernel_seconds
 from fam_jax.plan.hlo import Op, parse
-from fam_jax.plan.layer_costs import keys_of_layers, layers_of_kinds, shares_of_kinds, takes_kernels
+from fam_jax.plan.layer_costs import keys_of_layers, models_of_types, shares_of_types, takes_kernels
 from fam_jax.plan.training import plan_training
 from tests.plan.programs import needs_compiler
 
 SMOKE = resolve(fam_1b.get_config("smoke,pretrain"))
-SMALL = dataclasses.replace(
-    SMOKE.model, block_size=32, memory_segments=2, fam_length=4, fam_previous_blocks=2, num_layers=5
-)
+SMALL = dataclasses.replace(SMOKE.model, block_size=32, segments=2, length=4, previous_blocks=2, num_layers=5)
 MIXED = dataclasses.replace(SMALL, layer_pattern=("local", "local", "global"), local_window=40)
 
 
@@ -24,9 +22,9 @@ def counted(model: ModelConfig, tokens: int, past: int) -> int:
     """Keys that one layer's tokens see, pair by pair."""
     q, k = np.arange(past * 32, past * 32 + tokens)[:, None], np.arange(past * 32 + tokens)
     seen = (q >= k) & (q // 32 - k // 32 <= 2)
-    if model.window:
-        seen &= q - k < model.window
-    fam = model.fam_length * np.minimum(2, q // 32 + 1)
+    if model.memory.window:
+        seen &= q - k < model.memory.window
+    fam = model.memory.length * np.minimum(2, q // 32 + 1)
     return int(seen.sum() + fam.sum())
 
 
@@ -39,17 +37,20 @@ def test_visible_keys_by_counting(tokens: int, past: int) -> None:
     )
     assert keys_of_layers(wide, tokens, past) == counted(wide, tokens, past)
     assert keys_of_layers(narrow, tokens, past) == counted(narrow, tokens, past)
-    local = dataclasses.replace(narrow, fam_length=0)
+    local = dataclasses.replace(narrow, length=0)
     # local, local, global, local, local
     expected = 4 * counted(local, tokens, past) + counted(wide, tokens, past)
     assert keys_of_layers(MIXED, tokens, past) == expected
 
 
 def test_each_branch_counts_for_its_layers() -> None:
-    assert [(kind.config.fam_length, layers) for kind, layers in layers_of_kinds(MIXED)] == [(0, 4), (4, 1)]
+    assert [(kind.config.memory.length, layers) for kind, layers in models_of_types(MIXED)] == [
+        (0, 4),
+        (4, 1),
+    ]
     switch = Op("x", "conditional", (), (), "", ", branch_computations={%a, %b}", False)
-    assert shares_of_kinds(MIXED)(switch) == [0.8, 0.2]
-    assert shares_of_kinds(SMALL)(switch) is None  # of another kind
+    assert shares_of_types(MIXED)(switch) == [0.8, 0.2]
+    assert shares_of_types(SMALL)(switch) is None  # of another kind
 
 
 CONDITIONAL = """HloModule conditional
@@ -116,7 +117,7 @@ def test_a_plan_of_local_layers() -> None:
 @needs_compiler
 @pytest.mark.slow
 def test_streamed_kernels_have_times() -> None:
-    model = dataclasses.replace(SMOKE.model, block_size=128, head_dim=128, fam_previous_blocks=2)
+    model = dataclasses.replace(SMOKE.model, block_size=128, head_dim=128, previous_blocks=2)
     found = kernel_seconds("v5e:1x1", model, 2, 1024, 4, 4)
     assert found.keys() == {f"fam_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dfam")}
     assert all(0 < low < high for low, high in found.values())

@@ -10,7 +10,6 @@ from flax import nnx
 
 from configs import fam_1b, fam_24b
 from fam_jax.config import ConfigError, MeshConfig, ModelConfig, resolve
-from fam_jax.generate.restore import dtype_of_use
 from fam_jax.model import Transformer, to_dict
 from fam_jax.plan.serving import (
     Phase,
@@ -21,6 +20,7 @@ from fam_jax.plan.serving import (
     serving_meshes,
     stream_bytes,
 )
+from fam_jax.restore import dtype_of_use
 from tests.plan.programs import needs_compiler
 
 SMOKE = resolve(fam_1b.get_config("smoke"))
@@ -30,8 +30,8 @@ GIB = 2**30
 
 def test_a_stream_is_its_blocks_and_its_fams() -> None:
     model = LARGE.model
-    keys = 2 * (model.memory_segments + 1) * model.block_size * model.num_kv_heads * model.head_dim
-    fams = model.fam_length * (model.model_dim + 2 * model.num_kv_heads * model.head_dim)
+    keys = 2 * (model.memory.segments + 1) * model.block_size * model.num_kv_heads * model.head_dim
+    fams = model.memory.length * (model.model_dim + 2 * model.num_kv_heads * model.head_dim)
     counts = 1 + 4 + 4  # whether FAM carries context, blocks, tokens of the open block
     assert stream_bytes(model) == 2 * model.num_layers * (keys + fams) + counts
 

@@ -15,9 +15,9 @@ import pytest
 from fam_jax import sharding
 from fam_jax.checkpoint import CheckpointError, load_params
 from fam_jax.config import Config, UserError
-from fam_jax.generate.restore import load_model
 from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import lora
+from fam_jax.restore import load_model
 from fam_jax.train import loop
 from fam_jax.train.loop import Interrupted, make_trainer, train
 from tests.train.test_loop import stopping_at

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fam_jax.config import UserError
-from fam_jax.generate.memory_file import SMALL, MemoryFileError, fingerprint, load_memory, save_memory
-from fam_jax.model import empty_memory
+from fam_jax.generate.state_file import SMALL, StateFileError, fingerprint, load_state, save_state
+from fam_jax.model import empty_state
 from tests.generate.tiny import CONFIG, streamer, texts
-from tests.model.tiny import params_of
+from tests.model.tiny import params_of, variant
 
 PARAMS = params_of(CONFIG)
 
 
-def random_memory(dtype: str, seed: int = 0) -> Any:
+def random_state(dtype: str, seed: int = 0) -> Any:
     """A memory whose arrays hold random bits, as any might."""
     config = dataclasses.replace(CONFIG, dtype=dtype)
     random = np.random.default_rng(seed)
@@ -33,7 +33,7 @@ def random_memory(dtype: str, seed: int = 0) -> Any:
             np.frombuffer(random.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype).reshape(leaf.shape)
         )
 
-    return config, jax.tree.map(fill, jax.eval_shape(lambda: empty_memory(config, 3)))
+    return config, jax.tree.map(fill, jax.eval_shape(lambda: empty_state(config, 3)))
 
 
 def assert_same_bits(found: Any, expected: Any) -> None:
@@ -46,31 +46,31 @@ def assert_same_bits(found: Any, expected: Any) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("memory") / "some.memory"
-    save_memory(path, random_memory("float32")[1], CONFIG, PARAMS)
+    save_state(path, random_state("float32")[1], CONFIG, PARAMS)
     return path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip(tmp_path: pathlib.Path, dtype: str) -> None:
-    config, memory = random_memory(dtype)
+    config, memory = random_state(dtype)
     path = tmp_path / "some.memory"
     for _ in range(2):  # a second time over the first
-        save_memory(path, memory, config, PARAMS)
-        assert_same_bits(load_memory(path, config, PARAMS), memory)
+        save_state(path, memory, config, PARAMS)
+        assert_same_bits(load_state(path, config, PARAMS), memory)
     assert [*tmp_path.iterdir()] == [path]
 
 
 def test_layout_is_that_of_safetensors(saved: pathlib.Path) -> None:
     """So that other programs can read it."""
-    content, (_, memory) = saved.read_bytes(), random_memory("float32")
+    content, (_, memory) = saved.read_bytes(), random_state("float32")
     size = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
     metadata = header.pop("__metadata__")
     assert all(isinstance(value, str) for value in metadata.values()) and size % 8 == 0
-    keys, filled = header["layers.keys"], header["filled"]
+    keys, filled = header["layers.keys"], header["position.filled"]
     assert (keys["dtype"], filled["dtype"]) == ("F32", "I32")
     assert tuple(keys["shape"]) == memory.layers.keys.shape
-    assert data[slice(*filled["data_offsets"])] == np.asarray(memory.filled).tobytes()
+    assert data[slice(*filled["data_offsets"])] == np.asarray(memory.position.filled).tobytes()
     spans = sorted(entry["data_offsets"] for entry in header.values())
     assert [0, *(end for _, end in spans)] == [*(begin for begin, _ in spans), len(data)]
 
@@ -79,10 +79,10 @@ def test_branches_continue_as_if_never_saved(tmp_path: pathlib.Path) -> None:
     """Two continuations of one file, each the same as from the memory in hand."""
     model = streamer()
     _, memory = model.read(texts(9, 33, 21), chunk_blocks=2)
-    save_memory(tmp_path / "memory", memory, CONFIG, model.params)
+    save_state(tmp_path / "memory", memory, CONFIG, model.params)
     for seed in (3, 4):
         more = texts(2, 3, 4, seed=seed)
-        found, found_memory = model.read(more, load_memory(tmp_path / "memory", CONFIG, model.params))
+        found, found_memory = model.read(more, load_state(tmp_path / "memory", CONFIG, model.params))
         expected, expected_memory = model.read(more, memory)
         np.testing.assert_array_equal(found, expected)
         assert_same_bits(found_memory, expected_memory)
@@ -94,23 +94,23 @@ def test_branches_continue_as_if_never_saved(tmp_path: pathlib.Path) -> None:
         ({"block_size": 8}, "block_size was 4, is 8"),
         ({"rope_base": 500.0}, r"rope_base was 10000.0, is 500.0"),
         ({"dtype": "bfloat16"}, 'dtype was "float32", is "bfloat16"'),
-        ({"fam_length": 1, "num_layers": 3}, "fam_length was 2, is 1; num_layers was 2, is 3"),
+        ({"length": 1, "num_layers": 3}, "memory.length was 2, is 1; num_layers was 2, is 3"),
     ],
     ids=str,
 )
 def test_another_config_is_refused(saved: pathlib.Path, changes: dict, message: str) -> None:
-    with pytest.raises(MemoryFileError, match=f"is of another model .*{message}.*load it with the model"):
-        load_memory(saved, dataclasses.replace(CONFIG, **changes), PARAMS)
+    with pytest.raises(StateFileError, match=f"is of another model .*{message}.*load it with the model"):
+        load_state(saved, variant(CONFIG, **changes), PARAMS)
 
 
 def test_ways_of_execution_do_not_matter(saved: pathlib.Path) -> None:
     config = dataclasses.replace(CONFIG, attention="reference", remat="full")
-    assert_same_bits(load_memory(saved, config, PARAMS), random_memory("float32")[1])
+    assert_same_bits(load_state(saved, config, PARAMS), random_state("float32")[1])
 
 
 def test_other_weights_are_refused(saved: pathlib.Path) -> None:
-    with pytest.raises(MemoryFileError, match="same shape with other weights"):
-        load_memory(saved, CONFIG, params_of(CONFIG, seed=1))
+    with pytest.raises(StateFileError, match="same shape with other weights"):
+        load_state(saved, CONFIG, params_of(CONFIG, seed=1))
 
 
 def test_fingerprint() -> None:
@@ -136,8 +136,8 @@ def test_any_change_of_a_byte_is_found(saved: pathlib.Path, data: st.DataObject)
     content[where] ^= data.draw(st.integers(1, 255))
     damaged = saved.with_name("damaged")
     damaged.write_bytes(content)
-    with pytest.raises(MemoryFileError, match=r"damaged|version") as caught:
-        load_memory(damaged, CONFIG, PARAMS)
+    with pytest.raises(StateFileError, match=r"damaged|version") as caught:
+        load_state(damaged, CONFIG, PARAMS)
     assert "\n" not in str(caught.value)
 
 
@@ -145,15 +145,15 @@ def test_any_change_of_a_byte_is_found(saved: pathlib.Path, data: st.DataObject)
 def test_a_truncated_file_is_refused(saved: pathlib.Path, keep: int) -> None:
     damaged = saved.with_name("truncated")
     damaged.write_bytes(saved.read_bytes()[:keep])
-    with pytest.raises(MemoryFileError, match="damaged"):
-        load_memory(damaged, CONFIG, PARAMS)
+    with pytest.raises(StateFileError, match="damaged"):
+        load_state(damaged, CONFIG, PARAMS)
 
 
 def test_bytes_at_the_end_are_refused(saved: pathlib.Path) -> None:
     damaged = saved.with_name("longer")
     damaged.write_bytes(saved.read_bytes() + b"\0")
-    with pytest.raises(MemoryFileError, match="damaged"):
-        load_memory(damaged, CONFIG, PARAMS)
+    with pytest.raises(StateFileError, match="damaged"):
+        load_state(damaged, CONFIG, PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -161,15 +161,15 @@ def test_bytes_at_the_end_are_refused(saved: pathlib.Path) -> None:
 )
 def test_other_files_are_refused(tmp_path: pathlib.Path, content: bytes) -> None:
     (tmp_path / "other").write_bytes(len(content).to_bytes(8, "little") + content)
-    with pytest.raises(MemoryFileError, match="memory"):
-        load_memory(tmp_path / "other", CONFIG, PARAMS)
+    with pytest.raises(StateFileError, match="memory"):
+        load_state(tmp_path / "other", CONFIG, PARAMS)
 
 
 def test_folders_that_are_not_there(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
-        load_memory(tmp_path / "missing", CONFIG, PARAMS)
+        load_state(tmp_path / "missing", CONFIG, PARAMS)
     with pytest.raises(UserError, match="cannot be written"):
-        save_memory(tmp_path / "missing" / "file", random_memory("float32")[1], CONFIG, PARAMS)
+        save_state(tmp_path / "missing" / "file", random_state("float32")[1], CONFIG, PARAMS)
 
 
 def test_a_failed_save_leaves_the_old_file(
@@ -182,7 +182,7 @@ def test_a_failed_save_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(MemoryFileError, match="No space left on device"):
-        save_memory(path, random_memory("float32", seed=1)[1], CONFIG, PARAMS)
+    with pytest.raises(StateFileError, match="No space left on device"):
+        save_state(path, random_state("float32", seed=1)[1], CONFIG, PARAMS)
     assert [*tmp_path.iterdir()] == [path]
-    assert_same_bits(load_memory(path, CONFIG, PARAMS), random_memory("float32")[1])
+    assert_same_bits(load_state(path, CONFIG, PARAMS), random_state("float32")[1])

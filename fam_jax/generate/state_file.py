@@ -1,0 +1,229 @@
+"""Save the state of streams to a file and load it again: bit for bit what was saved, or an error that says why not.
+
+The file is in safetensors format. Its metadata holds the version of this layout, the config fields that decide what a
+state means, a fingerprint of the model's parameters, how many tokens each stream has read, and the SHA-256 of the whole
+file, computed with zeros in place of the checksum itself.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+
+from fam_jax.config import ModelConfig, UserError, fields_with_effect
+from fam_jax.config.format1 import former_array_name, upgrade_array_name, upgrade_model
+from fam_jax.model import StreamState, Transformer
+
+FORMAT = "fam_jax state"
+VERSION = "2"
+# What version 1 had: another name, and a checksum over the header without it.
+FORMER_FORMAT, FORMER_VERSION = "fam_jax memory", "1"
+CHECKSUM = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')
+NO_CHECKSUM = "0" * 64
+
+# Bytes of an array up to which its fingerprint covers every one, and entries that it covers of a larger array.
+SMALL = 1 << 20
+SAMPLES = 1 << 14
+
+
+class StateFileError(UserError):
+    """A state file is missing, damaged, or of another model."""
+
+
+def fingerprint(params: dict[str, Any], rename: Callable[[str], str] = str) -> str:
+    """Return 64 hexadecimal digits that tell models apart: a digest of names, shapes, dtypes and values.
+
+    Arrays of up to 1 MiB count with all their bytes, larger ones with 16,384 evenly spaced entries. Training or
+    rounding the parameters changes the digest; an edit of a few entries of a large array may not.
+
+    Args:
+      params: nested dict of parameters.
+      rename: from the key path of a parameter to its name in the digest.
+    """
+    digest = hashlib.sha256()
+    leaves = {rename(jax.tree_util.keystr(path)): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    for name, leaf in sorted(leaves.items()):
+        digest.update(f"{name} {leaf.shape} {leaf.dtype}\n".encode())
+        if leaf.size * leaf.dtype.itemsize > SMALL:
+            spread = np.linspace(0, leaf.size - 1, SAMPLES).astype(np.int64)
+            leaf = leaf[np.unravel_index(spread, leaf.shape)]
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def save_state(
+    path: str | os.PathLike[str], state: StreamState, model: ModelConfig, params: dict[str, Any]
+) -> None:
+    """Write the state of streams of a model; the file appears only when it is complete.
+
+    Args:
+      path: of the file.
+      state: of any number of streams.
+      model: config of the model.
+      params: its parameters, for the fingerprint.
+
+    Raises:
+      StateFileError: the file cannot be written.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in _by_name(state).items()}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": json.dumps(_meaning(model), sort_keys=True),
+        "fingerprint": fingerprint(params),
+        "tokens_read": json.dumps(state.tokens_read.tolist()),
+        "sha256": NO_CHECKSUM,
+    }
+    content = safetensors.numpy.save(arrays, metadata)
+    found = CHECKSUM.search(content)
+    assert found is not None
+    checksum = hashlib.sha256(content).hexdigest().encode()
+    _write(Path(path), content[: found.start(1)] + checksum + content[found.end(1) :])
+
+
+def load_state(path: str | os.PathLike[str], model: ModelConfig, params: dict[str, Any]) -> StreamState:
+    """Read a state that :func:`save_state` wrote, to be continued by the same model.
+
+    Args:
+      path: of the file.
+      model: config of the model.
+      params: its parameters.
+
+    Raises:
+      StateFileError: the file is missing, not a state file, damaged, or of another model; the message names the config
+        fields that differ, or says that the weights do.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise StateFileError(f"{path}: cannot be read ({error.strerror}); give a saved memory") from error
+    metadata = _checked_metadata(path, content)
+    former = metadata["version"] == FORMER_VERSION
+    _check_model(path, metadata, model, params, former=former)
+    stored = dict(safetensors.deserialize(content))
+    if former:
+        stored = {upgrade_array_name(name): entry for name, entry in stored.items()}
+    rows = len(json.loads(metadata["tokens_read"]))
+    like = jax.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)).init_state(rows))
+    leaves = []
+    for name, leaf in _by_name(
+        like
+    ).items():  # of the shapes and dtypes of the config, which has been compared
+        array = np.frombuffer(stored[name]["data"], leaf.dtype).reshape(stored[name]["shape"])
+        leaves.append(jnp.asarray(array))
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _checked_metadata(path: Any, content: bytes) -> dict[str, str]:
+    """Return the metadata of a file whose checksum is right."""
+    size = int.from_bytes(content[:8], "little")
+    try:
+        entries = json.loads(content[8 : 8 + size])
+        metadata = dict(entries.pop("__metadata__"))
+        known = (metadata["format"], metadata["version"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StateFileError(
+            f"{path}: is no saved memory, or its header is damaged; restore it from a copy or read the text again"
+        ) from error
+    if known not in ((FORMAT, VERSION), (FORMER_FORMAT, FORMER_VERSION)):
+        raise StateFileError(
+            f"{path}: is no saved memory of version {FORMER_VERSION} or {VERSION}; these are all that can be read"
+        )
+    intact = _intact if known == (FORMAT, VERSION) else _intact_former
+    if not intact(content, entries, metadata):
+        raise StateFileError(
+            f"{path}: is damaged (its checksum is wrong); restore it from a copy or read the text again"
+        )
+    return metadata
+
+
+def _intact(content: bytes, entries: dict[str, Any], metadata: dict[str, str]) -> bool:
+    found = CHECKSUM.search(content)
+    if found is None:
+        return False
+    whole = content[: found.start(1)] + NO_CHECKSUM.encode() + content[found.end(1) :]
+    return hashlib.sha256(whole).hexdigest().encode() == found[1]
+
+
+def _intact_former(content: bytes, entries: dict[str, Any], metadata: dict[str, str]) -> bool:
+    """Check a file of version 1, whose checksum covers the header without the checksum, and the arrays."""
+
+    def head(metadata: dict[str, str]) -> bytes:
+        text = json.dumps({"__metadata__": metadata, **entries}, sort_keys=True).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    told = metadata.get("sha256")
+    without = {name: value for name, value in metadata.items() if name != "sha256"}
+    whole = head(metadata)
+    data = content[len(whole) :]
+    return content[: len(whole)] == whole and hashlib.sha256(head(without) + data).hexdigest() == told
+
+
+def _check_model(
+    path: Any, metadata: dict[str, str], model: ModelConfig, params: dict[str, Any], *, former: bool
+) -> None:
+    saved, own = json.loads(metadata["config"]), json.loads(json.dumps(_meaning(model)))
+    if former:
+        saved = _flat(upgrade_model(saved))
+    differing = [
+        f"{field} was {json.dumps(saved.get(field))}, is {json.dumps(own.get(field))}"
+        for field in sorted(saved.keys() | own.keys())
+        if saved.get(field) != own.get(field)
+    ]
+    if differing:
+        raise StateFileError(
+            f"{path}: is of another model ({'; '.join(differing)}); load it with the model that it was saved from"
+        )
+    if metadata["fingerprint"] != fingerprint(params, former_array_name if former else str):
+        raise StateFileError(
+            f"{path}: is of a model of the same shape with other weights; load it with the checkpoint that it was "
+            "saved from"
+        )
+
+
+def _meaning(model: ModelConfig) -> dict[str, Any]:
+    """Return the fields that decide what a state means, by path."""
+    own = fields_with_effect(type(model), "parameters", "state")
+    own |= fields_with_effect(type(model.memory), "parameters", "state", prefix="memory.")
+    return {name: value for name, value in _flat(dataclasses.asdict(model)).items() if name in own}
+
+
+def _flat(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in group.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def _by_name(state: StreamState) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
+
+
+def _write(path: Path, content: bytes) -> None:
+    unfinished = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            unfinished = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        if unfinished is not None:
+            unfinished.unlink(missing_ok=True)
+        raise StateFileError(f"{path}: cannot be written ({error.strerror}); give another path") from error
