@@ -96,9 +96,7 @@ def _rotate_forward(interpret: bool, x: jax.Array, cos: jax.Array, sin: jax.Arra
     return _rotate(interpret, x, cos, sin), (cos, sin)
 
 
-def _rotate_backward(
-    interpret: bool, residuals: Any, cotangent: jax.Array
-) -> tuple[jax.Array, None, None]:
+def _rotate_backward(interpret: bool, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, None, None]:
     cos, sin = residuals
     return _rotate(interpret, cotangent, cos, -sin), None, None
 

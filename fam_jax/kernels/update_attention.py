@@ -129,16 +129,18 @@ def _grid(inputs: UpdateInputs) -> tuple[int, int, int]:
     return inputs.q.shape[0], kv_heads, heads // kv_heads
 
 
-class _Specs(NamedTuple):
-    """Block specs (rows, hd) of the arrays of one head."""
+class _Blocks(NamedTuple):
+    """What a grid step reads, or the gradients that it writes: arrays, their block specs, or references."""
 
-    queries: pl.BlockSpec
+    # (M, hd)
+    q: Any
     own: KV
+    # (C, hd)
     tokens: KV
-    taps: KV
 
 
-def _specs(inputs: UpdateInputs) -> _Specs:
+def _specs(inputs: UpdateInputs) -> tuple[_Blocks, _Blocks]:
+    """Return the block specs of the inputs and of their gradients."""
     length, group, head_dim = inputs.q.shape[1], _grid(inputs)[-1], inputs.q.shape[3]
 
     def spec(rows: int, index: Any) -> pl.BlockSpec:
@@ -149,7 +151,8 @@ def _specs(inputs: UpdateInputs) -> _Specs:
     own = spec(length, lambda b, h, g, at: (b, 0, h))
     tokens = spec(size, lambda b, h, g, at: (b, at[0], h))
     taps = spec(size, lambda b, h, g, at: (b, 0, h))
-    return _Specs(queries, KV(own, own), KV(tokens, tokens), KV(taps, taps))
+    read = _Blocks(queries, KV(own, own), KV(tokens, tokens))
+    return read, read._replace(tokens=KV(taps, taps))
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -163,61 +166,61 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 def kernel_forward(interpret: bool, inputs: UpdateInputs) -> tuple[jax.Array, UpdateInputs]:
     """Return the attention by the kernel, and what its derivative needs."""
-    specs = _specs(inputs)
+    specs, _ = _specs(inputs)
     q, own = jax.tree.map(_flat, (inputs.q, inputs.own))
     out = pl.pallas_call(
         _forward_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=_grid(inputs),
-            in_specs=[specs.queries, specs.own, specs.tokens],
-            out_specs=specs.queries,
+            in_specs=[specs],
+            out_specs=specs.q,
         ),
         out_shape=_like(q),
         compiler_params=PARAMS,
         interpret=interpret,
         name="update_attention_forward",
-    )(inputs.block, q, own, inputs.tokens)
+    )(inputs.block, _Blocks(q, own, inputs.tokens))
     return out.reshape(inputs.q.shape), inputs
 
 
-def _softmax(q: Any, own_k: Any, k: Any) -> tuple[jax.Array, jax.Array]:
+def _softmax(read: _Blocks) -> tuple[jax.Array, jax.Array]:
     """Return float32 probabilities (M, M) of the rows' own keys and (M, C) of the block's."""
-    factor = q.shape[-1] ** -0.5 * LOG2_E
-    scores = [product(q[...], keys[...], "nt") * factor for keys in (own_k, k)]
+    factor = read.q.shape[-1] ** -0.5 * LOG2_E
+    scores = [product(read.q[...], keys[...], "nt") * factor for keys in (read.own.k, read.tokens.k)]
     top = functools.reduce(jnp.maximum, [s.max(axis=1, keepdims=True) for s in scores])
     own, tokens = (jnp.exp2(s - top) for s in scores)
     scale = 1 / (own.sum(axis=1, keepdims=True) + tokens.sum(axis=1, keepdims=True))
     return own * scale, tokens * scale
 
 
-def _forward_kernel(block: Any, q: Any, own: KV, tokens: KV, out: Any) -> None:
-    p_own, p = _softmax(q, own.k, tokens.k)
-    result = product(p_own.astype(own.v.dtype), own.v[...], "nn")
-    result += product(p.astype(own.v.dtype), tokens.v[...], "nn")
+def _forward_kernel(block: Any, read: _Blocks, out: Any) -> None:
+    p_own, p = _softmax(read)
+    own_v, v = read.own.v, read.tokens.v
+    result = product(p_own.astype(v.dtype), own_v[...], "nn") + product(p.astype(v.dtype), v[...], "nn")
     out[...] = result.astype(out.dtype)
 
 
 def kernel_backward(interpret: bool, inputs: UpdateInputs, d_out: jax.Array) -> tuple[UpdateInputs]:
     """Return the cotangent of `inputs` by the kernel: that of the block's keys and values as that of the taps."""
-    specs = _specs(inputs)
+    specs, gradient_specs = _specs(inputs)
     q, own, d_out = jax.tree.map(_flat, (inputs.q, inputs.own, d_out))
     head_dim = inputs.q.shape[3]
-    sums = [scratch(x.shape[1], head_dim) for x in (inputs.q, inputs.taps.k)]
-    d_q, d_own, d_taps = pl.pallas_call(
+    own_sum, sum_ = (scratch(x.shape[1], head_dim) for x in (inputs.q, inputs.taps.k))
+    ((d_q, d_own, d_taps),) = pl.pallas_call(
         _backward_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=_grid(inputs),
-            in_specs=[specs.queries, specs.queries, specs.own, specs.tokens],
-            out_specs=[specs.queries, specs.own, specs.taps],
-            scratch_shapes=[KV(x, x) for x in sums],
+            in_specs=[specs, specs.q],
+            out_specs=[gradient_specs],
+            scratch_shapes=[(KV(own_sum, own_sum), KV(sum_, sum_))],
         ),
-        out_shape=jax.tree.map(_like, [q, own, inputs.taps]),
+        out_shape=[jax.tree.map(_like, _Blocks(q, own, inputs.taps))],
         compiler_params=PARAMS,
         interpret=interpret,
         name="update_attention_backward",
-    )(inputs.block, q, d_out, own, inputs.tokens)
+    )(inputs.block, _Blocks(q, own, inputs.tokens), d_out)
     d_q, d_own = jax.tree.map(lambda g, x: g.reshape(x.shape), (d_q, d_own), (inputs.q, inputs.own))
     return (UpdateInputs(d_q, d_own, KV(None, None), None, d_taps),)
 
@@ -225,11 +228,10 @@ def kernel_backward(interpret: bool, inputs: UpdateInputs, d_out: jax.Array) -> 
 _attend.defvjp(kernel_forward, kernel_backward)
 
 
-def _backward_kernel(
-    block: Any, q: Any, d_out: Any, own: KV, tokens: KV, d_q: Any, d_own: KV, d_taps: KV, own_sums: KV, sums: KV
-) -> None:
+def _backward_kernel(block: Any, read: _Blocks, d_out: Any, gradients: _Blocks, sums: tuple[KV, KV]) -> None:
+    q, own, tokens = read
     scale = q.shape[-1] ** -0.5
-    probabilities = _softmax(q, own.k, tokens.k)
+    probabilities = _softmax(read)
     d_probabilities = [product(d_out[...], values[...], "nt") for values in (own.v, tokens.v)]
     weighted = [
         (p * d).sum(axis=1, keepdims=True) for p, d in zip(probabilities, d_probabilities, strict=True)
@@ -238,15 +240,15 @@ def _backward_kernel(
     d_scores = [
         (p * (d - delta) * scale).astype(q.dtype) for p, d in zip(probabilities, d_probabilities, strict=True)
     ]
-    d_q[...] = (product(d_scores[0], own.k[...], "nn") + product(d_scores[1], tokens.k[...], "nn")).astype(
-        d_q.dtype
-    )
+    d_q = product(d_scores[0], own.k[...], "nn") + product(d_scores[1], tokens.k[...], "nn")
+    gradients.q[...] = d_q.astype(gradients.q.dtype)
     # Gradients of keys and values, own and the block's, are summed over the query heads of a group.
     parts = []
     for p, d in zip(probabilities, d_scores, strict=True):
         parts += [product(d, q[...], "tn"), product(p.astype(q.dtype), d_out[...], "tn")]
     heads, last = pl.program_id(2), pl.num_programs(2) - 1
-    for part, total, out in zip(parts, (*own_sums, *sums), (*d_own, *d_taps), strict=True):
+    outs = (*gradients.own, *gradients.tokens)
+    for part, total, out in zip(parts, (*sums[0], *sums[1]), outs, strict=True):
 
         @pl.when(heads == 0)
         def _(part: Any = part, total: Any = total) -> None:

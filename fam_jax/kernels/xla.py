@@ -67,7 +67,7 @@ def _attend(inputs: BlockInputs, start: jax.Array | int, options: BlockOptions) 
       (B, N, C, K, G, hd).
     """
     q, k, v, extra_k, extra_v, past_length, extra_count = inputs
-    size, segments, blocks = options.block_size, options.memory_segments, q.shape[1]
+    segments, blocks = options.memory_segments, q.shape[1]
     dtype = accumulation_dtype(q.dtype)
 
     def seen(x: jax.Array) -> list[jax.Array]:

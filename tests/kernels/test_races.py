@@ -1,4 +1,4 @@
-"""The kernels on a simulated chip of two cores, whose interpreter watches every access to memory."""
+"""Run the kernels on a simulated chip of two cores, whose interpreter checks every memory access for races."""
 
 import functools
 from typing import Any
@@ -41,8 +41,8 @@ def test_no_two_cores_touch_the_same_memory(
     assert "RACE" not in "".join(capfd.readouterr())
 
 
-def test_the_interpreter_does_see_races(capfd: pytest.CaptureFixture[str]) -> None:
-    """All steps add to one block; the dimension is called parallel all the same."""
+def test_the_interpreter_detects_races(capfd: pytest.CaptureFixture[str]) -> None:
+    """All steps add to one block, although the dimension is declared parallel."""
 
     def add(x: Any, sums: Any) -> None:
         sums[...] += x[...]

@@ -1,4 +1,4 @@
-"""OWN's own attention and rotary embedding: every implementation against NumPy in float64, forward and gradients."""
+"""Compare update attention and rotary embedding, forward and gradients, with NumPy in float64."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from fam_jax.sharding import make_mesh, replicated, traced_for
 from tests.model.tiny import quick_jit
 
 HEADS = {"multi-head": (2, 2), "grouped queries": (4, 2), "multi-query": (3, 1)}
-BATCH, OWN, SIZE, BLOCKS, REST = 2, 16, 128, 3, 40
+BATCH, ROWS, SIZE, BLOCKS, REST = 2, 16, 128, 3, 40
 NAMES = ("q", "own_k", "own_v", "k", "v")
 
 
 def draw(heads: int, kv_heads: int, head_dim: int = 128) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     length = BLOCKS * SIZE + REST
-    shapes = ((OWN, heads), (OWN, kv_heads), (OWN, kv_heads), (length, kv_heads), (length, kv_heads))
+    shapes = ((ROWS, heads), (ROWS, kv_heads), (ROWS, kv_heads), (length, kv_heads), (length, kv_heads))
     return {
         name: rng.normal(size=(BATCH, *shape, head_dim)) for name, shape in zip(NAMES, shapes, strict=True)
     }
@@ -36,7 +36,7 @@ def attend(arrays: dict[str, Any], block: int, taps: Any, implementation: str, s
 def with_gradients(
     arrays: dict[str, np.ndarray], block: int, implementation: str, dtype: str, softcap: float = 0.0
 ) -> tuple[Any, dict[str, Any]]:
-    """The result, and the gradients of its sum with `weights`; of k and v those of the block."""
+    """Return the result and the gradients of its weighted sum; those of k and v cover one block."""
     given = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
     tap = jnp.zeros((BATCH, SIZE, given["k"].shape[2] * given["k"].shape[3]), dtype)
 
@@ -61,7 +61,7 @@ def weights(shape: tuple[int, ...]) -> jax.Array:
 def by_hand(
     arrays: dict[str, np.ndarray], block: int, softcap: float
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Softmax and its derivative, head by head."""
+    """Return softmax attention and its gradients, computed head by head."""
     here = slice(block * SIZE, (block + 1) * SIZE)
     out = np.empty_like(arrays["q"])
     d_out = np.asarray(weights(out.shape), np.float64)
@@ -87,8 +87,8 @@ def by_hand(
             ds = p * (dp - (p * dp).sum(1, keepdims=True)) * slope * scale
             gradients["q"][b, :, h] = ds @ keys
             for name, whole in (("k", ds.T @ q), ("v", p.T @ d_out[b, :, h])):
-                gradients[f"own_{name}"][b, :, g] += whole[:OWN]
-                gradients[name][b, :, g] += whole[OWN:]
+                gradients[f"own_{name}"][b, :, g] += whole[:ROWS]
+                gradients[name][b, :, g] += whole[ROWS:]
     return out, gradients
 
 
@@ -99,7 +99,7 @@ def test_update_attention(heads: tuple[int, int], block: int, implementation: st
     arrays = draw(*heads)
     want, slopes = by_hand(arrays, block, 0.0)
     got, gradients = with_gradients(arrays, block, implementation, "float32")
-    # An average of values, and sums of as many terms as there are keys and queries: a few roundings of the largest.
+    # Averages of values, and sums over keys or queries: an error of a few roundings of the largest.
     np.testing.assert_allclose(got, want, rtol=0, atol=4e-6)
     for name, slope in slopes.items():
         np.testing.assert_allclose(
@@ -107,7 +107,7 @@ def test_update_attention(heads: tuple[int, int], block: int, implementation: st
         )
 
 
-def test_update_attention_with_a_soft_cap_is_xlas_in_float64() -> None:
+def test_xla_update_attention_with_a_soft_cap_in_float64() -> None:
     arrays = draw(4, 2, head_dim=8)
     with jax.enable_x64(True):
         want, slopes = by_hand(arrays, 1, 1.5)
@@ -157,10 +157,10 @@ def test_rotary_kernel(rows: int, length: int) -> None:
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_devices_share_rows_and_heads(kv_heads: int) -> None:
-    """Over a mesh (fsdp 2, tensor 2) each device computes its part, and gradients of what they share are summed."""
+    """On a mesh (fsdp 2, tensor 2) each device computes its part, and gradients of shared arrays are summed."""
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in draw(4, kv_heads).items()}
     tap = jnp.zeros((BATCH, SIZE, kv_heads * 128), jnp.float32)
-    angles = jnp.linspace(0.0, 3.0, OWN * 64).reshape(1, OWN, 1, 64)
+    angles = jnp.linspace(0.0, 3.0, ROWS * 64).reshape(1, ROWS, 1, 64)
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
 
     def gradients(arrays: Any, tap: Any) -> Any:

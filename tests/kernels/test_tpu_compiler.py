@@ -1,4 +1,4 @@
-"""The kernels go through the real TPU compiler, which needs no TPU, for every generation that is supported."""
+"""Compile the kernels by the real TPU compiler, which needs no TPU, for every supported generation."""
 
 import json
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is not instal
 
 
 def compiled(topology: str, *names: str) -> dict[str, set[str]]:
-    """The kernels in the executables of the named shapes."""
+    """Return the kernels in the executables of the named shapes."""
     result = run_module(compile_kernels.__name__, [topology, *names], timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     kernels: dict[str, set[str]] = {}

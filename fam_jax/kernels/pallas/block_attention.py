@@ -75,7 +75,8 @@ def pallas_block_attention(
     )
     rows, heads, kv_heads = division(inputs.q.shape[0], inputs.q.shape[2], inputs.k.shape[2])
     queries, keys, extra = P(rows, None, heads), P(rows, None, kv_heads), P(rows, None, None, kv_heads)
-    return over_mesh(attend, inputs, BlockInputs(queries, keys, keys, extra, extra, P(rows), P(rows)), queries)
+    specs = BlockInputs._make([queries, keys, keys, extra, extra, P(rows), P(rows)])
+    return over_mesh(attend, inputs, specs, queries)
 
 
 def _attend_on_device(

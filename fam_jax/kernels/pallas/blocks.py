@@ -45,7 +45,7 @@ def as_row(column: jax.Array) -> jax.Array:
 
 
 def rows_from(start: jax.Array | int, size: int, unit: int = 0) -> Any:
-    """Return an index of `size` rows from `start`, and promise that `start` is a multiple of `unit` (default `size`)."""
+    """Return an index of `size` rows from `start`, which must be a multiple of `unit` (`size` by default)."""
     return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, unit or size), size)
 
 

@@ -87,13 +87,14 @@ class KernelCall:
           grid: the grid and the specs of what its steps read and write.
           out_shape: of what the kernel returns, in the structure of the grid's `out_specs`.
         """
-        semantics = ["parallel"] * parallel + ["arbitrary"] * (len(grid.grid) - parallel)
+        arbitrary = len(grid.grid) - parallel
         return pl.pallas_call(
             functools.partial(body, call=self),
             grid_spec=grid,
             out_shape=out_shape,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=tuple(semantics), vmem_limit_bytes=self.tiles.vmem_bytes
+                dimension_semantics=(pltpu.PARALLEL,) * parallel + (pltpu.ARBITRARY,) * arbitrary,
+                vmem_limit_bytes=self.tiles.vmem_bytes,
             ),
             interpret=self.interpret,
             name=name,

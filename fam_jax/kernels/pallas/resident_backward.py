@@ -83,7 +83,14 @@ def _waiting(geometry: Geometry) -> int:
 
 
 def _kernel(
-    q: Any, d_out: Any, results: Results, window: Window, gradients: Views, sums: _Scratch, *, call: KernelCall
+    q: Any,
+    d_out: Any,
+    results: Results,
+    window: Window,
+    gradients: Views,
+    sums: _Scratch,
+    *,
+    call: KernelCall,
 ) -> None:
     geometry = call.geometry
     blocks, size, last = geometry.blocks, geometry.block_size, geometry.group - 1
@@ -137,7 +144,7 @@ def _kernel(
 
     @pl.when((n < blocks) & (g == last))
     def _() -> None:
-        if sums.extra:
+        if gradients.extra and sums.extra:
             write_gradients(gradients.extra, sums.extra, ..., geometry.scale)
 
     @pl.when((n >= waiting) & (g == last))

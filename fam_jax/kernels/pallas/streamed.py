@@ -86,7 +86,14 @@ def forward(call: KernelCall, counts: Counts, views: Views) -> Results:
 
 
 def _kernel(
-    counts: Counts, q: Any, tokens: KV, extra: KV | None, results: Results, softmax: Softmax, *, call: KernelCall
+    counts: Counts,
+    q: Any,
+    tokens: KV,
+    extra: KV | None,
+    results: Results,
+    softmax: Softmax,
+    *,
+    call: KernelCall,
 ) -> None:
     factor, size = call.geometry.factor, call.tiles.streamed
     pl.when(pl.program_id(3) == 0)(softmax.reset)
@@ -153,14 +160,14 @@ def visit_keys(
     b, n, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     own, count = geometry.segments, geometry.block_size // size
 
-    if views.extra:
+    if (extra := views.extra) is not None:
 
         @pl.when((j == 0) & (counts.extra_count[b, n] > 0))
         def _() -> None:
             @pl.loop(0, count)
             def _(i: jax.Array) -> None:
                 mask = functools.partial(extra_mask, counts.extra_count[b, n], geometry.extra_slots, size)
-                add(rows_at(i, size), views.extra, mask)
+                add(rows_at(i, size), extra, mask)
 
     def read(last: Callable[[jax.Array], Any], masked: bool) -> None:
         """Visit the block of keys at hand, whose tiles 0 to last(i) row tile i sees."""

@@ -75,7 +75,10 @@ def _queries_kernel(
 
 
 def _tokens(call: KernelCall, counts: Counts, side: QuerySide, tokens: KV) -> KV:
-    """Return dk and dv. Blocks of keys are counted from the first past slot: blocks c - m to c of queries see block c."""
+    """Return the gradients of the tokens' keys and values.
+
+    Blocks of keys are counted from the first past slot, so key block c is read by query blocks c - m to c.
+    """
     geometry, group = call.geometry, call.geometry.group
     past, blocks = geometry.segments, geometry.blocks
     readers = 1 if geometry.stop_gradient else past + 1
@@ -151,7 +154,9 @@ def _add_gradients(sums: KV, keys: KV, side: QuerySide, factor: float, seen: jax
     sums.k[...] += product(d_s, side.q, "nn")
 
 
-def _tokens_kernel(counts: Counts, side: QuerySide, tokens: KV, gradients: KV, sums: KV, *, call: KernelCall) -> None:
+def _tokens_kernel(
+    counts: Counts, side: QuerySide, tokens: KV, gradients: KV, sums: KV, *, call: KernelCall
+) -> None:
     geometry, size = call.geometry, call.tiles.streamed
     b, c, i, g = (pl.program_id(axis) for axis in (0, 2, 3, 4))
     count, reader = geometry.block_size // size, c - geometry.segments + i
@@ -187,7 +192,9 @@ def _tokens_kernel(counts: Counts, side: QuerySide, tokens: KV, gradients: KV, s
         write_gradients(gradients, sums, ..., geometry.scale)
 
 
-def _extra_kernel(counts: Counts, side: QuerySide, extra: KV, gradients: KV, sums: KV, *, call: KernelCall) -> None:
+def _extra_kernel(
+    counts: Counts, side: QuerySide, extra: KV, gradients: KV, sums: KV, *, call: KernelCall
+) -> None:
     geometry, size = call.geometry, call.tiles.streamed
     b, n, g = (pl.program_id(axis) for axis in (0, 2, 3))
 
