@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every checkpoint
 
     # After the config is known to be right: importing TensorFlow takes seconds.
-    from fam_jax.evaluate.run import in_training
+    from fam_jax.evaluate import evaluate_in_training
     from fam_jax.train.loop import Interrupted, train
 
-    evaluate = in_training(config) if config.evaluate.every else None
+    evaluate = evaluate_in_training(config, arguments.workdir) if config.evaluate.every else None
     try:
         train(
             config,
