@@ -44,8 +44,8 @@ class Chip:
         return macs / (self.cores * self.macs_per_cycle * self.clock)
 
 
-# Each core has four matrix units of 128 x 128. Those of v6e are 256 x 256: the documentation counts two of them, but the
-# compiler's simulation runs 244,000 MACs per cycle in a long product, which takes four.
+# Each core has four matrix units of 128 x 128. Those of v6e are 256 x 256: the documentation counts two of them, but in
+# the compiler's simulation a long product reaches 244,000 MACs per cycle, which takes four.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -69,5 +69,7 @@ def chip_of(topology: str) -> Chip:
             f"topology {topology!r}: malformed; write a generation and its grid of chips, such as v5p:4x4x8 or v5e:4x8"
         )
     if match[1] not in CHIPS:
-        raise UserError(f"topology {topology!r}: unknown generation {match[1]}; use one of {', '.join(CHIPS)}")
+        raise UserError(
+            f"topology {topology!r}: unknown generation {match[1]}; use one of {', '.join(CHIPS)}"
+        )
     return CHIPS[match[1]]

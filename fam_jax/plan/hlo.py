@@ -149,7 +149,9 @@ class Module:
             if limit is not None and direction in ("LT", "LE", "GT", "GE"):
                 return abs(limit - (counter or 0)) + (direction in ("LE", "GE"))
         if otherwise is None:
-            raise ValueError(f"{loop.name}: unknown trip count; the loop does not compare a counter with a constant")
+            raise ValueError(
+                f"{loop.name}: unknown trip count; the loop does not compare a counter with a constant"
+            )
         return otherwise
 
     def flops(self, computation: str) -> int:
