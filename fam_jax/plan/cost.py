@@ -22,7 +22,7 @@ from fam_jax.plan.hlo import Computation, Module, Op, Shares, product_flops, rep
 PEAK_SHARE = 0.95
 
 # A kernel that reads a block of each operand; the seconds given for it include its traffic.
-READS_BLOCKS = "fam_update"
+READS_BLOCKS = "update_attention"
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
