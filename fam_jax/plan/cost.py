@@ -2,8 +2,8 @@
 
 Times are ranges, because they were never checked against hardware. The low end of an operation is the longest of three
 times: its matrix products at `PEAK_SHARE` of the peak, its traffic at the full bandwidth of HBM, and its static profile
-if there is one. The high end is XLA's own cost model, which is pessimistic about everything limited by HBM. The time of a
-collective is that of its bytes around a ring: along all axes of the torus that its group spans (low), or one (high).
+if there is one. The high end is XLA's own cost model, which is pessimistic about everything limited by HBM. Collectives
+send their bytes around a ring: along all axes of the torus that the group spans (low), or along one (high).
 """
 
 import collections
@@ -22,6 +22,7 @@ from fam_jax.plan.hlo import Computation, Module, Op, Shares, product_flops, rep
 PEAK_SHARE = 0.95
 
 # Names of kernels that read one block of each operand. Their given times include traffic.
+READS_BLOCKS = "update_attention"
 READS_BLOCKS = "update_attention"
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
