@@ -12,14 +12,14 @@ from matplotlib.figure import Figure
 STYLES = (("#c0392b", "o"), ("#2c6fbb", "s"), ("#7f8c8d", "^"), ("#b9a44c", "v"), ("#27ae60", "D"))
 
 
-def plot_retrieval(
+def plot_passkey(
     curves: Mapping[str, Mapping[str, float]],
     path: str | Path | BinaryIO,
     *,
     trained_blocks: int,
     title: str = "",
 ) -> None:
-    """Plot retrieval accuracy against filler length on a log scale, as in figure 3a of the paper.
+    """Plot PassKey accuracy against filler length on a log scale, as in figure 3a of the paper.
 
     Args:
       curves: filler length in blocks -> accuracy between 0 and 1, by the label of each curve.
