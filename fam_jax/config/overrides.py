@@ -1,4 +1,4 @@
-"""Set config fields from text, such as `--config.model.num_layers=4` on a command line."""
+"""Parse what a command line says about a config: the argument of its file, and the values of fields."""
 
 import ast
 import dataclasses
@@ -110,3 +110,35 @@ def _parse_tuple(item: Any, text: str, path: str) -> tuple[Any, ...]:
     if item is str:  # the config checks that they are
         return tuple(entries)
     return tuple(parse_value(item, str(entry), path) for entry in entries)
+
+
+class Argument(NamedTuple):
+    """The parsed argument of a config file."""
+
+    variant: str
+    words: frozenset[str]
+
+
+def parse_argument(
+    file: str, arg: str, *, variants: Sequence[str], words: Sequence[str] = ("smoke",)
+) -> Argument:
+    """Parse the argument of a config file, such as `bswa,smoke` in `configs/text.py:bswa,smoke`.
+
+    Args:
+      file: path of the config file, for the message.
+      arg: at most one of `variants` and any of `words`, with commas between them.
+      variants: names that exclude each other; the first is the default.
+      words: names of options.
+
+    Raises:
+      ConfigError: the argument has other words, or two variants.
+    """
+    given = [word for word in arg.split(",") if word]
+    chosen = [word for word in given if word in variants]
+    wrong = [word for word in given if word not in (*variants, *words)] or chosen[1:]
+    if wrong:
+        raise ConfigError(
+            f"{file}:{arg}: expected one of {', '.join(variants)} and any of {', '.join(words)}, with commas between "
+            f"them, got {wrong[0]!r}"
+        )
+    return Argument(chosen[0] if chosen else variants[0], frozenset(given) & frozenset(words))

