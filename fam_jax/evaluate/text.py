@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 import rich.table
 
-from fam_jax.config import ModelConfig, UserError, ceil_div
+from fam_jax.config import UserError, ceil_div
 from fam_jax.evaluate.task import Measured, Metric, OnProgress, Setting, make_table
 from fam_jax.generate.streaming import Streamer
-from fam_jax.model import StreamState
-from fam_jax.model.layer_types import memory_of
+from fam_jax.model import StreamState, ablated
 
 if TYPE_CHECKING:
     from fam_jax.data.examples import Example  # imports TensorFlow, which takes seconds
@@ -245,19 +244,6 @@ def _summary(scores: list[Scores], block_size: int) -> dict[str, Any]:
         "loss_after_first_block": mean(position >= block_size),
         "by_position": buckets,
     }
-
-
-def ablated(model: ModelConfig, state: StreamState, start: StreamState, how: str) -> StreamState:
-    """Return `state` with what its memory has written zeroed, shuffled among the streams, or as it was at the start.
-
-    A memory that is frozen at the start does not count as written.
-    """
-    memory, position = memory_of(model), state.position
-    if how == "frozen":
-        position = dataclasses.replace(position, carries_context=start.position.carries_context)
-    return dataclasses.replace(
-        state, layers=memory.ablate(state.layers, start.layers, how), position=position
-    )
 
 
 def document_tables(details: dict[str, Any], title: str) -> list[rich.table.Table]:
