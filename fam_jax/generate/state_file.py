@@ -140,7 +140,8 @@ def _checked_metadata(path: Any, content: bytes) -> dict[str, str]:
         ) from error
     if known not in ((FORMAT, VERSION), (FORMER_FORMAT, FORMER_VERSION)):
         raise StateFileError(
-            f"{path}: is not a saved memory of version {FORMER_VERSION} or {VERSION}; save it again with this version of fam_jax"
+            f"{path}: is not a saved memory of version {FORMER_VERSION} or {VERSION}; save it again with this version "
+            "of fam_jax"
         )
     intact = _intact if known == (FORMAT, VERSION) else _intact_former
     if not intact(content, entries, metadata):

@@ -1,9 +1,11 @@
 """A trained model with its vocabulary, which reads and generates text.
 
-model = TextModel.restore("runs/book")
-with open("book.txt", "rb") as book:
-    state = model.read(book)
-print(model.generate(model.read("Who did it?", state), max_tokens=32).text)
+    model = TextModel.restore("runs/book")
+    with open("book.txt", "rb") as book:
+        state = model.read(book)
+    print(model.generate(model.read("Who did it?", state), max_tokens=32).text)
+
+A state is a value: it can be continued in any number of ways.
 """
 
 import dataclasses
@@ -161,10 +163,14 @@ class TextModel:
         key = jax.random.key(seed)
         while True:
             out = self.streamer.generate(
-                logits, streams, max_tokens=min(TOKENS_PER_CALL, max_tokens - done), sampling=sampling,
-                key=jax.random.fold_in(key, done), stop_tokens=[] if end is None else [end],
+                logits,
+                streams,
+                max_tokens=min(TOKENS_PER_CALL, max_tokens - done),
+                sampling=sampling,
+                key=jax.random.fold_in(key, done),
+                stop_tokens=[] if end is None else [end],
                 tokens_per_call=TOKENS_PER_CALL,
-            )  # fmt: skip
+            )
             tokens = out.tokens[0, : out.lengths[0]]
             ended = bool(out.stopped[0])
             taken = writer.add(tokens[: len(tokens) - ended].tolist())
@@ -191,7 +197,8 @@ class TextModel:
         streams = load_state(path, self.config.model, self.streamer.params)
         if streams.batch_size != 1:
             raise UserError(
-                f"{path}: holds {streams.batch_size} streams, not one; save one of them, chosen with StreamState.select([row])"
+                f"{path}: holds {streams.batch_size} streams instead of one; choose one with StreamState.select([row]) "
+                "before saving"
             )
         return TextState(streams, None)
 
