@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from fam_jax.checkpoint import Checkpoints
+from fam_jax.checkpoint import Checkpoints, read_config
 from fam_jax.config import Config, resolve
 from fam_jax.evaluate.run import in_training
 from fam_jax.train import loop
@@ -39,7 +39,7 @@ ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def config_of(folder: pathlib.Path) -> Config:
-    return resolve(json.loads((folder / "config.json").read_text()))
+    return resolve(read_config(folder))
 
 
 def metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -170,9 +170,10 @@ def test_two_processes_evaluate_as_one(together: pathlib.Path, tmp_path: pathlib
     assert started.errors(1) == started.outputs[1].read_text() == ""
     found = json.loads((tmp_path / "two.json").read_text())
 
+    from fam_jax.evaluate.passkey import evaluate_passkey
+
     from fam_jax.checkpoint import load_params
     from fam_jax.data.vocabulary import load_vocabulary
-    from fam_jax.evaluate.passkey import evaluate_passkey
 
     params, values, step = load_params(together / "run")
     assert found["step"] == step == STEPS and found["devices"] == "8 x cpu"
