@@ -170,10 +170,9 @@ def test_two_processes_evaluate_as_one(together: pathlib.Path, tmp_path: pathlib
     assert started.errors(1) == started.outputs[1].read_text() == ""
     found = json.loads((tmp_path / "two.json").read_text())
 
-    from fam_jax.evaluate.passkey import evaluate_passkey
-
     from fam_jax.checkpoint import load_params
     from fam_jax.data.vocabulary import load_vocabulary
+    from fam_jax.evaluate.passkey import evaluate_passkey
 
     params, values, step = load_params(together / "run")
     assert found["step"] == step == STEPS and found["devices"] == "8 x cpu"
