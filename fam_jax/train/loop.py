@@ -12,11 +12,10 @@ from etils import epath
 
 from fam_jax import sharding
 from fam_jax.checkpoint import Checkpoints, absolute, saved_steps
-from fam_jax.config import Config, ConfigError, UserError
-from fam_jax.data.build import packed_stream
-from fam_jax.data.curriculum import PasskeyStream
-from fam_jax.data.mixture import MixedStream
-from fam_jax.data.packing import PackedStream
+from fam_jax.config import Config, UserError
+from fam_jax.data.build import make_batches
+from fam_jax.data.interface import Batches
+from fam_jax.data.vocabulary import check_vocabulary_size
 from fam_jax.model import count_parameters
 from fam_jax.train.compiler import compiler_options
 from fam_jax.train.init_from import check_named, load_base
@@ -107,7 +106,7 @@ def train(
     """
     check_named(config)
     trainer = make_trainer(config)
-    stream = _make_stream(config)
+    batches = _make_batches(config)
     folder, first = absolute(workdir), jax.process_index() == 0
     state = None
     if restore_step is None and not saved_steps(folder):
@@ -118,7 +117,7 @@ def train(
         if state is None:
             values, position = checkpoints.restore(restore_step, _as_dict(trainer.state_shapes))
             state = TrainState(**values)
-            stream.restore(position)
+            batches.restore(position)
         remaining = range(int(state.step) + 1, config.train.steps + 1)
         writing: contextlib.AbstractContextManager[MetricsWriter | None] = (
             MetricsWriter(folder, resume_step=int(state.step)) if first else contextlib.nullcontext()
@@ -128,48 +127,26 @@ def train(
             ProgressReport(config.train.steps, int(state.step), quiet=quiet or not first) as progress,
             StepTrace(folder, profile_steps, remaining=remaining) as trace,
         ):
-            run = _Run(trainer, stream, checkpoints, writer, progress, trace, evaluate, folder)
+            run = _Run(trainer, batches, checkpoints, writer, progress, trace, evaluate, folder)
             return run(state, remaining)
 
 
-Stream = PasskeyStream | PackedStream | MixedStream
-
-
-def _make_stream(config: Config) -> Stream:
-    shard = jax.process_index(), jax.process_count()
-    data, size, seed = config.data, config.train.batch_size, config.train.seed
-
-    def passkey() -> PasskeyStream:
-        return PasskeyStream(
-            data, block_size=config.model.block_size, batch_size=size, seed=seed, shard=shard
-        )
-
-    stream: Stream
-    if data.task == "passkey":
-        stream = passkey()
-    elif data.task == "text+passkey":
-        stream = MixedStream(
-            packed_stream(config, shard),
-            passkey(),
-            passkey_fraction=data.passkey_fraction,
-            last_stage_fraction=data.last_stage_passkey_fraction,
-            seed=seed,
-        )
-    else:
-        stream = packed_stream(config, shard)
-    name = data.task if data.task.startswith("seqio:") else data.vocabulary
-    if config.model.vocab_size < stream.vocabulary.vocab_size:
-        raise ConfigError(
-            f"config.model.vocab_size: {config.model.vocab_size} is smaller than the vocabulary "
-            f"{name!r}, which has {stream.vocabulary.vocab_size} pieces"
-        )
-    return stream
+def _make_batches(config: Config) -> Batches:
+    batches = make_batches(
+        config.data,
+        block_size=config.model.block_size,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+    check_vocabulary_size(batches.vocabulary, config.model, config.data)
+    return batches
 
 
 @dataclasses.dataclass
 class _Run:
     trainer: Trainer
-    stream: Stream
+    batches: Batches
     checkpoints: Checkpoints
     writer: MetricsWriter | None  # of the first process
     progress: ProgressReport
@@ -184,12 +161,13 @@ class _Run:
         began, tokens = time.perf_counter(), 0
         with stop_requests() as stop:
             for step in remaining:
-                arrays = sharding.global_batch(batch_sharding, self.stream.next_batch())
+                arrays = sharding.global_batch(batch_sharding, self.batches.next())
                 with self.trace.step(step):
                     state, metrics = self.trainer.step(state, arrays)
                 self.trace.end(step, metrics)
-                if self.stream.advancing:
-                    self.stream.report(float(metrics["exact_match"]))
+                # Only if needed: reading a metric waits for the device.
+                if self.batches.needs_metrics:
+                    self.batches.observe(metrics)
                 tokens += math.prod(arrays["inputs"].shape)
                 self.progress.advance(step)
                 signal_number, ending = stop(step), step == config.steps
@@ -205,7 +183,7 @@ class _Run:
                 if lost:  # before a state that is lost could replace a sound checkpoint
                     raise UserError(lost)
                 if saving:
-                    self.checkpoints.save(step, _as_dict(state), self.stream.state())
+                    self.checkpoints.save(step, _as_dict(state), self.batches.state())
                     if self.writer is not None:
                         self.writer.flush()
                 every = self.trainer.config.evaluate.every
@@ -232,13 +210,13 @@ class _Run:
         values: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
         values |= {
             "tokens_per_second": tokens_per_second,
-            **self.stream.metrics(),
+            **self.batches.metrics(),
         }
         if self.writer is not None:
             self.writer.write(step, values)
         self.progress.note(
             step,
-            f"loss {values['loss']:.3f}  {self.stream.note(values)}  {tokens_per_second:,.0f} tokens/s",
+            f"loss {values['loss']:.3f}  {self.batches.describe(values)}  {tokens_per_second:,.0f} tokens/s",
         )
         return values
 
