@@ -17,7 +17,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-# Companions of a model, small files that are copied unchanged: tokenizer, chat template, defaults of generation, license.
+# Companions of a model, small files that are copied unchanged: tokenizer, chat template, license.
 COMPANION_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "vocab.json", "merges.txt", "LICENSE*", "USE_POLICY*",
