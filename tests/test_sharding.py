@@ -27,7 +27,7 @@ def param_shapes(num_heads: int = H, num_kv_heads: int = K, width: int = D) -> d
         "embedding": {"table": (V, width)},
         "unembedding": {"kernel": (width, V)},
         "final_norm": {"scale": (width,), "bias": (width,)},
-        "initial_fam": (M, width),
+        "memory": {"initial_fam": (M, width)},
         "layers": {
             "attention_norm": {"scale": (L, width), "bias": (L, width)},
             "ff_norm": {"scale": (L, width), "bias": (L, width)},
@@ -38,7 +38,7 @@ def param_shapes(num_heads: int = H, num_kv_heads: int = K, width: int = D) -> d
             "up": {"kernel": (L, width, F)},
             "gate": {"kernel": (L, width, F)},
             "down": {"kernel": (L, F, width)},
-            "initial_fam": (L, M, width),
+            "memory": {"initial_fam": (L, M, width)},
         },
     }
     return jax.tree.map(
@@ -94,7 +94,7 @@ def test_every_parameter_has_its_place() -> None:
         "embedding": {"table": P("tensor", "fsdp")},
         "unembedding": {"kernel": P("fsdp", "tensor")},
         "final_norm": {"scale": P(None), "bias": P(None)},
-        "initial_fam": P(None, "fsdp"),
+        "memory": {"initial_fam": P(None, "fsdp")},
         "layers": {
             "attention_norm": norm,
             "ff_norm": norm,
@@ -105,7 +105,7 @@ def test_every_parameter_has_its_place() -> None:
             "up": {"kernel": P(None, "fsdp", "tensor")},
             "gate": {"kernel": P(None, "fsdp", "tensor")},
             "down": {"kernel": P(None, "tensor", "fsdp")},
-            "initial_fam": P(None, None, "fsdp"),
+            "memory": {"initial_fam": P(None, None, "fsdp")},
         },
     }
 

@@ -127,7 +127,7 @@ def read_piece(
         return memories[0].read_piece(layer, x, state, at[0])
     if all(memory.shares_projections for memory in memories):
         branches = [
-            lambda *args, memory=memory, at=at: memory.attend_piece(*args, at)
+            lambda *args, memory=memory, at=at: memory.attend_piece(layer, *args, at)
             for memory, at in zip(memories, at, strict=True)
         ]
         attended, tail = jax.lax.switch(which, branches, *layer.project(x), state)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from fam_jax.train.state import TrainState, init_state
 from fam_jax.train.step import make_train_step
 from fam_jax.train.trace import StepTrace
 
-# (parameters, step) -> numbers; called every config.evaluate.every steps.
+# (parameters, step) -> figures by name, for the metrics; called every config.evaluate.every steps.
 Evaluate = Callable[[Any, int], dict[str, Any]]
 
 
@@ -87,13 +86,14 @@ def train(
 ) -> dict[str, Any]:
     """Trains until config.train.steps, from the latest checkpoint of `workdir` if there is one.
 
-    Writes below `workdir`: `config.json`, a folder per checkpoint, `metrics.jsonl`, `tensorboard/`,
-    `evaluation/STEP.json`, `profile/`. In a job of several processes all call this, and the first one reports.
+    Writes below `workdir`: `config.json`, a folder per checkpoint, `metrics.jsonl`, `tensorboard/`, `profile/`. In a
+    job of several processes all call this, and the first one reports.
 
     Args:
       config: resolved.
       workdir: of the run: a local folder, or one in a bucket (`gs://...`) that all processes reach.
-      evaluate: called with the parameters every config.evaluate.every steps.
+      evaluate: called with the parameters every config.evaluate.every steps; its figures go to the metrics. See
+        :func:`fam_jax.evaluate.evaluate_in_training`.
       restore_step: checkpoint to go back to, in place of the latest; later ones are given up.
       profile_steps: first and last step of a profiler trace.
       quiet: no progress on the terminal.
@@ -244,13 +244,9 @@ class _Run:
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         assert self.evaluate is not None
-        result = self.evaluate(state.params, step)
-        if self.writer is None:
-            return
-        self.writer.write(step, {"evaluation": result})
-        path = self.folder / "evaluation" / f"{step}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        figures = self.evaluate(state.params, step)
+        if self.writer is not None:
+            self.writer.write(step, {"evaluation": figures})
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
