@@ -3,9 +3,9 @@
     python -m launch.evaluate --checkpoint=runs/passkey --lengths=4,9,18,36
     python -m launch.evaluate --checkpoint=runs/text --files=books/ --ablations=zeroed,shuffled,frozen
 
-The default task is that of the run; --list shows all tasks. Prints tables, and writes the results with what made them to
-CHECKPOINT/evaluations/STEP/TASK.json and, if the task has a plot, TASK.png. On the hosts of a TPU slice, run the same
-command on all of them. docs/evaluation.md has the details, and the same in Python.
+The default task is that of the run; --list shows all tasks. Prints tables, and writes the results with what made them
+to CHECKPOINT/evaluations/STEP/TASK.json and, if the task has a plot, TASK.png. docs/evaluation.md has the details, and
+the same in Python. On the hosts of a TPU slice, run the same command on all of them.
 """
 
 import argparse
