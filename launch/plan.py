@@ -109,7 +109,7 @@ def plan_training_run(console: Console, config: Config, arguments: argparse.Name
     from fam_jax.plan.training import advice, best_plan, plan_training, sensible_meshes
 
     topology = arguments.topology
-    tokens = arguments.tokens or longest_row(config)
+    tokens = arguments.tokens or longest_row(config.data, block_size=config.model.block_size)
     chips = len(topology_devices(topology))
     meshes = chosen_meshes(arguments.mesh or CONFIG, config)
     meshes = sensible_meshes(config, topology) if meshes is None else meshes
@@ -241,8 +241,8 @@ def print_phases(console: Console, report: dict[str, Any]) -> None:
     )
     table.add_row("fits", "yes" if report["fits"] else f"no: {report['advice']}")
     table.add_row("memory of a chip", f"{peak:.2f} of {capacity:.0f} GiB; {loading:.2f} while loading")
-    table.add_row("  parameters, states of streams", f"{parameters:.2f}, {memory:.2f}")
-    table.add_row("state of a stream of any length", f"{report['bytes_per_stream'] / 2**20:,.0f} MiB")
+    table.add_row("  parameters, streams", f"{parameters:.2f}, {memory:.2f}")
+    table.add_row("a stream of any length", f"{report['bytes_per_stream'] / 2**20:,.0f} MiB")
     for name, found in report["phases"].items():
         table.add_row(name, f"{found['hbm_peak_bytes'] / 2**30:.2f} GiB of a chip")
         if "step_seconds_low" not in found:
