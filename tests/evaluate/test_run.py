@@ -190,7 +190,9 @@ def test_mistakes(passkey_run: pathlib.Path, how: dict[str, Any], message: str) 
 
 def test_the_vocabulary_must_fit_the_model(config: Config) -> None:
     large = changed(config, data={"vocabulary": "bytes"})
-    with pytest.raises(UserError, match="vocabulary: has 259 ids, but the model has only 51"):
+    with pytest.raises(
+        UserError, match=r"config.model.vocab_size: 51 is smaller than the vocabulary 'bytes', which has 259"
+    ):
         evaluate_in_training(large, "nowhere")
 
 

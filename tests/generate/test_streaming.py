@@ -283,7 +283,7 @@ def test_errors(ragged) -> None:
         ([np.array([3, -1])], r"prompt 0: token id -1 is outside"),
         ([prompts[0], np.array([0.5])], "prompt 1: expected a list of token ids, got float64"),
         ([np.zeros((1, 2), int)], "prompt 0: expected a list"),
-        ([], "there is no prompt"),
+        ([], "prompts: there are none"),
     ):
         with pytest.raises(UserError, match=message):
             model.read(wrong)
