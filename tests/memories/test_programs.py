@@ -42,7 +42,7 @@ def test_training_learns_and_trains_every_parameter(memory: Any) -> None:
     for _ in range(12):
         state, (found,) = run(config, 1, state)  # the same batch every time
         metrics.append(found)
-    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+    assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
     assert max(found["from_saved_state"] for found in metrics) > 0
     assert metrics[0]["from_saved_state"] == 0
     moved = jax.tree.map(lambda old, new: bool((old != new).any()), start(config).params, state.params)
