@@ -9,18 +9,21 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MAX_FILE_LINES = 400
+# A file is one subject, usually 100 to 500 lines.
+MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
 # What each part of fam_jax may import from the others. The training loop may evaluate while it trains.
-BASE = {"config", "data", "sharding", "checkpoint", "kernels", "model"}
+BASE = {"config", "data", "sharding", "checkpoint", "kernels", "layers", "memories", "model"}
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "data": {"config"},
     "sharding": {"config"},
     "checkpoint": {"config"},
     "kernels": {"config"},
-    "model": {"config", "sharding", "kernels"},
+    "layers": {"config", "sharding", "kernels"},
+    "memories": {"config", "kernels", "layers"},
+    "model": {"config", "sharding", "kernels", "layers", "memories"},
     "hf": {"config", "model"},
     "generate": BASE,
     "evaluate": BASE | {"generate"},

@@ -125,3 +125,10 @@ def _read(model: Any) -> Any:
     built = Transformer(model, rngs=nnx.Rngs(0))
     _, state = built(jnp.zeros((1, 9), jnp.int32), built.init_state(1), aligned=True)
     return built(jnp.zeros((1, 4), jnp.int32), state)[1]
+
+
+def test_the_guide_shows_the_example_as_it_is() -> None:
+    root = pathlib.Path(__file__).resolve().parents[2]
+    source = (root / "examples" / "running_mean.py").read_text()
+    assert len(source.splitlines()) <= 80
+    assert f"```python\n{source}```\n" in (root / "docs" / "add_a_memory.md").read_text()
