@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
         topology=arguments.topology,
         block_size=arguments.block_size,
         segments=arguments.segments,
-        fam=arguments.fam,
+        extra=arguments.fam,
         head_dim=arguments.head_dim,
     )
     found = search(problem)

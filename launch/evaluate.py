@@ -79,8 +79,8 @@ def check_out(out: str | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; return the exit code."""
-    given = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
-    arguments = parse_arguments(processes.join(given, stop_together=False)[1:])
+    arguments = parse_arguments(argv)
+    processes.join(arguments, stop_together=False)
     check_out(arguments.out)
     changes = {
         "filler_blocks": arguments.lengths, "keys": arguments.keys, "batch_size": arguments.batch_size,
@@ -97,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             files=arguments.files,
             suffixes=arguments.suffixes,
             out=arguments.out,
-            command=shlex.join(["python", "-m", "launch.evaluate", *given[1:]]),
+            command=shlex.join(
+                ["python", "-m", "launch.evaluate", *(sys.argv[1:] if argv is None else argv)]
+            ),
             on_progress=show,
             **{name: value for name, value in changes.items() if value is not None},
         )

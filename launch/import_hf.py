@@ -172,8 +172,8 @@ def _remove_made(out: epath.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Import a model; return the exit code."""
-    given = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
-    arguments = parse_arguments(processes.join(given, stop_together=False)[1:])
+    arguments = parse_arguments(argv)
+    processes.join(arguments, stop_together=False)
     out = absolute(arguments.out)
     check_out(out)
     mesh = make_mesh(arguments.mesh)

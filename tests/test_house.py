@@ -102,28 +102,6 @@ def test_the_package_does_not_import_its_users() -> None:
     assert not wrong
 
 
-def defines_flags(path: pathlib.Path) -> bool:
-    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-    return any(re.match(r"flags\.DEFINE_|define_config_flag$", ast.unparse(call.func)) for call in calls)
-
-
-def test_nothing_imports_a_program_that_defines_flags() -> None:
-    """absl's flags belong to the process: two such programs in one fail, whichever test comes second."""
-    programs = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in sources("launch")
-        if defines_flags(path)
-    }
-    assert programs == {"launch.plan", "launch.train"}
-    wrong = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in sources("fam_jax", "launch", "benchmarks", "tests")
-        for name in imports(path)
-        if any(name == program or name.startswith(f"{program}.") for program in programs)
-    ]
-    assert not wrong
-
-
 def test_no_module_is_called_utils() -> None:
     assert not [
         name for name in names_of(tracked()) if re.search(r"(^|/)(utils?|helpers?|misc)(\.py)?(/|$)", name)

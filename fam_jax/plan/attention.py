@@ -16,8 +16,10 @@ import jax.numpy as jnp
 
 from fam_jax.config import MeshConfig, ModelConfig, ceil_div
 from fam_jax.kernels.pallas import resident, resident_backward
-from fam_jax.kernels.pallas.geometry import Geometry, Layout
-from fam_jax.kernels.pallas.tiles import Tiles, choose_tiles
+from fam_jax.kernels.pallas.blocks import KV
+from fam_jax.kernels.pallas.call import KernelCall, Results, Views
+from fam_jax.kernels.pallas.geometry import Geometry
+from fam_jax.kernels.pallas.tiles import SUBLANES, Tiles, choose_tiles
 from fam_jax.plan.chips import Chip, chip_of
 from fam_jax.plan.compile import compile_on, topology_devices
 from fam_jax.plan.profile import kernel_cycles
@@ -28,12 +30,12 @@ GROUP = 4  # query heads of a group that are profiled
 # Where there is no figure: the share of the matrix units' peak that the kernels reach, at best and at worst.
 UNKNOWN_SHARE = (0.8, 0.4)
 
-# Products per score of the resident kernels and of FAM's own, and of each streamed one, of which the last sees feedback
-# keys alone.
+# Matrix products per score: of the resident kernels and of update attention, and of each streamed kernel. The last one
+# sees extra keys only.
 PRODUCTS = {"forward": 2, "backward": 5}
 STREAMED = {
     "forward": {"streamed_forward": 2},
-    "backward": {"streamed_dq": 3, "streamed_dkv": 4, "streamed_dfam": 4},
+    "backward": {"streamed_dq": 3, "streamed_dkv": 4, "streamed_dextra": 4},
 }
 
 
@@ -70,32 +72,40 @@ def visible_keys(
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A training call at bfloat16, one group of heads per core."""
+    """A training call in bfloat16, with one group of heads per core."""
 
     topology: str
-    block_size: int  # C
-    segments: int  # m
-    fam: int  # M
-    head_dim: int  # hd
-    blocks: int = 8  # N
-    group: int = 1  # G, query heads per key head
-    missing: int = 0  # tokens that the last block lacks
-    window: int = 0  # 0 = no further limit
+    # C
+    block_size: int
+    # m
+    segments: int
+    # S, extra keys of a block
+    extra: int
+    # hd
+    head_dim: int
+    # N
+    blocks: int = 8
+    # G, query heads per key head
+    group: int = 1
+    # Tokens that the last block lacks
+    missing: int = 0
+    # Distance in tokens from which keys are hidden; 0 sets no limit.
+    window: int = 0
 
     @property
     def cores(self) -> int:
-        """Of a chip."""
+        """Number of cores of a chip."""
         return chip_of(self.topology).cores
 
     def geometry(self) -> Geometry:
-        """Of the call."""
+        """Return the sizes of the call."""
         return Geometry(
             block_size=self.block_size,
             blocks=self.blocks,
             segments=min(self.segments, self.blocks - 1),
             window=self.window,
-            fam_slots=-(-self.fam // 16) * 16,
-            fam_keys=self.fam,
+            extra_slots=ceil_div(self.extra, SUBLANES) * SUBLANES,
+            extra_keys=self.extra,
             heads=self.cores * self.group,
             kv_heads=self.cores,
             head_dim=self.head_dim,
@@ -104,7 +114,7 @@ class Problem:
         )
 
     def tiles(self) -> Tiles:
-        """What the kernels would choose."""
+        """Return the tiles that the kernels choose."""
         return choose_tiles(device_kind(self.topology), self.geometry(), jnp.bfloat16, static=True)
 
     def macs(self, which: str) -> float:
@@ -113,7 +123,7 @@ class Problem:
             self.blocks * self.block_size - self.missing,
             block_size=self.block_size,
             segments=self.segments,
-            extra=lambda _: self.fam,
+            extra=lambda _: self.extra,
             window=self.window,
         )
         return PRODUCTS[which] * self.group * keys * self.head_dim
@@ -156,12 +166,12 @@ def kernel_seconds(
         model.memory_segments,
         model.memory.extra_keys,
         model.head_dim,
-        -(-tokens // model.block_size),
+        ceil_div(tokens, model.block_size),
         min(group, GROUP),
         window=model.memory.window,
     )
     tiles = problem.tiles()
-    padded = -(-tokens // tiles.rows) * tiles.rows
+    padded = ceil_div(tokens, tiles.rows) * tiles.rows
     problem = dataclasses.replace(problem, missing=problem.blocks * model.block_size - padded)
     whole = rows * heads / (problem.cores * problem.group)  # times the problem
     static = past == 0 and model.memory.extra_keys_of_block(0) == model.memory.extra_keys
@@ -172,12 +182,12 @@ def kernel_seconds(
             seconds = {which: whole * problem.macs(which) / chip.macs_per_cycle / chip.clock}
             count = cycles(problem, which, tiles)
             if count is not None:
-                found[f"fam_attention_{which}"] = (whole * count / chip.clock,) * 2
+                found[f"block_attention_{which}"] = (whole * count / chip.clock,) * 2
                 continue
         else:
             seconds = streamed_seconds(chip, model, rows * heads, tokens, past, which)
         for name, peak in seconds.items():
-            found[f"fam_attention_{name}"] = (peak / UNKNOWN_SHARE[0], peak / UNKNOWN_SHARE[1])
+            found[f"block_attention_{name}"] = (peak / UNKNOWN_SHARE[0], peak / UNKNOWN_SHARE[1])
     return found
 
 
@@ -198,7 +208,7 @@ def streamed_seconds(
         name: products
         * heads
         * model.head_dim
-        * (extra_keys if name == "streamed_dfam" else keys if name == "streamed_dkv" else keys + extra_keys)
+        * (extra_keys if name == "streamed_dextra" else keys if name == "streamed_dkv" else keys + extra_keys)
         / (chip.cores * chip.macs_per_cycle * chip.clock)
         for name, products in STREAMED[which].items()
     }
@@ -217,30 +227,27 @@ def cycles(problem: Problem, which: str, tiles: Tiles) -> int | None:
     """
     task = {"problem": dataclasses.asdict(problem), "which": which, "tiles": dataclasses.asdict(tiles)}
     macs, chip = problem.macs(which), chip_of(problem.topology)
-    return kernel_cycles("fam_jax.plan.attention", task, f"fam_attention_{which}", macs, chip)
+    return kernel_cycles("fam_jax.plan.attention", task, f"block_attention_{which}", macs, chip)
 
 
 def compile_kernel(problem: Problem, which: str, tiles: Tiles) -> Any:
-    """The executable, for the first chip of the slice."""
+    """Return the executable of one kernel, compiled for the first chip of the slice."""
     mesh = make_mesh(MeshConfig(), topology_devices(problem.topology)[:1])
-    geometry, layout = problem.geometry(), Layout(problem.head_dim)
-    tokens = geometry.tokens
+    geometry = problem.geometry()
+    call, tokens = KernelCall(geometry, tiles), geometry.tokens
 
     def array(rows: int, heads: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(layout.shape(1, rows, heads), jnp.bfloat16, sharding=replicated(mesh))
+        shape = call.layout.shape(1, rows, heads)
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated(mesh))
 
     q, k = array(tokens, geometry.heads), array(tokens, geometry.kv_heads)
-    fam = [array(problem.blocks * geometry.fam_slots, geometry.kv_heads)] * 2 if problem.fam else []
+    extra = array(problem.blocks * geometry.extra_slots, geometry.kv_heads)
+    views = Views(q, KV(k, k), KV(extra, extra) if problem.extra else None)
+    if which == "forward":
+        return compile_on(mesh, functools.partial(resident.forward, call), views)
     logsum = jax.ShapeDtypeStruct((1, geometry.heads, 1, tokens), jnp.float32, sharding=replicated(mesh))
-
-    def forward(*views: jax.Array) -> Any:
-        return resident.forward(views, geometry, tiles, interpret=False)
-
-    def backward(out: jax.Array, logsum: jax.Array, d_out: jax.Array, *views: jax.Array) -> Any:
-        return resident_backward.backward(views, out, logsum, d_out, geometry, tiles, interpret=False)
-
-    call, extra = (forward, ()) if which == "forward" else (backward, (q, logsum, q))
-    return compile_on(mesh, call, *extra, q, k, k, *fam)
+    backward = functools.partial(resident_backward.backward, call)
+    return compile_on(mesh, backward, views, Results(q, logsum), q)
 
 
 if __name__ == "__main__":

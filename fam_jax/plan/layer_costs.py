@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.config import ModelConfig
-from fam_jax.kernels.pallas.call import why_not_pallas
-from fam_jax.kernels.pallas.update import can_update
-from fam_jax.kernels.shapes import BlockShape
+from fam_jax.kernels import BlockOptions, can_update, why_not_pallas
 from fam_jax.model.layer_types import layer_types
 from fam_jax.plan.attention import kernel_seconds, visible_keys
 from fam_jax.plan.hlo import Op, Shares
@@ -56,7 +54,7 @@ def shares_of_types(model: ModelConfig) -> Shares:
 
 def takes_kernels(model: ModelConfig) -> bool:
     """Return whether attention runs in Pallas kernels on a TPU, and not in XLA's operations."""
-    shape = BlockShape(
+    shape = BlockOptions(
         model.block_size,
         model.memory_segments,
         model.memory.window,
@@ -103,7 +101,7 @@ def kernels_of_types(
     local = rows // ways if rows % ways == 0 else rows
     heads = model.num_heads // mesh["tensor"]
     kv_heads = max(model.num_kv_heads // mesh["tensor"], 1)
-    found: dict[str, tuple[float, float]] = {"fam_rotary": (0.0, 0.0)}  # no more than its traffic
+    found: dict[str, tuple[float, float]] = {"rotary_embedding": (0.0, 0.0)}  # no more than its traffic
     for index, own in enumerate(models):
         seconds: dict[str, tuple[float, float]] = {}
         if takes_kernels(own):

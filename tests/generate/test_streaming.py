@@ -268,7 +268,7 @@ def test_heads_spread_over_a_mesh() -> None:
     np.testing.assert_allclose(found, logits, **CLOSE)
     layers = spread_memory.layers
     assert layers.keys.sharding.spec == P(None, ("data", "fsdp"), None, None, "tensor", None)
-    assert layers.block_values.sharding.spec == P(None, ("data", "fsdp"), None, "tensor")
+    assert layers.block_values.sharding.spec == P(None, ("data", "fsdp"), None, "tensor", None)
     assert layers.fam.sharding.is_equivalent_to(NamedSharding(mesh, P(None, ("data", "fsdp"))), 4)
     tokens = spread.generate(found, spread_memory, max_tokens=6).tokens  # beyond the border of a block
     np.testing.assert_array_equal(tokens, whole.generate(logits, memory, max_tokens=6).tokens)

@@ -107,7 +107,7 @@ def with_local_layers(**changes: object) -> Config:
 def test_a_plan_of_local_layers() -> None:
     mixed = plan_training(with_local_layers(), "v5e:2x2", 1024, MeshConfig(data=2, fsdp=2))
     assert mixed.cost is not None
-    kernels = [op for op in mixed.cost.ops if op.kind == "kernel" and "fam_attention" in op.name]
+    kernels = [op for op in mixed.cost.ops if op.kind == "kernel" and "block_attention" in op.name]
     runs = {("branch_0" in op.source, "backward" in op.name): op.times for op in kernels}
     assert runs == {(True, False): 4, (True, True): 4, (False, False): 2, (False, True): 2}
     seconds = {("branch_0" in op.source, "backward" in op.name): op.low / op.times for op in kernels}
@@ -119,7 +119,7 @@ def test_a_plan_of_local_layers() -> None:
 def test_streamed_kernels_have_times() -> None:
     model = dataclasses.replace(SMOKE.model, block_size=128, head_dim=128, previous_blocks=2)
     found = kernel_seconds("v5e:1x1", model, 2, 1024, 4, 4)
-    assert found.keys() == {f"fam_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dfam")}
+    assert found.keys() == {f"block_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dextra")}
     assert all(0 < low < high for low, high in found.values())
     read = kernel_seconds("v5e:1x1", SMOKE.model, 2, 1024, 4, 4, past=3, gradient=False)
-    assert read.keys() == {"fam_attention_streamed_forward"}
+    assert read.keys() == {"block_attention_streamed_forward"}
