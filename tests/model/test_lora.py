@@ -167,9 +167,9 @@ def test_targets_choose_the_projections() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": ("layers/qery/kernel",)}, "config.lora.targets: 'layers/qery/kernel' names none of layers/q"),
-        ({"targets": ("embedding/table",)}, "config.lora.targets: 'embedding/table' names none of layers/"),
-        ({"train": ("final_norm/scael",)}, "config.lora.train: 'final_norm/scael' names none of "),
+        ({"targets": ("layers/qery/kernel",)}, "config.lora.targets: 'layers/qery/kernel' matches none of layers/q"),
+        ({"targets": ("embedding/table",)}, "config.lora.targets: 'embedding/table' matches none of layers/"),
+        ({"train": ("final_norm/scael",)}, "config.lora.train: 'final_norm/scael' matches none of "),
         ({"train": ("layers/*",)}, "config.lora.train: 'layers/*' names layers/down/kernel, which config.lora.targets"),
     ],
 )  # fmt: skip
