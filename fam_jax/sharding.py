@@ -191,8 +191,8 @@ def state_shardings(shapes: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
     """Return shardings for state that goes with the parameters: optimizer state, averages, the parameters themselves.
 
     A leaf belongs to a parameter if its path ends with the parameter's path. If it has the same shape, it is placed
-    like the parameter. `v_row` and `v_col` of a factored second moment (optax) are placed like the parameter without its
-    largest, or second largest, dimension. State of the stacked layers may be made by `vmap` over L, below a `layers`
+    like the parameter. `v_row` and `v_col` of a factored second moment (optax) are placed like the parameter without
+    its largest, or second largest, dimension. State of the stacked layers may be made by `vmap` over L, below a `layers`
     of its own; then the largest dimension is that of one layer. Everything else is replicated.
 
     Args:
