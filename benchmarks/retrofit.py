@@ -153,23 +153,27 @@ def _evaluate(place: Path, result: str, checkpoint: str, *arguments: str) -> Non
 def collect(place: Path, settings: Settings, variants: Sequence[str]) -> dict[str, Any]:
     """What the evaluations found, with the commands and settings that made them."""
     read = {path.stem: json.loads(path.read_text()) for path in sorted((place / "results").glob("*.json"))}
+    details = {name: record["details"] for name, record in read.items()}
     trained = (*variants, *settings.repeats())
     longest = int(max(line["stage_blocks"] for line in _course(place / "fam")))
+    totals = ("loss", "documents", "tokens", "longest_document")
     return {
         "round_trip": round_trip(place),
         "longest_filler": BLOCK * longest,
-        "in_context": {name: in_context(read[f"{name}_text"]["by_position"]) for name in (*TEXT, *trained)},
-        "by_position": {name: read[f"{name}_long"]["by_position"] for name in (*LONG, *variants)},
-        "ablations": {k: v["by_position"] for k, v in read["fam_long"]["ablations"].items()},
+        "in_context": {
+            name: in_context(details[f"{name}_text"]["by_position"]) for name in (*TEXT, *trained)
+        },
+        "by_position": {name: details[f"{name}_long"]["by_position"] for name in (*LONG, *variants)},
+        "ablations": {k: v["by_position"] for k, v in details["fam_long"]["ablations"].items()},
         "passkey": {
-            name: {n: row["exact_match"] for n, row in read[f"{name}_passkey"]["lengths"].items()}
+            name: {n: row["exact_match"] for n, row in details[f"{name}_passkey"]["groups"].items()}
             for name in trained
         },
         "passkey_ablations": ablate_passkey(place / "fam", longest, settings.keys),
         "evaluations": {
-            name: {key: found[key] for key in ("command", "step", "versions")}
-            | {key: found[key] for key in ("loss", "documents", "tokens", "longest_document") if key in found}
-            for name, found in read.items()
+            name: {key: record[key] for key in ("command", "step", "versions")}
+            | {key: details[name][key] for key in totals if key in details[name]}
+            for name, record in read.items()
         },
         "trainings": {name: _training(place / name) for name in ("base", *trained)},
     }
