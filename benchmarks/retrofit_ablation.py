@@ -23,7 +23,7 @@ def ablate_passkey(checkpoint: Path, blocks: int, keys: int) -> dict[str, float]
     config, params, _ = load_model(str(checkpoint))
     streamer, size = Streamer(config.model, params), config.model.block_size
     examples = passkey_examples(
-        config.data, task_vocabulary(config), blocks * size, keys, config.evaluate.seed
+        config.data, task_vocabulary(config.data), blocks * size, keys, config.evaluate.seed
     )
     rows = np.stack([np.concatenate(example) for example in examples])
     inputs, targets = (

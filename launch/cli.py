@@ -31,7 +31,7 @@ import rich.progress
 
 from fam_jax.config import Config, ConfigError, MeshConfig, UserError
 from fam_jax.config.fields import field_types
-from fam_jax.config.memory import MemoryConfig, memory_config_type
+from fam_jax.config.memory import memory_config_type
 from fam_jax.config.overrides import Override
 from launch import processes
 from launch.config_file import load_config
@@ -173,7 +173,7 @@ def describe_config() -> str:
     sections = []
     for title, group in groups.items():
         documentation = inspect.cleandoc(group.__doc__ or "").replace(
-            "\n  memory:\n", f"\n  memory: {MemoryConfig.__name__}, below.\n"
+            "\n  memory:\n", "\n  memory: A group of fields that depend on its kind; see the end.\n"
         )
         sections.append(f"{title}\n{'=' * len(title)}\n{documentation}\n")
     return "\n".join(sections)

@@ -109,7 +109,7 @@ def plan_training_run(console: Console, config: Config, arguments: argparse.Name
     from fam_jax.plan.training import advice, best_plan, plan_training, sensible_meshes
 
     topology = arguments.topology
-    tokens = arguments.tokens or longest_row(config)
+    tokens = arguments.tokens or longest_row(config.data, block_size=config.model.block_size)
     chips = len(topology_devices(topology))
     meshes = chosen_meshes(arguments.mesh or CONFIG, config)
     meshes = sensible_meshes(config, topology) if meshes is None else meshes

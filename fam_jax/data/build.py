@@ -1,136 +1,280 @@
-"""The tasks of a config: what text or seqio gives to train on, what is held out, how long rows get."""
+"""The registry of data tasks, and what a config's task provides: training batches, held-out examples, a vocabulary.
 
+To add a data source, write a subclass of :class:`DataTask`, or of :class:`PackedTask` if its examples are packed into
+rows, and add a line to :data:`TASKS`. Its config fields and its name go to `fam_jax/config/data.py`.
+"""
+
+import abc
 import dataclasses
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fam_jax.config import Config, ConfigError
-from fam_jax.data.curriculum import PasskeyStream
+from fam_jax.config import ConfigError, DataConfig, EvaluateConfig
+from fam_jax.config.data import MIXED, PASSKEY, SEQIO, TEXT
+from fam_jax.data.curriculum import PasskeyCurriculum, stage_tokens
 from fam_jax.data.documents import Documents, check_apart, find_files
-from fam_jax.data.examples import (
-    Example,
-    Examples,
-    SeqioExamples,
-    TextExamples,
-    seqio_examples,
-    tfds_examples,
-)
-from fam_jax.data.packing import PackedStream
+from fam_jax.data.interface import Batches, Example, Source
+from fam_jax.data.mixture import MixedBatches
+from fam_jax.data.packing import PackedBatches
 from fam_jax.data.quiet_seqio import seqio
+from fam_jax.data.seqio_source import SeqioSource, seqio_source, tfds_source
+from fam_jax.data.sources import Shuffled, TextSource
 from fam_jax.data.vocabulary import load_vocabulary
 
-# A version such as c4/en:3.0.1 may stand in the name, and a slice such as train[:90%] in the split.
+# The name may contain a version, as in c4/en:3.0.1, and the split a slice, as in train[:90%].
 TFDS = re.compile(r"tfds:(?P<name>.+?):(?P<split>[A-Za-z_]\w*(\[.*\])?)")
 
 
 class Heldout(NamedTuple):
-    """Examples to evaluate on, and the vocabulary that made them."""
+    """Examples to evaluate on, and the vocabulary of their ids."""
 
     examples: list[Example]
     vocabulary: seqio.Vocabulary
 
 
-def packed_stream(config: Config, shard: tuple[int, int] = (0, 1)) -> PackedStream:
-    """Packed training batches of a config with text or a seqio task; `shard` is (index, count) of this process.
+class BatchSpec(NamedTuple):
+    """The size and the randomness of training batches."""
 
-    Raises:
-      ConfigError: files are missing, not UTF-8 or held out too; seqio does not know the task; ...
-      UserError: the vocabulary cannot be loaded.
-    """
-    data, seed = config.data, config.train.seed
-    examples: Examples
-    if not data.task.startswith("seqio:"):
-        examples = _text(config, data.train_files, "config.data.train_files", seed, shuffle=True)
+    # Tokens of a block of the model.
+    block_size: int
+    # Rows of the global batch.
+    batch_size: int
+    # Seed of everything random.
+    seed: int
+    # (index, count) of this process.
+    shard: tuple[int, int] = (0, 1)
+
+
+class DataTask(abc.ABC):
+    """A kind of training data. Methods raise ConfigError or UserError if data is missing or unusable."""
+
+    def __init__(self, data: DataConfig):
+        self.data = data
+
+    @abc.abstractmethod
+    def batches(self, spec: BatchSpec) -> Batches:
+        """Return the training batches."""
+
+    @abc.abstractmethod
+    def longest_row(self, block_size: int) -> int:
+        """Return the tokens of the longest row of a batch, without reading any data."""
+
+    def vocabulary(self) -> seqio.Vocabulary:
+        """Return the vocabulary that text is tokenized with."""
+        return load_vocabulary(self.data.vocabulary)
+
+    def heldout(self, seed: int) -> Source:
+        """Return the examples to evaluate on: by default the documents of data.heldout_files."""
+        field = "config.data.heldout_files"
+        if not self.data.heldout_files:
+            raise ConfigError(f"{field}: names no files to evaluate on; set it, or name files with --files")
+        return self.text(self.data.heldout_files, field, seed, shuffle=False)
+
+    def text(self, entries: Sequence[str], field: str, seed: int, *, shuffle: bool) -> Source:
+        """Return the documents of text files, or of a TFDS dataset.
+
+        Args:
+          entries: files, folders and patterns, or one tfds:NAME:SPLIT alone.
+          field: the config field or flag that names them, for error messages.
+          seed: of the order.
+          shuffle: if False, the documents of a TFDS dataset come in its order. Those of files are always shuffled.
+        """
+        vocabulary = self.vocabulary()
+        if vocabulary.eos_id is None or vocabulary.eos_id < 0:
+            raise ConfigError(
+                f"config.data.vocabulary: {self.data.vocabulary!r} has no end-of-sequence id to end documents with; "
+                "use another vocabulary"
+            )
+        if not any(map(_is_tfds, entries)):
+            documents = Documents(find_files(entries, self.data.file_suffixes, field), field)
+            return Shuffled(TextSource(documents, vocabulary), seed)
+        found = TFDS.fullmatch(entries[0])
+        if found is None or len(entries) > 1:
+            raise ConfigError(
+                f"{field}: expected files, or one tfds:NAME:SPLIT alone, got {', '.join(entries)}"
+            )
+        return tfds_source(found["name"], found["split"], vocabulary, seed, field, shuffle=shuffle)
+
+
+class PasskeyTask(DataTask):
+    """PassKey with a curriculum of filler lengths."""
+
+    def batches(self, spec: BatchSpec) -> PasskeyCurriculum:
+        """Return the batches of the curriculum."""
+        return PasskeyCurriculum(self.data, **spec._asdict())
+
+    def longest_row(self, block_size: int) -> int:
+        """Return the row length of the last stage."""
+        return stage_tokens(self.data, self.vocabulary(), block_size)[-1]
+
+
+class PackedTask(DataTask):
+    """Examples of a source, joined and cut into rows of data.sequence_length tokens."""
+
+    @abc.abstractmethod
+    def source(self, seed: int) -> Source:
+        """Return the examples to train on."""
+
+    def batches(self, spec: BatchSpec) -> PackedBatches:
+        """Return packed batches of the source."""
+        source = self.source(spec.seed)
+        return PackedBatches(self.data, source, batch_size=spec.batch_size, seed=spec.seed, shard=spec.shard)
+
+    def longest_row(self, block_size: int) -> int:
+        """Return data.sequence_length."""
+        return self.data.sequence_length
+
+
+class TextTask(PackedTask):
+    """Documents of text files or of a prepared TFDS dataset."""
+
+    def source(self, seed: int) -> Source:
+        """Return the documents of data.train_files, which may share no file with data.heldout_files."""
+        data, field = self.data, "config.data.train_files"
+        source = self.text(data.train_files, field, seed, shuffle=True)
         if not any(map(_is_tfds, (*data.train_files, *data.heldout_files))):
-            train = find_files(data.train_files, data.file_suffixes, "config.data.train_files")
+            train = find_files(data.train_files, data.file_suffixes, field)
             heldout = find_files(data.heldout_files, data.file_suffixes, "config.data.heldout_files")
             check_apart(train, heldout)
-    else:
-        examples = _seqio(config, "train", seed, shuffle=True)
-    return PackedStream(data, examples, batch_size=config.train.batch_size, seed=seed, shard=shard)
+        return source
 
 
-def heldout_examples(config: Config, files: Sequence[str] = (), suffixes: Sequence[str] = ()) -> Heldout:
-    """The examples that config.evaluate asks for: texts of `files` or data.heldout_files; of seqio, "validation".
+class SeqioTask(PackedTask):
+    """A seqio task or mixture that a module of data.imports registers; data.task is seqio:NAME."""
 
-    Texts of `files` can be had whatever the task was; `suffixes` stand in place of data.file_suffixes.
+    def source(self, seed: int) -> Source:
+        """Return the split "train"."""
+        return self._split("train", seed, shuffle=True)
+
+    def heldout(self, seed: int) -> Source:
+        """Return the split "validation"."""
+        return self._split("validation", seed, shuffle=False)
+
+    def vocabulary(self) -> seqio.Vocabulary:
+        """Return the vocabulary of the targets."""
+        return self._split("train", seed=0, shuffle=False).vocabulary
+
+    def _split(self, split: str, seed: int, *, shuffle: bool) -> SeqioSource:
+        name = self.data.task.partition(":")[2]
+        return seqio_source(name, self.data.imports, split, seed, shuffle=shuffle)
+
+
+class MixedTask(DataTask):
+    """Batches of text and of PassKey in random turns: a model learns to remember, and keeps what it knew before."""
+
+    def __init__(self, data: DataConfig):
+        super().__init__(data)
+        self._text, self._passkey = TextTask(data), PasskeyTask(data)
+
+    def batches(self, spec: BatchSpec) -> MixedBatches:
+        """Return batches of either; the fraction of PassKey may change with the last stage of its curriculum."""
+        text, passkey, data = self._text.batches(spec), self._passkey.batches(spec), self.data
+
+        def fractions() -> dict[str, float]:
+            last = data.last_stage_passkey_fraction
+            return {"passkey": last if passkey.on_last_stage and last else data.passkey_fraction}
+
+        return MixedBatches({"passkey": passkey, "text": text}, fractions, seed=spec.seed)
+
+    def longest_row(self, block_size: int) -> int:
+        """Return the longer of the longest rows of both."""
+        return max(self._text.longest_row(block_size), self._passkey.longest_row(block_size))
+
+
+# By the part of data.task before a colon.
+TASKS: dict[str, type[DataTask]] = {
+    PASSKEY: PasskeyTask,
+    TEXT: TextTask,
+    SEQIO: SeqioTask,
+    MIXED: MixedTask,
+}
+
+
+def find_task(data: DataConfig) -> DataTask:
+    """Return the task that data.task names.
 
     Raises:
-      ConfigError: there are none, or as :func:`packed_stream`.
+      ConfigError: there is no such task.
     """
-    data, evaluate = config.data, config.evaluate
-    examples: Examples
-    if data.task.startswith("seqio:") and not files:
-        examples = _seqio(config, "validation", evaluate.seed, shuffle=False)
+    kind = data.task.partition(":")[0]
+    if kind not in TASKS:
+        raise ConfigError(f"config.data.task: {data.task!r} is unknown; choose one of {', '.join(TASKS)}")
+    return TASKS[kind](data)
+
+
+def make_batches(
+    data: DataConfig, *, block_size: int, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)
+) -> Batches:
+    """Return the training batches of a config.
+
+    Args:
+      data: the task and its fields.
+      block_size: C, tokens.
+      batch_size: B, rows of the global batch.
+      seed: of everything random.
+      shard: (index, count) of this process. It makes rows index * B / count up to (index + 1) * B / count.
+
+    Raises:
+      ConfigError: files are missing, not UTF-8 or held out too; seqio has no such task; a row is too short.
+      UserError: the vocabulary cannot be loaded or cannot express the task, or count does not divide B.
+    """
+    return find_task(data).batches(BatchSpec(block_size, batch_size, seed, shard))
+
+
+def heldout_examples(
+    data: DataConfig, evaluate: EvaluateConfig, files: Sequence[str] = (), suffixes: Sequence[str] = ()
+) -> Heldout:
+    """Return the examples to evaluate on: the first evaluate.documents that have evaluate.min_tokens.
+
+    Args:
+      data: the task and its fields; a seqio task has a split "validation", others name data.heldout_files.
+      evaluate: how many documents, how long, and the seed of their order.
+      files: text files to use instead, whatever the task.
+      suffixes: endings of files that count in folders, instead of data.file_suffixes.
+
+    Raises:
+      ConfigError: there are no such examples, or as in :func:`make_batches`.
+    """
+    if suffixes:
+        data = dataclasses.replace(data, file_suffixes=tuple(suffixes))
+    task = find_task(data)
+    if files:
+        source = task.text(files, "--files", evaluate.seed, shuffle=False)
     else:
-        if not files and not data.heldout_files:
-            raise ConfigError("config.data.heldout_files: names no files to evaluate on")
-        field = "--files" if files else "config.data.heldout_files"
-        if suffixes:
-            config = dataclasses.replace(
-                config, data=dataclasses.replace(data, file_suffixes=tuple(suffixes))
-            )
-        examples = _text(config, files or data.heldout_files, field, evaluate.seed, shuffle=False)
+        source = task.heldout(evaluate.seed)
+    least = max(1, evaluate.min_tokens)
     chosen: list[Example] = []
-    for example in examples.epoch(0):
-        if len(example.ids) >= max(1, evaluate.min_tokens):
+    for example in source.epoch(0):
+        if len(example.ids) >= least:
             chosen.append(example)
             if len(chosen) == evaluate.documents:
                 break
     if not chosen:
         raise ConfigError(
-            f"config.evaluate.min_tokens: no held-out document has {max(1, evaluate.min_tokens)} tokens"
+            f"config.evaluate.min_tokens: no held-out document has {least} tokens; lower it or add documents"
         )
-    return Heldout(chosen, examples.vocabulary)
+    return Heldout(chosen, source.vocabulary)
 
 
-def longest_row(config: Config) -> int:
-    """Tokens of the longest rows of training batches: PassKey's grow with the curriculum, all others are as set."""
-    data = config.data
-    if data.task not in ("passkey", "text+passkey"):
-        return data.sequence_length
-    stream = PasskeyStream(
-        data, block_size=config.model.block_size, batch_size=config.train.batch_size, seed=config.train.seed
-    )
-    passkey = stream.stage_tokens[-1]
-    return passkey if data.task == "passkey" else max(passkey, data.sequence_length)
-
-
-def task_vocabulary(config: Config) -> seqio.Vocabulary:
-    """What the task's text is tokenized with.
+def longest_row(data: DataConfig, *, block_size: int) -> int:
+    """Return the tokens of the longest row that training will see, without reading the training data.
 
     Raises:
-      ConfigError, UserError: as :func:`packed_stream`.
+      UserError: the vocabulary of a PassKey task cannot be loaded.
     """
-    if config.data.task.startswith("seqio:"):
-        return _seqio(config, "train", seed=0, shuffle=False).vocabulary
-    return load_vocabulary(config.data.vocabulary)
+    return find_task(data).longest_row(block_size)
 
 
-def _seqio(config: Config, split: str, seed: int, *, shuffle: bool) -> SeqioExamples:
-    data = config.data
-    return seqio_examples(data.task.removeprefix("seqio:"), data.imports, split, seed, shuffle=shuffle)
+def task_vocabulary(data: DataConfig) -> seqio.Vocabulary:
+    """Return the vocabulary of a task.
+
+    Raises:
+      ConfigError: seqio has no such task.
+      UserError: the vocabulary cannot be loaded.
+    """
+    return find_task(data).vocabulary()
 
 
 def _is_tfds(entry: str) -> bool:
     return entry.startswith("tfds:")
-
-
-def _text(
-    config: Config, entries: Sequence[str], field: str, seed: int, *, shuffle: bool
-) -> TextExamples | SeqioExamples:
-    data = config.data
-    vocabulary = task_vocabulary(config)
-    if vocabulary.eos_id is None or vocabulary.eos_id < 0:
-        raise ConfigError(
-            f"config.data.vocabulary: {data.vocabulary!r} has no end-of-sequence id to end documents with"
-        )
-    if not any(map(_is_tfds, entries)):
-        return TextExamples(
-            Documents(find_files(entries, data.file_suffixes, field), field), vocabulary, seed
-        )
-    found = TFDS.fullmatch(entries[0])
-    if found is None or len(entries) > 1:
-        raise ConfigError(f"{field}: expected files, or one tfds:NAME:SPLIT alone, got {', '.join(entries)}")
-    return tfds_examples(found["name"], found["split"], vocabulary, seed, field, shuffle=shuffle)

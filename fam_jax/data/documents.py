@@ -1,6 +1,6 @@
-"""Documents in UTF-8 files: found, checked as a whole before anything is trained on them, read one by one.
+"""Text files as numbered documents: find the files, check them before training begins, read one document at a time.
 
-Loads no TensorFlow. Paths may be of any filesystem that `etils.epath` reads, such as gs://.
+Imports no TensorFlow. Paths may be on any filesystem that `etils.epath` supports, such as gs://.
 """
 
 import hashlib
@@ -18,24 +18,27 @@ WILDCARD = re.compile(r"[*?\[]")
 
 
 class Span(NamedTuple):
-    """Where a document lies."""
+    """The place of a document."""
 
     path: epath.Path
-    begin: int  # bytes
-    size: int  # bytes in the file, all of it if it is one document
-    is_json: bool  # a line of JSON; else plain text
+    # First byte in the file.
+    begin: int
+    # Bytes in the file: all of them, or one line of JSON.
+    size: int
+    # True: a line of JSON. False: plain text.
+    is_json: bool
 
 
 def find_files(entries: Sequence[str], suffixes: Sequence[str], field: str) -> list[epath.Path]:
-    """The files that `entries` name, sorted, each once.
+    """Return the files that `entries` name, sorted and without duplicates.
 
     Args:
       entries: files, folders (all files below them that end in one of `suffixes`) and patterns such as `books/*.txt`.
-      suffixes: of files in folders.
-      field: of the config, or argument, for errors.
+      suffixes: endings of the files that count in folders, such as ".txt".
+      field: the config field or flag that the entries come from, for error messages.
 
     Raises:
-      ConfigError: an entry names nothing.
+      ConfigError: an entry names no file.
     """
     found: dict[str, epath.Path] = {}
     for entry in entries:
@@ -53,23 +56,20 @@ def _files_of(entry: str, suffixes: Sequence[str], field: str) -> list[epath.Pat
         setting = "--suffixes" if field.startswith("--") else "config.data.file_suffixes"
         raise ConfigError(
             f"{field}: the folder {entry} has no files that end in {' or '.join(suffixes)}; "
-            f"{setting} says which count"
+            f"set {setting} to the endings of its files"
         )
     wild = next((i for i, part in enumerate(path.parts) if WILDCARD.search(part)), None)
     if wild is None:
-        raise ConfigError(f"{field}: {entry}: no such file or folder")
+        raise ConfigError(f"{field}: {entry}: no such file or folder; check the path")
     if "**" in path.parts:
-        raise ConfigError(
-            f"{field}: {entry}: ** is not supported; name the folder, and all files below it count"
-        )
+        raise ConfigError(f"{field}: {entry}: ** is not supported; name the folder to use all files below it")
     root = epath.Path(*path.parts[:wild])
     if files := [each for each in root.glob("/".join(path.parts[wild:])) if each.is_file()]:
         return files
-    raise ConfigError(f"{field}: no file matches {entry}")
+    raise ConfigError(f"{field}: no file matches {entry}; check the pattern")
 
 
 def _below(folder: epath.Path) -> Iterator[epath.Path]:
-    """All files in a folder and its folders."""
     for path in folder.iterdir():
         if path.is_dir():
             yield from _below(path)
@@ -78,13 +78,13 @@ def _below(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _identity(path: epath.Path) -> str:
-    """The same for all names of a file."""
+    """Return a name that is the same for a file and for links to it."""
     name = str(path)
     return name if "://" in name else os.path.realpath(name)
 
 
 def check_apart(train: Sequence[epath.Path], heldout: Sequence[epath.Path]) -> None:
-    """Raises :class:`ConfigError` if a file is both trained on and held out."""
+    """Raise :class:`ConfigError` if a held-out file is a training file too."""
     shared = sorted({_identity(path) for path in train} & {_identity(path) for path in heldout})
     if shared:
         others = f" and {len(shared) - 1} more" if shared[1:] else ""
@@ -94,17 +94,22 @@ def check_apart(train: Sequence[epath.Path], heldout: Sequence[epath.Path]) -> N
 
 
 class Documents:
-    """Documents of files, by number. A file is one, a line of a `.jsonl` file too; those without text are left out.
+    """The documents of files, by number; a text file is one document, and so is each line of a `.jsonl` file.
 
-    All files are read through once at the start: what is wrong with one is told before a training begins, and
-    `fingerprint` tells other contents from these. More text than that is good for belongs in TFDS or a seqio task.
+    Empty documents are left out. All files are read once at the start, so that an unreadable one stops the program
+    before training begins, and so that `fingerprint` covers the contents. For more text than can be read that way in
+    reasonable time, use TFDS or a seqio task.
     """
 
     def __init__(self, paths: Sequence[epath.Path], field: str):
-        """Reads and checks the files.
+        """Read and check the files.
+
+        Args:
+          paths: of :func:`find_files`.
+          field: the config field or flag that names them, for error messages.
 
         Raises:
-          ConfigError: a file is not UTF-8 or cannot be read, a line of JSONL has no text, or there is no text at all.
+          ConfigError: a file is not UTF-8 or cannot be read, a line of JSONL has no text, or all files are empty.
         """
         self._spans: list[Span] = []
         contents = hashlib.blake2b(digest_size=8)
@@ -115,7 +120,7 @@ class Documents:
                     contents.update(len(text).to_bytes(8, "little") + text)
         if not self._spans:
             raise ConfigError(
-                f"{field}: there is no text in {len(paths)} files, the first of which is {paths[0]}"
+                f"{field}: there is no text in {len(paths)} files, the first of which is {paths[0]}; name other files"
             )
         self.fingerprint = contents.hexdigest()
 
@@ -131,12 +136,14 @@ class Documents:
 
 
 def _checked(path: epath.Path, field: str) -> Iterator[tuple[Span, bytes]]:
-    """The documents of a file, and the text of each as UTF-8."""
+    """Yield the documents of a file, and the text of each in UTF-8."""
     try:
         raw = path.read_bytes()
         raw.decode()
     except OSError as error:
-        raise ConfigError(f"{field}: {path}: cannot be read ({error.strerror or error})") from error
+        raise ConfigError(
+            f"{field}: {path}: cannot be read ({error.strerror or error}); check its permissions or leave it out"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{field}: {path}: not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x}); "
@@ -148,20 +155,16 @@ def _checked(path: epath.Path, field: str) -> Iterator[tuple[Span, bytes]]:
     begin = 0
     for number, line in enumerate(raw.splitlines(keepends=True), 1):
         if line.strip():
-            yield (
-                Span(path, begin, len(line), is_json=True),
-                _text_of(line, f"{field}: {path}: line {number}"),
-            )
+            text = _text_of(line, f"{field}: {path}: line {number}")
+            yield Span(path, begin, len(line), is_json=True), text
         begin += len(line)
 
 
 def _text_of(line: bytes, where: str) -> bytes:
     try:
         return json.loads(line)["text"].encode()
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # UnicodeEncodeError, of half a pair, too
-        raise ConfigError(f'{where}: expected an object with a text under "text"') from error
+    # ValueError includes UnicodeEncodeError, which half of a surrogate pair raises.
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f'{where}: expected an object with a text under "text"; correct or remove the line'
+        ) from error

@@ -1,4 +1,4 @@
-"""A `tokenizer.json` of the tokenizers library as a seqio vocabulary."""
+"""Adapt a `tokenizer.json` of the tokenizers library to seqio's Vocabulary."""
 
 import itertools
 import json
@@ -12,32 +12,33 @@ from fam_jax.data.quiet_seqio import seqio, tf
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
-    """Encodes text as it is, without adding special tokens; chat templates are left to the caller.
+    """A tokenizer that adds no special tokens of its own; chat templates are the caller's business.
 
-    Which pieces begin and end a text is read from `tokenizer_config.json` in the same folder; if it does not say, what
-    the tokenizer itself puts before a text begins it, and nothing ends it.
+    The start and end tokens are those that `tokenizer_config.json` in the same folder names. If it names none, the
+    start token is the one that the tokenizer itself puts before a text, and there is no end token.
     """
 
     def __init__(self, path: str):
-        """Reads the file at `path`, of any filesystem.
+        """Read the file at `path`, on any filesystem that etils supports.
 
         Raises:
-          OSError: it cannot be read.
-          ValueError: it is no such file, or a damaged one.
+          OSError: the file cannot be read.
+          ValueError: it is not a tokenizer.json, or is damaged.
         """
         super().__init__()
         file = epath.Path(path)
         text = file.read_text()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing more specific
+        # The library raises nothing more specific.
+        except Exception as error:
             raise ValueError(f"{path}: {error}") from error
         beside = file.parent / "tokenizer_config.json"
         self._special = json.loads(beside.read_text()) if beside.exists() else {}
 
     @property
     def bos_id(self) -> int | None:
-        """Id of the piece that begins a text."""
+        """Return the id of the start token; None: there is none."""
         named = self._id("bos_token")
         if named is not None:
             return named
@@ -47,12 +48,12 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
     @property
     def eos_id(self) -> int | None:
-        """Id of the piece that ends a text."""
+        """Return the id of the end token; None: there is none."""
         return self._id("eos_token")
 
     @property
     def unk_id(self) -> int | None:
-        """Id of the piece for what has none; None for byte-level tokenizers, which encode everything."""
+        """Return the id of the unknown token; None for byte-level tokenizers, which can encode everything."""
         return self._id("unk_token")
 
     @property

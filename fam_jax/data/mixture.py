@@ -1,97 +1,110 @@
-"""Training batches of text and of PassKey in turns: what a model knew is kept while it learns to remember.
+"""Training batches from several `Batches` in random turns, such as text and PassKey.
 
-Batches are mixed, and not examples within a row: a row of PassKey is one whole example, whose key and question packing
-would cut apart, and its curriculum goes on beside the text.
+Whole batches alternate, not examples within a row. A PassKey row is one example, whose key and question packing would
+separate, and its curriculum goes on beside the text.
 """
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from fam_jax.data.interface import Batch, Batches, check_state
+from fam_jax.data.randomness import random_key, random_words
 
-from fam_jax.config import UserError
-from fam_jax.data.curriculum import PasskeyStream
-from fam_jax.data.packing import Batch, PackedStream
-from fam_jax.data.passkey import random_key
+if TYPE_CHECKING:
+    from fam_jax.data.quiet_seqio import seqio
 
 
-class MixedStream:
-    """Endless batches, each of one of two streams; which of them depends on the seed, the step and the stage only.
+class MixedBatches:
+    """Endless batches, each from one of several parts; implements :class:`~fam_jax.data.interface.Batches`.
 
-    Few steps may suffice to learn what memory is for, and many be needed to keep the rest: the fraction may change with
-    the curriculum's last stage.
-
-    Rows of the two differ in length, so a training step is compiled for each. Both streams keep their own state; a
-    resumed mixture continues with the very batches that were to come.
+    Each part returns the batches that it would return alone. Which part a step takes depends on the seed, the step and
+    the fractions at that step. Parts may differ in row length; a training step is compiled for each length.
     """
 
     def __init__(
-        self,
-        text: PackedStream,
-        passkey: PasskeyStream,
-        *,
-        passkey_fraction: float,
-        last_stage_fraction: float = 0.0,
-        seed: int,
+        self, parts: Mapping[str, Batches], fractions: Callable[[], Mapping[str, float]], *, seed: int
     ):
-        """Takes the streams as they stand.
+        """Combine parts.
 
         Args:
-          text: gives the other batches.
-          passkey: gives a fraction of them.
-          passkey_fraction: probability that a batch is PassKey's.
-          last_stage_fraction: the same from the last stage of the curriculum on; 0 = no other.
+          parts: by name, with the same vocabulary.
+          fractions: called at every step; returns the probability of each part but the last, which has the rest. It
+            may depend on nothing that :meth:`state` does not restore.
           seed: of the choice.
         """
-        self.text, self.passkey = text, passkey
-        self.vocabulary = text.vocabulary
-        self._fraction = passkey_fraction
-        self._last_fraction = last_stage_fraction or passkey_fraction
+        self.parts = dict(parts)
+        self._fractions = fractions
         self._key = random_key("mixture", seed)
         self._step = 0
-        self._is_passkey = False  # the latest batch
+        # Where the latest batch came from; None: there is none yet.
+        self._latest: str | None = None
 
     @property
-    def advancing(self) -> bool:
-        """Whether a report of the latest batch may bring the next stage of the curriculum."""
-        return self._is_passkey and self.passkey.advancing
+    def vocabulary(self) -> "seqio.Vocabulary":
+        """Return the vocabulary of all parts."""
+        return next(iter(self.parts.values())).vocabulary
 
-    def report(self, exact_match: float) -> None:
-        """Tells how well the latest batch was answered; see :meth:`PasskeyStream.report`."""
-        if self._is_passkey:
-            self.passkey.report(exact_match)
+    @property
+    def longest_row(self) -> int:
+        """Return the longest row of all parts, in tokens."""
+        return max(part.longest_row for part in self.parts.values())
+
+    @property
+    def needs_metrics(self) -> bool:
+        """Return whether the part of the latest batch needs its metrics."""
+        return self._latest is not None and self.parts[self._latest].needs_metrics
+
+    def next(self) -> Batch:
+        """Return this process's rows of the next batch."""
+        self._latest = self._choose()
+        self._step += 1
+        return self.parts[self._latest].next()
+
+    def observe(self, metrics: Mapping[str, Any]) -> None:
+        """Pass the metrics of the latest batch on to its part."""
+        if self._latest is not None:
+            self.parts[self._latest].observe(metrics)
 
     def metrics(self) -> dict[str, float]:
-        """What the log says of the data; the step's loss is that of the latest batch."""
-        return {"passkey_batch": float(self._is_passkey), **self.text.metrics(), **self.passkey.metrics()}
+        """Return the metrics of all parts, and 1 under NAME_batch if the latest batch came from NAME, else 0.
 
-    def note(self, values: dict[str, Any]) -> str:
-        """Part of the line that reports a step's metrics."""
-        return (
-            f"passkey  {self.passkey.note(values)}" if self._is_passkey else f"text  {self.text.note(values)}"
-        )
+        The last part has no such figure. The loss and accuracy of a step are those of the latest batch.
+        """
+        named = [*self.parts][:-1]
+        values = {f"{name}_batch": 1.0 if name == self._latest else 0.0 for name in named}
+        for part in self.parts.values():
+            values |= part.metrics()
+        return values
 
-    def next_batch(self) -> Batch:
-        """This process's rows of the next global batch, as of the stream that it comes from."""
-        draw = np.random.Philox(key=self._key, counter=self._step).random_raw()
-        fraction = self._fraction if self.passkey.advancing else self._last_fraction
-        self._is_passkey = int(draw) < fraction * 2**64
-        self._step += 1
-        return self.passkey.next_batch() if self._is_passkey else self.text.next_batch()
+    def name_scores(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Name the scores as the part of the latest batch does."""
+        return metrics if self._latest is None else self.parts[self._latest].name_scores(metrics)
+
+    def describe(self, values: Mapping[str, Any]) -> str:
+        """Return the part of the latest batch, and what it says of the values."""
+        return "" if self._latest is None else f"{self._latest}  {self.parts[self._latest].describe(values)}"
 
     def state(self) -> dict[str, Any]:
-        """JSON-able; a stream with it restored continues with the very batches that this one would give."""
-        return {"step": self._step, "text": self.text.state(), "passkey": self.passkey.state()}
+        """Return the position, and those of the parts, as JSON values."""
+        return {"step": self._step, **{name: part.state() for name, part in self.parts.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from a :meth:`state`.
+        """Continue from a :meth:`state`.
 
         Raises:
-          UserError: the state is of another task or version, or of streams of other examples.
+          UserError: the state is of another task or version, or of other examples.
         """
-        if not isinstance(state, dict) or set(state) != {"step", "text", "passkey"}:
-            raise UserError(
-                "data state: expected the fields passkey, step, text; it is of another task or version"
-            )
-        self.text.restore(state["text"])
-        self.passkey.restore(state["passkey"])
-        self._step, self._is_passkey = state["step"], False
+        check_state(state, {"step", *self.parts}, {})
+        for name, part in self.parts.items():
+            part.restore(state[name])
+        self._step, self._latest = state["step"], None
+
+    def _choose(self) -> str:
+        [word] = random_words(self._key, self._step)
+        below, fractions = 0.0, self._fractions()
+        *others, last = self.parts
+        for name in others:
+            below += fractions[name]
+            if word < below * 2**64:
+                return name
+        return last

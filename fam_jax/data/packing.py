@@ -1,155 +1,157 @@
-"""Training batches of one row length, packed from examples: resumable at any step, the same on any number of processes.
+"""Training batches of one row length, packed from examples; resumable at any step, on any number of processes.
 
-Examples are joined one after the other and cut into rows, with no attention mask between them (section 3.1 of the
-paper). A row goes on where another one stopped: nothing is left out, and nothing is padding.
+Examples are joined one after another and cut into rows, with no attention mask between them (section 3.1 of the paper).
+A row continues where another one ended, so every token is used and nothing is padding.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fam_jax.config import ConfigError, DataConfig, UserError
-from fam_jax.data.bos import first_input
-from fam_jax.data.examples import Examples, permutation
-from fam_jax.data.passkey import random_key
-
-Batch = dict[str, np.ndarray]
+from fam_jax.data.interface import Batch, Source, check_state, new_streams, own_rows
+from fam_jax.data.randomness import permutation, random_key, random_words
+from fam_jax.data.vocabulary import first_input
 
 REPEAT_PROMPT = "[repeat random segment]:"
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """A place in the examples: the next token to be read."""
+    """A place in the examples: the next token to read."""
 
     epoch: int = 0
-    example: int = 0  # in the order of the epoch
+    # Place in the order of the epoch.
+    example: int = 0
     token: int = 0
 
 
 class Rows(NamedTuple):
-    """What is cut from the examples; the input of an example's first token is :func:`first_input`."""
+    """Tokens cut from the examples. The input of an example's first token is :func:`first_input`."""
 
-    inputs: np.ndarray  # (..., n) int32
-    targets: np.ndarray  # (..., n) int32
-    weights: np.ndarray  # (..., n) float32
+    # (..., n) int32.
+    inputs: np.ndarray
+    # (..., n) int32.
+    targets: np.ndarray
+    # (..., n) float32.
+    weights: np.ndarray
 
 
-class PackedStream:
-    """Endless batches of rows of `data.sequence_length` tokens.
+class PackedBatches:
+    """Endless batches of rows of data.sequence_length tokens; implements :class:`~fam_jax.data.interface.Batches`.
 
-    Rows are cut in an order that depends on the seed only, and shuffled within groups of `data.shuffle_batches`
-    batches. Where a row begins depends on the lengths of all rows before it; so every process reads all examples and
-    keeps its own rows, a group ahead, in a thread. With `data.repeat_segment` the end of each row is the prompt
-    "[repeat random segment]:" and that many consecutive tokens of the row, chosen at random.
+    Rows are cut in the source's order, and shuffled within groups of data.shuffle_batches batches. Where a row begins
+    depends on the lengths of all rows before it, so every process reads all examples and keeps its own rows. A thread
+    reads one group ahead.
+
+    With data.repeat_segment, a row ends with the prompt "[repeat random segment]:" and that many consecutive tokens of
+    the row, chosen at random.
     """
 
     def __init__(
         self,
         data: DataConfig,
-        examples: Examples,
+        source: Source,
         *,
         batch_size: int,
         seed: int,
         shard: tuple[int, int] = (0, 1),
     ):
-        """Prepares the stream; the first examples are read by the first :meth:`next_batch`.
+        """Prepare the batches. The first call of :meth:`next` reads the first examples.
 
         Args:
           data: row length, shuffling, repeated segment.
-          examples: to pack.
+          source: examples to pack.
           batch_size: B, rows of the global batch.
-          seed: of everything random here.
-          shard: (index, count) of this process; it makes rows [index * B / count, (index + 1) * B / count).
+          seed: of shuffling and of the repeated segments.
+          shard: (index, count) of this process.
 
         Raises:
           ConfigError: a row is too short for the segment.
           UserError: count does not divide B.
         """
-        self.shard_index, self.shard_count = shard
-        if batch_size % self.shard_count:
-            raise UserError(f"batch_size {batch_size} is not divisible by the {self.shard_count} processes")
-        self.data, self.examples, self.batch_size, self.seed = data, examples, batch_size, seed
-        self.vocabulary = examples.vocabulary
+        self._own_rows = own_rows(batch_size, shard)
+        self.data, self.source, self.batch_size, self.seed = data, source, batch_size, seed
+        self.vocabulary = source.vocabulary
         self._start_id = first_input(self.vocabulary, data)
         self._prompt = np.array(
             self.vocabulary.encode(REPEAT_PROMPT) if data.repeat_segment else [], np.int32
         )
         appended = len(self._prompt) + data.repeat_segment
-        self._body = data.sequence_length - appended  # tokens of a row that come from examples
+        # Tokens of a row that come from examples.
+        self._body = data.sequence_length - appended
         if self._body < max(1, data.repeat_segment):
             raise ConfigError(
                 f"config.data.repeat_segment: {data.repeat_segment} tokens and their prompt of {len(self._prompt)} "
-                f"leave too little of sequence_length {data.sequence_length} to repeat"
+                f"leave too little of sequence_length {data.sequence_length} to repeat; change one of the two"
             )
         self._start(0, Position())
 
-    advancing = False  # there is no curriculum that results could advance
+    # There is no curriculum.
+    needs_metrics = False
 
-    def report(self, exact_match: float) -> None:
-        """Nothing here depends on results."""
+    @property
+    def longest_row(self) -> int:
+        """Return the length of every row, in tokens."""
+        return self.data.sequence_length
 
-    def metrics(self) -> dict[str, float]:
-        """What the log says of the data."""
-        return {"epoch": self._group.epoch}
+    def next(self) -> Batch:
+        """Return this process's rows of the next batch.
 
-    def note(self, values: dict[str, Any]) -> str:
-        """Part of the line that reports a step's metrics."""
-        return f"accuracy {values['answer_accuracy']:.3f}  epoch {values['epoch']}"
-
-    def next_batch(self) -> Batch:
-        """This process's rows of the next global batch.
-
-        Returns:
-          inputs, targets (B / count, T) int32; weights (B / count, T) float32: those of the examples, 0 on the prompt
-          to repeat, repeat_weight on the repetition; answer (B / count, T) bool: targets of examples with a weight.
+        Weights are those of the examples, 0 on the prompt to repeat and data.repeat_weight on the repetition. Targets
+        of examples with a weight count as the answer.
 
         Raises:
-          UserError: the source has no tokens.
+          UserError: the source has no tokens, or cannot be read.
         """
         batch = self._step % self.data.shuffle_batches
         if self._rows is None or batch == 0:
             self._begin_group()
         assert self._rows is not None
         rows = Rows(*(part[batch] for part in self._rows))
-        first = self._step * self.batch_size + self.shard_index * len(rows.inputs)
+        first = self._step * self.batch_size + self._own_rows.start
         self._step += 1
-        return self._with_repetition(rows, first)
+        return self._with_repetition(rows, first) | {"start": new_streams(len(rows.inputs))}
+
+    def observe(self, metrics: Mapping[str, Any]) -> None:
+        """Ignore the metrics, on which no batch depends."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return the epoch in which the current group of batches begins."""
+        return {"epoch": self._group.epoch}
+
+    def name_scores(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Call the accuracy `accuracy`, and leave out the exact match of whole rows, which is no measure of text."""
+        names = {"answer_accuracy": "accuracy"}
+        return {names.get(name, name): value for name, value in metrics.items() if name != "exact_match"}
+
+    def describe(self, values: Mapping[str, Any]) -> str:
+        """Return accuracy and epoch, for the progress line."""
+        return f"accuracy {values['accuracy']:.3f}  epoch {values['epoch']}"
 
     def state(self) -> dict[str, Any]:
-        """JSON-able; a stream with it restored continues with the very batches that this one would give.
+        """Return the position, and which examples it refers to, as JSON values.
 
-        It is the same in all processes and may be restored with another number of them. Restored, at most a group of
-        batches is read again.
+        Restoring it reads at most one group of batches again.
         """
         begun = self._step % self.data.shuffle_batches
         group = self._group if begun else self._group_end
         return {"stream": self._identity(), "step": self._step, "group": dataclasses.asdict(group)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from a :meth:`state`.
+        """Continue from a :meth:`state`.
 
         Raises:
-          UserError: the state is of another version, or belongs to a stream of other examples.
+          UserError: the state is of another task or version, or of other examples.
         """
-        if not isinstance(state, dict) or set(state) != {"stream", "step", "group"}:
-            raise UserError(
-                "data state: expected the fields group, step, stream; it is of another task or version"
-            )
-        for name, value in self._identity().items():
-            saved = state["stream"].get(name)
-            if saved != value:
-                raise UserError(
-                    f"data state: {name} was {saved} when it was saved and is {value} now; "
-                    "resume with the config and the data of the run"
-                )
+        check_state(state, {"stream", "step", "group"}, self._identity())
         self._start(state["step"], Position(**state["group"]))
 
     def _identity(self) -> dict[str, Any]:
-        """What must agree for a state to mean the same batches."""
+        """Return what the batches after a position depend on."""
         data = self.data
         return {
             "seed": self.seed,
@@ -157,13 +159,15 @@ class PackedStream:
             "sequence_length": data.sequence_length,
             "shuffle_batches": data.shuffle_batches,
             "repeat_segment": data.repeat_segment,
-            "contents": self.examples.fingerprint,
+            "contents": self.source.fingerprint,
         }
 
     def _start(self, step: int, group: Position) -> None:
         self._step = step
-        self._group = self._group_end = group  # where the current group begins and ends
-        self._rows: Rows | None = None  # of the current group: (batches, B / count, n)
+        # Where the current group begins and ends.
+        self._group = self._group_end = group
+        # This process's rows of the current group: (batches, B / count, n).
+        self._rows: Rows | None = None
         self._cut = self._cut_rows(group)
         self._thread = ThreadPoolExecutor(1, "packing")
         self._ahead: Future[tuple[Rows, Position]] | None = None
@@ -176,29 +180,25 @@ class PackedStream:
         self._ahead = self._thread.submit(self._read_group, number + 1)
 
     def _read_group(self, number: int) -> tuple[Rows, Position]:
-        """This process's rows of a group, and where the group ends."""
+        """Return this process's rows of a group, and where the group ends."""
         batches, size = self.data.shuffle_batches, self.batch_size
-        order = permutation(batches * size, "rows", self.seed, number)
-        place = np.argsort(order)  # of each row that is cut, in the group
-        share = size // self.shard_count
-        own = Rows(
-            *(np.empty((batches, share, self._body), kind) for kind in (np.int32, np.int32, np.float32))
-        )
-        for where in place:
+        own = _empty_rows(batches, len(self._own_rows), self._body)
+        # Place in the group of each row, in the order in which rows are cut.
+        for place in np.argsort(permutation(batches * size, "rows", self.seed, number)).tolist():
             rows, end = next(self._cut)
-            row = where % size - self.shard_index * share
-            if 0 <= row < share:
+            batch, row = divmod(place, size)
+            if row in self._own_rows:
                 for into, part in zip(own, rows, strict=True):
-                    into[where // size, row] = part
+                    into[batch, row - self._own_rows.start] = part
         return own, end
 
     def _cut_rows(self, start: Position) -> Iterator[tuple[Rows, Position]]:
-        """All rows from a position on, each with the position where it ends."""
+        """Yield all rows from a position on, each with the position where it ends."""
         length, epoch, first, skipped = self._body, start.epoch, start.example, start.token
-        rows, filled = _empty_row(length), 0
+        rows, filled = _empty_rows(length), 0
         while True:
             read = first + skipped
-            for index, (ids, weights, _) in enumerate(self.examples.epoch(epoch, first), first):
+            for index, (ids, weights, _) in enumerate(self.source.epoch(epoch, first), first):
                 source = Rows(np.append(np.int32(self._start_id), ids[:-1])[: len(ids)], ids, weights)
                 begin, skipped = skipped, 0
                 read += len(ids)
@@ -209,18 +209,20 @@ class PackedStream:
                     filled, begin = filled + count, begin + count
                     if filled == length:
                         yield rows, Position(epoch, index, begin)
-                        rows, filled = _empty_row(length), 0
+                        rows, filled = _empty_rows(length), 0
             if read == 0:
-                raise UserError(f"config.data.task: there are no tokens in {self.examples.fingerprint}")
+                raise UserError(
+                    f"config.data.task: there are no tokens in {self.source.fingerprint}; use other data"
+                )
             epoch, first, skipped = epoch + 1, 0, 0
 
     def _with_repetition(self, rows: Rows, first: int) -> Batch:
-        """A batch of the rows, whose numbers among all rows of the run count from `first`."""
+        """Return the rows, with segments repeated at their ends; `first` is the first one's number in the whole run."""
         inputs, targets, weights = rows
         answer = weights > 0
         if segment := self.data.repeat_segment:
             key, count = random_key("repeat", self.seed), len(targets)
-            draws = [int(np.random.Philox(key=key, counter=first + row).random_raw()) for row in range(count)]
+            draws = [random_words(key, first + row)[0] for row in range(count)]
             begin = np.array([draw % (self._body - segment + 1) for draw in draws])
             repeated = targets[np.arange(count)[:, None], begin[:, None] + np.arange(segment)]
             tail = np.concatenate([np.tile(self._prompt, (count, 1)), repeated], axis=1)
@@ -232,5 +234,5 @@ class PackedStream:
         return {"inputs": inputs, "targets": targets, "weights": weights, "answer": answer}
 
 
-def _empty_row(length: int) -> Rows:
-    return Rows(np.empty(length, np.int32), np.empty(length, np.int32), np.empty(length, np.float32))
+def _empty_rows(*shape: int) -> Rows:
+    return Rows(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.float32))

@@ -1,11 +1,10 @@
-"""The PassKey retrieval task (section 3.2 of the paper) as a seqio Task.
+"""PassKey retrieval (section 3.2 of the paper) as a seqio task.
 
-Example `i` of a split is a pure function of (seed, split, i), so a stream of examples can start anywhere.
-The filler is cut at token level: its length is exact under every vocabulary.
+Example i of a split is a pure function of (seed, split, i), so reading can start at any example. The filler is cut at
+token level, so it has the same length under every vocabulary.
 """
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,38 +13,43 @@ import numpy as np
 
 from fam_jax.config import DataConfig, UserError
 from fam_jax.data import passkey_text
-from fam_jax.data.bos import bos_ids
 from fam_jax.data.quiet_seqio import seqio, tf
+from fam_jax.data.randomness import random_key
+from fam_jax.data.vocabulary import bos_ids
 
-SPLITS = ("train", "validation")  # of disjoint random streams, also under one seed
+# Independent of each other, under the same seed too.
+SPLITS = ("train", "validation")
 MAX_DIGITS = 9
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """Token ids of all that is the same in every example; each part as it continues the one before."""
+    """Token ids of the fixed parts of every example, each tokenized as a continuation of the part before."""
 
     statement: Sequence[int]
     remember: Sequence[int]
     repeated: Sequence[int]
-    filler: Sequence[int]  # one cycle of the five sentences
+    # One cycle of the five sentences.
+    filler: Sequence[int]
     question: Sequence[int]
 
     def longest_example(self, filler_tokens: int, digits: int) -> int:
-        """An upper bound of an example's tokens; reached when each digit is a token, and the space before."""
+        """Return an upper bound on the tokens of an example; exact if the space and each digit are one token."""
         fixed = (self.statement, self.remember, self.repeated, self.question)
         return sum(map(len, fixed)) + filler_tokens + 3 * (digits + 1)
 
 
 def make_template(vocabulary: seqio.Vocabulary, begin: Sequence[int] = ()) -> Template:
-    """The task's sentences under `vocabulary`, behind the ids `begin`.
+    """Tokenize the fixed parts of the task, with the ids `begin` before the first.
 
     Raises:
-      UserError: the vocabulary has no token for some of the text, or joins words into one token.
+      UserError: the vocabulary cannot express some of the text, or joins two parts into one token.
     """
     for word in " ".join(passkey_text.example_text("0 1 2 3 4 5 6 7 8 9", 1)).split():
         if vocabulary.unk_id in vocabulary.encode(word):
-            raise UserError(f"vocabulary: has no tokens for {word!r} of the PassKey text; choose another one")
+            raise UserError(
+                f"vocabulary: has no tokens for {word!r} of the PassKey text; use another vocabulary"
+            )
     return Template(
         statement=[*begin, *vocabulary.encode(passkey_text.STATEMENT)],
         remember=_continuation(vocabulary, "0", passkey_text.REMEMBER),
@@ -56,32 +60,28 @@ def make_template(vocabulary: seqio.Vocabulary, begin: Sequence[int] = ()) -> Te
 
 
 def _continuation(vocabulary: seqio.Vocabulary, before: str, text: str) -> list[int]:
-    """Ids of `text` where it follows `before`: without what a vocabulary adds at the start of a text."""
+    """Tokenize `text` as the continuation of `before`, without what a vocabulary adds at the start of a text."""
     head, whole = vocabulary.encode(before), vocabulary.encode(before + text)
     if whole[: len(head)] != head:
-        raise UserError(f"vocabulary: joins {before!r} and {text[:9]!r} into one token; choose another one")
+        raise UserError(
+            f"vocabulary: joins {before!r} and {text[:9]!r} into one token; use another vocabulary"
+        )
     return whole[len(head) :]
 
 
-def random_key(*parts: Any) -> int:
-    """A 63-bit key that names the random stream of `parts`; unrelated for different parts."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
 def _random_pair(key: int, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draw number `index` (int64 scalar) of the stream `key`: two int64 scalars, uniform below 2^62."""
+    """Return draw number `index` (int64 scalar) of a key: two int64 scalars, uniform below 2^62."""
     seed = tf.stack([tf.constant(key, tf.int64), index])
-    # A named algorithm: the automatic choice depends on the kind of device.
+    # Named, as the automatic choice depends on the type of device.
     pair = tf.random.stateless_uniform([2], seed, 0, 2**62, tf.int64, alg="philox")
     return pair[0], pair[1]
 
 
 class PasskeySource(seqio.FunctionDataSource):
-    """Keys and filler lengths: {"key": string scalar, "filler_tokens": int64 scalar}.
+    """Source of {"key": string scalar, "filler_tokens": int64 scalar}.
 
-    The train split is endless and the validation split holds `validation_examples`. As any order of examples
-    is as random as any other, requests to shuffle and seqio's own `seed` change nothing.
+    The train split is endless; the validation split has `validation_examples`. Examples are independent, so a request
+    to shuffle and seqio's own `seed` have no effect.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class PasskeySource(seqio.FunctionDataSource):
         super().__init__(dataset_fn, SPLITS, num_input_examples=sizes, caching_permitted=False)
 
     def at(self, split: str, indices: tf.data.Dataset) -> tf.data.Dataset:
-        """The examples that `indices`, a dataset of int64 scalars, names; nothing in between is computed."""
+        """Return the examples at `indices`, a dataset of int64 scalars, without computing any others."""
         stream = random_key("passkey", split, *self._stream)
         smallest = 10 ** (self._digits - 1)
         (low, high), filler_step = self._filler_tokens, self._filler_step
@@ -122,7 +122,7 @@ class PasskeySource(seqio.FunctionDataSource):
 
 
 def _tokenizer(template: Template) -> Callable[..., tf.data.Dataset]:
-    """The preprocessor from keys and filler lengths to token ids: {"inputs": (P,), "targets": (A,)} int32."""
+    """Return the preprocessor that makes token ids, {"inputs": (P,), "targets": (A,)} int32, of a source's examples."""
 
     def tokenize(dataset: tf.data.Dataset, output_features: dict[str, seqio.Feature]) -> tf.data.Dataset:
         vocabulary = output_features["inputs"].vocabulary
@@ -135,9 +135,9 @@ def _tokenizer(template: Template) -> Callable[..., tf.data.Dataset]:
             return np.asarray(vocabulary.encode(f"is {key.decode()}")[head:], np.int32)
 
         def tokenize_example(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            # Not TensorFlow's op for it, which tells on stderr, once per dataset, of models that normalize nothing.
+            # TensorFlow's own op would warn on stderr, once per dataset, about models without normalization.
             key = tf.ensure_shape(tf.numpy_function(key_ids, [example["key"]], tf.int32), [None])
-            # Indices into one cycle: memory does not grow with the longest filler.
+            # Indices into one cycle, so that memory does not grow with the longest filler.
             cut = tf.gather(filler, tf.range(example["filler_tokens"]) % tf.size(filler, tf.int64))
             return {
                 "inputs": tf.concat([statement, key, remember, key, repeated, cut, question], axis=0),
@@ -151,13 +151,13 @@ def _tokenizer(template: Template) -> Callable[..., tf.data.Dataset]:
 
 
 def leading_number(text: str, **_: Any) -> str:
-    """The digits that `text` begins with: what counts of an answer that may run on."""
+    """Return the digits at the start of `text`; the rest of an answer does not count."""
     match = re.match(r"\s*(\d*)", text)
     return match[1] if match else ""
 
 
 def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """The fraction of predictions that equal their target."""
+    """Return the fraction of predictions that equal their target, by name for seqio."""
     equal = [target == prediction for target, prediction in zip(targets, predictions, strict=True)]
     return {"exact_match": float(np.mean(equal))}
 
@@ -172,26 +172,28 @@ def passkey_task(
     filler_step: int = 1,
     begin: Sequence[int] = (),
 ) -> seqio.Task:
-    """The task: inputs is the prompt up to "The pass key is", targets the key, with no end-of-sequence id.
+    """Return the task. Inputs are the prompt up to "The pass key is", targets the key without end-of-sequence id.
 
     Args:
-      name: of the task, in seqio's letters.
-      vocabulary: tokenizes prompt and answer; see `fam_jax.data.vocabulary.load_vocabulary`.
-      filler_tokens: shortest and longest filler, in tokens; lengths are uniform between, ends included.
-      seed: of keys and lengths. Tasks that differ in seed, digits or their fillers are independent.
-      digits: of the key, 1 to 9; the first is not zero.
+      name: of the task; seqio allows letters, digits and underscores.
+      vocabulary: of :func:`fam_jax.data.vocabulary.load_vocabulary`.
+      filler_tokens: shortest and longest filler, in tokens; lengths are uniform in between, both included.
+      seed: of keys and lengths. Tasks that differ in seed, digits or fillers are independent.
+      digits: of the key, 1 to 9; the first is never 0.
       validation_examples: size of the validation split. The train split is endless.
-      filler_step: lengths are the shortest plus a multiple of this.
-      begin: ids before every prompt; see :func:`fam_jax.data.bos.bos_ids`.
+      filler_step: lengths are the shortest one plus a multiple of this.
+      begin: ids before every prompt; see :func:`fam_jax.data.vocabulary.bos_ids`.
 
     Raises:
-      UserError: an argument is out of range, or the vocabulary cannot write the task's text.
+      UserError: an argument is out of range, or the vocabulary cannot express the task's text.
     """
     low, high = filler_tokens
     if not 0 <= low <= high:
-        raise UserError(f"filler_tokens: expected 0 <= shortest <= longest, got {filler_tokens}")
+        raise UserError(
+            f"filler_tokens: must be (shortest, longest) with 0 <= shortest <= longest, got {filler_tokens}"
+        )
     if not 1 <= digits <= MAX_DIGITS:
-        raise UserError(f"digits: expected 1 to {MAX_DIGITS}, got {digits}")
+        raise UserError(f"digits: must be between 1 and {MAX_DIGITS}, got {digits}")
     feature = seqio.Feature(vocabulary, add_eos=False)
     return seqio.Task(
         name,
@@ -200,15 +202,16 @@ def passkey_task(
         output_features={"inputs": feature, "targets": feature},
         postprocess_fn=leading_number,
         metric_fns=[exact_match],
-        shuffle_buffer_size=1,  # shuffles nothing: examples are independent already
+        # A buffer of one does not shuffle. Examples are independent already.
+        shuffle_buffer_size=1,
     )
 
 
 def register_passkey(name: str, *args: Any, **kwargs: Any) -> seqio.Task:
-    """Makes :func:`passkey_task`, with the same arguments, known to seqio under `name`.
+    """Register a :func:`passkey_task` with seqio and return it; the arguments are the same.
 
     Raises:
-      ValueError: seqio has a task or mixture of that name.
+      ValueError: seqio already has a task or mixture of that name.
       UserError: see :func:`passkey_task`.
     """
     task = passkey_task(name, *args, **kwargs)
@@ -219,11 +222,17 @@ def register_passkey(name: str, *args: Any, **kwargs: Any) -> seqio.Task:
 def passkey_examples(
     data: DataConfig, vocabulary: seqio.Vocabulary, filler_tokens: int, keys: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Examples for evaluation by generation, of a random stream that training never draws from.
+    """Return examples for evaluation by generation, from a random stream that training never draws from.
+
+    Args:
+      data: digits of the key; whether prompts begin with the start token.
+      vocabulary: of prompt and answer.
+      filler_tokens: exact length of the filler in each prompt.
+      keys: number of examples.
+      seed: of the keys.
 
     Returns:
-      `keys` pairs of prompt ids (P,) and answer ids (A,), int32; the filler in the prompt is exactly
-      `filler_tokens` tokens long. Lengths are the same in all pairs where each digit is a token.
+      Pairs of prompt ids (P,) and answer ids (A,), int32. All pairs have the same lengths if each digit is one token.
     """
     fillers, begin = (filler_tokens, filler_tokens), bos_ids(vocabulary, data)
     task = passkey_task("passkey", vocabulary, fillers, seed, data.digits, begin=begin)
@@ -232,5 +241,5 @@ def passkey_examples(
 
 
 def examples_at(task: seqio.Task, split: str, indices: tf.data.Dataset) -> tf.data.Dataset:
-    """Preprocessed examples of a PassKey task at `indices` (int64 scalars), computing no others."""
+    """Return the preprocessed examples of a PassKey task at `indices` (int64 scalars), without computing any others."""
     return task.preprocess_postcache(task.source.at(split, indices), sequence_length=None)

@@ -1,7 +1,7 @@
-"""seqio and TensorFlow, imported without their noise and kept off the accelerators.
+"""seqio and TensorFlow, imported without log output and kept off the accelerators.
 
-Modules of this package take `seqio` and `tf` from here. TensorFlow's C++ side writes to file descriptor 2
-before any Python setting can stop it, and would otherwise reserve the memory of every GPU that JAX needs.
+Other modules import `seqio` and `tf` from here. TensorFlow's C++ code writes to file descriptor 2 before any Python
+setting can stop it, and would otherwise reserve the memory of all GPUs, which JAX needs.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def _stderr_held_back() -> Iterator[None]:
-    """Drops what is written to file descriptor 2 meanwhile, unless an exception leaves: then it is shown."""
+    """Discard what is written to file descriptor 2, or show it if the body raises."""
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as held:
@@ -34,13 +34,14 @@ def _stderr_held_back() -> Iterator[None]:
             os.close(saved)
 
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # information and warnings of later calls
+# Silences information and warnings of later calls.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 with _stderr_held_back():
     import seqio
     import tensorflow as tf
 
     for _kind in ("GPU", "TPU"):
-        # A host program that already runs TensorFlow has made this choice itself.
+        # Too late if the program runs TensorFlow already; then the choice of devices is its own.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], _kind)
 

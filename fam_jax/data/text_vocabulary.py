@@ -1,4 +1,4 @@
-"""SentencePiece models for text: nothing that is written is lost in them."""
+"""Train lossless SentencePiece models for text."""
 
 import io
 import re
@@ -8,24 +8,26 @@ import sentencepiece
 
 from fam_jax.config import UserError
 
-SENTENCE_BYTES = 4000  # SentencePiece leaves longer ones out
+# SentencePiece ignores longer sentences unless told otherwise.
+SENTENCE_BYTES = 4000
 LINE = re.compile(r"[^\n]+")
-SPECIAL = 3 + 256  # padding, end, unknown; and a piece for every byte
+# Padding, end and unknown, and a piece for every byte.
+SPECIAL = 3 + 256
 
 
 def train_text_vocabulary(texts: Iterable[str], size: int, *, threads: int = 1) -> bytes:
-    """A serialised model of `size` pieces that decodes what it encodes to the very same text (but U+2581 to a space).
+    """Return a serialized model that decodes the ids of any text to that text (only U+2581 becomes a space).
 
-    Spaces and line ends are kept as they are, digits stand alone, letters without a piece become bytes. Ids 0, 1 and 2
-    are padding, end of sequence and unknown, as seqio has it.
+    It keeps spaces and line ends, makes each digit a token, and encodes characters without a piece as bytes. Ids 0, 1
+    and 2 are padding, end of sequence and unknown, as seqio expects.
 
     Args:
-      texts: to count pieces in.
-      size: V.
-      threads: more are faster.
+      texts: to learn pieces from.
+      size: number of pieces V, the special ids and bytes included.
+      threads: of the training.
 
     Raises:
-      UserError: there is too little text for so many pieces, or none at all.
+      UserError: `size` is too small for the special ids and bytes, or the text is too short for that many pieces.
     """
     if size <= SPECIAL:
         raise UserError(
@@ -55,14 +57,18 @@ def train_text_vocabulary(texts: Iterable[str], size: int, *, threads: int = 1) 
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split()).rpartition("] ")[2]
-        raise UserError(f"size: SentencePiece cannot make {size} pieces of this text ({reason})") from error
+        raise UserError(
+            f"size: SentencePiece cannot make {size} pieces of this text ({reason}); "
+            "choose another size or add text"
+        ) from error
     return model.getvalue()
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines, long ones in pieces, without characters that SentencePiece refuses."""
+    """Yield the lines of texts, long ones in parts, without the characters that SentencePiece rejects."""
     for text in texts:
         for line in LINE.findall(text.replace("\0", "")):
-            characters = SENTENCE_BYTES // 4  # of four bytes at most
+            # A character takes up to four bytes.
+            characters = SENTENCE_BYTES // 4
             for begin in range(0, len(line), characters):
                 yield line[begin : begin + characters]

@@ -1,53 +1,63 @@
-"""Vocabularies by name: the one of the PassKey task, bytes, any SentencePiece model or `tokenizer.json`."""
+"""Vocabularies by name, the start token of a text, and whether a vocabulary fits a model.
+
+A vocabulary is the PassKey task's own, bytes, a SentencePiece model or a `tokenizer.json`. TensorFlow is imported when
+one is loaded, not before.
+"""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from google.protobuf.message import DecodeError
 
-from fam_jax.config import UserError
-from fam_jax.data.hf_tokenizer import TokenizerVocabulary
-from fam_jax.data.quiet_seqio import seqio, tf
+from fam_jax.config import ConfigError, DataConfig, ModelConfig, UserError
+from fam_jax.config.data import SEQIO
+
+if TYPE_CHECKING:
+    from fam_jax.data.quiet_seqio import seqio
 
 SHIPPED = {"passkey": Path(__file__).parent / "assets" / "passkey.model"}
 
 
-def load_vocabulary(name: str) -> seqio.Vocabulary:
-    """Loads "passkey" (ships with the package), "bytes", or the file at path `name`.
+def load_vocabulary(name: str) -> "seqio.Vocabulary":
+    """Load a vocabulary.
 
-    That is a SentencePiece model or, if the name ends in .json, a file of the tokenizers library.
-
-    The size, `vocabulary.vocab_size`, is what `model.vocab_size` must at least be. Paths may be of any
-    filesystem that TensorFlow reads, such as gs://.
+    Args:
+      name: "passkey" (ships with the package), "bytes", or the path of a SentencePiece model or, if it ends in .json,
+        of a file of the tokenizers library. Any filesystem that TensorFlow reads will do, such as gs://.
 
     Raises:
       UserError: the file is missing, cannot be read, or is neither of the two.
     """
+    from fam_jax.data.quiet_seqio import seqio, tf
+
     if name == "bytes":
         return seqio.ByteVocabulary()
     if name.endswith(".json"):
         return _load_tokenizer(name)
     vocabulary = seqio.SentencePieceVocabulary(str(SHIPPED.get(name, name)))
     try:
-        # Now, or a bad file shows only when the first text is encoded; and without a warning that the padding id is
-        # not T5's, for nothing here pads with it.
-        with _warnings_held_back():
+        # seqio would read the file when the first text is encoded, and report a bad one only then. It warns if the
+        # padding id is not T5's, but this package pads with no id of the vocabulary.
+        with _no_warnings():
             vocabulary.load_model()
     except tf.errors.NotFoundError as error:
         raise UserError(
-            f"vocabulary {name!r}: no such file; name a SentencePiece model file, or one of bytes, passkey"
+            f"vocabulary {name!r}: no such file; name a SentencePiece model, a tokenizer.json, bytes or passkey"
         ) from error
     except (tf.errors.OpError, OSError) as error:
-        raise UserError(f"vocabulary {name!r}: cannot be read ({type(error).__name__})") from error
+        raise UserError(_unreadable(name, error)) from error
     except (DecodeError, RuntimeError) as error:
-        raise UserError(f"vocabulary {name!r}: not a SentencePiece model, or a damaged one") from error
+        raise UserError(
+            f"vocabulary {name!r}: is not a SentencePiece model, or is damaged; name another file"
+        ) from error
     return vocabulary
 
 
 @contextlib.contextmanager
-def _warnings_held_back() -> Iterator[None]:
+def _no_warnings() -> Iterator[None]:
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
@@ -56,12 +66,63 @@ def _warnings_held_back() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _load_tokenizer(name: str) -> seqio.Vocabulary:
+def _load_tokenizer(name: str) -> "seqio.Vocabulary":
+    from fam_jax.data.hf_tokenizer import TokenizerVocabulary
+
     try:
         return TokenizerVocabulary(name)
     except FileNotFoundError as error:
-        raise UserError(f"vocabulary {name!r}: no such file; name a tokenizer.json") from error
+        raise UserError(
+            f"vocabulary {name!r}: no such file; name the tokenizer.json of a model folder"
+        ) from error
     except OSError as error:
-        raise UserError(f"vocabulary {name!r}: cannot be read ({type(error).__name__})") from error
+        raise UserError(_unreadable(name, error)) from error
     except ValueError as error:
-        raise UserError(f"vocabulary {name!r}: not a tokenizer.json, or a damaged one") from error
+        raise UserError(
+            f"vocabulary {name!r}: is not a tokenizer.json, or is damaged; name another file"
+        ) from error
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    return f"vocabulary {name!r}: cannot be read ({type(error).__name__}); check the path and its permissions"
+
+
+def check_vocabulary_size(vocabulary: Any, model: ModelConfig, data: DataConfig) -> None:
+    """Check that the model has an embedding for every id of a vocabulary.
+
+    Raises:
+      ConfigError: the vocabulary is larger than model.vocab_size.
+    """
+    if model.vocab_size < vocabulary.vocab_size:
+        # A seqio task brings a vocabulary of its own.
+        name = data.task if data.task.startswith(f"{SEQIO}:") else data.vocabulary
+        raise ConfigError(
+            f"config.model.vocab_size: {model.vocab_size} is smaller than the vocabulary {name!r}, which has "
+            f"{vocabulary.vocab_size} pieces; set it to at least {vocabulary.vocab_size}, or use the vocabulary that "
+            "the model was trained with"
+        )
+
+
+def bos_ids(vocabulary: Any, data: DataConfig) -> list[int]:
+    """Return the ids to put before a text: the start token (BOS) if data.add_bos is set, else none.
+
+    Raises:
+      ConfigError: data.add_bos is set, but the vocabulary has no start token.
+    """
+    if not data.add_bos:
+        return []
+    bos = vocabulary.bos_id
+    if bos is None or bos < 0:
+        raise ConfigError(
+            f"config.data.add_bos: the vocabulary {data.vocabulary!r} has no start token (BOS); set it to false"
+        )
+    return [bos]
+
+
+def first_input(vocabulary: Any, data: DataConfig) -> int:
+    """Return the id from which a model predicts a text's first token: BOS, or the end-of-sequence id if there is none.
+
+    Raises:
+      ConfigError: data.add_bos is set, but the vocabulary has no start token.
+    """
+    return (*bos_ids(vocabulary, data), vocabulary.eos_id or 0)[0]

@@ -5,7 +5,7 @@ docs/evaluation.md adds a task step by step. TensorFlow is imported when items a
 
 import functools
 
-from fam_jax.config import Config, DataConfig, UserError
+from fam_jax.config import DataConfig, UserError
 from fam_jax.evaluate import answers, text
 from fam_jax.evaluate.answers import Question, Questions, answer_tables, measure_answers
 from fam_jax.evaluate.task import Setting, Task
@@ -18,7 +18,7 @@ def passkey_questions(setting: Setting) -> Questions:
     from fam_jax.data.passkey import passkey_examples
 
     data, evaluate, size = setting.data, setting.evaluate, setting.model.block_size
-    vocabulary = task_vocabulary(_config(setting))
+    vocabulary = task_vocabulary(setting.data)
 
     def make(blocks: int) -> list[Question]:
         return passkey_examples(data, vocabulary, blocks * size, evaluate.keys, evaluate.seed)
@@ -30,16 +30,13 @@ def passkey_questions(setting: Setting) -> Questions:
 
 def text_documents(setting: Setting) -> Documents:
     """Load the held-out documents that `setting.files` or the config names."""
-    from fam_jax.data.bos import first_input
     from fam_jax.data.build import heldout_examples, longest_row
+    from fam_jax.data.vocabulary import first_input
 
-    config = _config(setting)
-    examples, vocabulary = heldout_examples(config, setting.files, setting.suffixes)
-    return Documents(examples, vocabulary, first_input(vocabulary, setting.data), longest_row(config))
-
-
-def _config(setting: Setting) -> Config:
-    return Config(model=setting.model, data=setting.data, evaluate=setting.evaluate)
+    data = setting.data
+    examples, vocabulary = heldout_examples(data, setting.evaluate, setting.files, setting.suffixes)
+    trained_tokens = longest_row(data, block_size=setting.model.block_size)
+    return Documents(examples, vocabulary, first_input(vocabulary, data), trained_tokens)
 
 
 TASKS = {

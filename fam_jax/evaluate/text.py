@@ -20,7 +20,7 @@ from fam_jax.generate.streaming import Streamer
 from fam_jax.model import StreamState, ablated
 
 if TYPE_CHECKING:
-    from fam_jax.data.examples import Example  # imports TensorFlow, which takes seconds
+    from fam_jax.data.interface import Example  # imports TensorFlow, which takes seconds
 
 # Positions before this one are a bucket; the next bucket ends at twice as many tokens, and so on.
 FIRST_EDGE = 16

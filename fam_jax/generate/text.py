@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from fam_jax.config import Config, ConfigError, UserError
-from fam_jax.data.bos import bos_ids
+from fam_jax.config import Config, UserError
+from fam_jax.data.vocabulary import bos_ids, check_vocabulary_size, load_vocabulary
 from fam_jax.generate.sampling import GREEDY, Sampling
 from fam_jax.generate.state_file import load_state, save_state
 from fam_jax.generate.streaming import Streamer
@@ -67,11 +67,7 @@ class TextModel:
           UserError: the parameters do not fit the model, the vocabulary is larger than the model's, or it has no start
             token although config.data.add_bos asks for one.
         """
-        if vocabulary.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"config.model.vocab_size: {config.model.vocab_size} is smaller than the vocabulary "
-                f"{config.data.vocabulary!r}, which has {vocabulary.vocab_size} pieces"
-            )
+        check_vocabulary_size(vocabulary, config.model, config.data)
         self.config, self.vocabulary = config, vocabulary
         self.streamer = Streamer(config.model, params)
         self._begin = bos_ids(vocabulary, config.data)
@@ -82,8 +78,6 @@ class TextModel:
     ) -> "TextModel":
         """Load the model of a training run; arguments and errors are those of :func:`load_model`."""
         config, params, _ = load_model(folder, step, mesh)
-        from fam_jax.data.vocabulary import load_vocabulary  # imports TensorFlow, which takes seconds
-
         return cls(config, params, load_vocabulary(config.data.vocabulary))
 
     def read(

@@ -212,7 +212,7 @@ def kernel_backward(interpret: bool, inputs: UpdateInputs, d_out: jax.Array) -> 
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=_grid(inputs),
-            in_specs=[specs, specs.q],
+            in_specs=[specs.q, specs.q, specs.own, specs.tokens],
             out_specs=[gradient_specs],
             scratch_shapes=[(KV(own_sum, own_sum), KV(sum_, sum_))],
         ),
@@ -220,7 +220,7 @@ def kernel_backward(interpret: bool, inputs: UpdateInputs, d_out: jax.Array) -> 
         compiler_params=PARAMS,
         interpret=interpret,
         name="update_attention_backward",
-    )(inputs.block, _Blocks(q, own, inputs.tokens), d_out)
+    )(inputs.block, q, d_out, own, inputs.tokens)
     d_q, d_own = jax.tree.map(lambda g, x: g.reshape(x.shape), (d_q, d_own), (inputs.q, inputs.own))
     return (UpdateInputs(d_q, d_own, KV(None, None), None, d_taps),)
 
@@ -228,10 +228,11 @@ def kernel_backward(interpret: bool, inputs: UpdateInputs, d_out: jax.Array) -> 
 _attend.defvjp(kernel_forward, kernel_backward)
 
 
-def _backward_kernel(block: Any, read: _Blocks, d_out: Any, gradients: _Blocks, sums: tuple[KV, KV]) -> None:
-    q, own, tokens = read
+def _backward_kernel(
+    block: Any, q: Any, d_out: Any, own: KV, tokens: KV, gradients: _Blocks, sums: tuple[KV, KV]
+) -> None:
     scale = q.shape[-1] ** -0.5
-    probabilities = _softmax(read)
+    probabilities = _softmax(_Blocks(q, own, tokens))
     d_probabilities = [product(d_out[...], values[...], "nt") for values in (own.v, tokens.v)]
     weighted = [
         (p * d).sum(axis=1, keepdims=True) for p, d in zip(probabilities, d_probabilities, strict=True)

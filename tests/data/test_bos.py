@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+from fam_jax.data.bos import bos_ids, first_input
+from fam_jax.data.examples import Example
 
 from fam_jax.checkpoint import read_config
 from fam_jax.config import Config, ConfigError, DataConfig, UserError, resolve
-from fam_jax.data.bos import bos_ids, first_input
 from fam_jax.data.curriculum import PasskeyStream
-from fam_jax.data.examples import Example
 from fam_jax.data.packing import PackedStream
 from fam_jax.data.passkey import passkey_examples
 from fam_jax.data.passkey_text import example_text

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fam_jax.data.examples import Example, permutation
 
 from fam_jax.config import Config, ConfigError, DataConfig, resolve
 from fam_jax.data.build import heldout_examples, longest_row, packed_stream
-from fam_jax.data.examples import Example, permutation
 from fam_jax.data.text_vocabulary import train_text_vocabulary
 from fam_jax.data.vocabulary import load_vocabulary
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fam_jax.data.examples import Example
 
 from fam_jax.config import ConfigError, DataConfig, UserError
-from fam_jax.data.examples import Example
 from fam_jax.data.packing import REPEAT_PROMPT, Batch, PackedStream
 from fam_jax.data.vocabulary import load_vocabulary
 

@@ -9,7 +9,7 @@ import pytest
 
 from fam_jax import sharding
 from fam_jax.config import DataConfig, EvaluateConfig, MeshConfig, ModelConfig, UserError
-from fam_jax.data.examples import Example
+from fam_jax.data.interface import Example
 from fam_jax.evaluate.task import Measured, OnProgress, Setting
 from fam_jax.evaluate.text import Documents, document_tables, measure_documents
 from fam_jax.generate.streaming import Streamer

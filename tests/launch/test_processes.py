@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from fam_jax.checkpoint import Checkpoints
-from fam_jax.config import Config, resolve
-from fam_jax.evaluate.run import in_training
+from fam_jax.checkpoint import Checkpoints, read_config
+from fam_jax.config import Config, MeshConfig, resolve
+from fam_jax.evaluate import evaluate, evaluate_in_training, read_evaluation
 from fam_jax.train import loop
 from launch import processes
 from tests.launch.group import Group, finish, free_port, group
@@ -39,7 +39,7 @@ ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def config_of(folder: pathlib.Path) -> Config:
-    return resolve(json.loads((folder / "config.json").read_text()))
+    return resolve(read_config(folder))
 
 
 def metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -114,14 +114,15 @@ def test_two_processes_train_on_text_as_one(tmp_path: pathlib.Path) -> None:
         "--profile_steps=2,3", f"--workdir={tmp_path / 'run'}",
     )  # fmt: skip
     config = config_of(tmp_path / "run")
-    loop.train(config, str(tmp_path / "alone"), evaluate=in_training(config), quiet=True)
+    workdir = str(tmp_path / "alone")
+    loop.train(config, workdir, evaluate=evaluate_in_training(config, workdir), quiet=True)
     assert_same_run(tmp_path / "run", tmp_path / "alone", slice(STEPS))  # the last line is the evaluation
     assert {line["passkey_batch"] for line in metrics(tmp_path / "run")[:STEPS]} == {0, 1}
     found, wanted = (
-        json.loads((tmp_path / run / "evaluation" / f"{STEPS}.json").read_text()) for run in ("run", "alone")
+        read_evaluation(tmp_path / run / "evaluations" / str(STEPS) / "text.json") for run in ("run", "alone")
     )
-    assert found["ablations"].keys() == {"zeroed", "shuffled", "frozen"}
-    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+    assert found.details["ablations"].keys() == {"zeroed", "shuffled", "frozen"}
+    assert found.scalars == pytest.approx(wanted.scalars, rel=1e-4)
     assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
@@ -158,29 +159,30 @@ def test_two_processes_resume_a_run_of_one_on_another_mesh(
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(together: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    evaluate = ["launch.evaluate", f"--checkpoint={together / 'run'}", "--lengths=2", "--keys=4"]
+    arguments = ["launch.evaluate", f"--checkpoint={together / 'run'}", "--lengths=2", "--keys=4"]
     started = finish(
         tmp_path,
-        *evaluate,
+        *arguments,
         "--batch_size=4",
         "--mesh=data=2,fsdp=2,tensor=2",
         f"--out={tmp_path / 'two.json'}",
     )
-    assert "PassKey retrieval" in started.printed(0)
+    assert "exact match" in started.printed(0)
     assert started.errors(1) == started.outputs[1].read_text() == ""
-    found = json.loads((tmp_path / "two.json").read_text())
+    found = read_evaluation(tmp_path / "two.json")
+    assert found.step == STEPS and found.devices == "8 x cpu"
 
-    from fam_jax.checkpoint import load_params
-    from fam_jax.data.vocabulary import load_vocabulary
-    from fam_jax.evaluate.passkey import evaluate_passkey
-
-    params, values, step = load_params(together / "run")
-    assert found["step"] == step == STEPS and found["devices"] == "8 x cpu"
-    config = resolve({**values, "evaluate": found["config"]["evaluate"]})
-    wanted = evaluate_passkey(config, params, vocabulary=load_vocabulary(config.data.vocabulary))
-    for row in (found["lengths"]["2"], wanted["lengths"]["2"]):
+    wanted = evaluate(
+        together / "run",
+        filler_blocks=(2,),
+        keys=4,
+        batch_size=4,
+        mesh=MeshConfig(data=1, fsdp=8),
+        out=tmp_path / "one.json",
+    )
+    for row in (found.details["groups"]["2"], wanted.details["groups"]["2"]):
         assert row.pop("seconds") > 0
-    assert found["lengths"] == wanted["lengths"]
+    assert found.details == wanted.details
 
 
 def start(folder: pathlib.Path, *arguments: str, **how: str) -> Any:

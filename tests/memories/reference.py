@@ -62,8 +62,8 @@ def associative_forward(params: Params, config: Any, tokens: Array) -> Array:
     width, size, length = config.model_dim, config.block_size, config.memory.length
     matrices, logits = [np.zeros((width, width)) for _ in range(config.num_layers)], []
 
-    def phi(y: Array) -> Array:
-        return np.where(y > 0, y, np.expm1(y)) + 1
+    def sigmoid(y: Array) -> Array:
+        return 1 / (1 + np.exp(-y))
 
     for begin in range(0, len(tokens), size):
         block = params["embedding"]["table"][tokens[begin : begin + size]]
@@ -72,12 +72,11 @@ def associative_forward(params: Params, config: Any, tokens: Array) -> Array:
         for index in range(config.num_layers):
             layer = parameters_of_layer(params, index)
             own = layer["memory"]
-            rows = rows + phi(rows @ own["ask"]) @ matrices[index]
+            rows = rows + sigmoid(rows @ own["ask"]) @ matrices[index]
             rows = layer_of_rows(layer, config, rows, positions, lambda i, j, end=end: i >= end or j <= i)
             written = rows[end:]
-            matrices[index] = matrices[index] + phi(written @ own["store_key"]).T @ (
-                written @ own["store_value"]
-            )
+            keys = sigmoid(written @ own["store_key"])
+            matrices[index] = matrices[index] + keys.T @ np.tanh(written @ own["store_value"])
         normed = np.array([normalize(config, params["final_norm"], x) for x in rows[:end]])
         logits.append(normed @ params["unembedding"]["kernel"])
     return np.concatenate(logits)

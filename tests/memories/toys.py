@@ -156,10 +156,10 @@ class Associations(nnx.Module):
 
 
 class AssociativeRows(Memory[AssociativeState]):
-    """Each layer adds to its input x what its matrix answers: x + phi(x Wq) A, with phi(y) = elu(y) + 1.
+    """Each layer adds to its input x what its matrix answers: x + sigmoid(x Wq) A.
 
     When a block closes, learned rows rise through the layers behind the block's tokens, and each layer adds what it
-    makes of them, u, to its matrix: A + sum phi(u Wk)^T (u Wv).
+    makes of them, u, to its matrix: A + sum sigmoid(u Wk)^T tanh(u Wv).
     """
 
     Config: ClassVar[type[MemoryConfig]] = AssociativeConfig
@@ -181,7 +181,7 @@ class AssociativeRows(Memory[AssociativeState]):
 
     def with_answer(self, layer: DecoderLayer, x: jax.Array, state: AssociativeState) -> jax.Array:
         """Return x (B, T, D) with what the matrix answers added."""
-        asked = nnx.elu(x @ layer.memory.ask[...].astype(x.dtype)) + 1
+        asked = jax.nn.sigmoid(x @ layer.memory.ask[...].astype(x.dtype))
         return x + (asked @ state.matrix).astype(x.dtype)
 
     def read_piece(
@@ -201,7 +201,7 @@ class AssociativeRows(Memory[AssociativeState]):
         q, k = rotate(q, after), rotate(k, after)
         parts = [Part(q, state.block_keys, state.block_values), Part(q, k, v)]
         out = layer.finish(multi_part_attention(parts), rows)
-        keys = nnx.elu(out @ layer.memory.store_key[...].astype(out.dtype)) + 1
-        values = out @ layer.memory.store_value[...].astype(out.dtype)
+        keys = jax.nn.sigmoid(out @ layer.memory.store_key[...].astype(out.dtype))
+        values = jnp.tanh(out @ layer.memory.store_value[...].astype(out.dtype))
         stored = jnp.einsum("bmd,bme->bde", keys, values, preferred_element_type=state.matrix.dtype)
         return shift_window(dataclasses.replace(state, matrix=state.matrix + stored)), out

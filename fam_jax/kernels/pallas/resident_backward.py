@@ -101,14 +101,6 @@ def _kernel(
         """Return the first row of the ring that belongs to a block of keys."""
         return (block % (waiting + 1)) * size if waiting else 0
 
-    def read(tokens: int, span: Span) -> None:
-        block, start = divmod(span.start, size)
-        wanted = block == 0 or not geometry.stop_gradient
-        keys = KV(window.keys(span, size), window.values(span, size))
-        found = _tile(keys, side, sums.q, _readers(span, tokens, call), wanted, geometry)
-        if wanted:
-            _accumulate(sums.ring, rows_from(ring(n + (waiting + 1 + block)) + start, span.size), found)
-
     @pl.when(g == 0)
     def _() -> None:
         if sums.extra:
@@ -126,17 +118,15 @@ def _kernel(
         _accumulate(sums.extra, ..., _tile(keys, side, sums.q, _all_queries(tokens, call), True, geometry))
 
     def read_block(back: int, tokens: int) -> None:
+        wanted = back == 0 or not geometry.stop_gradient
         for span in Span(-back * size, size if back else tokens).split(call.tiles.back_keys):
-            read(tokens, span)
+            keys = KV(window.keys(span, size), window.values(span, size))
+            found = _tile(keys, side, sums.q, _readers(span, tokens, call), wanted, geometry)
+            if wanted:
+                start = ring(n + (waiting + 1 - back)) + (span.start + back * size)
+                _accumulate(sums.ring, rows_from(start, span.size), found)
 
-    # Compiled once for whole blocks and once for an incomplete last one: nothing beyond its end is read.
-    whole = geometry.whole_blocks
-    for first, end, tokens in ((0, whole, size), (whole, blocks, size - geometry.missing)):
-        if first < end and sums.extra:
-            pl.when((n >= first) & (n < end))(functools.partial(read_extra, tokens))
-        for back in range(geometry.segments + 1):
-            if max(first, back) < end:
-                pl.when((n >= max(first, back)) & (n < end))(functools.partial(read_block, back, tokens))
+    _by_block(n, geometry, read_extra if sums.extra else None, read_block)
 
     @pl.when(n < blocks)
     def _() -> None:
@@ -150,6 +140,32 @@ def _kernel(
     @pl.when((n >= waiting) & (g == last))
     def _() -> None:
         write_gradients(gradients.tokens, sums.ring, rows_from(ring(n - waiting), size), geometry.scale)
+
+
+def _by_block(
+    n: jax.Array,
+    geometry: Geometry,
+    read_extra: Callable[[int], None] | None,
+    read_block: Callable[[int, int], None],
+) -> None:
+    """Read all keys that the queries of block number `n` see.
+
+    The code is compiled once for whole blocks and once more for an incomplete last block, so that nothing beyond the
+    end of the sequence is read.
+
+    Args:
+      n: number of the block of queries.
+      geometry: of the call.
+      read_extra: called with the number of queries; None if there are no extra keys.
+      read_block: called with the distance in blocks from a block of keys to the queries, and the number of queries.
+    """
+    size, whole = geometry.block_size, geometry.whole_blocks
+    for first, end, tokens in ((0, whole, size), (whole, geometry.blocks, size - geometry.missing)):
+        if first < end and read_extra:
+            pl.when((n >= first) & (n < end))(functools.partial(read_extra, tokens))
+        for back in range(geometry.segments + 1):
+            if max(first, back) < end:
+                pl.when((n >= max(first, back)) & (n < end))(functools.partial(read_block, back, tokens))
 
 
 def _accumulate(sums: Any, rows: Any, gradients: KV) -> None:

@@ -1,9 +1,9 @@
-"""Trains the SentencePiece model that ships as `assets/passkey.model`.
+"""Train the SentencePiece model that ships as `assets/passkey.model`.
 
-    python -m fam_jax.data.train_vocabulary --out passkey.model
+    python -m fam_jax.data.passkey_vocabulary --out passkey.model
 
-Every word of the PassKey task is one piece, and so is every digit and punctuation mark; a number is a
-space and its digits. There are no pieces for anything else: other text becomes <unk>.
+Every word of the PassKey task is one piece, and so is every digit and punctuation mark. A number is encoded as a space
+and its digits. All other text becomes <unk>.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import io
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -20,26 +21,30 @@ from fam_jax.config import UserError
 from fam_jax.data.passkey_text import example_text
 
 DIGITS = "0123456789"
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's mark for a space
+# How SentencePiece writes a space.
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 def train() -> bytes:
-    """The serialised model; the same bytes on every call."""
+    """Return the serialized model; it has the same bytes on every call."""
     prompt, answer = example_text(DIGITS, filler_cycles=1)
     text = f"{prompt} {answer}"
-    words = dict.fromkeys(re.findall(r"[^\W\d]+", text))  # a dict keeps the order of first use
+    # A dict keeps the order of first use.
+    words = dict.fromkeys(re.findall(r"[^\W\d]+", text))
     marks = dict.fromkeys(re.findall(r"[^\w\s]", text))
     pieces = [*(SPACE + word for word in words), *marks, *DIGITS]
     model = io.BytesIO()
     with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
-        # The usual rules for Unicode would be 240 KB of the model; with none, every loading logs a line.
-        rules.write("A0\t20\n")  # no-break space to space
+        # A no-break space becomes a space. The default Unicode rules would add 240 KB to the model; without any rule,
+        # loading the model would log a line.
+        rules.write("A0\t20\n")
         rules.flush()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([text]),
             model_writer=model,
             user_defined_symbols=pieces,
-            vocab_size=len(pieces) + 4,  # padding, end, unknown, and the space before a number
+            # Padding, end, unknown, and the space before a number.
+            vocab_size=len(pieces) + 4,
             pad_id=0,
             eos_id=1,
             unk_id=2,
@@ -50,19 +55,24 @@ def train() -> bytes:
             minloglevel=2,
         )
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())  # type: ignore[attr-defined]
-    proto.normalizer_spec.ClearField("normalization_rule_tsv")  # the temporary name, other on every run
+    # The name of a temporary file, which differs between runs.
+    proto.normalizer_spec.ClearField("normalization_rule_tsv")
     return proto.SerializeToString(deterministic=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Trains the model and writes it; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train the model and write it; return the exit code.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     parser = argparse.ArgumentParser(description="Train the SentencePiece model of the PassKey task.")
-    parser.add_argument("--out", type=Path, required=True, help="file to write the model to")
-    out: Path = parser.parse_args(arguments).out
+    parser.add_argument("--out", type=Path, required=True, help="where to write the model")
+    out: Path = parser.parse_args(argv).out
     try:
         out.write_bytes(train())
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from error
+        raise UserError(f"--out={out}: cannot be written ({error.strerror}); name another file") from error
     return 0
 
 

@@ -1,0 +1,76 @@
+"""Sources whose examples are read by number: documents of text files, and their order in each epoch."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fam_jax.data.documents import Documents
+from fam_jax.data.interface import Example, IndexedSource
+from fam_jax.data.randomness import permutation
+
+if TYPE_CHECKING:
+    from fam_jax.data.quiet_seqio import seqio
+
+# Documents tokenized at a time, on all cores.
+TOGETHER = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSource:
+    """Documents as examples: each ends with the end-of-sequence id, and every token has loss weight 1."""
+
+    documents: Documents
+    vocabulary: "seqio.Vocabulary"
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of the texts, whatever files they are in."""
+        return self.documents.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> Example:
+        return next(self.read([index]))
+
+    def read(self, indices: Iterable[int]) -> Iterator[Example]:
+        """Yield the examples with these numbers; tokenize :data:`TOGETHER` documents at a time."""
+        numbers = [*indices]
+        for begin in range(0, len(numbers), TOGETHER):
+            texts = [self.documents[number] for number in numbers[begin : begin + TOGETHER]]
+            for text, encoded in zip(texts, self._encode(texts), strict=True):
+                ids = np.array([*encoded, self.vocabulary.eos_id], np.int32)
+                yield Example(ids, np.ones(len(ids), np.float32), len(text.encode()))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        from fam_jax.data.quiet_seqio import seqio  # loaded already, with the vocabulary
+
+        if isinstance(self.vocabulary, seqio.SentencePieceVocabulary):
+            return self.vocabulary.tokenizer.encode(texts, num_threads=os.cpu_count())
+        return [self.vocabulary.encode(text) for text in texts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """All examples of an indexed source in every epoch, in an order that depends on the seed and the epoch."""
+
+    source: IndexedSource
+    seed: int
+
+    @property
+    def vocabulary(self) -> "seqio.Vocabulary":
+        """Return the vocabulary of the source."""
+        return self.source.vocabulary
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the source."""
+        return self.source.fingerprint
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Example]:
+        """Yield the examples of an epoch from place `first` on, without reading those before."""
+        order = permutation(len(self.source), "documents", self.seed, epoch)[first:]
+        return self.source.read(order.tolist())
