@@ -287,7 +287,7 @@ def test_errors(ragged) -> None:
     ):
         with pytest.raises(UserError, match=message):
             model.read(wrong)
-    with pytest.raises(UserError, match="memory: holds 3 streams, but 2 rows"):
+    with pytest.raises(UserError, match="state: holds 3 streams, but there are 2 rows"):
         model.read(prompts[:2], memory)
     with pytest.raises(UserError, match="chunk_blocks: must be at least 1"):
         model.read(prompts, chunk_blocks=0)
