@@ -1,10 +1,11 @@
-"""Attention on TPUs by the compiler's own figures: our kernels, JAX's splash attention, the XLA path.
+"""Compare attention on TPUs by the compiler's own figures: our kernels, JAX's splash attention, the XLA path.
 
     python -m benchmarks.attention --topology v5p:2x2x1 --json out.json
 
-One chip, bfloat16, training (no past). Of each case: time of the kernels by the static profile of the TPU compiler, the
-rest of the program by its cost model, temporary memory, and the roofline: visible scores at the matrix units' peak. Our
-kernels and splash attention take their operands in the layout that each likes best. Estimates: nothing here was run.
+All cases are training (no past) in bfloat16 on one chip. For each case it reports the time of the kernels by the TPU
+compiler's static profile, the rest of the program by the compiler's cost model, temporary memory, and the roofline:
+visible scores at the matrix units' peak. Our kernels and splash attention take their operands in the layout that suits
+each best. All figures are estimates; nothing runs on a TPU.
 """
 
 import dataclasses
@@ -24,14 +25,16 @@ from benchmarks.splash import SplashTiles
 from fam_jax.config import ModelConfig
 from fam_jax.memories.fam import FamConfig
 from fam_jax.plan import ProfileError, check_floor, estimate, parse, static_profile
-from fam_jax.plan.attention import kernel_seconds
+from fam_jax.plan.attention import LocalShare, kernel_seconds
 from launch.cli import ArgumentParser
 from launch.errors import user_errors
 
-SHAPES = {"1B": (12, 12), "8B": (32, 32), "24B": (32, 1)}  # query and key heads of the paper's models
-FAM = 64
+# Query and key heads of the paper's models
+SHAPES = {"1B": (12, 12), "8B": (32, 32), "24B": (32, 1)}
+# Extra keys of a block: the FAM length of the paper's models
+EXTRA = 64
 
-# Queries, keys, keys per product: what splash attention is tried with.
+# Tiles to try for splash attention: queries, keys, keys per product
 SPLASH_FORWARD = (
     (1024, 1024, 512),
     (1024, 1024, 1024),
@@ -43,13 +46,13 @@ SPLASH_BACKWARD = ((1024, 1024, 512), (1024, 1024, 256), (512, 1024, 512), (1024
 
 
 class Profiler:
-    """Seconds of the kernels of a case, each program profiled once."""
+    """Measure seconds of kernels by static profiles; each program is profiled once."""
 
     def __init__(self) -> None:
         self.known: dict[str, dict[str, int]] = {}
 
     def seconds(self, case: Case, kernels: Sequence[str] = ()) -> dict[str, float]:
-        """Of one run of each kernel at the case's own size."""
+        """Return the seconds of one run of each kernel at the size of the case."""
         reduced = case.reduced()
         if case.implementation == "pallas":
             return self._ours(case, kernels)
@@ -60,13 +63,14 @@ class Profiler:
         return {name: times * count / case.chip.clock for name, count in self.known[text].items()}
 
     def _ours(self, case: Case, kernels: Sequence[str]) -> dict[str, float]:
-        """The simulator dies of a program that holds both of our kernels: each alone, as the planner has them."""
+        """Return the same for our kernels, each profiled alone: the simulator crashes on a program with both."""
         model = ModelConfig(
             block_size=case.block_size,
-            memory=FamConfig(segments=case.segments, length=case.fam),
+            memory=FamConfig(segments=case.segments, length=case.extra),
             head_dim=case.head_dim,
         )
-        spans = kernel_seconds(case.topology, model, case.batch, case.tokens, case.heads, case.kv_heads)
+        share = LocalShare(case.topology, case.batch, case.tokens, case.heads, case.kv_heads)
+        spans = kernel_seconds(model, share)
         for name in kernels:
             if name not in spans or spans[name][0] < spans[name][1]:
                 raise ProfileError(f"{case.topology}: the compiler gives no figure for {name}")
@@ -74,9 +78,9 @@ class Profiler:
 
 
 def kernel_names(case: Case) -> list[str]:
-    """Beginnings of the names of the kernels that a case runs."""
+    """Return the names of the kernels that a case runs."""
     if case.implementation == "pallas":
-        return ["fam_attention_forward", *(["fam_attention_backward"] if case.gradient else [])]
+        return ["block_attention_forward", *(["block_attention_backward"] if case.gradient else [])]
     assert case.splash is not None
     mqa = "mqa" if case.kv_heads < case.heads else "mha"
     if not case.gradient:
@@ -86,7 +90,7 @@ def kernel_names(case: Case) -> list[str]:
 
 
 def measure(case: Case, profiler: Profiler) -> dict[str, Any]:
-    """What the JSON file holds of a case."""
+    """Return the record of a case for the JSON file."""
     started = time.perf_counter()
     executable = compile_case(case)
     kernels: dict[str, float] = {}
@@ -94,7 +98,7 @@ def measure(case: Case, profiler: Profiler) -> dict[str, Any]:
         names = kernel_names(case)
         found = profiler.seconds(case, names)
         kernels = {name: found[name] for name in names}
-        # The floor of all together: a kernel that was not walked shows.
+        # Checks all kernels together, which reveals one that the simulator skipped.
         check_floor(
             "+".join(names), sum(kernels.values()) * case.chip.clock, case.macs() / case.chip.cores, case.chip
         )
@@ -111,13 +115,15 @@ def measure(case: Case, profiler: Profiler) -> dict[str, Any]:
         "whole_tile_roofline_milliseconds": 1e3 * case.chip.matrix_seconds(case.macs(whole_tiles=True)),
         "ratio": roofline / result.seconds_low,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "method": "cost model of the compiler" if case.implementation == "xla" else "static profile of the kernels",
+        "method": "cost model of the compiler"
+        if case.implementation == "xla"
+        else "static profile of the kernels",
         "compile_seconds": time.perf_counter() - started,
-    }  # fmt: skip
+    }
 
 
 def best_splash(case: Case, profiler: Profiler, show: Callable[[str], None]) -> tuple[SplashTiles, list[Any]]:
-    """The fastest of all tiles for forward and backward, and what was tried."""
+    """Return the fastest tiles for forward and backward, and the figures of all that were tried."""
     forward: dict[tuple[int, int, int], float] = {}
     backward: dict[tuple[tuple[int, int, int], bool], float] = {}
     for fused in (False, True):
@@ -132,21 +138,16 @@ def best_splash(case: Case, profiler: Profiler, show: Callable[[str], None]) -> 
                 continue
             first, *rest = (found[name] for name in kernel_names(tried))
             forward[ahead] = first
-            # The fused kernel leaves a partial gradient of the queries per column of tiles, to be written and added up.
+            # The fused kernel writes one partial gradient of the queries per column of tiles, to be summed later.
             parts = tried.tokens / back[1] if fused else 0
-            extra = (
-                2
-                * 2
-                * parts
-                * case.batch
-                * case.heads
-                * case.tokens
-                * case.head_dim
-                / case.chip.hbm_bandwidth
-            )
-            backward[back, fused] = sum(rest) + extra
+            values = parts * case.batch * case.heads * case.tokens * case.head_dim
+            # Each bfloat16 value is written and read.
+            traffic = 2 * 2 * values
+            backward[back, fused] = sum(rest) + traffic / case.chip.hbm_bandwidth
     if not forward:
-        raise ProfileError(f"{case.topology}: no tiles of splash attention have a figure")
+        raise ProfileError(
+            f"{case.topology}: the compiler gives no figure for any tiles of splash attention; choose another topology"
+        )
     (best_back, best_fused), best = (
         min(backward, key=backward.__getitem__),
         min(forward, key=forward.__getitem__),
@@ -159,7 +160,11 @@ def best_splash(case: Case, profiler: Profiler, show: Callable[[str], None]) -> 
 
 
 def run(topology: str, shapes: Sequence[str]) -> dict[str, Any]:
-    """All cases of a chip: shape -> implementation -> pass -> figures, and the tiles of splash attention."""
+    """Measure all cases on one chip.
+
+    Returns:
+      {"cases": shape -> implementation -> pass -> figures, "splash_tiles": shape -> best and tried tiles}.
+    """
     profiler = Profiler()
     results: dict[str, Any] = {"cases": {}, "splash_tiles": {}}
     with Progress() as bar:
@@ -176,10 +181,10 @@ def run(topology: str, shapes: Sequence[str]) -> dict[str, Any]:
             found: dict[str, Any] = {}
             results["cases"][name] = found
             variants: dict[str, dict[str, Any]] = {
-                f"fam_jax M={FAM}": {"fam": FAM},
+                f"fam_jax M={EXTRA}": {"extra": EXTRA},
                 "fam_jax M=0": {},
                 "splash": {"implementation": "splash", "splash": splash},
-                f"xla M={FAM}": {"implementation": "xla", "fam": FAM},
+                f"xla M={EXTRA}": {"implementation": "xla", "extra": EXTRA},
                 "xla M=0": {"implementation": "xla"},
             }
             for label, changes in variants.items():
@@ -194,7 +199,7 @@ def run(topology: str, shapes: Sequence[str]) -> dict[str, Any]:
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
-    """Of the table for the terminal."""
+    """Return the rows of the table for the terminal."""
     table = []
     for shape, found in results["cases"].items():
         for label, passes in found.items():
@@ -207,15 +212,19 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures, prints and writes."""
+    """Measure, print a table, and write the JSON file."""
     parser = ArgumentParser("python -m benchmarks.attention", description=__doc__)
-    parser.add_argument("--topology", default="v5p:2x2x1", help="of which one chip is taken")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
-    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument(
+        "--topology", default="v5p:2x2x1", help="slice whose chip is measured, such as v5p:2x2x1"
+    )
+    parser.add_argument(
+        "--shapes", default=",".join(SHAPES), help="comma-separated list of " + ", ".join(SHAPES)
+    )
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     arguments = parser.parse_args(argv)
     shapes = arguments.shapes.split(",")
     if unknown := set(shapes) - SHAPES.keys():
-        parser.error(f"--shapes: there is no {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
+        parser.error(f"--shapes: unknown {', '.join(sorted(unknown))}; choose from {', '.join(SHAPES)}")
     results = run(arguments.topology, shapes)
     columns = ["shape", "implementation", "pass", "ms", "of roofline", "temporary GiB"]
     print_table(f"Attention, {arguments.topology}, one chip", columns, rows(results))

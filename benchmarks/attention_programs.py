@@ -1,4 +1,7 @@
-"""The programs that `benchmarks.attention` compares; `python -m benchmarks.attention_programs JSON` compiles one."""
+"""Build the programs that `benchmarks.attention` compares.
+
+`python -m benchmarks.attention_programs JSON` compiles one of them.
+"""
 
 import contextlib
 import dataclasses
@@ -20,47 +23,62 @@ from fam_jax.sharding import make_mesh, replicated
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of one implementation in training, at bfloat16."""
+    """One call of one implementation in training, in bfloat16."""
 
     topology: str
-    implementation: str  # pallas | splash | xla
-    gradient: bool  # forward and backward, else forward alone
-    batch: int = 4  # B
-    tokens: int = 8192  # T
-    heads: int = 12  # H
-    kv_heads: int = 12  # K
-    head_dim: int = 128  # hd
-    block_size: int = 1024  # C
-    segments: int = 3  # m
-    fam: int = 0  # M
+    # pallas, splash or xla
+    implementation: str
+    # Forward and backward if true, otherwise forward only
+    gradient: bool
+    # B
+    batch: int = 4
+    # T
+    tokens: int = 8192
+    # H
+    heads: int = 12
+    # K
+    kv_heads: int = 12
+    # hd
+    head_dim: int = 128
+    # C
+    block_size: int = 1024
+    # m
+    segments: int = 3
+    # S, extra keys of a block
+    extra: int = 0
+    # Tiles of splash attention
     splash: SplashTiles | None = None
 
     @property
     def chip(self) -> Chip:
-        """That it runs on, one."""
+        """The one chip that the call runs on."""
         return chip_of(self.topology)
 
     def reduced(self) -> "Case":
-        """The fewest rows and heads that keep every core busy as the whole does: a kernel's time is linear in both."""
+        """Return the case with the fewest rows and heads that keep every core busy.
+
+        The time of a kernel is linear in both, so the profile of this case is enough.
+        """
         cores = self.chip.cores
         group = self.heads // self.kv_heads
         kv_heads = min(self.kv_heads, cores)
         return dataclasses.replace(self, batch=cores, heads=kv_heads * min(group, 4), kv_heads=kv_heads)
 
     def scores(self, *, whole_tiles: bool) -> float:
-        """Visible scores of all rows and heads; with `whole_tiles` the masked half of a block's own square too."""
+        """Return the number of visible scores; with `whole_tiles` also the masked half of each block's own square."""
         size = self.block_size
-        keys = visible_keys(self.tokens, block_size=size, segments=self.segments, extra=lambda _: self.fam)
-        masked = self.tokens * (size - 1) / 2
-        return self.batch * self.heads * (keys + whole_tiles * masked)
+        keys = visible_keys(self.tokens, block_size=size, segments=self.segments, extra=lambda _: self.extra)
+        if whole_tiles:
+            keys += self.tokens * (size - 1) / 2
+        return self.batch * self.heads * keys
 
     def macs(self, *, whole_tiles: bool = False) -> float:
-        """Of the products that no implementation can do without: 2 per score forward, 5 backward."""
+        """Return the multiplications that every implementation needs: 2 products per score forward, 5 backward."""
         return (7 if self.gradient else 2) * self.head_dim * self.scores(whole_tiles=whole_tiles)
 
 
 def build(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], Any]:
-    """The function, its arguments without shardings, and a context to trace it in for a profile."""
+    """Return the function, its arguments without shardings, and the context to trace it in for a profile."""
     batch, tokens, dim = case.batch, case.tokens, case.head_dim
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -76,7 +94,7 @@ def build(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], A
         inputs = [q, *[array(batch, tokens, dim) if mqa else q] * 2]
     else:
         blocks = tokens // case.block_size
-        # The kernels read heads side by side, which a reshape of such an array hands on as it is.
+        # The kernels read heads side by side, so reshaping such an array costs nothing.
         flat = case.implementation == "pallas"
 
         def side_by_side(*shape: int) -> jax.ShapeDtypeStruct:
@@ -84,16 +102,24 @@ def build(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], A
 
         q = side_by_side(batch, tokens, case.heads, dim)
         k = side_by_side(batch, tokens, case.kv_heads, dim)
-        inputs = [q, k, k, *[side_by_side(batch, blocks, case.fam, case.kv_heads, dim)] * 2]
+        inputs = [q, k, k, *[side_by_side(batch, blocks, case.extra, case.kv_heads, dim)] * 2]
 
         def attend(*inputs: jax.Array) -> jax.Array:
-            q, k, v, fam_k, fam_v = (
+            q, k, v, extra_k, extra_v = (
                 x.reshape(*x.shape[:-1], x.shape[-1] // dim, dim) if flat else x for x in inputs
             )
             out = block_attention(
-                q, k, v, fam_k, fam_v, None, None,
-                block_size=case.block_size, memory_segments=case.segments, implementation=case.implementation,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                extra_k,
+                extra_v,
+                None,
+                None,
+                block_size=case.block_size,
+                memory_segments=case.segments,
+                implementation=case.implementation,
+            )
             return out.reshape(inputs[0].shape)
 
     if not case.gradient:
@@ -107,7 +133,7 @@ def build(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], A
 
 
 def compile_case(case: Case, *, static: bool = False) -> jax.stages.Compiled:
-    """For one chip; `static` puts a schedule that is data into predicates, for a profile."""
+    """Compile for one chip; `static` moves a schedule held in data into predicates, for a profile."""
     mesh = make_mesh(MeshConfig(), topology_devices(case.topology)[:1])
     function, arguments, context = build(case)
     placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)) for x in arguments]
@@ -116,12 +142,12 @@ def compile_case(case: Case, *, static: bool = False) -> jax.stages.Compiled:
 
 
 def to_json(case: Case) -> str:
-    """For the command line."""
+    """Return a case as JSON, for the command line."""
     return json.dumps(dataclasses.asdict(case))
 
 
 def from_json(text: str) -> Case:
-    """Reverse of :func:`to_json`."""
+    """Return the case of a JSON text; the inverse of :func:`to_json`."""
     values = json.loads(text)
     if values["splash"] is not None:
         values["splash"] = SplashTiles(**values["splash"])

@@ -1,7 +1,7 @@
-"""JAX's splash attention with the mask of Block Sliding Window Attention, to compare with.
+"""JAX's splash attention with the mask of Block Sliding Window Attention, for comparison.
 
-Its grid skips tiles by tables that are prefetched as data. The static profile of the TPU compiler takes a branch on
-data for one that is never taken, so for profiles the same tables go into the predicates, as ranges of the grid.
+Its grid skips tiles by tables that are prefetched as data. The TPU compiler's static profile assumes that a branch on
+data is never taken, so for profiles the tables become predicates: ranges of the grid.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 @dataclasses.dataclass(frozen=True)
 class SplashTiles:
-    """Sides of its tiles: queries, keys, and keys per product."""
+    """Sizes of the tiles of splash attention: queries, keys, and keys per product."""
 
     queries: int
     keys: int
@@ -30,7 +30,7 @@ class SplashTiles:
     fused_backward: bool
 
     def block_sizes(self) -> splash.BlockSizes:
-        """As the library wants them."""
+        """Return the sizes in the form of the library."""
         fused = self.fused_backward
         return splash.BlockSizes(
             block_q=self.queries,
@@ -46,12 +46,12 @@ class SplashTiles:
 
 
 class BlockWindowMask(masks._ComputableMask):
-    """Causal, and no further back than the m blocks before a token's own."""
+    """Causal mask that reaches back to the m blocks before a token's own."""
 
     def __init__(self, length: int, block_size: int, segments: int):
         self.block_size, self.segments = block_size, segments
         shift = block_size.bit_length() - 1
-        assert block_size == 1 << shift, "its kernels divide by a shift"
+        assert block_size == 1 << shift, f"block_size: {block_size} is not a power of two"
 
         def visible(q: Any, k: Any) -> Any:
             return (q >= k) & ((q >> shift) - (k >> shift) <= segments)
@@ -71,7 +71,7 @@ class BlockWindowMask(masks._ComputableMask):
 def make_splash(
     length: int, heads: int, block_size: int, segments: int, tiles: SplashTiles, *, mqa: bool
 ) -> tuple[Callable[..., jax.Array], splash.SplashAttentionKernel]:
-    """Attention of q (B, H, T, hd), k and v (B, H, T, hd), or (B, T, hd) with `mqa`; and the kernel itself."""
+    """Return attention of q (B, H, T, hd) with k and v (B, H, T, hd), or (B, T, hd) with `mqa`; and its kernel."""
     mask = masks.MultiHeadMask([BlockWindowMask(length, block_size, segments)] * heads)
     make = splash.make_splash_mqa if mqa else splash.make_splash_mha
     kernel = make(mask, block_sizes=tiles.block_sizes(), head_shards=1, q_seq_shards=1)
@@ -80,7 +80,7 @@ def make_splash(
 
 @contextlib.contextmanager
 def static_schedule(kernel: splash.SplashAttentionKernel) -> Iterator[None]:
-    """While it lasts, `kernel` is traced with its schedule in the predicates in place of prefetched tables."""
+    """Trace `kernel` with its schedule in predicates instead of prefetched tables, inside this context."""
     tables: dict[tuple[bool, tuple[int, ...]], tuple[np.ndarray, np.ndarray]] = {}
     for info, by_columns in (
         (kernel.fwd_mask_info, False),
@@ -100,7 +100,7 @@ def static_schedule(kernel: splash.SplashAttentionKernel) -> Iterator[None]:
         h: Any, i: Any, j: Any, data_next: Any, block_mask: Any, mask_next: Any, next_i: bool = False
     ) -> Any:
         runs, fetched = tables[next_i, tuple(block_mask.shape)]
-        # Each line of the grid runs over one range: of columns in the forward kernels, of rows in that for dk and dv.
+        # Each line of the grid covers one range: of columns in the forward kernels, of rows in the dk and dv kernel.
         line, place = (j, i) if next_i else (i, j)
         runs, fetched = (runs.T, fetched.T) if next_i else (runs, fetched)
         ranges = [_one_range(row) for row in runs]
@@ -127,12 +127,12 @@ def static_schedule(kernel: splash.SplashAttentionKernel) -> Iterator[None]:
 def _one_range(row: np.ndarray) -> tuple[int, int]:
     (places,) = np.nonzero(row)
     low, high = int(places[0]), int(places[-1]) + 1
-    assert high - low == len(places), "a line of the grid runs in pieces"
+    assert high - low == len(places), "a line of the grid is not one range"
     return low, high
 
 
 def _merge(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int, int, int]]:
-    """Runs of lines with the same range: first line, last line, range."""
+    """Yield runs of lines with the same range: first line, last line, start and end of the range."""
     first = 0
     for number, current in enumerate(ranges):
         if number + 1 == len(ranges) or ranges[number + 1] != current:

@@ -1,9 +1,9 @@
-"""The paper's 1B model (section 3.1, table 3): 1.19B parameters without embeddings, 32 chips.
+"""The paper's 1B model (section 3.1, table 3): 1.19B parameters without embeddings, on 32 chips.
 
     python -m launch.train --config=configs/fam_1b.py --workdir=gs://BUCKET/fam_1b
     python -m launch.plan --config=configs/fam_1b.py --topology=v5p:2x4x4
 
-The argument, as in `configs/fam_1b.py:pretrain,bswa`, is that of `configs/paper.py`.
+For the argument, as in `configs/fam_1b.py:bswa,pretrain`, see configs/paper.py.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from configs.paper import paper_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Table 3."""
+    """Return the config of the model in table 3."""
     return paper_config(
         "fam_1b",
         arg,

@@ -1,9 +1,9 @@
-"""The paper's 24B model (section 3.1, table 3): 24.5B parameters without embeddings, 128 chips.
+"""The paper's 24B model (section 3.1, table 3): 24.5B parameters without embeddings, on 128 chips.
 
     python -m launch.train --config=configs/fam_24b.py --workdir=gs://BUCKET/fam_24b
     python -m launch.plan --config=configs/fam_24b.py --topology=v5p:4x4x8
 
-The argument, as in `configs/fam_24b.py:pretrain,bswa`, is that of `configs/paper.py`.
+For the argument, as in `configs/fam_24b.py:bswa,pretrain`, see configs/paper.py.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from configs.paper import paper_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Table 3."""
+    """Return the config of the model in table 3."""
     return paper_config(
         "fam_24b",
         arg,
@@ -22,7 +22,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "ff_dim": 32768,
             "num_heads": 32,
             "num_kv_heads": 1,
-            "remat": "wide",  # more does not fit a v5p chip
+            # A v5p chip has no room for more.
+            "remat": "wide",
         },
         learning_rate=3e-3,
         mesh={"data": 4, "fsdp": 0},

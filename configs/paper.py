@@ -1,47 +1,42 @@
-"""What the configs of the paper's models (section 3.1, table 3) share: `fam_1b.py`, `fam_8b.py`, `fam_24b.py`.
+"""What the configs of the paper's models (section 3.1, table 3) share: fam_1b.py, fam_8b.py and fam_24b.py.
 
 Words of the argument, with commas between them:
 
-    bswa      Block Sliding Window Attention alone, without FAM
-    pretrain  all parameters are trained, from scratch; without it LoRA of rank 64 and the initial FAM, as in the paper,
-              on the checkpoint that `--config.train.init_from=FOLDER` names
-    smoke     three steps of a model small enough for a laptop, on PassKey
+    bswa      block sliding window attention without FAM
+    pretrain  train all parameters from scratch; without this word, train LoRA of rank 64 and the initial FAM, as in the
+              paper, on the checkpoint that --config.train.init_from=FOLDER names
+    smoke     three steps of a model that is small enough for a laptop, on PassKey
 
-Data: the paper's mixture is not public, so PG-19 by TensorFlow Datasets, in rows of 8.5k tokens that end with the
-repetition of a random segment. `--config.data.train_files='("gs://bucket/books/*.txt",)'` takes other text;
-`--config.data.vocabulary=FILE` is the SentencePiece model, of at most 256k pieces, and has to be given.
+The paper's data is not public. These configs use PG-19 from TensorFlow Datasets, in rows of 8.5k tokens that end with
+the repetition of a random segment. Choose other text with --config.data.train_files='gs://bucket/books/*.txt'. A
+vocabulary is required: --config.data.vocabulary=FILE, a SentencePiece model of up to 256k pieces.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from fam_jax.config import ConfigError, default_config, memory_config
-
-WORDS = ("bswa", "pretrain", "smoke")
+from fam_jax.config import default_config, memory_config, parse_argument
 
 
 def paper_config(
     name: str, arg: str, *, model: dict[str, Any], learning_rate: float, mesh: dict[str, int]
 ) -> ConfigDict:
-    """The config of one size.
+    """Return the config of one size.
 
     Args:
       name: of the config file, for messages.
       arg: words, as above.
-      model: the size (table 3).
+      model: fields of the size (table 3).
       learning_rate: constant.
-      mesh: for the number of chips that the paper had.
+      mesh: for the number of chips that the paper used.
 
     Raises:
-      ConfigError: an unknown word.
+      ConfigError: the argument has an unknown word.
     """
-    words = [word for word in arg.split(",") if word]
-    for word in words:
-        if word not in WORDS:
-            raise ConfigError(
-                f"configs/{name}.py:{arg}: expected some of {', '.join(WORDS)}, with commas between, got {word!r}"
-            )
+    memory, words = parse_argument(
+        f"configs/{name}.py", arg, variants=("fam", "bswa"), words=("pretrain", "smoke")
+    )
     config = default_config()
     config.model.update(
         vocab_size=256_000,
@@ -50,10 +45,8 @@ def paper_config(
         block_size=1024,
         **{"remat": "dots"} | model,
     )
-    if "bswa" in words:
-        config.model.memory = memory_config("bswa", segments=3)
-    else:
-        config.model.memory = memory_config("fam", segments=3, length=64)
+    fields = {"length": 64} if memory == "fam" else {}
+    config.model.memory = memory_config(memory, segments=3, **fields)
     config.optimizer.update(name="adafactor", learning_rate=learning_rate, beta1=0.9, beta2=0.99)
     config.data.update(
         task="text",
@@ -68,7 +61,7 @@ def paper_config(
         steps=50_000,
         batch_size=128,
         loss_chunk=131_072,
-        random_state_passing=0.0 if "bswa" in words else 0.8,
+        random_state_passing=0.8 if memory == "fam" else 0.0,
         checkpoint_every=1000,
     )
     config.mesh.update(mesh)
@@ -80,12 +73,19 @@ def paper_config(
 
 
 def make_small(config: ConfigDict) -> None:
-    """Three steps on any machine; the kind of model stays."""
+    """Make the config a run of three steps on any machine, with the same kind of model."""
     group = config.model.num_heads // config.model.num_kv_heads
     config.model.update(
-        vocab_size=64, num_layers=2, model_dim=64, num_heads=4, num_kv_heads=4 // min(group, 4), head_dim=16,
-        ff_dim=128, block_size=32, dtype="float32",
-    )  # fmt: skip
+        vocab_size=64,
+        num_layers=2,
+        model_dim=64,
+        num_heads=4,
+        num_kv_heads=4 // min(group, 4),
+        head_dim=16,
+        ff_dim=128,
+        block_size=32,
+        dtype="float32",
+    )
     if config.model.memory.kind == "fam":
         config.model.memory.length = 8
     config.data.update(default_config().data)

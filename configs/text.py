@@ -1,36 +1,35 @@
-"""A small language model on your own text, by bytes; a FAM carries what is further back than its window.
+"""A small language model of your own text, byte by byte. Its FAM carries what lies beyond the window.
 
     python -m launch.train --config=configs/text.py --workdir=runs/text \
         --config.data.train_files=books/train --config.data.heldout_files=books/heldout
 
-Files, folders and patterns with commas between them; `.txt` files count in a folder, `--config.data.file_suffixes`
-says otherwise. A SentencePiece model of the same text comes from `launch/train_vocabulary.py`.
+Give files, folders or patterns, with commas between them. Of a folder, the .txt files count; change this with
+--config.data.file_suffixes. launch.train_vocabulary makes a SentencePiece model of the same text.
 
-The argument names the memory: `configs/text.py:fam` (the default), `:bswa` (one memory segment and no FAM), `:full`
-(full attention over the row: a base model without memory). `:smoke` is a run of a few seconds on this repository's
-own sources.
+The argument names the memory: `configs/text.py:fam` (the default), `:bswa` (one memory segment and no FAM) or `:full`
+(full attention over the row, as a base model without memory). `:smoke` is a run of a few seconds on the sources of this
+repository, also of another memory, as in `configs/text.py:bswa,smoke`.
 """
 
 from ml_collections import ConfigDict
 
-from fam_jax.config import ConfigError, default_config, memory_config
+from fam_jax.config import default_config, memory_config, parse_argument
 
 BLOCK, ROW = 128, 1024
 
 
 def get_config(arg: str = "fam") -> ConfigDict:
-    """4.8M parameters, which read 1,024 bytes in training."""
+    """Return a model of 4.8M parameters that reads 1,024 bytes at a time in training."""
     memory = {
         "fam": memory_config("fam", length=16, segments=1),
         "bswa": memory_config("bswa", segments=1),
         "full": memory_config("full", context=ROW),
     }
-    variant = "fam" if arg in ("", "smoke") else arg
-    if variant not in memory:
-        raise ConfigError(f"configs/text.py:{arg}: expected one of {', '.join(memory)}, smoke")
+    variant, words = parse_argument("configs/text.py", arg, variants=tuple(memory))
     config = default_config()
     config.model.update(
-        vocab_size=264,  # 256 bytes, 3 special ids; a multiple of 8, for a tensor axis
+        # 256 bytes and 3 special ids, up to a multiple of 8 for a tensor axis.
+        vocab_size=264,
         num_layers=6,
         model_dim=256,
         num_heads=4,
@@ -53,13 +52,18 @@ def get_config(arg: str = "fam") -> ConfigDict:
     )
     config.train.update(steps=5000, batch_size=16)
     config.evaluate.update(every=500, documents=64, batch_size=16, chunk_blocks=8)
-    if arg == "smoke":
+    if "smoke" in words:
         config.model.update(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, ff_dim=32)
         config.model.block_size = 32
-        config.model.memory.length = 4
+        if variant == "fam":
+            config.model.memory.length = 4
+        if variant == "full":
+            config.model.memory.context = 128
         config.data.update(
             train_files=("fam_jax",), heldout_files=("launch",), file_suffixes=(".py",), sequence_length=112
         )
         config.train.update(steps=20, batch_size=4, checkpoint_every=10)
-        config.evaluate.update(every=10, documents=4, ablations=("zeroed", "shuffled", "frozen"))
+        config.evaluate.update(every=10, documents=4)
+        if variant == "fam":
+            config.evaluate.ablations = ("zeroed", "shuffled", "frozen")
     return config

@@ -1,4 +1,4 @@
-"""A trained model from its checkpoint, ready to read and write."""
+"""Load a trained model from a checkpoint: config and parameters, ready to read and generate."""
 
 import os
 from typing import Any
@@ -15,18 +15,22 @@ from fam_jax.sharding import param_shardings
 def load_model(
     folder: str | os.PathLike[str], step: int | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Config, dict[str, Any], int]:
-    """The config of a run, its parameters with LoRA merged into them, and their step.
+    """Load the model of a run.
 
-    Weights are in the dtype of the model's activations, if that is narrower than their own: the outputs are the same.
+    Weights get the dtype of the model's activations if it is narrower than their own. That halves their memory and does
+    not change any output, because the model rounds them at every use anyway.
 
     Args:
-      folder: Of the run.
-      step: None takes the latest.
-      mesh: From `fam_jax.sharding`, to spread the parameters over; None keeps them on the first device.
+      folder: workdir of the run.
+      step: a saved step; None: the latest.
+      mesh: from `fam_jax.sharding`, to spread the parameters over; None: they go to the first device.
+
+    Returns:
+      The config of the run, its parameters as a nested dict with LoRA merged into them, and their step.
 
     Raises:
-      CheckpointError: no such folder or step, or a damaged one.
-      ConfigError: `mesh` does not divide a parameter.
+      CheckpointError: the folder or the step is missing or damaged.
+      ConfigError: the mesh does not divide a parameter.
     """
 
     def places(shapes: Any) -> Any:
@@ -41,13 +45,13 @@ def load_model(
 
 
 def _to_use(params: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Merges LoRA, and rounds weights to the dtype that the model rounds them to at every use; consumes `params`."""
+    """Merge LoRA and round weights to the dtype in which the model uses them. Consumes `params`."""
 
     def narrow(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return x.astype(dtype_of_use(path, x, config.model))
 
     if config.lora.rank:
-        # In one program, so that there are never weights in float32 beside those given.
+        # One program, so that no second copy of the weights ever exists in float32.
         return jax.jit(
             lambda params: jax.tree_util.tree_map_with_path(narrow, lora.merge(params, config.lora))
         )(params)
@@ -55,14 +59,14 @@ def _to_use(params: dict[str, Any], config: Config) -> dict[str, Any]:
     def replaced(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         found = narrow(path, x)
         if found.dtype != x.dtype:
-            x.delete()  # there may be no room for both, of all weights
+            x.delete()  # both dtypes of all weights may not fit
         return found
 
     return jax.tree_util.tree_map_with_path(replaced, params)
 
 
 def dtype_of_use(path: tuple[Any, ...], x: Any, config: ModelConfig) -> jnp.dtype:
-    """That of the model for what it rounds to it, if that is narrower; else that of the parameter `x` itself."""
+    """Return the dtype in which the model uses parameter `x`: for kernels and tables the narrower of both dtypes."""
     own, used = jnp.dtype(x.dtype), jnp.dtype(config.dtype)
     is_weight = jax.tree_util.keystr(path[-1:], simple=True) in ("kernel", "table")
     return used if is_weight and used.itemsize < own.itemsize else own

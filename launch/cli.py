@@ -1,36 +1,70 @@
-"""What all programs share: flags, configs, errors, exit codes and progress bars."""
+"""The command-line kit: flags, configs, errors, exit codes and progress bars, the same in every program.
+
+A program is a function `main(argv=None) -> int`, which returns the exit code, over library functions that know nothing
+of flags:
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        parser = cli.Parser("example", __doc__, config=True, job=True)
+        cli.add_mesh(parser)
+        arguments = parser.parse_args(argv)
+        processes.join(arguments, stop_together=False)
+        config = cli.load_config(arguments.config, arguments.overrides)
+        ...
+        return 0
+
+    if __name__ == "__main__":
+        cli.run(main)
+
+Mistakes of the user are raised as :class:`fam_jax.config.UserError`; :func:`run` prints them.
+"""
 
 import argparse
 import contextlib
-import importlib.util
+import functools
 import inspect
-import os
 import sys
-import traceback
-import types
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import rich.console
 import rich.progress
 
-from fam_jax.config import Config, ConfigError, MeshConfig, UserError, resolve
-from fam_jax.config.fields import constraint_of
+from fam_jax.config import Config, ConfigError, MeshConfig, UserError
+from fam_jax.config.fields import field_types
 from fam_jax.config.memory import memory_config_type
-from fam_jax.config.overrides import Override, apply_overrides
+from fam_jax.config.overrides import Override
 from launch import processes
+from launch.config_file import load_config
 from launch.errors import user_errors
 
-PREFIX = "--config."
+__all__ = [
+    "ArgumentParser",
+    "Parser",
+    "add_checkpoint",
+    "add_mesh",
+    "at_least",
+    "integers",
+    "load_config",
+    "mesh",
+    "progress_bar",
+    "progress_bars",
+    "run",
+    "words",
+]
+
+FIELD = "--config."
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are :class:`UserError`; it takes --some-flag and --some_flag alike."""
+    """An argument parser that raises :class:`UserError` for mistakes and takes --some-flag and --some_flag alike."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments; called by `parse_args` too."""
-        given = [*(sys.argv[1:] if args is None else args)]
+        """Parse arguments; argparse calls it for `parse_args` too.
+
+        Raises:
+          UserError: an argument is unknown, missing or malformed.
+        """
+        given = sys.argv[1:] if args is None else args
         spelled = {option.replace("_", "-"): option for option in self._option_string_actions}
 
         def respell(argument: str) -> str:
@@ -40,7 +74,9 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args([respell(argument) for argument in given], namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raise :class:`UserError`; called by argparse."""
+        """Raise :class:`UserError`; argparse calls it."""
+        missing = message.removeprefix("the following arguments are required: ")
+        message = message if missing == message else f"missing {missing}"
         raise UserError(f"{message}; --help lists the flags")
 
 
@@ -53,162 +89,94 @@ class Parser(ArgumentParser):
         """Create the parser of `python -m launch.PROGRAM`.
 
         Args:
-          program: its name.
-          doc: docstring of its module: a summary line, and details that --help shows at the end.
-          config: whether it takes --config=FILE and config fields.
-          fields: whether it takes config fields, --config.GROUP.FIELD=VALUE, of a config of its own.
-          job: whether it can run as one of several processes.
+          program: name of its module, such as train.
+          doc: docstring of its module. --help shows its first line at the top and the others at the end.
+          config: whether to take --config=FILE and config fields, `--config.GROUP.FIELD=VALUE`. The namespace then has
+            `config` and `overrides`, for :func:`load_config`.
+          fields: whether to take config fields, for a program that has a config of its own. The namespace then has
+            `overrides`.
+          job: whether the program can be one of several processes; see :func:`launch.processes.join`.
         """
-        summary, _, details = (doc or "").partition("\n")
+        summary, _, details = (doc or "").strip().partition("\n")
         super().__init__(
             prog=f"python -m launch.{program}",
             description=summary,
-            epilog=details.strip() or None,
+            epilog=details.strip("\n") or None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         self._takes_fields = config or fields
         if self._takes_fields:
-            group = self.add_argument_group("config")
+            add = self.add_argument_group("config").add_argument
             if config:
-                group.add_argument(
-                    "--config",
-                    required=True,
-                    metavar="FILE[:ARG]",
-                    help="config file, such as configs/passkey.py:fam",
-                )
-            group.add_argument(
-                "--config.GROUP.FIELD",
-                dest="config_field",
+                add("--config", required=True, metavar="FILE[:ARG]", help="such as configs/passkey.py:fam")
+            add(
+                f"{FIELD}GROUP.FIELD",
+                default=argparse.SUPPRESS,
                 metavar="VALUE",
-                help="set a field, such as --config.model.num_layers=4; --help-config lists all fields",
+                help="set a field, as in --config.model.num_layers=4 or --config.model.memory.kind=bswa",
             )
-            group.add_argument(
-                "--help-config", action=_HelpConfig, help="list all fields of a config and exit"
-            )
+            add("--help-config", action=_HelpConfig, help="list all config fields and exit")
         if job:
-            processes.add_arguments(self)
+            processes.add_flags(self)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments; called by `parse_args` too. Sets `overrides` for programs with config fields."""
+        """Parse arguments and take out the config fields; argparse calls it for `parse_args` too.
+
+        Raises:
+          UserError: an argument is unknown, missing or malformed.
+        """
         given = [*(sys.argv[1:] if args is None else args)]
-        overrides: list[Override] = []
-        if self._takes_fields:
-            given, overrides = _take_overrides(given)
+        if not self._takes_fields:
+            return super().parse_known_args(given, namespace)
+        given, overrides = _take_overrides(given)
         found, rest = super().parse_known_args(given, namespace)
         found.overrides = overrides
         return found, rest
 
 
-def _take_overrides(arguments: list[str]) -> tuple[list[str], list[Override]]:
-    """Divide arguments into those for argparse and the config fields, given as one word or as two."""
+def _take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
+    """Divide arguments into those for argparse and config fields, as `--config.x.y=1` or `--config.x.y 1`."""
     rest, overrides = [], []
-    words = iter(arguments)
-    for word in words:
-        if not word.startswith(PREFIX):
-            rest.append(word)
+    remaining = iter(arguments)
+    for argument in remaining:
+        if not argument.startswith(FIELD):
+            rest.append(argument)
             continue
-        name, equals, value = word.partition("=")
+        name, equals, value = argument.partition("=")
         if not equals:
-            following = next(words, None)
-            if following is None:
+            value = next(remaining, "--")
+            if value.startswith("--"):
                 raise ConfigError(f"{name}: has no value; write {name}=VALUE")
-            value = following
         overrides.append(Override(name.removeprefix("--"), value))
     return rest, overrides
 
 
-def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
-    """Run a program and exit with its exit code; a user's mistake is one line and exit code 2."""
-    with processes.leaving_together(), user_errors():
-        sys.exit(main(None))
-
-
-def load_config(name: str, overrides: Sequence[Override] = ()) -> Config:
-    """Load a config file, set fields, and check the result.
-
-    Args:
-      name: FILE, or FILE:ARG to call its `get_config` with ARG.
-      overrides: fields to set.
-
-    Raises:
-      ConfigError: the file cannot be loaded (the message names file and line), or the config is not valid.
-    """
-    path, colon, argument = name.partition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"--config={name}: there is no such file")
-    with errors_of_file(path):
-        module = _load(path)
-        get_config = getattr(module, "get_config", None)
-        if not callable(get_config):
-            raise ConfigError(f"--config={name}: {path} defines no function get_config")
-        if colon and not inspect.signature(get_config).parameters:
-            raise ConfigError(
-                f"--config={name}: get_config of {path} takes no argument, but there is {argument!r}"
-            )
-        values = get_config(argument) if colon else get_config()
-    values = values.to_dict() if hasattr(values, "to_dict") else values
-    apply_overrides(values, overrides)
-    return resolve(values)
-
-
-def _load(path: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def errors_of_file(path: str) -> Iterator[None]:
-    """Turn an error inside a user's file into one line with the place in that file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except SyntaxError as error:
-        where = f"{error.filename or path}, line {error.lineno}"
-        raise ConfigError(f"{where}: {error.msg}; correct the file") from error
-    except Exception as error:
-        own = os.path.realpath(path)
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == own]
-        where = f"{path}, line {lines[-1]}" if lines else path
-        what = " ".join(str(error).split()) or "no message"
-        raise ConfigError(f"{where}: {type(error).__name__}: {what}; correct the file") from error
-
-
 class _HelpConfig(argparse.Action):
-    """Print the meaning of every config field."""
+    """Print all config fields."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
-        super().__init__(option_strings, dest, nargs=0, **kwargs)
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(describe_fields())
+        print(describe_config(), end="")
         parser.exit()
 
 
-def describe_fields() -> str:
-    """Return the meaning of every config field, by group."""
+def describe_config() -> str:
+    """Return the documentation of every config field, by group."""
     from fam_jax.memories.registry import memory_kinds
 
-    groups: list[tuple[str, Any]] = [
-        (f"config.{name}", type(getattr(Config(), name))) for name in Config.__dataclass_fields__
-    ]
-    groups += [(f"config.model.memory, kind {kind}", memory_config_type(kind)) for kind in memory_kinds()]
-    lines = []
-    for title, group in groups:
-        lines.append(title)
-        for name, field in group.__dataclass_fields__.items():
-            limits = constraint_of(field)
-            choices = f" One of {', '.join(limits.choices)}." if limits.choices else ""
-            lines.append(
-                f"  {name} ({field.default!r}): {limits.doc}{choices}" if limits.doc else f"  {name}: a group"
-            )
-        lines.append("")
-    return "\n".join(lines)
+    groups: dict[str, Any] = {f"config.{name}": kind for name, kind in field_types(Config).items()}
+    for kind in memory_kinds():
+        groups[f"config.model.memory, if its kind is {kind}"] = memory_config_type(kind)
+    sections = []
+    for title, group in groups.items():
+        documentation = inspect.cleandoc(group.__doc__ or "").replace(
+            "\n  memory:\n", "\n  memory: A group of fields that depend on its kind; see the end.\n"
+        )
+        sections.append(f"{title}\n{'=' * len(title)}\n{documentation}\n")
+    return "\n".join(sections)
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -224,47 +192,75 @@ def integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
 
 
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return an argument type: a whole number that is `minimum` or more."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if number < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {number}")
+        return number
+
+    return parse
+
+
 def mesh(text: str) -> MeshConfig:
-    """Argument type: devices along each mesh axis, such as data=2,fsdp=4, or DATA,FSDP,TENSOR."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    """Argument type: devices along each mesh axis, as in data=2,fsdp=4, or as three numbers, data, fsdp and tensor."""
+    axes = list(field_types(MeshConfig))
+    parts = text.split(",")
+    if len(parts) == len(axes) and "=" not in text:
+        parts = [f"{axis}={part}" for axis, part in zip(axes, parts, strict=True)]
+    sizes: dict[str, int] = {}
     try:
-        if all("=" in part for part in parts) and parts:
-            given = dict(part.split("=", 1) for part in parts)
-            unknown = given.keys() - MeshConfig.__dataclass_fields__.keys()
-            if unknown:
+        for part in parts:
+            axis, _, size = part.partition("=")
+            if axis not in axes or axis in sizes:
                 raise ValueError
-            return MeshConfig(**{name: int(size) for name, size in given.items()})
-        data, fsdp, tensor = map(int, parts)
+            sizes[axis] = int(size)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"expected axes and their devices, such as data=2,fsdp=4,tensor=1 (data=0 takes the rest), got {text!r}"
+            f"expected the devices along some of {', '.join(axes)}, such as data=2,fsdp=4, got {text!r}"
         ) from None
-    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    try:
+        return MeshConfig(**sizes)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{error}") from error
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint and --step."""
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="workdir of a training run")
-    parser.add_argument("--step", type=int, metavar="N", help="saved step; default: the latest")
+    """Add --checkpoint and --step, which choose what to load."""
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="workdir of a run, or an imported model"
+    )
+    parser.add_argument("--step", type=at_least(0), metavar="N", help="saved step; default: the latest")
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:
-    """Add --mesh."""
+    """Add --mesh, a MeshConfig."""
     parser.add_argument(
         "--mesh",
         type=mesh,
         default=MeshConfig(),
         metavar="AXIS=N,...",
-        help="devices along each mesh axis, such as data=2,fsdp=4; default: all along data",
+        help="devices along each axis, such as data=2,fsdp=4; an axis of 0 takes the rest; default: data=0",
     )
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a program and exit with its exit code. A mistake of the user is one line on stderr and exit code 2."""
+    with processes.leaving_together(), user_errors():
+        sys.exit(main())
 
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show a bar on stderr for each name, if that is a terminal.
+    """Show a progress bar for each name while the context lasts, on stderr if that is a terminal.
 
     Yields:
-      A function to call with (name, done, total).
+      A function to call with (name, done, total); a total of None is unknown.
     """
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -272,18 +268,18 @@ def progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
 
         def show(name: str, done: int, total: int | None) -> None:
             if name not in bars:
-                bars[name] = progress.add_task(name)
+                bars[name] = progress.add_task(name, total=total)
             progress.update(bars[name], completed=done, total=total)
 
         yield show
 
 
 @contextlib.contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Show one bar on stderr, if that is a terminal.
+def progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Show one progress bar while the context lasts, on stderr if that is a terminal.
 
     Yields:
       A function to call with (done, total).
     """
     with progress_bars() as show:
-        yield lambda done, total: show(name, done, total)
+        yield functools.partial(show, name)

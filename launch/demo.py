@@ -1,8 +1,10 @@
-"""`make demo`: feedback memory remembers a pass key across hundreds of blocks, and the same model without it does not.
+"""Show that feedback memory keeps a pass key across hundreds of blocks, and that the same model without it does not.
 
-Trains the three models of `configs/passkey.py`, two at a time on a core each, evaluates each by generation from
-streamed memory, prints a table and writes `passkey.json` and `passkey.png` below --workdir. Run again, it resumes what
-was interrupted and reuses what is finished; --clean starts over.
+    make demo
+
+Trains the three models of configs/passkey.py, two at a time on a core each, and evaluates each by generation from a
+streamed state. Prints a table and writes passkey.json and passkey.png to the workdir. Run it again to resume what was
+interrupted; finished results are reused, and --clean starts over.
 """
 
 import argparse
@@ -17,26 +19,54 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from configs.passkey import get_config
-from fam_jax.config import UserError, resolve, to_json
-from fam_jax.config.overrides import apply_overrides
+from fam_jax.config import UserError, to_json
+from fam_jax.config.overrides import Override
+from fam_jax.evaluate import read_evaluation
 from launch import cli
 
 VARIANTS = ("fam", "bswa_m1", "bswa_m1_sg")
+# Labels of the curves in the plot.
+LABELS = {
+    "fam": "FAM, no memory segment",
+    "bswa_m1": "BSWA, 1 memory segment",
+    "bswa_m1_sg": "BSWA, 1 memory segment, stop-gradient",
+}
 LENGTHS = (4, 9, 18, 36, 72, 130, 260, 520)
 CONFIG = "configs/passkey.py"
-REPORT_SECONDS = 10.0  # between two lines of a training's progress
+# Seconds between two lines of a training's progress.
+REPORT_SECONDS = 10.0
+# Lines of a command's output that are shown if it fails.
+TAIL_LINES = 20
+
+
+class Demo(NamedTuple):
+    """What to train and evaluate."""
+
+    workdir: Path
+    seed: int = 0
+    # Examples per length, and filler lengths in blocks.
+    keys: int = 64
+    lengths: tuple[int, ...] = LENGTHS
+    # Trainings side by side.
+    workers: int = 2
+    # Config fields of all models.
+    overrides: tuple[Override, ...] = ()
+
+    def all_overrides(self) -> tuple[Override, ...]:
+        """Return the config fields that differ from the config file; those that the user set come last."""
+        return (Override("config.train.seed", str(self.seed)), *self.overrides)
 
 
 class Workers:
-    """Runs commands side by side, each on its own share of the cores, and passes their progress on."""
+    """Runs commands side by side, each on its own share of the cores, and prints their progress."""
 
     def __init__(self, count: int):
+        """Divide the cores among `count` workers."""
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._shares: queue.Queue[list[int]] = queue.Queue()
         for index in range(count):
@@ -46,7 +76,15 @@ class Workers:
         self._stopped = False
 
     def run(self, name: str, commands: Sequence[Sequence[str]]) -> None:
-        """Runs commands one after the other; raises :class:`UserError` if one fails."""
+        """Run commands one after the other on the next free share of the cores.
+
+        Args:
+          name: printed before each line of progress.
+          commands: what to run.
+
+        Raises:
+          UserError: a command failed.
+        """
         share = self._shares.get()
         try:
             for command in commands:
@@ -55,7 +93,7 @@ class Workers:
             self._shares.put(share)
 
     def stop(self) -> None:
-        """Asks all that runs to save and end, and waits for it."""
+        """Ask all running commands to save and end, and wait for them."""
         self._stopped = True
         running = list(self._running)
         for process in running:
@@ -73,14 +111,15 @@ class Workers:
             stderr=subprocess.PIPE,
             text=True,
             preexec_fn=(lambda: os.sched_setaffinity(0, share)) if share else None,
-            start_new_session=True,  # Ctrl-C comes here first; stop() passes it on
+            # Ctrl-C then reaches this process alone, and stop() passes it on.
+            start_new_session=True,
         )
         self._running.append(process)
         assert process.stderr is not None
         tail: list[str] = []
         printed = 0.0
         for line in process.stderr:
-            tail = [*tail[-19:], line]
+            tail = [*tail[1 - TAIL_LINES :], line]
             if line.startswith("step ") and time.perf_counter() - printed < REPORT_SECONDS:
                 continue
             printed = time.perf_counter()
@@ -92,100 +131,24 @@ class Workers:
             raise UserError(f"{' '.join(command[1:])} failed with exit code {code}:\n{''.join(tail)}")
 
 
-def wanted_config(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the resolved config of a model of this demo as nested dict.
+def run_demo(demo: Demo) -> dict[str, Any]:
+    """Train and evaluate the models, as far as that is not done yet, and write the results.
+
+    Returns:
+      What passkey.json holds.
 
     Raises:
-      ConfigError: an override names no field, or is not allowed.
+      UserError: a config field has a mistake, or a command failed.
     """
-    config = get_config(variant)
-    config.train.seed = arguments.seed
-    config.evaluate.update(filler_blocks=arguments.lengths, keys=arguments.keys)
-    values = config.to_dict()
-    apply_overrides(values, arguments.overrides)
-    return json.loads(to_json(resolve(values)))
-
-
-def finished(result: Path, config: dict[str, Any]) -> bool:
-    """Whether `result` holds what this config asks for; where evaluation took place does not matter."""
-    if not result.exists():
-        return False
-    found = json.loads(result.read_text())
-    lengths = {str(length) for length in config["evaluate"]["filler_blocks"]}
-    made_by = {**found["config"], "mesh": config["mesh"]}
-    made_by["evaluate"] = {**made_by["evaluate"], "filler_blocks": config["evaluate"]["filler_blocks"]}
-    return (
-        lengths <= set(found["lengths"]) and made_by == config and found["step"] == config["train"]["steps"]
-    )
-
-
-def commands(variant: str, arguments: argparse.Namespace) -> list[list[str]]:
-    """Training, then evaluation; none if the result is there."""
-    folder: Path = arguments.workdir / variant
-    result = folder / "result.json"
-    if finished(result, wanted_config(variant, arguments)):
-        return []
-    fields = [f"--{path}={text}" for path, text in arguments.overrides]
-    config = [f"--config={CONFIG}:{variant}", f"--config.train.seed={arguments.seed}", *fields]
-    lengths = ",".join(map(str, arguments.lengths))
-    return [
-        [sys.executable, "-m", "launch.train", *config, f"--workdir={folder}"],
-        [
-            sys.executable, "-m", "launch.evaluate", f"--checkpoint={folder}", f"--out={result}",
-            f"--lengths={lengths}", f"--keys={arguments.keys}",
-        ],
-    ]  # fmt: skip
-
-
-def collect(workdir: Path, lengths: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Exact match of every model by filler length in blocks."""
-    models = {}
-    for variant in VARIANTS:
-        found = json.loads((workdir / variant / "result.json").read_text())["lengths"]
-        models[variant] = {str(length): found[str(length)]["exact_match"] for length in lengths}
-    return models
-
-
-def show(models: dict[str, dict[str, float]], keys: int) -> None:
-    """Prints the table."""
-    table = Table(title=f"Pass key retrieved, by blocks of filler ({keys} keys each)")
-    table.add_column("model")
-    lengths = next(iter(models.values()))
-    for length in lengths:
-        table.add_column(length, justify="right")
-    for name, accuracies in models.items():
-        table.add_row(name, *(f"{value:.2f}" for value in accuracies.values()))
-    Console().print(table)
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the command line of the demo."""
-    parser = cli.Parser("demo", __doc__, fields=True)
-    add = parser.add_argument
-    add("--workdir", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
-    add("--clean", action="store_true", help="delete the workdir first")
-    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    add("--keys", type=int, default=64, metavar="N", help="examples per length (default: %(default)s)")
-    add("--lengths", type=cli.integers, default=LENGTHS, metavar="N,N,...", help="filler lengths in blocks")
-    add("--workers", type=int, default=2, metavar="N", help="trainings side by side (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train, evaluate, print and draw; return the exit code."""
-    arguments = parse(argv)
-    workdir: Path = arguments.workdir
-    if arguments.clean and workdir.exists():
-        shutil.rmtree(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    plan = {variant: commands(variant, arguments) for variant in VARIANTS}
-    clock = workdir / "seconds.json"
+    todo = {variant: commands(demo, variant) for variant in VARIANTS}
+    demo.workdir.mkdir(parents=True, exist_ok=True)
+    clock = demo.workdir / "seconds.json"
     before = json.loads(clock.read_text()) if clock.exists() else 0.0
     began = time.perf_counter()
-    workers = Workers(arguments.workers)
+    workers = Workers(demo.workers)
     try:
         with concurrent.futures.ThreadPoolExecutor(len(VARIANTS)) as pool:
-            jobs = [pool.submit(workers.run, name, todo) for name, todo in plan.items()]
+            jobs = [pool.submit(workers.run, name, commands) for name, commands in todo.items()]
             try:
                 for job in concurrent.futures.as_completed(jobs):
                     job.result()
@@ -195,26 +158,155 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         seconds = before + time.perf_counter() - began
         clock.write_text(json.dumps(seconds))
-    models = collect(workdir, arguments.lengths)
-    result = {"models": models, "keys": arguments.keys, "seconds": round(seconds, 1), "seed": arguments.seed}
-    (workdir / "passkey.json").write_text(json.dumps(result, indent=2) + "\n")
-    _draw(workdir, models)
-    show(models, arguments.keys)
-    print(f"{seconds / 60:.1f} minutes; wrote {workdir}/passkey.json and {workdir}/passkey.png")
-    return 0
+    models = exact_matches(demo)
+    results = {"models": models, "keys": demo.keys, "seconds": round(seconds, 1), "seed": demo.seed}
+    (demo.workdir / "passkey.json").write_text(json.dumps(results, indent=2) + "\n")
+    draw(demo.workdir, models)
+    return results
 
 
-def _draw(workdir: Path, models: dict[str, dict[str, float]]) -> None:
-    from fam_jax.evaluate.plot import plot_passkey
+def commands(demo: Demo, variant: str) -> list[list[str]]:
+    """Return the commands that train and evaluate a model; none if its results exist.
 
-    config = json.loads((workdir / "fam" / "config.json").read_text())
+    Raises:
+      ConfigError: a config field is unknown, or its value is not allowed.
+    """
+    folder = demo.workdir / variant
+    result = folder / "result.json"
+    if finished(result, wanted_config(demo, variant)):
+        return []
+    fields = [f"--{path}={text}" for path, text in demo.all_overrides()]
+    train = ["launch.train", f"--config={CONFIG}:{variant}", *fields, f"--workdir={folder}"]
+    evaluate = [
+        "launch.evaluate",
+        f"--checkpoint={folder}",
+        f"--out={result}",
+        f"--lengths={','.join(map(str, demo.lengths))}",
+        f"--keys={demo.keys}",
+    ]
+    return [[sys.executable, "-m", *command] for command in (train, evaluate)]
+
+
+def wanted_config(demo: Demo, variant: str) -> dict[str, Any]:
+    """Return the config of a model and its evaluation as it is stored in JSON.
+
+    Raises:
+      ConfigError: a config field is unknown, or its value is not allowed.
+    """
+    values = json.loads(to_json(cli.load_config(f"{CONFIG}:{variant}", demo.all_overrides())))
+    values["evaluate"] |= {"filler_blocks": list(demo.lengths), "keys": demo.keys}
+    return values
+
+
+def finished(path: Path, config: dict[str, Any]) -> bool:
+    """Return whether a file holds the results of a config, evaluated at all of its lengths, on any mesh."""
+    if not path.exists():
+        return False
+    try:
+        found = read_evaluation(path)
+    except UserError:  # another version wrote it
+        return False
+    lengths = {str(length) for length in config["evaluate"]["filler_blocks"]}
+    made_by = {**found.config, "mesh": config["mesh"]}
+    made_by["evaluate"] = {**made_by["evaluate"], "filler_blocks": config["evaluate"]["filler_blocks"]}
+    known = lengths <= set(found.details["groups"])
+    return known and made_by == config and found.step == config["train"]["steps"]
+
+
+def exact_matches(demo: Demo) -> dict[str, dict[str, float]]:
+    """Return the fraction of keys that each model retrieved, by model and filler length in blocks."""
+    models = {}
+    for variant in VARIANTS:
+        groups = read_evaluation(demo.workdir / variant / "result.json").details["groups"]
+        models[variant] = {str(length): groups[str(length)]["exact_match"] for length in demo.lengths}
+    return models
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the results as a table."""
+    table = Table(title=f"Pass keys retrieved, by blocks of filler ({results['keys']} keys each)")
+    table.add_column("model")
+    for length in next(iter(results["models"].values())):
+        table.add_column(length, justify="right")
+    for name, matches in results["models"].items():
+        table.add_row(name, *(f"{match:.2f}" for match in matches.values()))
+    Console().print(table)
+
+
+def draw(workdir: Path, models: dict[str, dict[str, float]]) -> None:
+    """Draw the results into WORKDIR/passkey.png."""
+    from fam_jax.evaluate.plot import plot_passkey  # matplotlib, which takes a second to import
+
+    config = json.loads((workdir / VARIANTS[0] / "config.json").read_text())
+    model = config["model"]
     plot_passkey(
-        models,
+        {LABELS[name]: matches for name, matches in models.items()},
         workdir / "passkey.png",
         trained_blocks=config["data"]["stage_blocks"][-1],
-        title=f"PassKey retrieval, {config['model']['num_layers']} layers of width {config['model']['model_dim']}, "
-        f"blocks of {config['model']['block_size']} tokens",
+        title=f"PassKey retrieval, {model['num_layers']} layers of width {model['model_dim']}, blocks of "
+        f"{model['block_size']} tokens",
     )
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+      UserError: an argument is unknown or malformed.
+    """
+    parser = cli.Parser("demo", __doc__, fields=True)
+    add = parser.add_argument
+    add("--workdir", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
+    add("--clean", action="store_true", help="delete the workdir first")
+    add("--seed", type=cli.at_least(0), default=0, metavar="N", help="default: %(default)s")
+    add(
+        "--keys",
+        type=cli.at_least(1),
+        default=64,
+        metavar="N",
+        help="examples per length; default: %(default)s",
+    )
+    add(
+        "--lengths",
+        type=cli.integers,
+        default=LENGTHS,
+        metavar="N,N,...",
+        help=f"filler lengths in blocks; default: {','.join(map(str, LENGTHS))}",
+    )
+    add(
+        "--workers",
+        type=cli.at_least(1),
+        default=2,
+        metavar="N",
+        help="trainings side by side; default: %(default)s",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo and show its results; return the exit code.
+
+    Raises:
+      UserError: the command line or a config field has a mistake, or a command failed.
+    """
+    arguments = parse_arguments(argv)
+    demo = Demo(
+        arguments.workdir,
+        seed=arguments.seed,
+        keys=arguments.keys,
+        lengths=arguments.lengths,
+        workers=arguments.workers,
+        overrides=tuple(arguments.overrides),
+    )
+    for variant in VARIANTS:
+        wanted_config(demo, variant)  # nothing is deleted if a config field has a mistake
+    if arguments.clean and demo.workdir.exists():
+        shutil.rmtree(demo.workdir)
+    results = run_demo(demo)
+    show(results)
+    workdir = demo.workdir
+    print(f"{results['seconds'] / 60:.1f} minutes; wrote {workdir}/passkey.json and {workdir}/passkey.png")
+    return 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ INTERRUPTED = 130
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a UserError into `error: ...` on stderr and exit code 2; Ctrl-C and a closed pipe into what shells expect.
+    """Turn a UserError into one line on stderr and exit code 2; exit as shells expect after Ctrl-C or a closed pipe.
 
     All other errors are bugs of the program and keep their tracebacks.
     """
@@ -24,7 +24,7 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    except BrokenPipeError:  # the reader of standard output has gone, as `| head` does
+    except BrokenPipeError:  # the reader of standard output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
         sys.exit(PIPE_CLOSED)
     except KeyboardInterrupt:

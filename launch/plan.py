@@ -1,14 +1,14 @@
 """Estimate memory, step time and traffic of a run on a TPU slice. No TPU needed.
 
-    python -m launch.plan --config=configs/fam_1b.py --topology=v5p:2x4x4 --json=plan.json
+    python -m launch.plan --config=configs/fam_1b.py --topology=v5p:2x4x4 --out=plan.json
     python -m launch.plan --config=configs/fam_24b.py --topology=v5e:4x4 --what=serve --streams=8
 
 Compiles the real programs, with the real kernels, with the TPU compiler (the extra `tpu`), and reports memory, a range
-for the time of a step, throughput and traffic. These are estimates that were never checked against hardware. Exit code
-1 if the run does not fit.
+for the time of a step, throughput and traffic. These are estimates that were never checked against hardware. The exit
+code is 1 if the run does not fit.
 
-`--what=train` plans the train step, `serve` what `launch.generate` runs (reading by chunks, writing token by token),
-and `evaluate` what `launch.evaluate` runs for the config's task.
+--what=train plans the train step; serve plans what launch.generate runs (reading by chunks, writing token by token);
+evaluate plans what launch.evaluate runs for the config's task.
 """
 
 import argparse
@@ -26,58 +26,71 @@ from launch import cli
 
 DOES_NOT_FIT = 1
 
+# How to choose a mesh: that of the config, or the best of the sensible ones.
+CONFIG, TRY = "config", "try"
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the command line.
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
 
     Raises:
-      UserError: an argument is unknown, missing or malformed, or means nothing for what is planned.
+      UserError: an argument is unknown, missing or malformed, or has no meaning for what is planned.
     """
     parser = cli.Parser("plan", __doc__, config=True)
     add = parser.add_argument
     add("--topology", required=True, metavar="SLICE", help="such as v5p:4x4x8 or v5e:4x8")
+    add("--what", choices=("train", "serve", "evaluate"), default="train", help="default: train")
     add(
-        "--what",
-        choices=("train", "serve", "evaluate"),
-        default="train",
-        help="what to plan (default: train)",
+        "--mesh",
+        type=mesh_choice,
+        metavar=f"{CONFIG}|{TRY}|AXIS=N,...",
+        help="that of the config (default for train), the best of several (default for the others), or this one",
     )
-    add("--json", metavar="FILE", help="write the results here")
-    add("--tokens", type=int, metavar="T", help="train: length of the rows, in place of that of the data")
-    add("--mesh", choices=("config", "try"),
-        help="config: the config's mesh (default for train); try: the best of the sensible ones")  # fmt: skip
+    add(
+        "--tokens",
+        type=cli.at_least(1),
+        metavar="T",
+        help="train: length of the rows; default: from the data",
+    )
     add(
         "--streams",
-        type=_positive,
+        type=cli.at_least(1),
         metavar="N",
-        help="serve: streams together (default 1); evaluate: documents",
+        help="serve: streams at a time (default 1); evaluate: documents (default: from the config)",
     )
-    add("--chunk_blocks", type=_positive, metavar="N", help="serve, evaluate: blocks to read at once")
-    found = parser.parse_args(arguments)
-    foreign = ("streams", "chunk_blocks") if found.what == "train" else ("tokens",)
-    for name in foreign:
+    add(
+        "--chunk_blocks",
+        type=cli.at_least(1),
+        metavar="N",
+        help="serve, evaluate: blocks read at a time; default: config.evaluate.chunk_blocks",
+    )
+    add("--out", type=Path, metavar="FILE.json", help="write the plan here, too")
+    found = parser.parse_args(argv)
+    for name in ("streams", "chunk_blocks") if found.what == "train" else ("tokens",):
         if getattr(found, name) is not None:
-            raise UserError(f"--{name}: means nothing for --what={found.what}")
+            raise UserError(f"--{name}: has no meaning for --what={found.what}; leave it out")
     return found
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+def mesh_choice(text: str) -> str | MeshConfig:
+    """Argument type: CONFIG, TRY or a mesh."""
+    return text if text in (CONFIG, TRY) else cli.mesh(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plan, print and write; return the exit code."""
+    """Plan, print and write the plan; return the exit code.
+
+    Raises:
+      UserError: the command line, the config or the topology has a mistake.
+    """
     arguments = parse_arguments(argv)
     config = cli.load_config(arguments.config, arguments.overrides)
     logging.set_verbosity(logging.WARNING)  # JAX logs that there is no TPU
     console = Console()
     plan = plan_training_run if arguments.what == "train" else plan_streams
     report = plan(console, config, arguments)
-    if arguments.json:
-        path = Path(arguments.json).expanduser()
+    if arguments.out:
+        path = arguments.out.expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(f"written to {path}")
@@ -85,22 +98,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan_training_run(console: Console, config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Print the best plan of a train step, and return it for the JSON file."""
-    from fam_jax.data.build import longest_row  # after the config: TensorFlow takes seconds
+    """Plan the train step, print the best plan and return it.
+
+    Raises:
+      UserError: no mesh fits the topology and the batch.
+    """
+    # Imported once the config is known to be right, as TensorFlow takes seconds.
+    from fam_jax.data.build import longest_row
     from fam_jax.plan import topology_devices
     from fam_jax.plan.training import advice, best_plan, plan_training, sensible_meshes
 
+    topology = arguments.topology
     tokens = arguments.tokens or longest_row(config.data, block_size=config.model.block_size)
-    chips = len(topology_devices(arguments.topology))
-    meshes = sensible_meshes(config, arguments.topology) if arguments.mesh == "try" else [config.mesh]
+    chips = len(topology_devices(topology))
+    meshes = chosen_meshes(arguments.mesh or CONFIG, config)
+    meshes = sensible_meshes(config, topology) if meshes is None else meshes
     if not meshes:
         raise UserError(
-            f"no mesh of {chips} chips divides the batch of {config.train.batch_size} rows and the model's heads: "
-            "change config.train.batch_size or the topology"
+            f"no mesh of {chips} chips divides the batch of {config.train.batch_size} rows and the model's heads; "
+            "change config.train.batch_size or --topology"
         )
     plans = []
-    for mesh in announced(console, arguments.topology, meshes):
-        plans.append(plan_training(config, arguments.topology, tokens, mesh))
+    for mesh in announced(console, topology, meshes):
+        plans.append(plan_training(config, topology, tokens, mesh))
         console.print(summary(plans[-1].report()), highlight=False)
     best = best_plan(plans)
     report = best.report() | {"tried": [plan.report() for plan in plans] if len(plans) > 1 else []}
@@ -111,22 +131,24 @@ def plan_training_run(console: Console, config: Config, arguments: argparse.Name
 
 
 def plan_streams(console: Console, config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Print the best plan of generation or evaluation, and return it for the JSON file."""
+    """Plan generation or evaluation, print the best plan and return it.
+
+    Raises:
+      UserError: no mesh fits the topology.
+    """
     from fam_jax.plan.serving import SERVE, best_serving, plan_serving, serving_advice, serving_meshes
 
-    serving = arguments.what == "serve"
+    topology, serving = arguments.topology, arguments.what == "serve"
     streams = arguments.streams or (1 if serving else config.evaluate.batch_size)
     phases = SERVE if serving or config.data.task == "passkey" else ("measure",)
-    meshes = (
-        [config.mesh] if arguments.mesh == "config" else serving_meshes(config, arguments.topology, streams)
-    )
+    meshes = chosen_meshes(arguments.mesh or TRY, config)
+    meshes = serving_meshes(config, topology, streams) if meshes is None else meshes
     plans = []
-    for mesh in announced(console, arguments.topology, meshes):
-        plan = plan_serving(
-            config, arguments.topology, streams, phases, mesh=mesh, chunk_blocks=arguments.chunk_blocks
+    for mesh in announced(console, topology, meshes):
+        plans.append(
+            plan_serving(config, topology, streams, phases, mesh=mesh, chunk_blocks=arguments.chunk_blocks)
         )
-        plans.append(plan)
-        console.print(summary_of_phases(plan.report()), highlight=False)
+        console.print(summary_of_phases(plans[-1].report()), highlight=False)
     best = best_serving(plans)
     report = best.report() | {"tried": [plan.report() for plan in plans] if len(plans) > 1 else []}
     if not best.fits:
@@ -135,8 +157,15 @@ def plan_streams(console: Console, config: Config, arguments: argparse.Namespace
     return report
 
 
+def chosen_meshes(choice: str | MeshConfig, config: Config) -> list[MeshConfig] | None:
+    """Return the mesh that was asked for, or None to try several."""
+    if isinstance(choice, MeshConfig):
+        return [choice]
+    return [config.mesh] if choice == CONFIG else None
+
+
 def announced(console: Console, topology: str, meshes: list[MeshConfig]) -> Iterator[MeshConfig]:
-    """Yield each mesh, and print it before it is compiled for."""
+    """Yield the meshes, and print each before its programs are compiled."""
     for number, mesh in enumerate(meshes, 1):
         console.print(
             f"{number}/{len(meshes)}  compiling for {topology}, {describe(mesh)} ...", highlight=False
@@ -145,12 +174,12 @@ def announced(console: Console, topology: str, meshes: list[MeshConfig]) -> Iter
 
 
 def describe(mesh: MeshConfig) -> str:
-    """Return the mesh in words."""
+    """Return the devices along each axis, for a person to read."""
     return ", ".join(f"{name}={size or 'the rest'}" for name, size in vars(mesh).items())
 
 
 def summary(report: dict[str, Any]) -> str:
-    """Return the report in one line."""
+    """Return a plan's memory and speed in one line."""
     memory = f"{report['hbm_peak_bytes'] / 2**30:.1f} of {report['hbm_capacity_bytes'] / 2**30:.0f} GiB"
     if "step_seconds_low" not in report:
         return f"    {memory}: does not fit"
@@ -161,7 +190,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def print_report(console: Console, report: dict[str, Any]) -> None:
-    """Print the report as a table."""
+    """Print a plan as a table."""
     table = Table(
         title=f"{report['topology']}, mesh {report['mesh']}", title_justify="left", show_header=False
     )
@@ -175,7 +204,7 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
         table.add_row(
             "tokens/s", f"{report['tokens_per_second_low']:,.0f} to {report['tokens_per_second_high']:,.0f}"
         )
-        table.add_row("model FLOPs utilisation", f"{report['mfu_low']:.2f} to {report['mfu_high']:.2f}")
+        table.add_row("model FLOPs utilization", f"{report['mfu_low']:.2f} to {report['mfu_high']:.2f}")
         for kind, seconds in report["seconds"].items():
             table.add_row(f"  {kind}s", f"{seconds['low']:.3f} to {seconds['high']:.3f} s")
         for kind, found in report["collectives"].items():
@@ -186,7 +215,7 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
 
 
 def summary_of_phases(report: dict[str, Any]) -> str:
-    """Return the report in one line."""
+    """Return a plan's memory and speed in one line."""
     most = max(report["hbm_peak_bytes"], report["hbm_loading_bytes"])
     memory = f"{most / 2**30:.1f} of {report['hbm_capacity_bytes'] / 2**30:.0f} GiB"
     spans = [
@@ -199,12 +228,12 @@ def summary_of_phases(report: dict[str, Any]) -> str:
 
 
 def span(found: dict[str, Any], name: str, digits: str) -> str:
-    """Return a range of figures."""
+    """Return the range of a figure, as in 0.12 to 0.15."""
     return f"{found[f'{name}_low']:{digits}} to {found[f'{name}_high']:{digits}}"
 
 
 def print_phases(console: Console, report: dict[str, Any]) -> None:
-    """Print the report as a table."""
+    """Print a plan as a table."""
     title = f"{report['topology']}, mesh {report['mesh']}, streams: {report['streams']}"
     table = Table(title=title, title_justify="left", show_header=False)
     peak, loading, capacity, parameters, memory = (
@@ -223,7 +252,7 @@ def print_phases(console: Console, report: dict[str, Any]) -> None:
         )
         table.add_row("  tokens/s, all streams", span(found, "tokens_per_second", ",.0f"))
         if "border_seconds_low" in found:
-            table.add_row("  a step at a block's border", f"{span(found, 'border_seconds', '.4f')} s more")
+            table.add_row("  a step that ends a block", f"{span(found, 'border_seconds', '.4f')} s more")
         for length in (100_000, 1_000_000):
             if f"read_{length}_seconds_low" in found:
                 table.add_row(
@@ -232,7 +261,7 @@ def print_phases(console: Console, report: dict[str, Any]) -> None:
         for kind, sums in found["collectives"].items():
             seconds = span(sums, "seconds", ".4f")
             table.add_row(
-                f"  {kind}", f"{sums['runs']:,.0f} of {sums['bytes'] / 1e6:,.1f} MB together, {seconds} s"
+                f"  {kind}", f"{sums['runs']:,.0f} runs, {sums['bytes'] / 1e6:,.1f} MB in all, {seconds} s"
             )
     table.add_row("compilation", f"{report['compile_seconds']:.0f} s")
     console.print(table)

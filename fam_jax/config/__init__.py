@@ -21,6 +21,7 @@ from fam_jax.config.experiment import (
 from fam_jax.config.fields import fields_with_effect, group, setting
 from fam_jax.config.memory import MemoryConfig, memory_config
 from fam_jax.config.model import ModelConfig
+from fam_jax.config.overrides import parse_argument
 from fam_jax.config.training import (
     ABLATIONS,
     EvaluateConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "fields_with_effect",
     "group",
     "memory_config",
+    "parse_argument",
     "require",
     "resolve",
     "setting",

@@ -6,6 +6,7 @@ config file, from the command line or in Python.
 
 import dataclasses
 import functools
+import inspect
 import math
 import textwrap
 import typing
@@ -178,7 +179,7 @@ def check_range(limits: Constraint, value: Any, path: str) -> None:
 
 def _document(cls: Any) -> str:
     """Return the docstring of a group with the meaning of every field appended."""
-    lines = [textwrap.dedent(cls.__doc__ or "").rstrip(), "", "Fields:"]
+    lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Fields:"]
     for field in dataclasses.fields(cls):
         limits = constraint_of(field)
         choices = f" One of {', '.join(limits.choices)}." if limits.choices else ""

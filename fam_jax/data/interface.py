@@ -110,8 +110,19 @@ class Batches(Protocol):
     def metrics(self) -> dict[str, float]:
         """Return figures on the data, for the log."""
 
+    def name_scores(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Return the metrics of a step on the latest batch, with its scores named after what they measure.
+
+        Args:
+          metrics: answer_accuracy and exact_match over the targets where `answer` is true, among others.
+        """
+
     def describe(self, values: Mapping[str, Any]) -> str:
-        """Return a few words for the progress line; `values` holds the metrics of a step and those of the data."""
+        """Return a few words for the progress line.
+
+        Args:
+          values: :meth:`name_scores` of the metrics of a step, and :meth:`metrics`.
+        """
 
     def state(self) -> dict[str, Any]:
         """Return the position as JSON values. It is the same in all processes and fits any number of them."""

@@ -76,6 +76,10 @@ class MixedBatches:
             values |= part.metrics()
         return values
 
+    def name_scores(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Name the scores as the part of the latest batch does."""
+        return metrics if self._latest is None else self.parts[self._latest].name_scores(metrics)
+
     def describe(self, values: Mapping[str, Any]) -> str:
         """Return the part of the latest batch, and what it says of the values."""
         return "" if self._latest is None else f"{self._latest}  {self.parts[self._latest].describe(values)}"

@@ -1,24 +1,20 @@
-"""Run evaluation tasks and keep the results: the same for the training loop, the command line and Python."""
+"""The runner of all evaluation tasks, for checkpoints and while training."""
 
 import dataclasses
-import importlib.metadata
-import json
 import os
-import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from etils import epath
 
-from fam_jax.config import Config, MeshConfig, UserError, changed
-from fam_jax.evaluate.tasks import OnProgress, Request, default_task, task_of
+from fam_jax.config import Config, MeshConfig, resolve
+from fam_jax.evaluate.record import Evaluation, check_writable, evaluation_path, make_evaluation
+from fam_jax.evaluate.task import OnProgress, Setting
+from fam_jax.evaluate.tasks import default_task, find_task
+from fam_jax.generate.streaming import Streamer
 from fam_jax.model import lora
 from fam_jax.restore import load_model
 from fam_jax.sharding import make_mesh
-
-FOLDER = "evaluations"
-VERSIONS = ("fam-jax", "jax", "flax", "numpy")
 
 
 def evaluate(
@@ -30,108 +26,88 @@ def evaluate(
     files: Sequence[str] = (),
     suffixes: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
-    command: str = "",
+    command: str = "fam_jax.evaluate.evaluate",
     on_progress: OnProgress | None = None,
-    **fields: Any,
-) -> dict[str, Any]:
-    """Evaluate a checkpoint, and write the results.
+    **settings: Any,
+) -> Evaluation:
+    """Evaluate a checkpoint and write the results.
+
+        found = evaluate("runs/passkey", filler_blocks=(4, 36), keys=16)
+        found.metrics["exact_match"]
+
+    In a job of several processes, all of them call it and get the results, and the first one writes them.
 
     Args:
       checkpoint: workdir of a training run.
       task: a name in `fam_jax.evaluate.tasks.TASKS`; None: that of the run's data.
-      step: saved step; None: the latest.
-      mesh: devices to spread the model over; None: all along the data axis.
-      files: texts to evaluate on, in place of config.data.heldout_files.
-      suffixes: endings of files that count in folders.
-      out: JSON file to write; None: CHECKPOINT/evaluations/STEP/TASK.json.
-      command: how this was called, for the record.
-      on_progress: called with the name of a pass, tokens read and tokens to read.
-      **fields: of config.evaluate, such as `filler_blocks=(4, 36)`.
-
-    Returns:
-      The record: task, step, command, config, versions, devices, `scalars` (headline figures by name) and the task's
-      details.
+      step: a saved step; None: the latest.
+      mesh: devices to spread the model over; None: all devices along the data axis.
+      files: files, folders or patterns to evaluate on, in place of config.data.heldout_files.
+      suffixes: endings of the files that count in a folder, in place of config.data.file_suffixes.
+      out: JSON file to write, with the plot beside it; None: CHECKPOINT/evaluations/STEP/TASK.json.
+      command: what to record as the caller.
+      on_progress: called with the name of a pass, the tokens read and the tokens to read.
+      **settings: fields of config.evaluate to change, such as `batch_size=8`.
 
     Raises:
-      UserError: the checkpoint or the data cannot be read, or a field is not allowed.
+      UserError: the checkpoint or the data cannot be read, the results cannot be written, or a setting is not allowed.
     """
+    if task is not None:
+        find_task(task)
+    if out is not None and jax.process_index() == 0:
+        check_writable(os.path.expanduser(out))
     mesh = mesh or MeshConfig()
     config, params, step = load_model(checkpoint, step, make_mesh(mesh))
-    config = changed(config, evaluate=fields, mesh=dataclasses.asdict(mesh))
-    name = task or default_task(config)
-    request = Request(config, params, files, suffixes, on_progress)
-    results = task_of(name).prepare(request)(request)
-    record = _record(config, name, step, command) | results
+    values = dataclasses.asdict(config)
+    values["evaluate"] |= settings
+    config = resolve({**values, "mesh": dataclasses.asdict(mesh)})
+    name = task or default_task(config.data)
+    path = evaluation_path(checkpoint, step, name) if out is None else os.path.expanduser(out)
     if jax.process_index() == 0:
-        default = results_file(epath.Path(os.fspath(checkpoint)).expanduser(), step, name)
-        write(default if out is None else epath.Path(os.path.expanduser(os.fspath(out))), record)
-    return record
+        check_writable(path)
+    measure = _prepare(name, _setting(config, files, suffixes), on_progress)
+    found = make_evaluation(config, name, step, measure(params), command=command, path=path)
+    if jax.process_index() == 0:
+        found.write(os.fspath(checkpoint))
+    return found
 
 
-def in_training(config: Config) -> Callable[[Any, int], dict[str, Any]]:
-    """Return the evaluation that the training loop calls with (parameters, step); the data is loaded now."""
-    merged = jax.jit(lambda params: lora.merge(params, config.lora))
-    name = default_task(config)
-    measure = task_of(name).prepare(Request(config, None))
+def evaluate_in_training(
+    config: Config, workdir: str | os.PathLike[str]
+) -> Callable[[Any, int], dict[str, dict[str, float]]]:
+    """Return the evaluation for the training loop. The data is loaded now.
 
-    def evaluate_step(params: Any, step: int) -> dict[str, Any]:
-        request = Request(config, merged(params) if config.lora.rank else params)
-        return _record(config, name, step, "") | measure(request)
+    Returns:
+      A function of (parameters as they are trained, step). It measures the task of config.data, writes the results
+      below the workdir as :func:`evaluate` does, and returns the figures by name under the name of the task.
+    """
+    name = default_task(config.data)
+    measure = _prepare(name, _setting(config))
+    merge = (
+        jax.jit(lambda params: lora.merge(params, config.lora)) if config.lora.rank else lambda params: params
+    )
+
+    def evaluate_step(params: Any, step: int) -> dict[str, dict[str, float]]:
+        measured, path = measure(merge(params)), evaluation_path(workdir, step, name)
+        found = make_evaluation(config, name, step, measured, command="training", path=path)
+        if jax.process_index() == 0:
+            found.write(os.fspath(workdir))
+        return {name: found.scalars}
 
     return evaluate_step
 
 
-def results_file(workdir: epath.Path, step: int, task: str) -> epath.Path:
-    """Return where the results of a task belong."""
-    return workdir / FOLDER / str(step) / f"{task}.json"
+def _setting(config: Config, files: Sequence[str] = (), suffixes: Sequence[str] = ()) -> Setting:
+    return Setting(config.model, config.data, config.evaluate, config.train.loss_chunk, files, suffixes)
 
 
-def write(path: epath.Path, record: dict[str, Any]) -> None:
-    """Write a record as JSON, and its picture beside it; each file appears only when it is complete.
+def _prepare(name: str, setting: Setting, on_progress: OnProgress | None = None) -> Callable[[Any], Any]:
+    """Make the items of a task; return what measures given parameters on them."""
+    task = find_task(name)
+    items = task.items(setting)
+    from fam_jax.data.vocabulary import (
+        check_vocabulary_size,  # imports TensorFlow, as the items of most tasks do
+    )
 
-    Raises:
-      UserError: a file cannot be written.
-    """
-    unfinished = path.parent / f"{path.name}.tmp"
-    task = task_of(record["task"])
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(record, indent=2) + "\n")
-        unfinished.replace(path)
-        if task.draw is not None:
-            with path.with_suffix(".png").open("wb") as file:
-                task.draw(record, file, _config_of(record), f"step {record['step']}")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
-
-
-def line(record: dict[str, Any]) -> str:
-    """Return the headline figures of a record in one line."""
-    figures = (f"{name} {value:.4g}" for name, value in record["scalars"].items() if "/" not in name)
-    return f"{record['task']}: {', '.join(figures)}"
-
-
-def _record(config: Config, task: str, step: int, command: str) -> dict[str, Any]:
-    """Return what made the results."""
-    devices = jax.devices()
-    return {
-        "task": task,
-        "step": step,
-        "command": command,
-        "config": dataclasses.asdict(config),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-    }
-
-
-def _config_of(record: dict[str, Any]) -> Config:
-    from fam_jax.config import resolve
-
-    return resolve(json.loads(json.dumps(record["config"])))
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return "not installed"
+    check_vocabulary_size(items.vocabulary, setting.model, setting.data)
+    return lambda params: task.measure(Streamer(setting.model, params), items, setting, on_progress)

@@ -1,152 +1,81 @@
-"""Evaluation tasks: one function and one line in the registry each.
+"""The registry of evaluation tasks: a function that makes the items, and an entry of `TASKS`, for each.
 
-A task measures parameters and returns a nested dict for JSON: `scalars`, its headline figures by stable names, which go
-to the log line and to TensorBoard, and whatever details its tables and pictures show. docs/add_a_task.md adds one.
+docs/evaluation.md adds a task step by step. TensorFlow is imported when items are made, not before.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import functools
 
-import rich.table
-
-from fam_jax.config import Config, UserError
-
-# (name of a pass, tokens read, tokens to read)
-OnProgress = Callable[[str, int, int], None]
+from fam_jax.config import DataConfig, UserError
+from fam_jax.evaluate import answers, text
+from fam_jax.evaluate.answers import Question, Questions, answer_tables, measure_answers
+from fam_jax.evaluate.task import Setting, Task
+from fam_jax.evaluate.text import Documents, document_tables, measure_documents, plot_documents
 
 
-class Request(NamedTuple):
-    """What a task is to measure."""
-
-    config: Config
-    # Nested dict, on any devices.
-    params: Any
-    # Files in place of config.data.heldout_files, and endings of files that count in folders.
-    files: Sequence[str] = ()
-    suffixes: Sequence[str] = ()
-    on_progress: OnProgress | None = None
-
-
-class Task(NamedTuple):
-    """How a task is run and shown."""
-
-    # One line for --list.
-    doc: str
-    # Load the data and vocabulary now; return what measures a request.
-    prepare: Callable[[Request], Callable[[Request], dict[str, Any]]]
-    # Tables of the results, under a title.
-    tables: Callable[[dict[str, Any], str], list[rich.table.Table]]
-    # Draw the results into a PNG file, under a title; None: there is no picture.
-    draw: Callable[[dict[str, Any], Any, Config, str], None] | None = None
-
-
-def _prepare_passkey(request: Request) -> Callable[[Request], dict[str, Any]]:
+def passkey_questions(setting: Setting) -> Questions:
+    """Make PassKey examples (section 3.2 of the paper), with exactly blocks * C tokens of filler in each group."""
     from fam_jax.data.build import task_vocabulary
-    from fam_jax.evaluate.passkey import evaluate_passkey
+    from fam_jax.data.passkey import passkey_examples
 
-    vocabulary = task_vocabulary(request.config.data)
+    data, evaluate, size = setting.data, setting.evaluate, setting.model.block_size
+    vocabulary = task_vocabulary(setting.data)
 
-    def measure(request: Request) -> dict[str, Any]:
-        show = request.on_progress
-        return evaluate_passkey(
-            request.config,
-            request.params,
-            vocabulary=vocabulary,
-            on_progress=show and (lambda blocks, done, total: show(f"{blocks} blocks", done, total)),
-        )
+    def make(blocks: int) -> list[Question]:
+        return passkey_examples(data, vocabulary, blocks * size, evaluate.keys, evaluate.seed)
 
-    return measure
+    groups = {str(blocks): functools.partial(make, blocks) for blocks in evaluate.filler_blocks}
+    facts = {"block_size": size, "digits": data.digits, "seed": evaluate.seed}
+    return Questions(groups, "blocks", vocabulary, facts)
 
 
-def _prepare_text(request: Request) -> Callable[[Request], dict[str, Any]]:
-    from fam_jax.data.build import heldout_examples
-    from fam_jax.evaluate.text import evaluate_text
+def text_documents(setting: Setting) -> Documents:
+    """Load the held-out documents that `setting.files` or the config names."""
+    from fam_jax.data.build import heldout_examples, longest_row
+    from fam_jax.data.vocabulary import first_input
 
-    heldout = heldout_examples(request.config.data, request.config.evaluate, request.files, request.suffixes)
-
-    def measure(request: Request) -> dict[str, Any]:
-        return evaluate_text(
-            request.config,
-            request.params,
-            examples=heldout.examples,
-            vocabulary=heldout.vocabulary,
-            on_progress=request.on_progress,
-        )
-
-    return measure
-
-
-def _passkey_tables(results: dict[str, Any], title: str) -> list[rich.table.Table]:
-    headings = ("blocks", "tokens read", "keys", "exact match", "teacher-forced", "answer tokens", "seconds")
-    table = _table(f"PassKey retrieval, {title}", headings)
-    shares = ("exact_match", "teacher_forced_exact_match", "answer_token_accuracy")
-    for blocks, row in results["lengths"].items():
-        size = (blocks, f"{row['tokens_read']:,}", f"{row['keys']:,}")
-        table.add_row(*size, *(f"{row[name]:.1%}" for name in shares), f"{row['seconds']:.1f}")
-    return [table]
-
-
-def _text_tables(results: dict[str, Any], title: str) -> list[rich.table.Table]:
-    total = rich.table.Table(title=f"Held-out text, {title}", show_header=False)
-    total.add_row("documents", f"{results['documents']:,}, longest {results['longest_document']:,} tokens")
-    total.add_row("tokens read", f"{results['tokens_read']:,} of {results['tokens']:,}")
-    total.add_row("loss", f"{results['loss']:.4f} nats per token, perplexity {results['perplexity']:.2f}")
-    if results["bits_per_byte"] is not None:
-        total.add_row("bits per byte", f"{results['bits_per_byte']:.4f}")
-    total.add_row("next-token accuracy", f"{results['accuracy']:.1%}")
-    for name, found in [("", results), *results["ablations"].items()]:
-        after = found["loss_after_first_block"]
-        if results["ablations"] and after is not None:
-            total.add_row(f"after block 1{', memory ' + name if name else ''}", f"{after:.4f}")
-    ablated = [f"memory {name}" for name in results["ablations"]]
-    places = _table(
-        "Loss by position in the document", ("from", "to", "documents", "tokens", "loss", *ablated)
-    )
-    others = [found["by_position"] for found in results["ablations"].values()]
-    for bucket, *rest in zip(results["by_position"], *others, strict=True):
-        size = (f"{bucket[name]:,}" for name in ("begin", "end", "documents", "tokens"))
-        places.add_row(*size, *("" if b["loss"] is None else f"{b['loss']:.4f}" for b in (bucket, *rest)))
-    return [total, places]
-
-
-def _draw_text(results: dict[str, Any], file: Any, config: Config, title: str) -> None:
-    from fam_jax.evaluate.plot import plot_loss_by_position  # matplotlib, which training does not need
-
-    kind = config.model.memory.kind.upper()
-    lines = {kind if results["ablations"] else "loss": results["by_position"]}
-    lines |= {f"memory {name}": found["by_position"] for name, found in results["ablations"].items()}
-    trained = config.data.sequence_length if config.data.task != "passkey" else 0
-    plot_loss_by_position(lines, file, trained_tokens=trained, title=f"Held-out text, {title}")
-
-
-def _table(title: str, headings: Sequence[str]) -> rich.table.Table:
-    table = rich.table.Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
+    data = setting.data
+    examples, vocabulary = heldout_examples(data, setting.evaluate, setting.files, setting.suffixes)
+    trained_tokens = longest_row(data, block_size=setting.model.block_size)
+    return Documents(examples, vocabulary, first_input(vocabulary, data), trained_tokens)
 
 
 TASKS = {
-    "passkey": Task(
-        "PassKey retrieval by length of filler, by generation", _prepare_passkey, _passkey_tables
-    ),
-    "text": Task(
-        "loss on held-out documents, by position, with ablations", _prepare_text, _text_tables, _draw_text
-    ),
+    task.name: task
+    for task in (
+        Task(
+            "passkey",
+            "PassKey retrieval",
+            "PassKey retrieval by length of the filler, by generation",
+            passkey_questions,
+            measure_answers,
+            answers.METRICS,
+            answer_tables,
+        ),
+        Task(
+            "text",
+            "Held-out text",
+            "loss on held-out documents, by position, with the memory ablated on request",
+            text_documents,
+            measure_documents,
+            text.METRICS,
+            document_tables,
+            plot_documents,
+        ),
+    )
 }
 
 
-def default_task(config: Config) -> str:
-    """Return the task that evaluates what a run was trained on: that of its data, or "text"."""
-    return config.data.task if config.data.task in TASKS else "text"
+def default_task(data: DataConfig) -> str:
+    """Return the task that evaluates what a run is trained on: the one named like its data, or "text"."""
+    return data.task if data.task in TASKS else "text"
 
 
-def task_of(name: str) -> Task:
-    """Return a task.
+def find_task(name: str) -> Task:
+    """Return the task called `name`.
 
     Raises:
       UserError: there is no such task.
     """
     if name not in TASKS:
-        raise UserError(f"--task={name}: there is no such task; there are {', '.join(TASKS)}")
+        raise UserError(f"task {name!r}: is unknown; choose one of {', '.join(TASKS)}")
     return TASKS[name]

@@ -1,4 +1,4 @@
-"""Completions of many prompts, JSON lines to JSON lines; taken up again where it was stopped."""
+"""Completion of many prompts, from JSON lines to JSON lines. An interrupted batch continues where it stopped."""
 
 import io
 import json
@@ -9,7 +9,8 @@ from typing import Any
 from fam_jax.config import UserError
 from fam_jax.generate.text import Completion, TextModel, TextState
 
-TEXTS = ("prompt", "question")  # fields of a line, in the order in which they are read
+# Fields of a line, in the order in which they are read.
+TEXTS = ("prompt", "question")
 
 
 def complete_lines(
@@ -21,30 +22,30 @@ def complete_lines(
     state: TextState | None = None,
     on_line: Callable[[int, int], None] | None = None,
 ) -> tuple[int, int]:
-    """Completes every line of `source`, an object with "prompt_file", "prompt" or "question", read in this order.
+    """Complete every line of `source`, an object with "prompt_file", "prompt" or "question", read in this order.
 
-    Each gets a line of `out` as soon as it is done: {"line", "input", "text", "tokens", "tokens_read", "ended_by"}, or
-    {"line", "input", "error"} if it cannot be done; the others are not affected. Lines that `out` has already are left
-    as they are.
+    Each result is appended to `out` as soon as it is complete: {"line", "input", "text", "tokens", "tokens_read",
+    "ended_by"}, or {"line", "input", "error"} for a line that cannot be completed. Such a line does not affect the
+    others. Results that `out` already holds are kept.
 
     Args:
-      model: that reads.
+      model: reads the texts.
       source: file of JSON lines.
-      out: file of JSON lines, made or continued.
+      out: file of JSON lines to create or continue.
       complete: generates from the state after a line's texts.
-      state: that every line continues; None: each begins a stream.
-      on_line: called with the number of lines done, and of all.
+      state: state that every line continues; None: every line starts a new stream.
+      on_line: called with the number of lines done and the number of all lines.
 
     Returns:
-      How many lines there are, and how many of them have an error in `out`.
+      The number of lines, and how many of them have an error in `out`.
 
     Raises:
-      UserError: `source` cannot be read; `out` cannot be written, or holds results of other lines.
+      UserError: `source` cannot be read, or `out` cannot be written or holds the results of other lines.
     """
     try:
         lines = source.read_text("utf-8").removesuffix("\n").split("\n")
     except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{source}: cannot be read ({error.strerror}); give a file of JSON lines") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: is not valid UTF-8 at byte {error.start}; convert it to UTF-8") from error
     done = _done(out, lines)
@@ -72,9 +73,9 @@ def _complete_line(
             raise UserError("expected a JSON object with prompt, prompt_file or question")
         texts = [given[name] for name in TEXTS if name in given]
         if "prompt_file" not in given and not texts:
-            raise UserError(f"has none of prompt_file, {', '.join(TEXTS)}")
+            raise UserError(f"has none of prompt_file, {', '.join(TEXTS)}; give at least one")
         if not all(isinstance(text, str) for text in (*texts, given.get("prompt_file", ""))):
-            raise UserError("prompt_file, prompt and question must be text")
+            raise UserError("prompt_file, prompt and question must be strings")
         if "prompt_file" in given:
             with open_text(given["prompt_file"]) as file:
                 state = model.read(file, state)
@@ -85,16 +86,15 @@ def _complete_line(
         found = complete(state)
     except UserError as error:
         return {"input": given, "error": str(error)}
-    return {
-        "input": given, "text": found.text, "tokens": found.tokens, "tokens_read": before, "ended_by": found.ended_by,
-    }  # fmt: skip
+    counts = {"tokens": found.tokens, "tokens_read": before}
+    return {"input": given, "text": found.text, **counts, "ended_by": found.ended_by}
 
 
 def open_text(path: str) -> io.BufferedReader:
-    """A file to be read as text.
+    """Open a file of text.
 
     Raises:
-      UserError: it cannot be opened.
+      UserError: the file cannot be opened.
     """
     try:
         return Path(path).open("rb")
@@ -103,7 +103,7 @@ def open_text(path: str) -> io.BufferedReader:
 
 
 def _done(out: Path, lines: list[str]) -> list[dict[str, Any]]:
-    """The results that `out` holds; what a killed process left of a last line is cut off."""
+    """Return the results that `out` holds, and remove an incomplete last line, which a killed process leaves."""
     if not out.exists():
         return []
     try:
@@ -119,7 +119,7 @@ def _done(out: Path, lines: list[str]) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         same = False
     if not same:
-        raise UserError(f"{out}: holds something other than results of these lines; give another --out")
+        raise UserError(f"{out}: does not hold results of these lines; give another --out")
     if len(whole) < len(content):
         with out.open("rb+") as file:
             file.truncate(len(whole))
@@ -127,7 +127,7 @@ def _done(out: Path, lines: list[str]) -> list[dict[str, Any]]:
 
 
 def _parse(line: str) -> Any:
-    """The value of a line; the line itself if it is no JSON."""
+    """Return the value of a line of JSON, or the line itself if it is not JSON."""
     try:
         return json.loads(line)
     except ValueError:

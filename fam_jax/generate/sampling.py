@@ -1,4 +1,4 @@
-"""How the next token is drawn from logits."""
+"""Sampling of the next token from logits."""
 
 import dataclasses
 import math
@@ -11,17 +11,18 @@ from fam_jax.config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """A way to draw tokens; the default is greedy. Filters apply in this order: temperature, top_k, top_p.
+    """How to sample tokens; the default is greedy. Filters apply in this order: temperature, top_k, top_p.
 
     Raises:
       UserError: a value is out of range, or a filter is set where greedy decoding would ignore it.
     """
 
-    temperature: float = (
-        0.0  # logits are divided by it; 0 takes the likeliest token (of equals the lowest id)
-    )
-    top_k: int = 0  # draw among the k likeliest tokens only, of equals those of the lowest ids; 0 = off
-    top_p: float = 1.0  # draw among the fewest likeliest tokens whose probabilities add up to top_p; 1 = off
+    # Divides the logits; 0: take the likeliest token, of equal ones that with the lowest id.
+    temperature: float = 0.0
+    # Sample among the k likeliest tokens only, of equal ones those with the lowest ids; 0: off.
+    top_k: int = 0
+    # Sample among the fewest likeliest tokens whose probabilities add up to top_p; 1: off.
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
@@ -32,7 +33,7 @@ class Sampling:
             raise UserError(f"top_p: must be above 0 and at most 1 (off), got {self.top_p}")
         if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
             raise UserError(
-                "temperature: 0 is greedy and ignores top_k and top_p; set it above 0 or leave them"
+                "temperature: 0 is greedy and ignores top_k and top_p; set it above 0, or leave them unset"
             )
 
 
@@ -40,7 +41,7 @@ GREEDY = Sampling()
 
 
 def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draws a token for every row.
+    """Sample a token for every row.
 
     Args:
       logits: (B, V); -inf forbids a token.
@@ -52,17 +53,17 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # The largest becomes zero first: no temperature, however small, then makes it overflow.
+    # With the largest logit at zero, no temperature overflows, however small it is.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
     vocabulary = logits.shape[-1]
     kept = min(sampling.top_k or vocabulary, vocabulary)
     if kept == vocabulary and sampling.top_p == 1:
         return jax.random.categorical(key, scaled).astype(jnp.int32)
-    scaled, ids = jax.lax.top_k(scaled, kept)  # falling; equals in the order of their ids
+    scaled, ids = jax.lax.top_k(scaled, kept)  # in descending order, equal ones in the order of their ids
     if sampling.top_p < 1:
         probabilities = jax.nn.softmax(scaled)
         likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
-        # The likeliest has nothing before it: it stays whatever rounding does.
+        # The likeliest token always stays, whatever rounding does.
         outside = (likelier >= sampling.top_p).at[..., 0].set(False)
         scaled = jnp.where(outside, -jnp.inf, scaled)
     choice = jax.random.categorical(key, scaled)

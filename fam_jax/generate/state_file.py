@@ -107,7 +107,9 @@ def load_state(path: str | os.PathLike[str], model: ModelConfig, params: dict[st
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise StateFileError(f"{path}: cannot be read ({error.strerror}); give a saved memory") from error
+        raise StateFileError(
+            f"{path}: cannot be read ({error.strerror}); give a file that was saved"
+        ) from error
     metadata = _checked_metadata(path, content)
     former = metadata["version"] == FORMER_VERSION
     _check_model(path, metadata, model, params, former=former)
@@ -134,11 +136,12 @@ def _checked_metadata(path: Any, content: bytes) -> dict[str, str]:
         known = (metadata["format"], metadata["version"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StateFileError(
-            f"{path}: is no saved memory, or its header is damaged; restore it from a copy or read the text again"
+            f"{path}: is not a saved memory, or its header is damaged; restore it from a copy or read the text again"
         ) from error
     if known not in ((FORMAT, VERSION), (FORMER_FORMAT, FORMER_VERSION)):
         raise StateFileError(
-            f"{path}: is no saved memory of version {FORMER_VERSION} or {VERSION}; these are all that can be read"
+            f"{path}: is not a saved memory of version {FORMER_VERSION} or {VERSION}; save it again with this version "
+            "of fam_jax"
         )
     intact = _intact if known == (FORMAT, VERSION) else _intact_former
     if not intact(content, entries, metadata):

@@ -153,9 +153,17 @@ class Streamer:
         parts, generated = [], 0
         while generated < max_tokens:
             out, state = calls.decode(
-                self.params, state=state, logits=logits, stopped=stopped, key=key, begin=np.int32(generated),
-                limit=np.int32(max_tokens - generated), stop_tokens=stops, sampling=sampling, width=tokens_per_call,
-            )  # fmt: skip
+                self.params,
+                state=state,
+                logits=logits,
+                stopped=stopped,
+                key=key,
+                begin=np.int32(generated),
+                limit=np.int32(max_tokens - generated),
+                stop_tokens=stops,
+                sampling=sampling,
+                width=tokens_per_call,
+            )
             logits, stopped, steps = out.logits, out.stopped, int(out.steps)
             part = [np.asarray(x) for x in (out.tokens[:, :steps], out.logprobs[:, :steps], out.counts)]
             parts.append(part)
@@ -236,9 +244,12 @@ class Streamer:
         self._checked([*targets], "target")
         rows = len(inputs)
         out, state = self._calls(rows).measure_blocks(
-            self.params, state=self._copied(state, rows), inputs=self._placed(inputs),
-            targets=self._placed(targets), width=min(max(1, tokens_at_once // rows), inputs.shape[1]),
-        )  # fmt: skip
+            self.params,
+            state=self._copied(state, rows),
+            inputs=self._placed(inputs),
+            targets=self._placed(targets),
+            width=min(max(1, tokens_at_once // rows), inputs.shape[1]),
+        )
         return np.asarray(out.likeliest), np.asarray(out.logprobs), state
 
     def _calls(self, rows: int) -> Calls:

@@ -1,9 +1,11 @@
-"""Text in, text out: a trained model with its vocabulary.
+"""A trained model with its vocabulary, which reads and generates text.
 
-model = TextModel.restore("runs/book")
-with open("book.txt", "rb") as book:
-state = model.read(book)
-print(model.generate(model.read("Who did it?", state), max_tokens=32).text)
+    model = TextModel.restore("runs/book")
+    with open("book.txt", "rb") as book:
+        state = model.read(book)
+    print(model.generate(model.read("Who did it?", state), max_tokens=32).text)
+
+A state is a value: it can be continued in any number of ways.
 """
 
 import dataclasses
@@ -23,7 +25,8 @@ from fam_jax.generate.tokenize import Detokenizer, encode_pieces, read_text
 from fam_jax.model import StreamState
 from fam_jax.restore import load_model
 
-TOKENS_PER_CALL = 16  # between two looks at the text that is generated
+# Tokens to generate before the text is searched for stop strings.
+TOKENS_PER_CALL = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +106,7 @@ class TextModel:
             name = str(getattr(source, "name", "the text"))
             texts = read_text(source, name)
         size = self.config.model.block_size
-        memory = None if state is None else state.streams
+        streams = None if state is None else state.streams
         logits, done = None, 0
         # The first chunk ends at a block border, so all others are whole blocks.
         first = chunk_blocks * size - (int(state.streams.position.filled[0]) if state is not None else 0)
@@ -111,14 +114,14 @@ class TextModel:
         if state is None:
             pieces = _with_start(self._begin, pieces)
         for tokens in _chunks(pieces, first, chunk_blocks * size):
-            logits, memory = self.streamer.read([tokens], memory, chunk_blocks=chunk_blocks)
+            logits, streams = self.streamer.read([tokens], streams, chunk_blocks=chunk_blocks)
             done += len(tokens)
             if on_progress is not None:
                 jax.block_until_ready(logits)
                 on_progress(done)
-        if memory is None or logits is None:
+        if streams is None or logits is None:
             raise UserError(f"{name}: holds no tokens; give at least one character to read")
-        return TextState(memory, logits)
+        return TextState(streams, logits)
 
     def generate(
         self,
@@ -130,7 +133,7 @@ class TextModel:
         stop: Sequence[str] = (),
         on_text: Callable[[str], None] | None = None,
     ) -> Completion:
-        """Continue the text; the memory is written at every block border.
+        """Generate text after the state; its memory is updated at every block border.
 
         Args:
           state: from :meth:`read`.
@@ -150,25 +153,29 @@ class TextModel:
             raise UserError("a loaded memory does not say what comes next; read a question or a prompt first")
         end = self.vocabulary.eos_id
         writer = _Writer(Detokenizer(self.vocabulary.decode), stop, on_text)
-        logits, memory, done = state.logits, state.streams, 0
+        logits, streams, done = state.logits, state.streams, 0
         key = jax.random.key(seed)
         while True:
             out = self.streamer.generate(
-                logits, memory, max_tokens=min(TOKENS_PER_CALL, max_tokens - done), sampling=sampling,
-                key=jax.random.fold_in(key, done), stop_tokens=[] if end is None else [end],
+                logits,
+                streams,
+                max_tokens=min(TOKENS_PER_CALL, max_tokens - done),
+                sampling=sampling,
+                key=jax.random.fold_in(key, done),
+                stop_tokens=[] if end is None else [end],
                 tokens_per_call=TOKENS_PER_CALL,
-            )  # fmt: skip
+            )
             tokens = out.tokens[0, : out.lengths[0]]
             ended = bool(out.stopped[0])
             taken = writer.add(tokens[: len(tokens) - ended].tolist())
             if taken is not None:  # a stop string: discard the tokens after it
                 kept = tokens[:taken]
-                logits, memory = self.streamer.read([kept], memory)
-                return writer.completion(done + taken, TextState(memory, logits))
+                logits, streams = self.streamer.read([kept], streams)
+                return writer.completion(done + taken, TextState(streams, logits))
             done += len(tokens)
-            logits, memory = out.logits, out.state
+            logits, streams = out.logits, out.state
             if ended or done >= max_tokens:
-                return writer.completion(done, TextState(memory, logits), "end" if ended else "length")
+                return writer.completion(done, TextState(streams, logits), "end" if ended else "length")
 
     def save(self, path: str | os.PathLike[str], state: TextState) -> None:
         """Write `state` to a file; see :func:`save_state`."""
@@ -181,12 +188,13 @@ class TextModel:
           StateFileError: the file is missing or damaged, or belongs to another model.
           UserError: it holds several streams.
         """
-        memory = load_state(path, self.config.model, self.streamer.params)
-        if memory.batch_size != 1:
+        streams = load_state(path, self.config.model, self.streamer.params)
+        if streams.batch_size != 1:
             raise UserError(
-                f"{path}: holds {memory.batch_size} streams; save one of them, StreamState.select([row])"
+                f"{path}: holds {streams.batch_size} streams instead of one; choose one with StreamState.select([row]) "
+                "before saving"
             )
-        return TextState(memory, None)
+        return TextState(streams, None)
 
 
 class _Writer:

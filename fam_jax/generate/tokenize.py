@@ -1,4 +1,4 @@
-"""Text of any length to token ids and back, a piece at a time; the ids are those of the whole."""
+"""Convert text of any length to token ids and back piece by piece, with the ids of the whole text."""
 
 import codecs
 import re
@@ -8,20 +8,23 @@ from typing import BinaryIO
 from fam_jax.config import UserError
 
 Encode = Callable[[str], Sequence[int]]
-BYTES = 1 << 18  # that are read at a time
-PIECE = 1 << 16  # characters that are encoded at a time
-CONTEXT = 256  # characters on either side of a border that decide whether it is safe
-ATTEMPTS = 32  # borders that are tried before a piece ends just anywhere
+# Bytes to read at a time, and characters to encode at a time.
+BYTES = 1 << 18
+PIECE = 1 << 16
+# Characters on either side of a border that decide whether it is safe.
+CONTEXT = 256
+# Borders to try before a piece ends just anywhere.
+ATTEMPTS = 32
 
-# Before white space: there, pieces of most vocabularies end.
+# Before white space, where the pieces of most vocabularies end.
 BORDER = re.compile(r"(?<=\S)(?=\s)")
 
 
 def read_text(file: BinaryIO, name: str) -> Iterator[str]:
-    """The UTF-8 text of a binary file, as it is read.
+    """Yield the UTF-8 text of a binary file as it is read.
 
     Raises:
-      UserError: a byte is no UTF-8 (the message names it), or the file is empty or cannot be read.
+      UserError: the file is not UTF-8 (the message names the byte), is empty, or cannot be read.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     before = 0
@@ -29,7 +32,9 @@ def read_text(file: BinaryIO, name: str) -> Iterator[str]:
         try:
             content = file.read(BYTES)
         except OSError as error:
-            raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+            raise UserError(
+                f"{name}: cannot be read ({error.strerror}); give a file of UTF-8 text"
+            ) from error
         if not content and before == 0:
             raise UserError(f"{name}: is empty; give at least one character to read")
         held = len(decoder.getstate()[0])
@@ -49,12 +54,12 @@ def read_text(file: BinaryIO, name: str) -> Iterator[str]:
 def encode_pieces(
     encode: Encode, texts: Iterable[str], *, piece: int = PIECE, context: int = CONTEXT
 ) -> Iterator[list[int]]:
-    """Token ids that together are `encode("".join(texts))`, of about `piece` characters at a time.
+    """Yield the token ids of `"".join(texts)`, for about `piece` characters at a time.
 
-    A vocabulary may put a mark before a text, merge spaces and so on, so that pieces encoded each by itself would
-    differ from the whole. Each is therefore encoded behind the end of the one before, whose ids are then taken away,
-    and ends where those ids do not depend on what follows. Where a text offers no such border (no white space for
-    thousands of characters), a piece may end within a token.
+    A vocabulary may put a mark before a text, merge spaces and so on, so pieces that are encoded alone would differ
+    from the whole. Therefore each piece is encoded behind the end of the one before it, whose ids are then removed,
+    and it ends where its ids do not depend on what follows. If a text has no such border (no white space for thousands
+    of characters), a piece may end within a token.
     """
     behind, text = "", ""
     for more in texts:
@@ -68,12 +73,12 @@ def encode_pieces(
 
 
 def _continuation(encode: Encode, behind: str, text: str) -> list[int]:
-    """Ids of `text` where it follows `behind`."""
+    """Return the ids of `text` where it follows `behind`."""
     return [*encode(behind + text)][len(encode(behind)) :] if behind else [*encode(text)]
 
 
 def _safe_border(encode: Encode, text: str, piece: int, context: int) -> int:
-    """The last place up to `piece` at which what follows does not change the ids of what is before."""
+    """Return the last place up to `piece` where the text after it does not change the ids before it."""
     borders = [match.start() for match in BORDER.finditer(text, max(0, piece // 2), piece + 1)]
     for border in [*borders[: -ATTEMPTS - 1 : -1], *range(piece, max(0, piece - ATTEMPTS), -1)]:
         before = _last_words(text[:border], context)
@@ -84,7 +89,7 @@ def _safe_border(encode: Encode, text: str, piece: int, context: int) -> int:
 
 
 def _last_words(text: str, context: int) -> str:
-    """About the last `context` characters, from the beginning of a word if there is one among them."""
+    """Return about the last `context` characters, from the start of a word if they have one."""
     end = text[-context:]
     if len(end) < len(text):
         first = BORDER.search(end, 0, len(end) - 1)
@@ -93,26 +98,28 @@ def _last_words(text: str, context: int) -> str:
 
 
 class Detokenizer:
-    """Text of generated ids as they come; letters of several ids wait until they are whole."""
+    """Decode generated ids as they come. A character of several ids waits until it is complete."""
 
     def __init__(self, decode: Callable[[list[int]], str]):
         self._decode = decode
         self._ids: list[int] = []
-        self._context = self._told = 0  # ids from `context` to `told` are decoded again, for their spaces
+        # Ids up to `passed_on` are decoded. Those from `context` on are decoded again with what follows, which decides
+        # about spaces between them.
+        self._context = self._passed_on = 0
 
     def add(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete."""
+        """Add ids; return the text that they complete."""
         self._ids.extend(ids)
         return self._text(hold=True)
 
     def finish(self) -> str:
-        """What is left, whole or not."""
+        """Return the rest of the text, complete or not."""
         return self._text(hold=False)
 
     def _text(self, *, hold: bool) -> str:
-        known = self._decode(self._ids[self._context : self._told])
+        known = self._decode(self._ids[self._context : self._passed_on])
         text = self._decode(self._ids[self._context :])
         if len(text) <= len(known) or (hold and text.endswith("\N{REPLACEMENT CHARACTER}")):
             return ""
-        self._context, self._told = self._told, len(self._ids)
+        self._context, self._passed_on = self._passed_on, len(self._ids)
         return text[len(known) :]

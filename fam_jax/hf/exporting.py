@@ -1,31 +1,111 @@
-"""Parameters into a Hugging Face folder that transformers loads, one file at a time."""
+"""Export a model to a Hugging Face folder that transformers loads."""
 
-import contextlib
-import dataclasses
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-import safetensors
+from etils import epath
 from safetensors.numpy import save_file
 
-from fam_jax.config import ModelConfig
-from fam_jax.hf.errors import ConvertError
-from fam_jax.hf.families import check_same
-from fam_jax.hf.folder import CONFIG, INDEX, MEMORY_FILE, SINGLE
+from fam_jax.checkpoint import companion_folders, load_params
+from fam_jax.config import Config, ModelConfig, resolve
+from fam_jax.hf.adapter import export_adapter
+from fam_jax.hf.config_json import read_json
+from fam_jax.hf.folder import CONFIG, INDEX, SINGLE, copy_companions
+from fam_jax.hf.memory_file import write_memory
+from fam_jax.hf.multimodal import is_multimodal, text_part
 from fam_jax.hf.names import Tensor, tensors
-from fam_jax.model.layer_types import is_memory
+from fam_jax.hf.output_folder import check_new_folder, new_folder
+from fam_jax.hf.tokenizer import copy_tokenizer
+from fam_jax.hf.written_config import check_same, hf_config, updated_config
+from fam_jax.model import lora
 from fam_jax.model.parameters import flatten
 
-Progress = Callable[[int, int], None]
-Part = tuple[str, Tensor, int | None]  # name there, the parameter, the layer of it
-
+OnProgress = Callable[[int, int], None]
 SHARD_BYTES = 4 * 2**30
-UNFINISHED = ".unfinished_export"
+
+
+class ExportedModel(NamedTuple):
+    """An exported model."""
+
+    # The step of the checkpoint.
+    step: int
+    # The class in transformers that loads the model; None: an adapter was exported.
+    architecture: str | None
+    # Whether the model was imported without its vision tower.
+    text_part: bool
+
+
+def export_model(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    lora_updates: str = "merged",
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: OnProgress | None = None,
+) -> ExportedModel:
+    """Write the model of a checkpoint, with its tokenizer and memory, into a new folder.
+
+    Args:
+      checkpoint: workdir of a run, or the checkpoint of an import.
+      out: a folder that is empty or does not exist.
+      step: the saved step; None takes the latest.
+      lora_updates: what to export of a run with LoRA: "merged", the model with the updates merged into its weights;
+        "base", the model without them; or "adapter", the updates alone, for PEFT.
+      dtype: of the tensors; None keeps that of the checkpoint, or takes float32 for merged weights.
+      shard_bytes: largest size of a safetensors file.
+      on_progress: called with the number of tensors written so far and in total.
+
+    Raises:
+      UserError: the checkpoint cannot be read, no supported family computes what the model does, or the folder cannot
+        be written.
+    """
+    check_new_folder(out)
+    params, values, step = load_params(checkpoint, step)  # in host memory
+    config = resolve(values)
+    if lora_updates == "adapter":
+        export_adapter(out, config, params, config.train.init_from)
+        return ExportedModel(step, None, text_part=False)
+    if config.lora.rank and lora_updates == "merged":
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            params, dtype = lora.merge(params, config.lora), dtype or "float32"
+    companions = find_companions(checkpoint, config)
+    stored = str(params["embedding"]["table"].dtype)
+    original = {} if companions is None else read_json(companions / CONFIG)
+    if companions is None:
+        hf = hf_config(config.model, dtype=stored)
+    else:
+        hf = updated_config(config.model, text_part(original), dtype=stored)
+
+    def write_companions(folder: Path) -> None:
+        if companions is None:
+            copy_tokenizer(config.data.vocabulary, folder)
+        else:
+            copy_companions(companions, folder, config=False)
+
+    export_folder(
+        out,
+        config.model,
+        params,
+        hf,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        on_progress=on_progress,
+        write_more=write_companions,
+    )
+    return ExportedModel(step, hf["architectures"][0], is_multimodal(original))
+
+
+def find_companions(checkpoint: str | os.PathLike[str], config: Config) -> epath.Path | None:
+    """Return the folder with the config.json and tokenizer that a run's model, or its base, was imported with."""
+    found = companion_folders(config, checkpoint)
+    return next((folder for folder in found if (folder / CONFIG).is_file()), None)
 
 
 def export_folder(
@@ -36,20 +116,20 @@ def export_folder(
     *,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     write_more: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes `config.json`, the safetensors files and, if there is a FAM, `fam.safetensors` into a new folder.
+    """Write `config.json`, safetensors files and, if the memory has parameters, `memory.safetensors`.
 
     Args:
-      path: a folder that does not exist or is empty.
-      model: the model's config.
-      params: nested dict of arrays, all of them addressable here.
-      hf: the content of `config.json`, from :func:`fam_jax.hf.hf_config` or the folder that the model came from.
-      dtype: of the tensors; None keeps the parameters'.
-      shard_bytes: largest size of a safetensors file; so much is held in memory beside the parameters.
-      on_progress: called with the number of tensors written and to be written.
-      write_more: writes what else belongs into the folder, such as a tokenizer, before the folder is at `path`.
+      path: a folder that is empty or does not exist.
+      model: config of the model.
+      params: nested dict of arrays, all of them addressable by this process. LoRA updates are left out.
+      hf: content of `config.json`, from :func:`fam_jax.hf.hf_config` or from the folder that the model came from.
+      dtype: of the tensors; None keeps that of the parameters.
+      shard_bytes: largest size of a safetensors file, and of the host memory that is needed beside the parameters.
+      on_progress: called with the number of tensors written so far and in total.
+      write_more: writes other files, such as a tokenizer, into the given folder before it appears at `path`.
 
     Raises:
       ConvertError: `hf` does not describe `model`, or the folder cannot be written.
@@ -58,113 +138,70 @@ def export_folder(
     leaves = flatten(dict(params))
     if dtype is not None:
         hf = {key: value for key, value in hf.items() if key != "dtype"} | {"torch_dtype": dtype}
+    files = _divide(model, leaves, dtype, shard_bytes)
     with new_folder(path) as folder:
-        _write_tensors(folder, model, leaves, dtype, shard_bytes, on_progress)
+        _write_tensors(folder, files, on_progress)
         write_memory(folder, model, leaves)
         (folder / CONFIG).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
         if write_more is not None:
             write_more(folder)
 
 
-def check_new(path: str | os.PathLike[str]) -> Path:
-    """The folder to be written.
+class _Part(NamedTuple):
+    """A tensor to write."""
 
-    Raises:
-      ConvertError: it is a file, is not empty, or cannot be replaced.
-    """
-    folder = Path(path).expanduser().resolve()
-    if folder.exists() and not folder.is_dir():
-        raise ConvertError(f"{folder}: is a file; give a new folder as --out")
-    if folder.is_mount():
-        raise ConvertError(f"{folder}: is where a file system is mounted; give a new folder in it as --out")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConvertError(f"{folder}: is not empty; give a new folder as --out")
-    return folder
+    # In the file.
+    name: str
+    tensor: Tensor
+    # The parameter, of all layers.
+    leaf: Any
+    # None: the parameter is not stacked over the layers.
+    layer: int | None
+    dtype: np.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return self.leaf.size // self.tensor.layers * self.dtype.itemsize
 
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to be written to inside the context, and to be found at `path` when all is written.
-
-    Until then it lies beside, under a name that begins with a dot. It is removed if writing fails; what a killed
-    process left there is removed the next time.
-
-    Raises:
-      ConvertError: the folder at `path` is not empty, or cannot be written.
-    """
-    folder = check_new(path)
-    beside = folder.with_name(f".{folder.name}{UNFINISHED}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if beside.exists():
-            shutil.rmtree(beside)
-        beside.mkdir()
-        yield beside
-        beside.replace(folder)
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConvertError(f"{folder}: cannot be written ({reason}); give another --out") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    def values(self) -> np.ndarray:
+        """Return the values as they are written."""
+        values = np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
+        return self.tensor.to_file(values.astype(self.dtype, copy=False))
 
 
-def _write_tensors(
-    folder: Path,
-    model: ModelConfig,
-    leaves: dict[str, Any],
-    dtype: str | None,
-    shard_bytes: int,
-    on_progress: Progress | None,
-) -> None:
-    parts: list[Part] = [
-        (name, tensor, layer if tensor.stacked else None)
-        for tensor in tensors(model)
-        for layer, name in enumerate(tensor.names)
-    ]
-    parts.sort(key=lambda part: -1 if part[2] is None else part[2])  # a layer's tensors lie together
-    files: list[list[Part]] = [[]]
-    size = total = 0
+def _divide(
+    model: ModelConfig, leaves: Mapping[str, Any], dtype: str | None, shard_bytes: int
+) -> list[list[_Part]]:
+    """Divide the tensors of a model into files of at most `shard_bytes`."""
+    parts = []
+    for tensor in tensors(model):
+        leaf = leaves[tensor.path]
+        for layer, name in enumerate(tensor.names):
+            which = layer if tensor.stacked else None
+            parts.append(_Part(name, tensor, leaf, which, np.dtype(dtype or leaf.dtype)))
+    parts.sort(key=lambda part: -1 if part.layer is None else part.layer)  # keeps a layer in one file
+    files: list[list[_Part]] = [[]]
+    size = 0
     for part in parts:
-        leaf = leaves[part[1].path]
-        more = leaf.size // part[1].layers * np.dtype(dtype or leaf.dtype).itemsize
-        if files[-1] and size + more > shard_bytes:
+        if files[-1] and size + part.nbytes > shard_bytes:
             files.append([])
             size = 0
         files[-1].append(part)
-        size += more
-        total += more
-    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    names = names if len(files) > 1 else [SINGLE]
-    done = 0
-    for name, chosen in zip(names, files, strict=True):
-        arrays = {
-            there: _values(leaves[tensor.path], tensor, layer, dtype) for there, tensor, layer in chosen
-        }
-        save_file(arrays, folder / name, metadata={"format": "pt"})
-        done += len(chosen)
+        size += part.nbytes
+    return files
+
+
+def _write_tensors(folder: Path, files: list[list[_Part]], on_progress: OnProgress | None) -> None:
+    count = len(files)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
+    done, total = 0, sum(map(len, files))
+    for name, parts in zip(names, files, strict=True):
+        save_file({part.name: part.values() for part in parts}, folder / name, metadata={"format": "pt"})
+        done += len(parts)
         if on_progress is not None:
-            on_progress(done, len(parts))
-    if len(files) > 1:
-        weight_map = {part[0]: name for name, chosen in zip(names, files, strict=True) for part in chosen}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            on_progress(done, total)
+    if count > 1:
+        weight_map = {part.name: name for name, parts in zip(names, files, strict=True) for part in parts}
+        size = sum(part.nbytes for parts in files for part in parts)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _values(leaf: Any, tensor: Tensor, layer: int | None, dtype: str | None) -> np.ndarray:
-    values = np.asarray(leaf if layer is None else leaf[layer])
-    return tensor.to_file(values.astype(dtype or values.dtype, copy=False))
-
-
-def write_memory(folder: Path, model: ModelConfig, leaves: dict[str, Any]) -> None:
-    """Write the memory's own parameters, if it has any, with the config fields that they belong to.
-
-    Args:
-      folder: to write to.
-      model: the config of the model.
-      leaves: all parameters by path.
-    """
-    found = {path: np.asarray(leaf) for path, leaf in leaves.items() if is_memory(path)}
-    if found:
-        config = json.dumps({"block_size": model.block_size, "memory": dataclasses.asdict(model.memory)})
-        metadata = {"format": "fam_jax 2", "config": config}
-        save_file(found, folder / MEMORY_FILE, metadata=metadata)

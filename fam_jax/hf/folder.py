@@ -1,61 +1,60 @@
 """A folder in Hugging Face format, read one tensor at a time."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (numpy then knows bfloat16)
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import safetensors
 from etils import epath
 
-from fam_jax.hf.errors import ConvertError
+from fam_jax.hf.config_json import ConvertError, first_line, read_json, short
 from fam_jax.hf.multimodal import is_multimodal, text_name, text_part
-from fam_jax.hf.options import short
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MEMORY_FILE = "memory.safetensors"
-FAM_FILE = "fam.safetensors"  # its name in format 1
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-# Small files that go with a model and that nothing here changes: the tokenizer, its chat template, defaults.
-COMPANIONS = (
+# Companions of a model, small files that are copied unchanged: tokenizer, chat template, license.
+COMPANION_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "vocab.json", "merges.txt", "LICENSE*", "USE_POLICY*",
 )  # fmt: skip
 
 
 class _Entry(NamedTuple):
-    stored: str  # name in the file
+    """A tensor in a file."""
+
+    # Its name in the file.
+    stored: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
 
 
 class Folder:
-    """Names, shapes and dtypes of all tensors, known at once; their values on request.
+    """The tensors of a folder: names, shapes and dtypes at once, values on request.
 
-    One file is open at a time, so that no more than that is mapped into memory. Of a model with a vision tower it is
-    the text part, under the names of a text model.
+    Only one file is open at a time, so at most one file is mapped into memory. For a model with a vision tower, this is
+    its text part, under the names of a text model.
 
     Attributes:
-      path: of the folder.
-      config: content of `config.json`; of a model with a vision tower, what the text part would have there.
-      left_out: how many tensors of a vision tower there are.
+      path: the folder.
+      config: content of `config.json`; for a model with a vision tower, that of its text part.
+      left_out: number of tensors of the vision tower and its projector.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Opens the folder at `path`, which holds `config.json` and one or several safetensors files.
+        """Open the folder at `path`, which holds `config.json` and one or more safetensors files.
 
         Raises:
-          ConvertError: the folder, its config or a file is missing or damaged, or there are no safetensors files.
+          ConvertError: the folder, its config.json or a safetensors file is missing or damaged.
         """
         self.path = Path(path).expanduser()
         if not self.path.is_dir():
-            raise ConvertError(f"{path}: no such folder; give one with config.json and safetensors files")
+            raise ConvertError(f"{path}: no such folder; give a folder with {CONFIG} and safetensors files")
         if not (self.path / CONFIG).is_file():
             raise ConvertError(
                 f"{path}: holds no {CONFIG}; give the folder of a model in Hugging Face format"
@@ -74,88 +73,85 @@ class Folder:
                     continue
                 if name in self._entries and self._entries[name].stored != stored:
                     raise ConvertError(
-                        f"{self.path}: tensors {self._entries[name].stored} and {stored} are one in two spellings; "
-                        "fetch the files again, from one source"
+                        f"{self.path}: {self._entries[name].stored} and {stored} are two spellings of one tensor; "
+                        "download the files again, from one source"
                     )
                 part = handle.get_slice(stored)
                 self._entries[name] = _Entry(stored, file, tuple(part.get_shape()), part.get_dtype())
 
     @property
-    def memory_file(self) -> Path | None:
-        """Return the file with the parameters of the memory, or None if there is none."""
-        files = (self.path / name for name in (MEMORY_FILE, FAM_FILE))
-        return next((file for file in files if file.is_file()), None)
-
-    @property
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """Return the names of all tensors."""
         return set(self._entries)
 
     def where(self, name: str) -> str:
-        """A tensor's name in its file, and the file's."""
+        """Return the name of a tensor in its file, and the name of the file, for a message."""
         return f"{self._entries[name].stored} in {self._entries[name].file.name}"
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """Return the shape of a tensor."""
         return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Of a tensor.
+        """Return the dtype of a tensor.
 
         Raises:
-          ConvertError: it is no floating-point type of 16 bits or more.
+          ConvertError: it is not a floating-point type of 16 bits or more.
         """
         stored, file, _, dtype = self._entries[name]
         if dtype not in DTYPES:
             raise ConvertError(
-                f"{file.name}: tensor {stored} has dtype {dtype}; supported are {', '.join(DTYPES)} "
-                "(a quantised model must be saved unquantised first)"
+                f"{file.name}: tensor {stored} has dtype {dtype}, and only {', '.join(DTYPES)} are supported; "
+                "save a quantized model unquantized first"
             )
         return np.dtype(DTYPES[dtype])
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Part of a tensor.
+        """Read slices of a tensor.
 
         Raises:
-          ConvertError: its file cannot be read any more.
+          ConvertError: its file can no longer be read.
         """
         stored, file = self._entries[name][:2]
         try:
             return self._handle(file).get_slice(stored)[index]
         except (safetensors.SafetensorError, OSError) as error:
             raise ConvertError(
-                f"{file}: tensor {stored} cannot be read ({_line(error)}); fetch the file again"
+                f"{file}: tensor {stored} cannot be read ({first_line(error)}); download the file again"
             ) from error
 
     def close(self) -> None:
-        """Lets go of the open file; it is opened again when needed."""
+        """Close the open file. Reading opens it again."""
         self._open = None
 
     def _files(self) -> list[Path]:
         if (self.path / SINGLE).is_file():
             return [self.path / SINGLE]
         if (self.path / INDEX).is_file():
-            weight_map = read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ConvertError(f"{self.path / INDEX}: has no weight_map; fetch the file again")
-            for tensor, name in weight_map.items():
-                if not isinstance(name, str) or not name:
-                    raise ConvertError(
-                        f"{self.path / INDEX}: weight_map.{tensor}: expected the name of a file, got {short(name)}; "
-                        "fetch the file again"
-                    )
-            files = [self.path / name for name in sorted(set(weight_map.values()))]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise ConvertError(
-                    f"{self.path}: {missing[0]} is missing, which {INDEX} names; fetch the file"
-                )
-            return files
+            return self._files_of_index(self.path / INDEX)
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
             raise ConvertError(
-                f"{self.path}: holds PyTorch files only, and safetensors are needed; convert it by transformers: "
+                f"{self.path}: holds PyTorch files but no safetensors; convert it with transformers: "
                 "AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(NEW_DIR)"
             )
-        raise ConvertError(f"{self.path}: holds neither {SINGLE} nor {INDEX}; fetch the model's weights")
+        raise ConvertError(
+            f"{self.path}: holds neither {SINGLE} nor {INDEX}; download the weights of the model"
+        )
+
+    def _files_of_index(self, index: Path) -> list[Path]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConvertError(f"{index}: has no weight_map; download the file again")
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or not name:
+                raise ConvertError(
+                    f"{index}: weight_map.{tensor}: expected the name of a file, got {short(name)}; "
+                    "download the file again"
+                )
+        files = [self.path / name for name in sorted(set(weight_map.values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ConvertError(f"{self.path}: {missing[0]}, which {INDEX} names, is missing; download it")
+        return files
 
     def _handle(self, file: Path) -> Any:
         if self._open is None or self._open[0] != file:
@@ -164,43 +160,31 @@ class Folder:
                 self._open = file, safetensors.safe_open(file, framework="np")
             except (safetensors.SafetensorError, OSError) as error:
                 raise ConvertError(
-                    f"{file}: is no safetensors file or is damaged ({_line(error)}); fetch it again"
+                    f"{file}: is damaged or not a safetensors file ({first_line(error)}); download it again"
                 ) from error
         return self._open[1]
 
 
 def copy_companions(source: epath.PathLike, target: epath.PathLike, *, config: bool = True) -> None:
-    """Copies tokenizer, chat template and other small files, and config.json if asked; makes the folder `target`.
+    """Copy tokenizer, chat template and similar files into the folder `target`, which is made if needed.
+
+    Args:
+      source: folder to copy from.
+      target: folder to copy to.
+      config: whether to copy config.json too.
 
     Raises:
-      ConvertError: a file cannot be read, or not be written.
+      ConvertError: a file cannot be read or written.
     """
     source, target = epath.Path(source), epath.Path(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for pattern in (CONFIG, *COMPANIONS) if config else COMPANIONS:
+        for pattern in (CONFIG, *COMPANION_FILES) if config else COMPANION_FILES:
             for file in source.glob(pattern):
                 if file.is_file():
                     (target / file.name).write_bytes(file.read_bytes())
     except OSError as error:
-        place = error.filename or target
-        raise ConvertError(f"{place}: cannot be copied to {target} ({error.strerror})") from error
-
-
-def read_json(path: epath.PathLike) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      ConvertError: it cannot be read, or is none.
-    """
-    try:
-        content = json.loads(epath.Path(path).read_text())
-    except (ValueError, OSError) as error:
-        raise ConvertError(f"{path}: is not readable as JSON ({_line(error)}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise ConvertError(f"{path}: expected a JSON object; fetch it again")
-    return content
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        path = error.filename or target
+        raise ConvertError(
+            f"{path}: cannot be copied to {target} ({error.strerror}); check permissions and disk space"
+        ) from error

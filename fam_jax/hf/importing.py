@@ -1,197 +1,207 @@
-"""Tensors of a Hugging Face folder into parameters, one at a time and straight into their shards."""
+"""Import a model in Hugging Face format: from a folder to a checkpoint."""
 
-import json
-import math
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-import safetensors
-from flax import nnx
+from etils import epath
 
-from fam_jax.config import ModelConfig
-from fam_jax.config.format1 import upgrade_array_name, upgrade_model
-from fam_jax.hf.errors import ConvertError
+from fam_jax.checkpoint import COMPANIONS, Checkpoints
+from fam_jax.config import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    changed,
+    fields_with_effect,
+    memory_config,
+    resolve,
+)
+from fam_jax.config.fields import field_types
+from fam_jax.config.memory import memory_config_type
+from fam_jax.config.overrides import KIND, Override, apply_overrides
+from fam_jax.hf.config_json import ConvertError
+from fam_jax.hf.families import ModelDescription, describe_model
 from fam_jax.hf.folder import Folder
-from fam_jax.hf.names import Tensor, tensors
-from fam_jax.model import Transformer, to_dict
-from fam_jax.model.layer_types import is_memory, start_of_memory
-from fam_jax.model.parameters import flatten, unflatten
+from fam_jax.hf.loading import import_parameters
+from fam_jax.hf.memory_file import read_memory_config
+from fam_jax.hf.output_folder import check_new_checkpoint, new_checkpoint
+from fam_jax.hf.tokenizer import adds_bos, check_tokenizer, find_tokenizer
+from fam_jax.sharding import make_mesh, param_shardings
 
-Progress = Callable[[int, int], None]
-Shardings = Callable[[dict[str, Any]], dict[str, Any]]
-ALIGNMENT = 64  # bytes
+# In place of a tokenizer's path: import the model without a tokenizer.
+NO_TOKENIZER = "none"
+# By default, tokens that a model sees at a time, if it was made for at least as many.
+CONTEXT = 8192
+BLOCK_SIZE = 1024
+# Dtype of activations by that of the embedding table; float32 for all others.
+DTYPES = {"bfloat16": "bfloat16", "float64": "float64"}
+MEMORY = "config.model.memory."
+# Fields of the model that do not depend on the weights.
+FREE_FIELDS = {f"config.model.{name}" for name in fields_with_effect(ModelConfig, "state", "execution")}
 
 
-def import_parameters(
-    folder: Folder,
-    model: ModelConfig,
-    shardings: Shardings,
+class ImportedModel(NamedTuple):
+    """An imported model."""
+
+    # As it is in the checkpoint.
+    config: Config
+    # Number of tensors of a vision tower and its projector, which are not imported.
+    left_out: int
+
+
+def import_model(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    overrides: Sequence[Override] = (),
     *,
+    tokenizer: str | None = None,
+    ignored_options: Collection[str] = (),
     param_dtype: str | None = None,
     seed: int = 0,
-    on_progress: Progress | None = None,
-) -> dict[str, Any]:
-    """The nested dict of a model's parameters, each spread over its devices as it is read.
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008  (frozen)
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ImportedModel:
+    """Write the checkpoint of a model in Hugging Face format, which training, evaluation and generation restore.
 
-    Host memory holds one file's pages and the local shards of one parameter (all its layers) at a time; on a CPU these
-    are the parameter.
+    All processes of a job call this together. An import that failed or was killed can be run again with the same `out`.
 
     Args:
-      folder: whose `config.json` `model` was made from.
-      model: the parameters of its memory are those stored in the folder, or else start as
-        `Memory.initial_parameters` says.
-      shardings: from the nested dict of shapes to that of shardings.
-      param_dtype: None keeps the file's.
-      seed: of the rows.
-      on_progress: called with the number of tensors read and to be read.
+      source: folder with config.json, safetensors files and a tokenizer.
+      out: folder of the checkpoint, new or empty.
+      overrides: config fields to set: block_size, dtype, attention, remat and the memory of the model.
+      tokenizer: path of the tokenizer; None takes that of `source`; "none" imports the model without one.
+      ignored_options: options of config.json that are known not to change what the model computes.
+      param_dtype: dtype of the parameters; None keeps that of the files.
+      seed: seed of the initial parameters of the memory.
+      mesh: devices over which the parameters are spread while they are read.
+      on_progress: called with the number of tensors read so far and in total.
 
     Raises:
-      ConvertError: a tensor is missing, not expected, or of another shape or dtype than the model's.
+      UserError: the model is not supported, a file is damaged, a field does not fit the model, or `out` cannot be
+        written.
     """
-    wanted = tensors(model)
-    check_tensors(folder, model, wanted)
-    shapes = {t.path: jax.ShapeDtypeStruct(t.shape, param_dtype or _dtype(folder, t)) for t in wanted}
-    memory = memory_shapes(model)
-    shapes |= memory
-    placed = flatten(shardings(unflatten(shapes)))
-    total, done = sum(t.layers for t in wanted), 0
-    params = {}
-    for tensor in wanted:
-        struct = shapes[tensor.path]
-        params[tensor.path] = _load(folder, tensor, struct.dtype, placed[tensor.path])
-        done += tensor.layers
-        if on_progress is not None:
-            on_progress(done, total)
-    folder.close()
-    if memory:
-        params |= _memory_parameters(folder, model, params, {path: placed[path] for path in memory}, seed)
-    return unflatten(params)
-
-
-def memory_shapes(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return shape and dtype of the memory's own parameters by path."""
-    whole = to_dict(nnx.state(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))))
-    return {path: leaf for path, leaf in flatten(whole).items() if is_memory(path)}
-
-
-def check_tensors(folder: Folder, model: ModelConfig, wanted: list[Tensor]) -> None:
-    """Raises :class:`ConvertError` unless the folder holds just the tensors of `model`, in their shapes."""
-    expected = {name: tensor.file_shape for tensor in wanted for name in tensor.names}
-    present = {
-        name for name in folder.names if not name.endswith("rotary_emb.inv_freq")
-    }  # of old files, computed
-    if model.tie_embeddings and "lm_head.weight" in present:
-        present.remove("lm_head.weight")
-        _check_tied(folder)
-    problems = [f"tensor {name} is missing" for name in expected if name not in present]
-    problems += [f"tensor {folder.where(name)} is not expected" for name in sorted(present - set(expected))]
-    problems += [
-        f"tensor {folder.where(name)} has shape {list(folder.shape(name))}, not {list(shape)}"
-        for name, shape in expected.items()
-        if name in present and folder.shape(name) != shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ConvertError(
-            f"{folder.path}: {'; '.join(problems[:3])}{more}; is it the model of its config.json?"
+    folder_out = check_new_checkpoint(out)
+    devices = make_mesh(mesh)
+    folder = Folder(source)
+    file, vocabulary = choose_tokenizer(folder, folder_out, tokenizer)
+    config = imported_config(folder, overrides, ignored_options)
+    if file is not None:
+        check_tokenizer(file, config.model.vocab_size)
+        config = changed(config, data={"vocabulary": vocabulary, "add_bos": adds_bos(file)})
+    with new_checkpoint(folder_out, folder.path):
+        params = import_parameters(
+            folder,
+            config.model,
+            lambda shapes: param_shardings(shapes, devices),
+            param_dtype=param_dtype,
+            seed=seed,
+            on_progress=on_progress,
         )
+        save_parameters(folder_out, config, params)
+    return ImportedModel(config, folder.left_out)
 
 
-def stored_memory(folder: Folder) -> dict[str, Any]:
-    """Return the fields `block_size` and `memory` with which the memory stored beside a model was trained.
+def choose_tokenizer(folder: Folder, out: epath.Path, choice: str | None) -> tuple[Path | None, str | None]:
+    """Return the tokenizer of a folder and the `data.vocabulary` that names it after the import.
 
-    Returns:
-      Fields of :class:`ModelConfig`; none if nothing is stored.
+    Args:
+      folder: the folder of the model.
+      out: folder of the checkpoint, to which the tokenizer of the folder is copied.
+      choice: path of another tokenizer, None, or "none", for which both results are None.
 
     Raises:
-      ConvertError: the file is damaged or not one of fam_jax.
+      ConvertError: there is no tokenizer in the folder.
     """
-    path = folder.memory_file
-    if path is None:
-        return {}
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            fields = json.loads(metadata["config"])
-        if metadata.get("format") == "fam_jax":  # format 1
-            fields = upgrade_model(fields)
-        return {"block_size": fields["block_size"], "memory": fields["memory"]}
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+    if choice == NO_TOKENIZER:
+        return None, None
+    if choice is not None:
+        file = Path(choice).expanduser()
+        return file, str(file.absolute())
+    found = find_tokenizer(folder.path)
+    if found is None:
         raise ConvertError(
-            f"{path}: holds no memory of fam_jax, or is damaged; fetch it again or remove it"
-        ) from error
-
-
-def _check_tied(folder: Folder) -> None:
-    """A tied model may be stored with its unembedding all the same: then it must be the table."""
-    names = ("model.embed_tokens.weight", "lm_head.weight")
-    rows, step = folder.shape(names[1])[0], 4096
-    same = names[0] in folder.names and folder.shape(names[0]) == folder.shape(names[1])
-    for begin in range(0, rows if same else 0, step):
-        a, b = (folder.read(name, (slice(begin, min(begin + step, rows)), slice(None))) for name in names)
-        same = same and a.tobytes() == b.tobytes()
-    if not same:
-        raise ConvertError(
-            f"{folder.path}: tensor lm_head.weight differs from model.embed_tokens.weight, but config.json ties them; "
-            "set tie_word_embeddings to false there if they are two"
+            f"{folder.path}: holds neither tokenizer.model nor tokenizer.json; give one with --tokenizer=FILE, or pass "
+            "--tokenizer=none to import the model without"
         )
+    return found, str(out / COMPANIONS / found.name)
 
 
-def _dtype(folder: Folder, tensor: Tensor) -> np.dtype:
-    found = {folder.dtype(name): name for name in tensor.names}
-    if len(found) > 1:
-        (a, first), (b, second) = list(found.items())[:2]
-        raise ConvertError(
-            f"{folder.path}: tensors {first} ({a}) and {second} ({b}) differ in dtype; set --param_dtype"
-        )
-    return next(iter(found))
+def imported_config(
+    folder: Folder, overrides: Sequence[Override] = (), ignored_options: Collection[str] = ()
+) -> Config:
+    """Return the config of an imported model.
+
+    By default the memory is the one stored beside the model. If there is none, it is Block Sliding Window Attention
+    with enough blocks to compute what the original does, over at most 8,192 tokens.
+
+    Args:
+      folder: the folder of the model.
+      overrides: fields of the model to set.
+      ignored_options: options of config.json that are not read.
+
+    Raises:
+      ConvertError: the model is not supported.
+      ConfigError: a field cannot be set, or does not fit the model.
+    """
+    for override in overrides:
+        _check_free(override.path)
+    description = describe_model(folder.config, ignored_options)
+    stored = read_memory_config(folder.path)
+    table = "model.embed_tokens.weight"
+    dtype = str(folder.dtype(table)) if table in folder.names else "float32"
+    model = {
+        **description.fields,
+        "block_size": stored.get("block_size", BLOCK_SIZE),
+        "dtype": DTYPES.get(dtype, "float32"),
+    }
+    values = {"model": model}
+    apply_overrides(values, [each for each in overrides if not each.path.startswith(MEMORY)])
+    kinds = [each.text for each in overrides if each.path == KIND]
+    model["memory"] = _memory(description, stored.get("memory", {}), model["block_size"], kinds)
+    apply_overrides(
+        values, [each for each in overrides if each.path.startswith(MEMORY) and each.path != KIND]
+    )
+    return resolve(values)
 
 
-def _load(folder: Folder, tensor: Tensor, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    def part(index: Any) -> np.ndarray:  # slices
-        shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, tensor.shape, strict=True))
-        out = _aligned(shape, dtype)
-        if not tensor.stacked:
-            tensor.to_own(folder.read(tensor.name, tensor.file_index(index)), out)
-            return out
-        layers = range(*index[0].indices(tensor.layers))
-        for row, layer in zip(out, layers, strict=True):
-            name = tensor.names[layer]
-            tensor.to_own(folder.read(name, tensor.file_index(index[1:])), row)
-        return out
-
-    return jax.make_array_from_callback(tensor.shape, sharding, part, dtype=dtype)
+def _check_free(path: str) -> None:
+    if path in FREE_FIELDS or path.startswith(MEMORY):
+        return
+    if path.startswith("config.model."):
+        raise ConfigError(f"{path}: the model's config.json decides this field; it cannot be set")
+    raise ConfigError(f"{path}: is not a field of the model; set it when you train or evaluate")
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array that begins where XLA wants its own to begin: on a CPU it becomes the parameter without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    begin = -memory.ctypes.data % ALIGNMENT
-    return memory[begin : begin + size].view(dtype).reshape(shape)
+def _memory(
+    description: ModelDescription, stored: Mapping[str, Any], block_size: int, kinds: Sequence[str]
+) -> dict[str, Any]:
+    """Return the memory group of an imported model, before its fields are set.
+
+    Args:
+      description: of the model.
+      stored: the memory group that was stored beside the model; empty if there is none.
+      block_size: of the model; its range is not checked yet.
+      kinds: kinds of memory that were asked for; the last one counts.
+    """
+    size = max(block_size, 1)
+    context = min(description.context or CONTEXT, CONTEXT)
+    segments = description.segments(size, context)
+    fields = {"segments": segments, "window": description.window, "context": (segments + 1) * size, **stored}
+    kind = [fields.pop("kind", "bswa"), *kinds][-1]
+    own = field_types(memory_config_type(kind))
+    return memory_config(kind, **{name: value for name, value in fields.items() if name in own}).to_dict()
 
 
-def _memory_parameters(
-    folder: Folder, model: ModelConfig, params: dict[str, Any], placed: dict[str, Any], seed: int
-) -> dict[str, jax.Array]:
-    """Return the memory's own parameters by path: stored ones, or those that a new memory starts with."""
-    shapes, path = memory_shapes(model), folder.memory_file
-    if path is not None:
-        with safetensors.safe_open(path, framework="np") as file:
-            values = {upgrade_array_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if [*values] == [
-            "memory/initial_fam"
-        ] and "layers/memory/initial_fam" in shapes:  # format 1 named both alike
-            values = {"layers/memory/initial_fam": values["memory/initial_fam"]}
-        for name, like in shapes.items():
-            found = list(values[name].shape) if name in values else "none"
-            if found != list(like.shape):
-                raise ConvertError(
-                    f"{path}: {name} has shape {found}, and the model's has {list(like.shape)}; set the fields of the "
-                    "memory to those that it was trained with, or remove the file"
-                )
-        return {name: jax.device_put(values[name], placed[name]) for name in shapes}
-    start = jax.jit(lambda table: start_of_memory(model, table, seed), out_shardings=placed)
-    return start(params["embedding/table"])
+def save_parameters(out: epath.Path, config: Config, params: dict[str, Any]) -> None:
+    """Save parameters as step 0 of a checkpoint.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be written.
+    """
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    with Checkpoints(out, config=dataclasses.asdict(config), keep=1, in_flight_bytes=largest) as checkpoints:
+        checkpoints.save(0, {"params": params}, {}, wait=True)

@@ -1,8 +1,10 @@
-"""Names and layouts of parameters: those of this package, by path, and those of transformers' models."""
+"""Names and layouts of parameters: paths of this package on one side, tensors of transformers' models on the other."""
 
+import functools
 import math
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -13,66 +15,77 @@ from fam_jax.model.parameters import flatten
 
 
 class Tensor(NamedTuple):
-    """Where a parameter is found in a Hugging Face checkpoint.
+    """A parameter and the tensors that hold it in a Hugging Face checkpoint.
 
-    A stacked parameter has a tensor for every layer. Kernels are (*in, *out) here and (out, in) there.
+    A parameter stacked over the layers is one tensor per layer there. Kernels are (*in, *out) here, (out, in) there.
     """
 
-    path: str  # here, such as layers/query/kernel
-    name: str  # there, with {layer} for a number
-    shape: tuple[int, ...]  # here
-    in_axes: int  # of a kernel, how many axes are summed over; 0 for all else
+    # Of the parameter, such as layers/query/kernel.
+    path: str
+    # Of the tensor, with {layer} for the number of the layer.
+    name: str
+    # Of the parameter.
+    shape: tuple[int, ...]
+    # Number of input axes of a kernel; 0 for all other parameters.
+    in_axes: int
 
     @property
     def stacked(self) -> bool:
-        """Whether the first axis is that of the layers."""
+        """Return whether the first axis of the parameter is that of the layers."""
         return "{layer}" in self.name
 
     @property
     def layers(self) -> int:
-        """How many tensors there are."""
+        """Return the number of tensors."""
         return self.shape[0] if self.stacked else 1
 
     @property
     def names(self) -> list[str]:
-        """Of the tensors, one for every layer."""
+        """Return the name of each tensor, in the order of the layers."""
         return [self.name.format(layer=layer) for layer in range(self.layers)]
 
     @property
-    def own_shape(self) -> tuple[int, ...]:
-        """Of one layer, here."""
+    def layer_shape(self) -> tuple[int, ...]:
+        """Return the shape of one layer of the parameter."""
         return self.shape[1:] if self.stacked else self.shape
 
     @property
     def file_shape(self) -> tuple[int, ...]:
-        """Of one tensor, there."""
+        """Return the shape of each tensor."""
         if self.in_axes:
-            return math.prod(self.own_shape[self.in_axes :]), math.prod(self.own_shape[: self.in_axes])
-        return self.own_shape if self.path.startswith("embedding") else (math.prod(self.own_shape),)
+            return math.prod(self.layer_shape[self.in_axes :]), math.prod(self.layer_shape[: self.in_axes])
+        return self.layer_shape if self.path.startswith("embedding") else (math.prod(self.layer_shape),)
 
     def file_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """The part of a tensor there that is the part `index` of one layer here."""
-        groups = [(0, len(self.own_shape))] if len(self.file_shape) == 1 else [(0, 1), (1, 2)]
-        if self.in_axes:
-            groups = [(self.in_axes, len(self.own_shape)), (0, self.in_axes)]
-        return tuple(_merged(index[a:b], self.own_shape[a:b]) for a, b in groups)
+        """Return the slices of a tensor that hold the slices `index` of one layer of the parameter.
 
-    def to_own(self, values: np.ndarray, out: np.ndarray) -> None:
-        """Writes values as they are there, a part of one layer, into `out`, the same part here."""
+        Raises:
+          ValueError: they are not contiguous there.
+        """
+        if self.in_axes:
+            groups = [(self.in_axes, len(self.layer_shape)), (0, self.in_axes)]
+        elif len(self.file_shape) == 1:
+            groups = [(0, len(self.layer_shape))]
+        else:
+            groups = [(0, 1), (1, 2)]
+        return tuple(_merged(index[a:b], self.layer_shape[a:b]) for a, b in groups)
+
+    def copy_from_file(self, values: np.ndarray, out: np.ndarray) -> None:
+        """Copy slices of a tensor into `out`, the corresponding slices of one layer of the parameter."""
         if self.in_axes:
             out.reshape(values.shape[::-1])[...] = values.T
         else:
             out[...] = values.reshape(out.shape)
 
     def to_file(self, values: np.ndarray) -> np.ndarray:
-        """One layer of the parameter as it is there."""
+        """Return one layer of the parameter in the layout of its tensor."""
         if self.in_axes:
             return np.ascontiguousarray(values.reshape(self.file_shape[::-1]).T)
         return np.ascontiguousarray(values.reshape(self.file_shape))
 
 
 def _merged(index: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
-    """The slice of flattened axes, of which all but the first are whole."""
+    """Return the slice of the flattened axes; all but the first axis must be whole."""
     first, *rest = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
     if any(part != (0, n) for part, n in zip(rest, shape[1:], strict=True)):
         raise ValueError(f"{index} of {shape} is not contiguous")
@@ -80,16 +93,25 @@ def _merged(index: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
     return slice(first[0] * inner, first[1] * inner)
 
 
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype of every parameter of a model by path. Do not change the dict: it is cached."""
+    return flatten(to_dict(nnx.eval_shape(lambda: nnx.state(Transformer(model, rngs=nnx.Rngs(0))))))
+
+
+def memory_shapes(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype of the parameters of a model's memory by path."""
+    return {path: leaf for path, leaf in parameter_shapes(model).items() if is_memory(path)}
+
+
 def tensors(model: ModelConfig) -> list[Tensor]:
-    """Every parameter of a model but its initial FAM, in the order in which a checkpoint is read."""
-    abstract = to_dict(nnx.eval_shape(lambda: nnx.state(Transformer(model, rngs=nnx.Rngs(0)))))
-    shapes = {path: leaf.shape for path, leaf in flatten(abstract).items()}
+    """Return all parameters of a model except those of its memory, in the order in which they are read."""
     names = _names(model)
     found = []
-    for path, shape in shapes.items():
+    for path, leaf in parameter_shapes(model).items():
         if not is_memory(path):
             in_axes = 0 if not path.endswith("kernel") else 2 if path == "layers/output/kernel" else 1
-            found.append(Tensor(path, names[path], shape, in_axes))
+            found.append(Tensor(path, names[path], leaf.shape, in_axes))
     return found
 
 

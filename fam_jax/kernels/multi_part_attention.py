@@ -8,35 +8,44 @@ import jax.numpy as jnp
 
 
 class Part(NamedTuple):
-    """A group of keys, with the queries as that group sees them.
+    """One group of keys, with the queries in the RoPE frame of that group.
 
-    The queries of different parts are the same vectors in different RoPE frames: a cached block of keys stays
-    rotated relative to its own first token, for ever, and it is the query that is turned towards it.
+    The queries of all parts are the same vectors, rotated differently: a cached block of keys stays rotated relative to
+    its own first token, so the query is rotated to match each block.
     """
 
-    q: jax.Array  # (B, T, H, hd)
-    k: jax.Array  # (B, S, K, hd)
-    v: jax.Array  # (B, S, K, hd)
-    mask: jax.Array | None = None  # broadcasts to (B, T, S); True where visible
+    # (B, T, H, hd)
+    q: jax.Array
+    # (B, S, K, hd)
+    k: jax.Array
+    # (B, S, K, hd)
+    v: jax.Array
+    # Broadcasts to (B, T, S); True where a key is visible. None if all are.
+    mask: jax.Array | None = None
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Softmax and sums run in float32, or in float64 where the inputs are that."""
+    """Return the dtype of softmax and sums: float32, or float64 for float64 inputs."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-    """Keeps x within (-cap, cap): cap * tanh(x / cap); 0 leaves it as it is."""
+    """Return cap * tanh(x / cap), which lies within (-cap, cap); return x unchanged if cap is 0."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
 def multi_part_attention(parts: Sequence[Part], *, softcap: float = 0.0) -> jax.Array:
-    """Softmax attention over the keys of all `parts` together; scores are divided by sqrt(hd), then soft-capped.
+    """Compute attention with one softmax over the keys of all `parts`.
 
-    Every query must see at least one key. Meant for short queries (decoding, FAM): the scores are materialised.
+    Scores are divided by sqrt(hd), then soft-capped. Every query must see at least one key. All scores are held in
+    memory, so use it for few queries (decoding, memory updates).
+
+    Args:
+      parts: groups of keys, all with the same number of queries.
+      softcap: if positive, scores become softcap * tanh(scores / softcap).
 
     Returns:
-      (B, T, H, hd), in the dtype of the queries.
+      (B, T, H, hd) in the dtype of the queries.
     """
     scores = [_scores(part, softcap) for part in parts]
     probabilities = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
@@ -52,7 +61,7 @@ def multi_part_attention(parts: Sequence[Part], *, softcap: float = 0.0) -> jax.
 
 
 def _scores(part: Part, softcap: float) -> jax.Array:
-    """(B, K, G, T, S) scaled scores, -inf where hidden."""
+    """Return (B, K, G, T, S) scaled scores, -inf where hidden."""
     batch, length, heads, head_dim = part.q.shape
     kv_heads = part.k.shape[2]
     dtype = accumulation_dtype(part.q.dtype)

@@ -1,16 +1,47 @@
-"""FAM's own attention in a chain of updates: to itself, and to all keys of one block of a longer sequence."""
+"""Attention of memory rows to themselves and to all keys of one block of a longer sequence, by XLA and as a TPU kernel.
+
+The work is small, M / C of the tokens' attention. What the kernel saves are copies: XLA cuts the keys of a block out of
+the sequence and moves their heads to an axis of their own, in every step of a chain of updates.
+"""
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 
 from fam_jax.kernels.multi_part_attention import Part, multi_part_attention
-from fam_jax.kernels.pallas.update import can_update, pallas_update_attention
-from fam_jax.kernels.platform import asks_for_kernels
+from fam_jax.kernels.pallas.blocks import KV, product, scratch
+from fam_jax.kernels.pallas.devices import division, over_mesh, wants_kernels
+from fam_jax.kernels.pallas.geometry import LOG2_E
+from fam_jax.kernels.pallas.tiles import LANES, SUBLANES
+
+# The grid: rows of the batch, key heads, and the query heads of each, over which gradients of keys are summed.
+PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+
+
+class UpdateInputs(NamedTuple):
+    """Arrays of one call; :func:`update_attention` documents them. The kernel's `block` has the shape (1,)."""
+
+    # (B, M, H, hd)
+    q: Any
+    # (B, M, K, hd)
+    own: KV
+    # (B, T, K * hd)
+    tokens: KV
+    # () or (1,) int32
+    block: Any
+    # (B, C, K * hd)
+    taps: KV
 
 
 def update_attention(
     q: jax.Array,
-    fam_k: jax.Array,
-    fam_v: jax.Array,
+    own_k: jax.Array,
+    own_v: jax.Array,
     k: jax.Array,
     v: jax.Array,
     block: jax.Array,
@@ -19,40 +50,41 @@ def update_attention(
     softcap: float = 0.0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """FAM path of algorithm 2: one softmax over the FAM's own keys and all keys of block `block`; no causal mask.
+    """Compute one softmax over the rows' own keys and all keys of block `block`, without a causal mask.
 
-    In a loop over blocks, gradients into whole `k` and `v` would be added up in every step. Here they get none; the
-    cotangents of the block's keys and values are those of `taps`, whose values do not matter. Heads of all these are
-    side by side, as the kernels want them, lest each step of the loop bring them there.
+    This is the memory path of algorithm 2. In a loop over blocks, gradients of whole `k` and `v` would be summed in
+    every step. Here `k` and `v` get no gradient; the cotangents of `taps`, whose values do not matter, are those of the
+    block's keys and values. The heads of `k`, `v` and `taps` lie side by side, as the kernel reads them, so that no
+    step of the loop has to move them.
 
     Args:
-      q: (B, M, H, hd) queries, RoPE applied.
-      fam_k: (B, M, K, hd) keys of the FAM, RoPE applied in the same frame.
-      fam_v: (B, M, K, hd) values.
+      q: (B, M, H, hd) queries of the memory rows, RoPE applied.
+      own_k: (B, M, K, hd) keys of the memory rows, RoPE applied in the same frame.
+      own_v: (B, M, K, hd) their values.
       k: (B, T, K * hd) keys of the tokens of all blocks, RoPE applied in the same frame.
-      v: (B, T, K * hd) values.
-      block: () int32, number of the block, one of T // C.
-      taps: two arrays (B, C, K * hd) of the dtype of k; C follows from their shape.
+      v: (B, T, K * hd) their values.
+      block: () int32, number of the block, less than T // C.
+      taps: two arrays (B, C, K * hd) in the dtype of `k`, for keys and values. Their shape sets C.
       softcap: as in `block_attention`.
-      implementation: as of `block_attention`. The kernel takes FAMs and heads of whole tiles; others are left to XLA
-        under any name.
+      implementation: as in `block_attention`. The kernel needs whole tiles (:func:`can_update`); XLA takes other
+        shapes, whatever the name.
 
     Returns:
       (B, M, H, hd).
     """
-    if asks_for_kernels(implementation) and can_update(q, taps[0].shape[1], softcap):
-        interpret = implementation == "pallas_interpret"
-        return pallas_update_attention(q, fam_k, fam_v, k, v, block, taps, interpret=interpret)
-    k, v = (
-        _read_block(x, block, tap).reshape(*tap.shape[:2], *fam_k.shape[2:])
-        for x, tap in zip((k, v), taps, strict=True)
+    inputs = UpdateInputs(q, KV(own_k, own_v), KV(k, v), block, KV(*taps))
+    if wants_kernels(implementation) and can_update(q, taps[0].shape[1], softcap):
+        return _by_kernel(inputs, interpret=implementation == "pallas_interpret")
+    keys, values = (
+        _read_block(x, block, tap).reshape(*tap.shape[:2], *own_k.shape[2:])
+        for x, tap in zip(inputs.tokens, inputs.taps, strict=True)
     )
-    return multi_part_attention([Part(q, fam_k, fam_v), Part(q, k, v)], softcap=softcap)
+    return multi_part_attention([Part(q, own_k, own_v), Part(q, keys, values)], softcap=softcap)
 
 
 @jax.custom_vjp
 def _read_block(x: jax.Array, block: jax.Array, tap: jax.Array) -> jax.Array:
-    """(B, C, W), block number `block` of x (B, T, W); its cotangent is the tap's, and x has none."""
+    """Return block number `block` (B, C, W) of x (B, T, W); its cotangent goes to the tap, not to x."""
     return jax.lax.dynamic_slice_in_dim(x, block * tap.shape[1], tap.shape[1], axis=1)
 
 
@@ -65,3 +97,168 @@ def _read_backward(_: None, cotangent: jax.Array) -> tuple[None, None, jax.Array
 
 
 _read_block.defvjp(_read_forward, _read_backward)
+
+
+def can_update(q: jax.Array, block_size: int, softcap: float) -> bool:
+    """Return whether the kernel can compute the attention of q (B, M, H, hd) on a TPU."""
+    is_known = q.dtype in (jnp.bfloat16, jnp.float32) and not softcap
+    return is_known and not (q.shape[1] % SUBLANES or q.shape[-1] % LANES or block_size % LANES)
+
+
+def _by_kernel(inputs: UpdateInputs, *, interpret: bool) -> jax.Array:
+    """Run the kernel on every device of the mesh in use; `interpret` selects Pallas' plain interpreter."""
+    rows, heads, kv_heads = division(inputs.q.shape[0], inputs.q.shape[2], inputs.own.k.shape[2])
+    queries, keys = P(rows, None, heads), P(rows, None, kv_heads)
+    both = KV(keys, keys)
+    return over_mesh(
+        functools.partial(_attend, interpret),
+        inputs._replace(block=inputs.block.reshape(1)),
+        UpdateInputs(queries, both, both, P(), both),
+        queries,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(interpret: bool, inputs: UpdateInputs) -> jax.Array:
+    return kernel_forward(interpret, inputs)[0]
+
+
+def _grid(inputs: UpdateInputs) -> tuple[int, int, int]:
+    """Return the number of rows, of key heads, and of query heads of each."""
+    heads, kv_heads = inputs.q.shape[2], inputs.own.k.shape[2]
+    return inputs.q.shape[0], kv_heads, heads // kv_heads
+
+
+class _Blocks(NamedTuple):
+    """What a grid step reads, or the gradients that it writes: arrays, their block specs, or references."""
+
+    # (M, hd)
+    q: Any
+    own: KV
+    # (C, hd)
+    tokens: KV
+
+
+def _specs(inputs: UpdateInputs) -> tuple[_Blocks, _Blocks]:
+    """Return the block specs of the inputs and of their gradients."""
+    length, group, head_dim = inputs.q.shape[1], _grid(inputs)[-1], inputs.q.shape[3]
+
+    def spec(rows: int, index: Any) -> pl.BlockSpec:
+        return pl.BlockSpec((None, rows, head_dim), index)
+
+    size = inputs.taps.k.shape[1]
+    queries = spec(length, lambda b, h, g, at: (b, 0, h * group + g))
+    own = spec(length, lambda b, h, g, at: (b, 0, h))
+    tokens = spec(size, lambda b, h, g, at: (b, at[0], h))
+    taps = spec(size, lambda b, h, g, at: (b, 0, h))
+    read = _Blocks(queries, KV(own, own), KV(tokens, tokens))
+    return read, read._replace(tokens=KV(taps, taps))
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """Return x with its heads side by side."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def kernel_forward(interpret: bool, inputs: UpdateInputs) -> tuple[jax.Array, UpdateInputs]:
+    """Return the attention by the kernel, and what its derivative needs."""
+    specs, _ = _specs(inputs)
+    q, own = jax.tree.map(_flat, (inputs.q, inputs.own))
+    out = pl.pallas_call(
+        _forward_kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=_grid(inputs),
+            in_specs=[specs],
+            out_specs=specs.q,
+        ),
+        out_shape=_like(q),
+        compiler_params=PARAMS,
+        interpret=interpret,
+        name="update_attention_forward",
+    )(inputs.block, _Blocks(q, own, inputs.tokens))
+    return out.reshape(inputs.q.shape), inputs
+
+
+def _softmax(read: _Blocks) -> tuple[jax.Array, jax.Array]:
+    """Return float32 probabilities (M, M) of the rows' own keys and (M, C) of the block's."""
+    factor = read.q.shape[-1] ** -0.5 * LOG2_E
+    scores = [product(read.q[...], keys[...], "nt") * factor for keys in (read.own.k, read.tokens.k)]
+    top = functools.reduce(jnp.maximum, [s.max(axis=1, keepdims=True) for s in scores])
+    own, tokens = (jnp.exp2(s - top) for s in scores)
+    scale = 1 / (own.sum(axis=1, keepdims=True) + tokens.sum(axis=1, keepdims=True))
+    return own * scale, tokens * scale
+
+
+def _forward_kernel(block: Any, read: _Blocks, out: Any) -> None:
+    p_own, p = _softmax(read)
+    own_v, v = read.own.v, read.tokens.v
+    result = product(p_own.astype(v.dtype), own_v[...], "nn") + product(p.astype(v.dtype), v[...], "nn")
+    out[...] = result.astype(out.dtype)
+
+
+def kernel_backward(interpret: bool, inputs: UpdateInputs, d_out: jax.Array) -> tuple[UpdateInputs]:
+    """Return the cotangent of `inputs` by the kernel: that of the block's keys and values as that of the taps."""
+    specs, gradient_specs = _specs(inputs)
+    q, own, d_out = jax.tree.map(_flat, (inputs.q, inputs.own, d_out))
+    head_dim = inputs.q.shape[3]
+    own_sum, sum_ = (scratch(x.shape[1], head_dim) for x in (inputs.q, inputs.taps.k))
+    ((d_q, d_own, d_taps),) = pl.pallas_call(
+        _backward_kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=_grid(inputs),
+            in_specs=[specs.q, specs.q, specs.own, specs.tokens],
+            out_specs=[gradient_specs],
+            scratch_shapes=[(KV(own_sum, own_sum), KV(sum_, sum_))],
+        ),
+        out_shape=[jax.tree.map(_like, _Blocks(q, own, inputs.taps))],
+        compiler_params=PARAMS,
+        interpret=interpret,
+        name="update_attention_backward",
+    )(inputs.block, q, d_out, own, inputs.tokens)
+    d_q, d_own = jax.tree.map(lambda g, x: g.reshape(x.shape), (d_q, d_own), (inputs.q, inputs.own))
+    return (UpdateInputs(d_q, d_own, KV(None, None), None, d_taps),)
+
+
+_attend.defvjp(kernel_forward, kernel_backward)
+
+
+def _backward_kernel(
+    block: Any, q: Any, d_out: Any, own: KV, tokens: KV, gradients: _Blocks, sums: tuple[KV, KV]
+) -> None:
+    scale = q.shape[-1] ** -0.5
+    probabilities = _softmax(_Blocks(q, own, tokens))
+    d_probabilities = [product(d_out[...], values[...], "nt") for values in (own.v, tokens.v)]
+    weighted = [
+        (p * d).sum(axis=1, keepdims=True) for p, d in zip(probabilities, d_probabilities, strict=True)
+    ]
+    delta = weighted[0] + weighted[1]
+    d_scores = [
+        (p * (d - delta) * scale).astype(q.dtype) for p, d in zip(probabilities, d_probabilities, strict=True)
+    ]
+    d_q = product(d_scores[0], own.k[...], "nn") + product(d_scores[1], tokens.k[...], "nn")
+    gradients.q[...] = d_q.astype(gradients.q.dtype)
+    # Gradients of keys and values, own and the block's, are summed over the query heads of a group.
+    parts = []
+    for p, d in zip(probabilities, d_scores, strict=True):
+        parts += [product(d, q[...], "tn"), product(p.astype(q.dtype), d_out[...], "tn")]
+    heads, last = pl.program_id(2), pl.num_programs(2) - 1
+    outs = (*gradients.own, *gradients.tokens)
+    for part, total, out in zip(parts, (*sums[0], *sums[1]), outs, strict=True):
+
+        @pl.when(heads == 0)
+        def _(part: Any = part, total: Any = total) -> None:
+            total[...] = part
+
+        @pl.when(heads > 0)
+        def _(part: Any = part, total: Any = total) -> None:
+            total[...] += part
+
+        @pl.when(heads == last)
+        def _(total: Any = total, out: Any = out) -> None:
+            out[...] = total[...].astype(out.dtype)

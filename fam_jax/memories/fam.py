@@ -15,19 +15,19 @@ from fam_jax.layers.decoder_layer import DecoderLayer, embedding_stddev
 from fam_jax.layers.rope import Rope, Rotation, rotate
 from fam_jax.memories.chain import ChainAttention, ChainInputs, run_chain, update_vectors
 from fam_jax.memories.interface import Stream
-from fam_jax.memories.window import BlockSlidingWindowConfig, ChunkFrames, ExtraKeys, Window
+from fam_jax.memories.window import ChunkFrames, ExtraKeys, Window
 from fam_jax.memories.window_cache import (
+    BlockWindowConfig,
     PieceFrames,
     Position,
     WindowState,
-    empty_window,
     piece_frames,
     shift_window,
 )
 
 
 @group("model.memory", effect="state")
-class FamConfig(BlockSlidingWindowConfig):
+class FamConfig(BlockWindowConfig):
     """Feedback Attention Memory beside Block Sliding Window Attention."""
 
     kind: str = setting(default="fam", doc="The architecture.")
@@ -136,8 +136,6 @@ class FeedbackAttentionMemory(Window[FamState]):
 
     Config: ClassVar[type[MemoryConfig]] = FamConfig
     State: ClassVar[type[WindowState]] = FamState
-    learned_fields = ("fam", "fam_keys", "fam_values")
-    passed_fields = ("fam",)
 
     config: FamConfig
 
@@ -172,21 +170,25 @@ class FeedbackAttentionMemory(Window[FamState]):
         path = "layers/memory/initial_fam" if layers else "memory/initial_fam"
         return {path: table[rows].astype(jnp.float32) * factor}
 
-    def empty(self, batch_size: int, *, past_slots: bool = True) -> FamState:
-        """Return the window's empty cache and zeros for FAM."""
+    @property
+    def passed_fields(self) -> tuple[str, ...]:
+        """Return "fam" alone: reading blocks computes the keys of the FAM that it starts from."""
+        return ("fam",)
+
+    def empty_fields(self, batch_size: int) -> dict[str, jax.Array]:
+        """Return zeros in place of FAM."""
         model, config = self.model, self.config
         keys = (batch_size, config.previous_blocks, config.length, model.num_kv_heads, model.head_dim)
-        return FamState(
-            **empty_window(model, batch_size, past_slots=past_slots),
-            fam=jnp.zeros((batch_size, config.length, model.model_dim), model.dtype),
-            fam_keys=jnp.zeros(keys, model.dtype),
-            fam_values=jnp.zeros(keys, model.dtype),
-        )
+        return {
+            "fam": jnp.zeros((batch_size, config.length, model.model_dim), model.dtype),
+            "fam_keys": jnp.zeros(keys, model.dtype),
+            "fam_values": jnp.zeros(keys, model.dtype),
+        }
 
     def state_axes(self) -> dict[str, tuple[str | None, ...]]:
-        """Return the logical axes of a layer's state."""
-        fam = ("batch", None, None, "kv_heads", None)
-        return super().state_axes() | {"fam": ("batch", None, None), "fam_keys": fam, "fam_values": fam}
+        """Return the logical axes of a layer's state: keys and values are divided by head."""
+        heads = ("batch", None, None, "kv_heads", None)
+        return super().state_axes() | {"fam_keys": heads, "fam_values": heads}
 
     def enter_at(self, rope: Rope) -> Rotation:
         """Return the rotation (M, 1, hd/2) of FAM in the frame of the block that follows it."""
@@ -263,7 +265,7 @@ class FeedbackAttentionMemory(Window[FamState]):
         values = in_order(state.fam_values, chain_v, last_v)
 
         def seen(a: jax.Array) -> jax.Array:
-            """(B, N, R * M, K, hd): for each block the R FAMs before it, newest first."""
+            """Return (B, N, R * M, K, hd): for each block the R FAMs before it, newest first."""
             return jnp.concatenate([a[:, i : i + blocks] for i in range(previous - 1, -1, -1)], axis=2)
 
         newest = slice(-1, -previous - 1, -1)
@@ -307,7 +309,9 @@ class FeedbackAttentionMemory(Window[FamState]):
         """Return the window's part of the frames."""
         return at.window
 
-    def extra_of_piece(self, q: jax.Array, state: FamState, at: FamPieceFrames) -> list[Part]:
+    def extra_of_piece(
+        self, layer: DecoderLayer, q: jax.Array, state: FamState, at: FamPieceFrames
+    ) -> list[Part]:
         """Return the last R FAMs' keys and values."""
         if not self.config.length:
             return []

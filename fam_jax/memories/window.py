@@ -1,31 +1,33 @@
 """Memories that are windows over past keys and values: full attention, SWA, BSWA (section 2.1), Transformer-XL."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, require, setting
-from fam_jax.kernels import Part, block_attention, multi_part_attention
+from fam_jax.kernels import block_attention
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.layers.rope import Rotation, rotate, rotate_tokens
-from fam_jax.memories.interface import Memory, Stream, Tail
+from fam_jax.memories.interface import Memory, Stream
 from fam_jax.memories.window_cache import (
-    PieceFrames,
+    BlockWindowConfig,
     Position,
+    SegmentsConfig,
     WindowState,
     visible_blocks,
-    window_parts,
 )
 
 
 class WindowConfig(MemoryConfig):
     """What the groups of all windows have in common: no state beyond the window."""
 
-    if not TYPE_CHECKING:
-        has_state = False
+    @property
+    def has_state(self) -> bool:
+        """Return False."""
+        return False
 
 
 @group("model.memory", effect="state")
@@ -55,39 +57,22 @@ class SlidingWindowConfig(WindowConfig):
 
 
 @group("model.memory", effect="state")
-class BlockSlidingWindowConfig(WindowConfig):
+class BlockSlidingWindowConfig(WindowConfig, BlockWindowConfig):
     """Block Sliding Window Attention: each token sees all of the last m blocks and its own block causally."""
 
     kind: str = setting(default="bswa", doc="The architecture.")
-    segments: int = setting(default=1, doc="m, past blocks that stay visible.", minimum=0)
-    window: int = setting(
-        default=0, doc="If positive, hide keys this many tokens or more behind a query as well.", minimum=0
-    )
-    stop_gradient: bool = setting(
-        default=False, doc="Stop gradients at the keys and values of earlier blocks.", effect="training"
-    )
-
-    def cached_blocks(self, block_size: int) -> int:
-        """Return m."""
-        return self.segments
 
 
 @group("model.memory", effect="state")
-class TransformerXLConfig(WindowConfig):
+class TransformerXLConfig(WindowConfig, SegmentsConfig):
     """Transformer-XL with RoPE: cached keys and values get no gradient (Dai et al. 2019)."""
 
     kind: str = setting(default="transformer_xl", doc="The architecture.")
-    segments: int = setting(default=1, doc="m, past blocks that stay visible.", minimum=0)
-    window: int = setting(
-        default=0, doc="If positive, hide keys this many tokens or more behind a query as well.", minimum=0
-    )
 
-    if not TYPE_CHECKING:
-        stop_gradient = True
-
-    def cached_blocks(self, block_size: int) -> int:
-        """Return m."""
-        return self.segments
+    @property
+    def stop_gradient(self) -> bool:
+        """Return True."""
+        return True
 
 
 class ChunkFrames(NamedTuple):
@@ -120,9 +105,10 @@ S = TypeVar("S", bound=WindowState)
 
 
 class Window(Memory[S]):
-    """Attention to the keys of past blocks and of the own block, and to extra keys that a subclass may add."""
+    """A memory that reads all tokens of a chunk at once: attention to past blocks, the own block, and extra keys.
 
-    shares_projections = True
+    A subclass that adds extra keys overrides both :meth:`extra_of_piece` and :meth:`extra_of_blocks`.
+    """
 
     def blocks_at(self, position: Position, length: int, cached: int) -> Any:
         """Return the :class:`ChunkFrames` of a chunk."""
@@ -146,7 +132,19 @@ class Window(Memory[S]):
     def attend_blocks(
         self, layer: DecoderLayer, q: jax.Array, k: jax.Array, v: jax.Array, state: S, at: Any
     ) -> tuple[jax.Array, S]:
-        """Attend to past blocks, extra keys and the own block; cache the chunk's keys and values."""
+        """Attend to past blocks, extra keys and the own block; cache the chunk's keys and values.
+
+        Args:
+          layer: the layer.
+          q: (B, T, H, hd) queries, not rotated.
+          k: (B, T, K, hd) keys, not rotated.
+          v: (B, T, K, hd) values.
+          state: of the layer.
+          at: from :meth:`blocks_at`.
+
+        Returns:
+          (B, T, H, hd) attended values, and the state after the chunk.
+        """
         model = self.model
         frames = self.window_frames(at)
         rotated = rotate_tokens(k, frames.tokens, model.attention)
@@ -191,24 +189,6 @@ class Window(Memory[S]):
         batch, length, *heads = k.shape
         none = jnp.zeros((batch, ceil_div(length, self.model.block_size), 0, *heads), k.dtype)
         return ExtraKeys(none, none, None), state
-
-    def attend_piece(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, state: S, at: Any
-    ) -> tuple[jax.Array, Tail]:
-        """Attend to past blocks, extra keys, the unfinished block and the piece itself."""
-        frames = self.window_piece_frames(at)
-        k = rotate(k, frames.own)
-        parts = [*window_parts(self.model, state, frames, q, k, v), *self.extra_of_piece(q, state, at)]
-        attended = multi_part_attention(parts, softcap=self.model.attention_softcap)
-        return attended, {"block_keys": k, "block_values": v}
-
-    def window_piece_frames(self, at: Any) -> PieceFrames:
-        """Return the frames of the window from what :meth:`piece_at` returned."""
-        return at
-
-    def extra_of_piece(self, q: jax.Array, state: S, at: Any) -> list[Part]:
-        """Return the extra keys that a piece with queries q (B, W, H, hd), not rotated, sees."""
-        return []
 
     def _cache_chunk(self, state: S, k: jax.Array, v: jax.Array, frames: ChunkFrames) -> S:
         """Cache the last m complete blocks and the unfinished one of unrotated k and v (B, T, K, hd)."""

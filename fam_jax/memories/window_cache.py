@@ -12,15 +12,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fam_jax.config import ModelConfig, ceil_div
+from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, setting
 from fam_jax.kernels import Part
 from fam_jax.layers.rope import Rope, Rotation, rotate
+
+
+@group("model.memory", effect="state")
+class SegmentsConfig(MemoryConfig):
+    """Fields of a memory whose tokens see the last m blocks beside it (m = 0: their own block only)."""
+
+    segments: int = setting(default=1, doc="m, past blocks that stay visible.", minimum=0)
+    window: int = setting(
+        default=0, doc="If positive, hide keys this many tokens or more behind a query as well.", minimum=0
+    )
+
+    def cached_blocks(self, block_size: int) -> int:
+        """Return m."""
+        return self.segments
+
+
+@group("model.memory", effect="state")
+class BlockWindowConfig(SegmentsConfig):
+    """The fields of :class:`SegmentsConfig`, and whether gradients stop between blocks. The base of most memories."""
+
+    stop_gradient: bool = setting(
+        default=False, doc="Stop gradients at the keys and values of earlier blocks.", effect="training"
+    )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WindowState:
-    """The cache of one layer. In a :class:`fam_jax.memories.StreamState` every array has a leading L axis."""
+    """The cache of one layer. In a :class:`fam_jax.model.StreamState` every array has a leading L axis."""
 
     # (B, m, C, K, hd) keys and values of the last m complete blocks, oldest first.
     keys: Any
@@ -33,7 +56,7 @@ class WindowState:
 S = TypeVar("S", bound=WindowState)
 
 # Logical axes of a layer's cache; None: not spread.
-WINDOW_AXES = {
+WINDOW_AXES: dict[str, tuple[str | None, ...]] = {
     "keys": ("batch", None, None, "kv_heads", None),
     "values": ("batch", None, None, "kv_heads", None),
     "block_keys": ("batch", None, "kv_heads", None),

@@ -5,12 +5,13 @@ The letters for axes are those of `fam_jax/layers/__init__.py`.
 
 from fam_jax.model.lora import create_model
 from fam_jax.model.parameters import count_parameters, from_dict, to_dict
-from fam_jax.model.state import StreamState, empty_state, passed_on, with_passed_on
+from fam_jax.model.state import StreamState, ablated, empty_state, passed_on, with_passed_on
 from fam_jax.model.transformer import Transformer
 
 __all__ = [
     "StreamState",
     "Transformer",
+    "ablated",
     "count_parameters",
     "create_model",
     "empty_state",

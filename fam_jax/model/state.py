@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.config import ModelConfig, UserError
-from fam_jax.memories.interface import Memory
+from fam_jax.memories.interface import Memory, ablate_array
 from fam_jax.memories.window_cache import Position, start_position
 from fam_jax.model.layer_types import memory_of
 
@@ -92,20 +92,24 @@ def empty_state(
     return StreamState(layers, None, start_position(batch_size, model.block_size))
 
 
-def passed_on(model: ModelConfig, state: StreamState) -> dict[str, jax.Array]:
-    """Return what random state passing hands to the next step: the memory of the first stream (appendix B.2.3)."""
+def passed_on(model: ModelConfig, state: StreamState) -> dict[str, Any]:
+    """Return what random state passing hands to the next step: the memory of the first stream (appendix B.2.3).
+
+    Returns:
+      Arrays without a batch axis: the memory's `passed_fields` (L, ...) by name, and "shared" if layers share a state.
+    """
     found = {name: getattr(state.layers, name)[:, 0] for name in memory_of(model).passed_fields}
-    return found if state.shared is None else found | {"shared": state.shared[0]}
+    return found if state.shared is None else found | {"shared": jax.tree.map(lambda x: x[0], state.shared)}
 
 
-def with_passed_on(state: StreamState, passed: dict[str, jax.Array], rows: jax.Array) -> StreamState:
+def with_passed_on(state: StreamState, passed: dict[str, Any], rows: jax.Array) -> StreamState:
     """Start the chosen rows of an empty state from what :func:`passed_on` returned.
 
-    For an aligned call, which computes from it whatever else the memory needs. Such a row carries context.
+    For an aligned call, which computes whatever else the memory needs. Such a row carries context.
 
     Args:
-      state: of B streams which have read nothing.
-      passed: arrays without a batch axis, shared by all the chosen rows.
+      state: of B streams that have read nothing.
+      passed: arrays without a batch axis, the same for all chosen rows.
       rows: (B,) bool.
     """
 
@@ -113,12 +117,37 @@ def with_passed_on(state: StreamState, passed: dict[str, jax.Array], rows: jax.A
         chosen = rows.reshape(1, -1, *[1] * (fresh.ndim - 2))
         return jnp.where(chosen, saved[:, None].astype(fresh.dtype), fresh)
 
-    names = [name for name in passed if name != "shared"]
-    layers = dataclasses.replace(
-        state.layers, **{name: start(passed[name], getattr(state.layers, name)) for name in names}
-    )
-    position = dataclasses.replace(state.position, carries_context=state.position.carries_context | rows)
+    own = {
+        name: start(saved, getattr(state.layers, name)) for name, saved in passed.items() if name != "shared"
+    }
     shared = state.shared
     if "shared" in passed:
-        shared = jnp.broadcast_to(passed["shared"], (len(rows), *passed["shared"].shape))
-    return dataclasses.replace(state, layers=layers, shared=shared, position=position)
+        # An aligned call gives rows that carry no context the initial shared state.
+        shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(rows), *x.shape)), passed["shared"])
+    return StreamState(
+        layers=dataclasses.replace(state.layers, **own),
+        shared=shared,
+        position=dataclasses.replace(state.position, carries_context=state.position.carries_context | rows),
+    )
+
+
+def ablated(model: ModelConfig, state: StreamState, start: StreamState, how: str) -> StreamState:
+    """Return `state` with its memory made useless, to measure whether the model uses it.
+
+    Args:
+      model: the config.
+      state: at a block border.
+      start: of streams that have read nothing.
+      how: "zeroed", "shuffled" (each stream gets the memory of another), or "frozen" (the initial memory; such streams
+        do not count as having been written).
+    """
+    position = state.position
+    if how == "frozen":
+        position = dataclasses.replace(position, carries_context=start.position.carries_context)
+    return StreamState(
+        layers=memory_of(model).ablate(state.layers, start.layers, how),
+        shared=jax.tree.map(
+            lambda x, initial: ablate_array(x, initial, how, batch_axis=0), state.shared, start.shared
+        ),
+        position=position,
+    )

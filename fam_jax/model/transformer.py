@@ -176,8 +176,7 @@ class Transformer(nnx.Module):
         if config.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         closing = memory.close_stream(self.memory, state.shared, tokens.shape[0])
-        if closing is not None:
-            closing = jnp.broadcast_to(closing, (full, *closing.shape))
+        closing = jax.tree.map(lambda rows: jnp.broadcast_to(rows, (full, *rows.shape)), closing)
         start = (self._embed(tokens), memory.enter_stream(self.memory, state.shared), closing)
         per_layer = (parameters, state.layers, jnp.asarray(types.of_layers), types.enter_at())
         (x, *_), layers = jax.lax.scan(body, start, per_layer)
@@ -311,7 +310,8 @@ class Transformer(nnx.Module):
             state.position.next_block(writes=config.memory.has_state),
             filled=jnp.zeros_like(state.position.filled),
         )
-        closed = StreamState(layers, types.main.top(self.final_norm, stream), position)
+        shared = types.main.next_shared(self.final_norm, state.shared, stream)
+        closed = StreamState(layers, shared, position)
         return self._enter(types, closed) if types.main.order == "segment" else closed
 
     def _embed(self, tokens: jax.Array) -> jax.Array:

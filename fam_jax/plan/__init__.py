@@ -1,10 +1,10 @@
-"""What a program will cost on TPUs that are not there: memory, time, traffic, from the compiler's own output.
+"""Estimate memory, time and traffic of a program on a TPU slice from the compiler's output. No TPU needed.
 
-Everything here is an estimate, never checked against hardware.
+All figures are estimates that were never checked against hardware.
 
-- :func:`compile_on`: compiles for a named topology, such as v5p:4x4x8, on any machine.
-- :func:`static_profile`: cycles of kernels, by the compiler's own simulation.
-- :func:`estimate`: time, FLOPs and bytes of a compiled program, op by op.
+- :func:`compile_on` compiles for a named topology, such as v5p:4x4x8, on any machine.
+- :func:`static_profile` returns the cycles of kernels in the compiler's simulation.
+- :func:`estimate` adds up time, FLOPs and bytes of a compiled program, op by op.
 """
 
 from fam_jax.plan.chips import CHIPS, Chip, chip_of
@@ -14,6 +14,18 @@ from fam_jax.plan.hlo import Module, Op, parse
 from fam_jax.plan.profile import ProfileError, check_floor, static_profile
 
 __all__ = [
-    "CHIPS", "Chip", "Estimate", "Module", "Op", "OpCost", "ProfileError", "check_floor", "chip_of", "compile_on",
-    "estimate", "parse", "static_profile", "topology_devices",
-]  # fmt: skip
+    "CHIPS",
+    "Chip",
+    "Estimate",
+    "Module",
+    "Op",
+    "OpCost",
+    "ProfileError",
+    "check_floor",
+    "chip_of",
+    "compile_on",
+    "estimate",
+    "parse",
+    "static_profile",
+    "topology_devices",
+]

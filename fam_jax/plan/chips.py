@@ -1,4 +1,4 @@
-"""TPU chips: what the vendor publishes of them, and the clock that follows from it."""
+"""Published figures of TPU chips, and the clock rates derived from them."""
 
 import dataclasses
 import re
@@ -10,35 +10,42 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip of a generation; figures are of the whole chip unless they say otherwise.
+    """One chip of a generation. Figures are for the whole chip unless stated otherwise.
 
     Peak FLOP/s, HBM and interconnect: Cloud TPU documentation, "System architecture" of each generation. The clock is
     flops / (2 * cores * macs_per_cycle).
     """
 
     name: str
-    flops: float  # peak, bfloat16, per second
-    hbm_bandwidth: float  # bytes/s
-    hbm_bytes: int  # capacity
+    # Peak FLOP/s in bfloat16.
+    flops: float
+    # Bytes/s.
+    hbm_bandwidth: float
+    # Capacity.
+    hbm_bytes: int
     cores: int
-    macs_per_cycle: int  # of one core's matrix units
-    clock: float  # Hz
-    ici_bandwidth: float  # bytes/s to other chips, one way, all links together
+    # Multiply-adds per cycle of one core's matrix units.
+    macs_per_cycle: int
+    # Hz.
+    clock: float
+    # Bytes/s to other chips in one direction, over all links.
+    ici_bandwidth: float
     ici_links: int
-    profiled: bool = True  # whether the compiler can simulate kernels
+    # Whether the compiler can simulate kernels for this chip.
+    profiled: bool = True
 
     @property
     def ring_bandwidth(self) -> float:
-        """Bytes/s that a ring along one axis of the torus has: two links, one in each direction."""
+        """Bytes/s of a ring along one axis of the torus: two links, one in each direction."""
         return self.ici_bandwidth * 2 / self.ici_links
 
     def matrix_seconds(self, macs: float) -> float:
-        """The least time that all cores together take for so many multiplications and additions."""
+        """Return the time in which all cores at their peak do `macs` multiply-adds."""
         return macs / (self.cores * self.macs_per_cycle * self.clock)
 
 
-# Matrix units per core: four of 128 x 128. Those of v6e are 256 x 256; the documentation counts two, and the compiler's
-# simulation runs 244,000 MACs per cycle in a long product: the equivalent of four.
+# Each core has four matrix units of 128 x 128. Those of v6e are 256 x 256: the documentation counts two of them, but in
+# the compiler's simulation a long product reaches 244,000 MACs per cycle, which takes four.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -51,16 +58,18 @@ CHIPS = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as v5p:2x2x1.
+    """Return the chip of a topology such as v5p:2x2x1.
 
     Raises:
-      UserError: the name is malformed, or the generation unknown.
+      UserError: the name is malformed or the generation is unknown.
     """
     match = re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", topology)
     if match is None:
         raise UserError(
-            f"topology {topology!r}: expected a generation and its chips, as in v5p:4x4x8 or v5e:4x8"
+            f"topology {topology!r}: malformed; write a generation and its grid of chips, such as v5p:4x4x8 or v5e:4x8"
         )
     if match[1] not in CHIPS:
-        raise UserError(f"topology {topology!r}: unknown generation {match[1]}; there are {', '.join(CHIPS)}")
+        raise UserError(
+            f"topology {topology!r}: unknown generation {match[1]}; use one of {', '.join(CHIPS)}"
+        )
     return CHIPS[match[1]]

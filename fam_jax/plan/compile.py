@@ -1,4 +1,4 @@
-"""Compilation for TPUs on a machine that has none. libtpu holds the whole TPU compiler, XLA and Mosaic."""
+"""Compile for TPUs on any machine. libtpu contains the whole TPU compiler, XLA and Mosaic."""
 
 import functools
 import importlib.util
@@ -18,27 +18,27 @@ from jax.sharding import Mesh
 from fam_jax.config import UserError
 from fam_jax.plan.chips import Chip, chip_of
 
-# The library is not to ask for the chips of this machine, nor to lock itself against a second process.
+# Keep the library from looking for chips on this machine and from locking out other processes.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
-# Where `make test` puts libtpu: among an environment's packages it would have JAX look for chips at every start.
+# Where `make test` installs libtpu. Among the environment's packages it would make JAX look for chips at every start.
 LIBRARY = Path(sys.prefix) / "tpu-compiler"
 
 
 def has_compiler() -> bool:
-    """Whether libtpu is installed."""
+    """Return whether libtpu is installed."""
     return importlib.util.find_spec("libtpu") is not None or (LIBRARY / "libtpu").is_dir()
 
 
 def require_compiler() -> None:
-    """Makes libtpu importable.
+    """Make libtpu importable.
 
     Raises:
-      UserError: it is not installed.
+      UserError: libtpu is not installed.
     """
     if not has_compiler():
         raise UserError(
-            "compiling for TPUs needs libtpu, which is not installed: pip install libtpu, or the extra fam-jax[tpu]"
+            "libtpu: not installed, but compiling for TPUs needs it; run pip install libtpu, or install fam-jax[tpu]"
         )
     if importlib.util.find_spec("libtpu") is None:
         sys.path.append(str(LIBRARY))
@@ -46,18 +46,19 @@ def require_compiler() -> None:
 
 @functools.cache
 def topology_devices(topology: str) -> tuple[jax.Device, ...]:
-    """The chips of a topology such as v5p:4x4x8: descriptions of devices, which meshes and shardings take.
+    """Return the chips of a topology such as v5p:4x4x8, as device descriptions that meshes and shardings accept.
 
     Raises:
-      UserError: libtpu is not installed, or it does not know the topology.
+      UserError: libtpu is not installed or does not know the topology.
     """
     generation = chip_of(topology).name
     require_compiler()
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
-    # The two cores of a v4 chip are two devices unless this is said; those of v5p are one in any case.
+    # Without this option, the two cores of a v4 chip are two devices. Those of v5p are always one.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
     if all(side == "1" for side in topology.partition(":")[2].split("x")):
-        options["chips_per_host_bounds"] = (1, 1, 1)  # a host with a single chip; others have four at least
+        # A host with a single chip. All other hosts have at least four.
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except jax.errors.JaxRuntimeError as error:
@@ -68,17 +69,17 @@ def topology_devices(topology: str) -> tuple[jax.Device, ...]:
 def compile_on(
     mesh: Mesh, function: Callable[..., Any], *arguments: Any, **options: Any
 ) -> jax.stages.Compiled:
-    """Compiles `function` for the devices of `mesh`, those of :func:`topology_devices` as a rule.
+    """Compile `function` for the devices of `mesh`, usually those of :func:`topology_devices`.
 
     Args:
-      mesh: of the devices; while the function is traced it is the mesh in use, from which kernels learn their chip.
-      function: to be traced; or a result of `jax.jit`.
-      arguments: `jax.ShapeDtypeStruct`s with shardings over the mesh, in any pytrees.
-      options: of `jax.jit`.
+      mesh: the mesh. It is the current mesh during tracing, from which kernels learn the chip.
+      function: a function, or a result of `jax.jit`.
+      arguments: pytrees of `jax.ShapeDtypeStruct` with shardings over the mesh.
+      options: keyword arguments of `jax.jit`.
 
     Returns:
-      The executable; it cannot run here. Its `memory_analysis()` is bytes per device, its `as_text()` the program that
-      :func:`fam_jax.plan.hlo.parse` takes.
+      The executable, which cannot run here. `memory_analysis()` returns bytes per device, and `as_text()` the text for
+      :func:`fam_jax.plan.hlo.parse`.
     """
     jitted = function if hasattr(function, "trace") and not options else jax.jit(function, **options)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -86,7 +87,7 @@ def compile_on(
 
 
 def compile_or_miss(lowered: jax.stages.Lowered) -> jax.stages.Compiled | int:
-    """The executable; or, where the program does not fit, the bytes of HBM that it needs beyond what there are."""
+    """Compile; return the executable or, if the program does not fit, the bytes of HBM that are missing."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -96,7 +97,7 @@ def compile_or_miss(lowered: jax.stages.Lowered) -> jax.stages.Compiled | int:
         return missing
 
 
-# The compiler gives up early or late, and says so in other words. A part of HBM is not for programs.
+# Messages of the compiler about programs that do not fit, at two stages. Programs cannot use all of HBM.
 COMPLAINTS = (
     r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
     r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
@@ -104,7 +105,7 @@ COMPLAINTS = (
 
 
 def bytes_missing(message: str) -> int | None:
-    """Of HBM, from what the compiler says of a program that does not fit; None if it says something else."""
+    """Return the missing bytes of HBM from the compiler's error message; None if the error is a different one."""
     match = next(filter(None, (re.search(pattern, message) for pattern in COMPLAINTS)), None)
     if match is None:
         return None
@@ -113,7 +114,7 @@ def bytes_missing(message: str) -> int | None:
 
 
 def peak_bytes(compiled: jax.stages.Compiled | int, chip: Chip) -> int:
-    """Of HBM, on a chip, for a result of :func:`compile_or_miss`."""
+    """Return the peak bytes of HBM on a chip, for a result of :func:`compile_or_miss`."""
     if isinstance(compiled, int):
         return chip.hbm_bytes + compiled
     analysis = compiled.memory_analysis()
@@ -122,7 +123,7 @@ def peak_bytes(compiled: jax.stages.Compiled | int, chip: Chip) -> int:
 
 
 def local_bytes(tree: Any) -> int:
-    """Of one device's share of `jax.ShapeDtypeStruct`s that have shardings."""
+    """Return the bytes of one device's shards of a pytree of `jax.ShapeDtypeStruct` with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(
         jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves if x.shape

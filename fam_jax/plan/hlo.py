@@ -1,4 +1,4 @@
-"""The text of a compiled program (HLO, as `Compiled.as_text()` prints it), as far as counting its costs needs it."""
+"""Parse the text of a compiled program (HLO, as printed by `Compiled.as_text()`), as far as counting costs needs it."""
 
 import dataclasses
 import functools
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-BITS = {"pred": 8, "s4": 4, "u4": 4}  # where the name does not end in its bits
+# Types whose names do not end in their size in bits.
+BITS = {"pred": 8, "s4": 4, "u4": 4}
 
 _ARRAY = re.compile(r"\b(pred|bf16|f8\w+|[fsuc]\d+)\[([\d,]*)\](\{[^{}]*\})?")
 _OP = re.compile(r"\s+(ROOT )?%([^\s=]+) = (.*)")
@@ -18,15 +19,16 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Shape and place of a value."""
+    """Type, shape and memory space of a value."""
 
     dtype: str
     dims: tuple[int, ...]
-    in_hbm: bool  # else in a core's own memory
+    # Whether the value is in HBM, and not in a core's own memory.
+    in_hbm: bool
 
     @property
     def bytes(self) -> int:
-        """Of all elements; layouts' padding is left out."""
+        """Size of all elements, without padding of the layout."""
         bits = BITS.get(self.dtype) or int((re.findall(r"\d+", self.dtype) or ["32"])[0])
         return math.prod(self.dims) * bits // 8
 
@@ -37,48 +39,51 @@ class Op:
 
     name: str
     opcode: str
-    results: tuple[Array, ...]  # of a tuple, its leaves
-    operands: tuple[str, ...]  # names, in the same computation
-    literal: str  # what stands between the parentheses
-    attributes: str  # all behind them
+    # The leaves, if the result is a tuple.
+    results: tuple[Array, ...]
+    # Names of operations in the same computation.
+    operands: tuple[str, ...]
+    # The text between the parentheses, and the text after them.
+    literal: str
+    attributes: str
     is_root: bool
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """Computations that run as a part of this one; without conditions of loops."""
+        """Names of the computations that run as part of this operation. Loop conditions are left out."""
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
         listed = tuple(re.findall(r"%([^\s,]+)", branches[1])) if branches else ()
         return listed + tuple(_CALLED.findall(self.attributes))
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """Of a conditional: the computations that it chooses among, in the order of their index; false before true."""
+        """Names of a conditional's branches in the order of their index; false before true."""
         return self.called if "branch_computations=" in self.attributes else self.called[::-1]
 
     @property
     def source(self) -> str:
-        """Where in the traced program it comes from."""
+        """Path of the operation in the traced program."""
         return self.attribute(r'op_name="([^"]*)"') or ""
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of `pattern` in the attributes."""
+        """Return the first group of `pattern` in the attributes, None without a match."""
         match = re.search(pattern, self.attributes)
         return match[1] if match else None
 
     def result_bytes(self, *, hbm_only: bool = True) -> int:
-        """Size of the results."""
+        """Return the size of the results."""
         return sum(array.bytes for array in self.results if array.in_hbm or not hbm_only)
 
 
 Computation = dict[str, Op]
 
-# How often each branch of a conditional runs, per run of the conditional; None: not known.
+# Conditional -> how often each of its branches runs, per run of the conditional; None if unknown.
 Shares = Callable[[Op], Sequence[float] | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: its computations by name, operations in the order in which they run."""
+    """A program: computations by name, each with its operations in the order of execution."""
 
     computations: dict[str, Computation]
     entry: str
@@ -86,14 +91,15 @@ class Module:
     def walk(
         self, *, loops: int | None = None, shares: Shares | None = None
     ) -> Iterator[tuple[Op, Computation, float]]:
-        """Every operation that runs, its computation, and how often it does.
+        """Yield every operation that runs, its computation, and how often it runs.
 
         Args:
-          loops: how often a loop runs that data ends; None refuses such.
-          shares: of conditionals. By default, and where not known, every branch counts as if all ran.
+          loops: trip count of loops that end depending on data; None raises an error for such loops.
+          shares: how often branches of conditionals run. By default, and where unknown, every branch counts once per
+            run of its conditional.
 
         Raises:
-          ValueError: a loop whose trip count cannot be told.
+          ValueError: the trip count of a loop is unknown.
         """
 
         def walk(name: str, times: float) -> Iterator[tuple[Op, Computation, float]]:
@@ -116,17 +122,22 @@ class Module:
         yield from walk(self.entry, 1)
 
     def trip_count(self, loop: Op, computation: Computation, otherwise: int | None = None) -> int:
-        """How often the body of a `while` runs: a counter of the carry is compared with a constant.
+        """Return how often the body of a `while` runs, if the loop compares a counter with a constant.
+
+        Args:
+          loop: the `while` operation.
+          computation: that contains the loop.
+          otherwise: the result for all other loops.
 
         Raises:
-          ValueError: the loop is of another kind, and there is no `otherwise`.
+          ValueError: this is another kind of loop, and `otherwise` is None.
         """
         condition = self.computations[loop.attribute(r"condition=%([^\s,]+)") or ""]
         (test,) = (op for op in condition.values() if op.is_root)
         start = computation.get(loop.operands[0])
 
         def value(name: str) -> int | None:
-            """Of a constant, or of what the carry has in that place at the start."""
+            """Return the value of a constant, or the start value of an entry of the carry."""
             op = condition[name]
             if op.opcode == "get-tuple-element" and start is not None and start.opcode == "tuple":
                 return _constant(computation, start.operands[int(op.attribute(r"index=(\d+)") or 0)])
@@ -138,11 +149,13 @@ class Module:
             if limit is not None and direction in ("LT", "LE", "GT", "GE"):
                 return abs(limit - (counter or 0)) + (direction in ("LE", "GE"))
         if otherwise is None:
-            raise ValueError(f"cannot tell how often {loop.name} runs")
+            raise ValueError(
+                f"{loop.name}: unknown trip count; the loop does not compare a counter with a constant"
+            )
         return otherwise
 
     def flops(self, computation: str) -> int:
-        """Of all products in a fused computation."""
+        """Return the FLOPs of all matrix products in a fused computation."""
         found = 0
         for op in self.computations[computation].values():
             if op.opcode in ("convolution", "dot"):
@@ -153,7 +166,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Parses the text of one module."""
+    """Parse the text of one module."""
     computations: dict[str, Computation] = {}
     entry = ""
     current: Computation | None = None
@@ -169,7 +182,7 @@ def parse(text: str) -> Module:
 
 
 def _whole_lines(text: str) -> Iterator[str]:
-    """Lines of the text, those joined to one that an attribute of many lines belongs to."""
+    """Yield one line per operation: attributes may contain line breaks."""
     whole = ""
     for line in text.splitlines():
         if line == "}" or _OP.match(line) or line.startswith(("%", "ENTRY ", "HloModule ")):
@@ -181,7 +194,7 @@ def _whole_lines(text: str) -> Iterator[str]:
 
 
 def _parse_op(name: str, is_root: bool, text: str) -> Op:
-    """From "type opcode(operands), attributes"; a type may be a tuple of types."""
+    """Parse `type opcode(operands), attributes`; the type may be a tuple of types."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     kind, rest = text[:end], text[end:].lstrip()
     opening = rest.index("(")
@@ -196,13 +209,13 @@ def _parse_op(name: str, is_root: bool, text: str) -> Op:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Index of the parenthesis that closes the one at `opening`."""
+    """Return the index of the parenthesis that closes the one at `opening`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, opening):
         depth += 1 if match[0] == "(" else -1
         if depth == 0:
             return match.start()
-    raise ValueError(f"unbalanced: {text[:80]}")
+    raise ValueError(f"unbalanced parentheses: {text[:80]}")
 
 
 def _constant(computation: Computation, name: str) -> int | None:
@@ -214,9 +227,10 @@ def _constant(computation: Computation, name: str) -> int | None:
 
 
 def product_flops(op: Op, computation: Computation) -> int:
-    """2 x multiplications of a product of matrices; on TPUs it is written as a convolution.
+    """Return the FLOPs of a matrix product, which TPU programs write as a convolution.
 
-    From sizes alone: with batch b and sides m, k, n, the operands and the result hold bmk, bkn and bmn elements.
+    They follow from sizes: with batch b and sides m, k, n, the operands and the result have bmk, bkn and bmn elements,
+    and the product takes 2 bmkn FLOPs.
     """
     left, right = (computation[name].results[0].dims for name in op.operands[:2])
     out = op.results[0].dims
@@ -237,10 +251,10 @@ def product_flops(op: Op, computation: Computation) -> int:
 
 
 def replica_group(op: Op) -> list[int]:
-    """Devices that take part in a collective together with the first, by their place in the mesh.
+    """Return the devices of the first group of a collective, as indices into the mesh.
 
     Raises:
-      ValueError: the notation is not known.
+      ValueError: the notation of the groups is unknown.
     """
     text = op.attributes
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
@@ -262,7 +276,7 @@ def replica_group(op: Op) -> list[int]:
         return [int(device) for device in order.reshape(tuple(axes.values()))[first].flat]
     if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
         return [int(match[1]), int(match[2])]
-    raise ValueError(f"cannot tell the groups of {op.name}")
+    raise ValueError(f"{op.name}: replica groups in an unknown notation")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -1,20 +1,20 @@
-"""Cycles of kernels, as the TPU compiler's own simulation of the scheduled program counts them ("static profile").
+"""Read the cycles of kernels from the TPU compiler's simulation of the scheduled program (the "static profile").
 
-What a figure is, found by experiments (libtpu 0.0.42):
+What the figures mean, found by experiments with libtpu 0.0.42:
 
-- Cycles of core 0. Where a chip has two cores and the grid a parallel dimension, the grid is split along the first such
-  dimension of even length, and core 0 takes the first half. That is the chip's time only if the halves are equal: a
-  kernel of which only the later half of the grid does work has a figure of next to nothing. With an odd count core 0
-  takes the larger share. No parallel dimension, no second core.
-- Loops and grids are walked step by step, so time and memory of the simulation grow with the work. Take few heads and
-  rows, as few as keep all cores busy, and multiply.
-- A branch is followed by its predicate. That is exact where the predicate compares program ids; one that depends on
-  data counts as never taken, one with `%` of a program id as always taken.
-- The bandwidth of HBM is not modelled. A transfer's latency is.
-- Operands of a small program are put into fast memory ahead of the kernel, as those of a large one cannot be: another
-  kernel in effect, and simulating it takes ten times the time and memory. `HBM_OPERANDS` forbids it.
-- The simulator dies of some operations, at times after it has written its figure; each kernel then needs a process of
-  its own. It does not know v4 at all.
+- They are cycles of core 0. On a chip with two cores, the grid is split along its first parallel dimension of even
+  length, and core 0 takes the first half. Its cycles are those of the chip only if both halves do equal work: a kernel
+  that works in the second half of the grid alone has a figure near zero. If no parallel dimension has even length, core
+  0 takes the larger share. Without a parallel dimension, the second core is idle.
+- The simulator walks loops and grids step by step, so its time and memory grow with the work. Simulate as few heads and
+  rows as keep all cores busy, and multiply.
+- Branches follow their predicates. That is exact for comparisons of program ids. A branch that depends on data counts
+  as never taken, one on `%` of a program id as always taken.
+- The simulator models the latency of HBM transfers, but not the bandwidth of HBM.
+- The compiler moves operands of a small program to fast memory before the kernel starts, which it cannot do in a large
+  program. The kernel then differs, and simulating it takes ten times as long. `HBM_OPERANDS` turns this off.
+- Some operations crash the simulator, sometimes after it has written its figure. Such kernels need a process each.
+- The simulator does not support v4.
 """
 
 import json
@@ -31,18 +31,21 @@ from fam_jax.config import UserError
 from fam_jax.plan.chips import Chip
 from fam_jax.plan.compile import ENVIRONMENT, LIBRARY, require_compiler
 
-LIMIT_S = 240  # for one kernel
+# Seconds for one kernel.
+LIMIT_S = 240
 HBM_OPERANDS = "--xla_msa_enable=false"
 
 
 class ProfileError(UserError):
-    """There is no figure, or it cannot be true."""
+    """A kernel has no figure, or an impossible one."""
 
 
 def run_module(
     module: str, arguments: Sequence[str], *, libtpu_options: Sequence[str] = (), timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m module` in a fresh process that can compile for TPUs: the library reads its options once.
+    """Run `python -m module` in a new process that can compile for TPUs.
+
+    A new process is needed because libtpu reads its options only once.
 
     Raises:
       UserError: libtpu is not installed.
@@ -66,20 +69,21 @@ def static_profile(
     libtpu_options: Sequence[str] = (HBM_OPERANDS,),
     timeout: float = 600,
 ) -> dict[str, int]:
-    """Cycles of core 0 by HLO operation, of what `python -m module` compiles.
+    """Return the cycles of core 0 for every HLO operation of the programs that `python -m module` compiles.
 
     Args:
-      module: compiles something for a TPU, as by :func:`fam_jax.plan.compile_on`, and runs nothing.
-      arguments: of the module.
-      kernels: names to be found, as their calls give them (XLA may add ".1"); empty for all that the simulator reaches.
-      libtpu_options: further flags of the library.
+      module: a module that compiles for a TPU, for instance by :func:`fam_jax.plan.compile_on`, and runs nothing.
+      arguments: command line of the module.
+      kernels: names of kernels that must have a figure, without the number that XLA may append (".1"). If empty, the
+        result has all operations that the simulator reaches.
+      libtpu_options: flags of libtpu.
       timeout: seconds for each process.
 
     Returns:
-      {HLO name without its number: cycles}. See the head of this file for what they mean.
+      {HLO name without its number: cycles}; the top of this file says what they mean.
 
     Raises:
-      ProfileError: the module fails, or a kernel asked for has no figure.
+      ProfileError: the module fails, or one of `kernels` has no figure.
       UserError: libtpu is not installed.
     """
 
@@ -92,28 +96,28 @@ def static_profile(
 
     found, result = attempt()
     if result.returncode and not (kernels and _simulator_died(result)):
-        raise ProfileError(f"profile of {module}: {failure(result)}")
+        raise ProfileError(f"static profile of {module}: {failure(result)}")
     for name in kernels:
         if name not in found:
             again, result = attempt(name)
             if name not in again:
-                raise ProfileError(f"no profile of kernel {name}: {failure(result)}")
+                raise ProfileError(f"static profile of {name}: missing; {failure(result)}")
             found[name] = again[name]
     return found
 
 
 def kernel_cycles(module: str, task: Mapping[str, Any], kernel: str, macs: float, chip: Chip) -> int | None:
-    """Cycles of the kernel that `python -m module TASK`, with the task in JSON, compiles; None if there is no figure.
+    """Return the cycles of the kernel that `python -m module TASK` compiles; None if it has no figure.
 
     Args:
-      module: as of :func:`static_profile`.
-      task: its argument.
-      kernel: its name.
-      macs: as of :func:`check_floor`.
-      chip: likewise.
+      module: as in :func:`static_profile`.
+      task: the module's argument, passed as JSON.
+      kernel: name of the kernel.
+      macs: as in :func:`check_floor`.
+      chip: as in :func:`check_floor`.
 
     Raises:
-      UserError: the TPU compiler is not installed, or its figure is below what the matrix units alone need.
+      UserError: the TPU compiler is not installed, or the figure is below what the matrix units alone need.
     """
     try:
         count = static_profile(module, [json.dumps(task)], (kernel,), timeout=LIMIT_S)[kernel]
@@ -124,39 +128,34 @@ def kernel_cycles(module: str, task: Mapping[str, Any], kernel: str, macs: float
 
 
 def read_profiles(folder: Path) -> dict[str, int]:
-    """{HLO name without its number: cycles} of all profiles that the compiler left in `folder`."""
+    """Return {HLO name without its number: cycles} for all profiles in a folder."""
     texts = [path.read_text() for path in sorted(folder.glob("*_static_llo_profile.textproto"))]
     pattern = re.compile(r'hlo_op_name: "([^"]+?)(?:\.\d+)?"\s+estimated_cycles: (\d+)')
     return {match[1]: int(match[2]) for text in texts if (match := pattern.search(text))}
 
 
 def check_floor(name: str, cycles: float, macs: float, chip: Chip) -> None:
-    """Refuses a figure that no kernel can reach: the simulator missed work.
+    """Reject a figure so low that the simulator must have missed work.
 
     Args:
-      name: of the kernel.
-      cycles: of the core that the figure stands for.
-      macs: multiplications and additions that this core cannot do without.
-      chip: the core's.
+      name: the kernel's name.
+      cycles: the figure, of one core.
+      macs: multiply-adds that this core has to do at least.
+      chip: the core's chip.
 
     Raises:
-      ProfileError: the matrix units alone would take longer.
+      ProfileError: the matrix units alone need more cycles.
     """
     floor = macs / chip.macs_per_cycle
     if cycles < floor:
         raise ProfileError(
-            f"profile of {name}: {cycles:,.0f} cycles are below the {floor:,.0f} that its matrix products take at "
-            "least; does a branch depend on data, or core 0 have less than its share?"
+            f"static profile of {name}: {cycles:,.0f} cycles are below the {floor:,.0f} that its matrix products need; "
+            "check whether a branch depends on data or core 0 has less than its share of the work"
         )
 
 
-def kernel_seconds(cycles: float, hbm_bytes: float, chip: Chip) -> float:
-    """Time of a kernel whose busiest core takes `cycles`, and whose operands and results pass through HBM once."""
-    return max(cycles / chip.clock, hbm_bytes / chip.hbm_bandwidth)
-
-
 def failure(result: subprocess.CompletedProcess[str]) -> str:
-    """Why a process ended, in a line: the library's own fatal message, or the last line of a traceback."""
+    """Return why a process failed, in one line: libtpu's fatal message, or the last line of a traceback."""
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
     fatal = [line.partition("] ")[2] for line in lines if re.match(r"F\d{4} ", line)]
     last = (
@@ -169,5 +168,5 @@ def failure(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def _simulator_died(result: subprocess.CompletedProcess[str]) -> bool:
-    """By a signal; Python's own errors have positive codes."""
+    """Return whether a signal ended the process. Python's own errors have positive exit codes."""
     return result.returncode < 0

@@ -1,11 +1,10 @@
-"""The training loop: resumes where the folder left off, and can be stopped at any step without loss."""
+"""The training loop. It resumes where the run's folder left off, and can be stopped after any step without loss."""
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,17 +16,19 @@ from fam_jax.config import Config, UserError
 from fam_jax.data.build import make_batches
 from fam_jax.data.interface import Batches
 from fam_jax.data.vocabulary import check_vocabulary_size
-from fam_jax.model import count_parameters
+from fam_jax.model import count_parameters, lora
 from fam_jax.train.compiler import compiler_options
+from fam_jax.train.flops import peak_flops, step_flops
 from fam_jax.train.init_from import check_named, load_base
 from fam_jax.train.interruption import Interrupted, stop_requests
-from fam_jax.train.metrics import MetricsWriter, ProgressReport
+from fam_jax.train.metrics import MetricsWriter
 from fam_jax.train.optimizer import make_optimizer
+from fam_jax.train.progress import ProgressReport
 from fam_jax.train.state import TrainState, init_state
 from fam_jax.train.step import make_train_step
 from fam_jax.train.trace import StepTrace
 
-# (parameters, step) -> numbers; called every config.evaluate.every steps.
+# (parameters, step) -> figures by name, for the metrics; called every config.evaluate.every steps.
 Evaluate = Callable[[Any, int], dict[str, Any]]
 
 
@@ -37,13 +38,15 @@ class Trainer:
 
     config: Config
     mesh: jax.sharding.Mesh
-    state_shapes: TrainState  # ShapeDtypeStructs with shardings
+    # ShapeDtypeStructs with shardings.
+    state_shapes: TrainState
     step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-    create: Callable[[], TrainState]  # the state before the first step, from config.train.init_from if set
+    # Returns the state before the first step, from config.train.init_from if it is set.
+    create: Callable[[], TrainState]
 
 
 def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) -> Trainer:
-    """Mesh over `devices`, by default all, shardings and the jitted step; creates no arrays.
+    """Make the mesh over `devices` (by default all), the shardings and the jitted step, but no arrays.
 
     Raises:
       ConfigError: the mesh does not fit the devices, or does not divide the batch or a parameter.
@@ -84,18 +87,19 @@ def train(
     profile_steps: tuple[int, int] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Trains until config.train.steps, from the latest checkpoint of `workdir` if there is one.
+    """Train until config.train.steps, from the latest checkpoint of `workdir` if there is one.
 
-    Writes below `workdir`: `config.json`, a folder per checkpoint, `metrics.jsonl`, `tensorboard/`,
-    `evaluation/STEP.json`, `profile/`. In a job of several processes all call this, and the first one reports.
+    Writes below `workdir`: `config.json`, a folder per checkpoint, `metrics.jsonl`, `tensorboard/`, `profile/`. In a
+    job of several processes all of them call this, and the first one reports.
 
     Args:
-      config: resolved.
-      workdir: of the run: a local folder, or one in a bucket (`gs://...`) that all processes reach.
-      evaluate: called with the parameters every config.evaluate.every steps.
-      restore_step: checkpoint to go back to, in place of the latest; later ones are given up.
+      config: the experiment.
+      workdir: folder of the run: local, or in a bucket (`gs://...`) that all processes reach.
+      evaluate: called with the parameters every config.evaluate.every steps; its figures go to the metrics. See
+        :func:`fam_jax.evaluate.evaluate_in_training`.
+      restore_step: checkpoint to go back to, in place of the latest; later ones are deleted.
       profile_steps: first and last step of a profiler trace.
-      quiet: no progress on the terminal.
+      quiet: show nothing on the terminal.
 
     Returns:
       The last metrics.
@@ -106,32 +110,6 @@ def train(
     """
     check_named(config)
     trainer = make_trainer(config)
-    batches = _make_batches(config)
-    folder, first = absolute(workdir), jax.process_index() == 0
-    state = None
-    if restore_step is None and not saved_steps(folder):
-        state = trainer.create()  # before the folder is made: a base that is not to be had leaves no trace
-    with Checkpoints(
-        folder, config=dataclasses.asdict(config), keep=config.train.keep_checkpoints
-    ) as checkpoints:
-        if state is None:
-            values, position = checkpoints.restore(restore_step, _as_dict(trainer.state_shapes))
-            state = TrainState(**values)
-            batches.restore(position)
-        remaining = range(int(state.step) + 1, config.train.steps + 1)
-        writing: contextlib.AbstractContextManager[MetricsWriter | None] = (
-            MetricsWriter(folder, resume_step=int(state.step)) if first else contextlib.nullcontext()
-        )
-        with (
-            writing as writer,
-            ProgressReport(config.train.steps, int(state.step), quiet=quiet or not first) as progress,
-            StepTrace(folder, profile_steps, remaining=remaining) as trace,
-        ):
-            run = _Run(trainer, batches, checkpoints, writer, progress, trace, evaluate, folder)
-            return run(state, remaining)
-
-
-def _make_batches(config: Config) -> Batches:
     batches = make_batches(
         config.data,
         block_size=config.model.block_size,
@@ -140,63 +118,138 @@ def _make_batches(config: Config) -> Batches:
         shard=(jax.process_index(), jax.process_count()),
     )
     check_vocabulary_size(batches.vocabulary, config.model, config.data)
-    return batches
+    folder, first = absolute(workdir), jax.process_index() == 0
+    state = None
+    if restore_step is None and not saved_steps(folder):
+        state = trainer.create()  # before the folder is made, so that a missing base leaves no trace
+    with Checkpoints(
+        folder, config=dataclasses.asdict(config), keep=config.train.keep_checkpoints
+    ) as checkpoints:
+        if state is None:
+            values, position = checkpoints.restore(restore_step, _as_dict(trainer.state_shapes))
+            state = TrainState(**values)
+            batches.restore(position)
+        done = int(state.step)
+        remaining = range(done + 1, config.train.steps + 1)
+        writing: contextlib.AbstractContextManager[MetricsWriter | None] = (
+            MetricsWriter(folder, resume_step=done) if first else contextlib.nullcontext()
+        )
+        with (
+            writing as writer,
+            ProgressReport(config.train.steps, done, quiet=quiet or not first) as progress,
+            StepTrace(folder, profile_steps, remaining=remaining) as trace,
+        ):
+            for line in _header(config, trainer, state, batches.longest_row, folder):
+                progress.say(line)
+            run = _Run(trainer, batches, checkpoints, writer, progress, trace, evaluate, folder)
+            return run(state, remaining)
+
+
+def _header(
+    config: Config, trainer: Trainer, state: TrainState, longest_row: int, folder: epath.Path
+) -> list[str]:
+    """Return what a run says at its start."""
+    devices, done = list(trainer.mesh.devices.flat), int(state.step)
+    mesh = " ".join(f"{axis}={size}" for axis, size in trainer.mesh.shape.items())
+    trained, frozen = (count_parameters(part) for part in lora.divide(state.params, config.lora))
+    rows = config.train.batch_size
+    return [
+        f"devices: {len(devices)} x {devices[0].device_kind}, mesh {mesh}",
+        f"parameters: {trained:,} trained, {frozen:,} frozen",
+        f"batch: {rows} rows of up to {longest_row:,} tokens, {rows * longest_row:,} tokens per step",
+        f"resuming {folder} after step {done}" if done else f"starting {folder}",
+    ]
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Tokens and seconds since the last log line; compilation does not count."""
+
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    tokens: int = 0
+    flops: float = 0.0
+
+    def add(self, tokens: int, flops: float, compiling: float) -> None:
+        """Count a step, of which `compiling` seconds were not its own."""
+        self.tokens, self.flops, self.began = self.tokens + tokens, self.flops + flops, self.began + compiling
+
+    def rates(self) -> tuple[float, float]:
+        """Return tokens/s and FLOP/s."""
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        return self.tokens / seconds, self.flops / seconds
 
 
 @dataclasses.dataclass
 class _Run:
+    """One call of :func:`train`, once everything is open."""
+
     trainer: Trainer
     batches: Batches
     checkpoints: Checkpoints
-    writer: MetricsWriter | None  # of the first process
+    # Of the first process; None in the others.
+    writer: MetricsWriter | None
     progress: ProgressReport
     trace: StepTrace
     evaluate: Evaluate | None
     folder: epath.Path
+    # Shapes of batches for which the step is compiled.
+    compiled: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
 
     def __call__(self, state: TrainState, remaining: range) -> dict[str, Any]:
-        config = self.trainer.config.train
+        config = self.trainer.config
         batch_sharding = sharding.batch_sharding(self.trainer.mesh)
         last: dict[str, Any] = {"parameters": count_parameters(state.params)}
-        began, tokens = time.perf_counter(), 0
+        clock = _Clock()
         with stop_requests() as stop:
             for step in remaining:
-                arrays = sharding.global_batch(batch_sharding, self.batches.next())
-                with self.trace.step(step):
-                    state, metrics = self.trainer.step(state, arrays)
-                self.trace.end(step, metrics)
-                # Only if needed: reading a metric waits for the device.
+                arrays = sharding.global_batch(batch_sharding, _for_step(self.batches.next()))
+                state, metrics, compiling = self._step(step, state, arrays)
                 if self.batches.needs_metrics:
-                    self.batches.observe(metrics)
-                tokens += math.prod(arrays["inputs"].shape)
-                self.progress.advance(step)
-                signal_number, ending = stop(step), step == config.steps
-                saving = bool(signal_number) or ending or step % config.checkpoint_every == 0
-                logging = ending or step % config.log_every == 0
-                lost = ""
+                    self.batches.observe(metrics)  # waits for the device
+                rows, tokens = arrays["inputs"].shape
+                flops = step_flops(config.model, config.lora, state.params, rows, tokens)
+                clock.add(rows * tokens, flops, compiling)
+                self.progress.advance(step, compiled=compiling > 0)
+                signal_number, ending = stop(step), step == config.train.steps
+                saving = bool(signal_number) or ending or step % config.train.checkpoint_every == 0
+                logging = ending or step % config.train.log_every == 0
+                problem = ""
                 if saving or logging:
-                    jax.block_until_ready(metrics)  # steps are queued, and the clock would run ahead of them
-                    lost = self._what_is_lost(step, metrics)
-                if logging or lost:
-                    last |= self._log(step, metrics, tokens / (time.perf_counter() - began))
-                    began, tokens = time.perf_counter(), 0
-                if lost:  # before a state that is lost could replace a sound checkpoint
-                    raise UserError(lost)
+                    jax.block_until_ready(metrics)  # steps are queued: the clock would run ahead of them
+                    problem = self._not_finite(step, metrics)
+                if logging or problem:
+                    last |= self._log(step, metrics, *clock.rates())
+                    clock = _Clock()
+                if problem:  # before a broken state can replace a sound checkpoint
+                    raise UserError(problem)
                 if saving:
-                    self.checkpoints.save(step, _as_dict(state), self.batches.state())
-                    if self.writer is not None:
-                        self.writer.flush()
-                every = self.trainer.config.evaluate.every
-                if self.evaluate is not None and every and step % every == 0:
+                    self._save(step, state)
+                if self.evaluate is not None and config.evaluate.every and step % config.evaluate.every == 0:
                     self._evaluate(step, state)
-                    began, tokens = time.perf_counter(), 0
+                    clock = _Clock()
                 if signal_number:
                     self.checkpoints.wait()
                     raise Interrupted(step, signal_number)
+        if remaining:
+            self.checkpoints.wait()
+        self.progress.say(f"finished: {config.train.steps} steps, results in {self.folder}")
         return last
 
-    def _what_is_lost(self, step: int, metrics: dict[str, jax.Array]) -> str:
-        """A line about a loss or an update that is not finite; empty if both are."""
+    def _step(
+        self, step: int, state: TrainState, arrays: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array], float]:
+        """Dispatch a step; return its results, and the seconds that it took to compile or 0."""
+        shape, began = arrays["inputs"].shape, time.perf_counter()
+        with self.trace.step(step):
+            state, metrics = self.trainer.step(state, arrays)
+        self.trace.end(step, metrics)
+        if shape in self.compiled:
+            return state, metrics, 0.0
+        self.compiled.add(shape)
+        return state, metrics, time.perf_counter() - began
+
+    def _not_finite(self, step: int, metrics: dict[str, jax.Array]) -> str:
+        """Return a message about a loss or an update that is not finite; empty if both are."""
         for name in ("loss", "update_norm"):
             value = float(metrics[name])
             if not math.isfinite(value):
@@ -206,29 +259,44 @@ class _Run:
                 )
         return ""
 
-    def _log(self, step: int, metrics: dict[str, jax.Array], tokens_per_second: float) -> dict[str, Any]:
-        values: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
-        values |= {
-            "tokens_per_second": tokens_per_second,
-            **self.batches.metrics(),
-        }
+    def _log(
+        self, step: int, metrics: dict[str, jax.Array], tokens_per_second: float, flops: float
+    ) -> dict[str, Any]:
+        values = self.batches.name_scores({name: float(value) for name, value in metrics.items()})
+        values |= {"tokens_per_second": tokens_per_second, **self.batches.metrics()}
+        devices = list(self.trainer.mesh.devices.flat)
+        peak = peak_flops(devices[0].device_kind)
+        if peak is not None:
+            values["mfu"] = flops / peak / len(devices)
         if self.writer is not None:
             self.writer.write(step, values)
+        utilization = f"  MFU {values['mfu']:.0%}" if peak is not None else ""
         self.progress.note(
             step,
-            f"loss {values['loss']:.3f}  {self.batches.describe(values)}  {tokens_per_second:,.0f} tokens/s",
+            f"loss {values['loss']:.3f}  {self.batches.describe(values)}  {tokens_per_second:,.0f} tokens/s"
+            f"{utilization}",
         )
         return values
 
+    def _save(self, step: int, state: TrainState) -> None:
+        self.checkpoints.save(step, _as_dict(state), self.batches.state())
+        if self.writer is not None:
+            self.writer.flush()
+        self.progress.say(f"checkpoint: step {step} in {self.folder}")
+
     def _evaluate(self, step: int, state: TrainState) -> None:
         assert self.evaluate is not None
-        result = self.evaluate(state.params, step)
-        if self.writer is None:
-            return
-        self.writer.write(step, {"evaluation": result})
-        path = self.folder / "evaluation" / f"{step}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        figures = self.evaluate(state.params, step)
+        if self.writer is not None:
+            self.writer.write(step, {"evaluation": figures})
+        for task, scalars in figures.items():
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items() if "/" not in name)
+            self.progress.say(f"evaluation at step {step}: {task}  {shown}")
+
+
+def _for_step(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arrays of a batch that the train step takes."""
+    return {name: batch[name] for name in ("inputs", "targets", "weights", "answer")}
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

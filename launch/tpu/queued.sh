@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A training job on TPU VMs: asks for a slice by a queued resource, installs, runs, resumes, deletes.
-# Every gcloud command is printed before it runs; --dry-run only prints. See docs/tpu.md, and
+# Run a training job on TPU VMs: request a slice as a queued resource, install, run, resume, delete.
+# Prints every gcloud command before running it; --dry-run only prints. See docs/tpu.md and
 # https://cloud.google.com/tpu/docs/queued-resources
 set -euo pipefail
 
@@ -9,23 +9,24 @@ usage() {
 usage: launch/tpu/queued.sh [OPTIONS] COMMAND [-- ARGUMENTS OF launch.train]
 
 commands, in the order of a job's life:
-  create   ask for the slice; it may take minutes or days to come
-  wait     until it is there
+  create   request the slice; it may take minutes or days to arrive
+  wait     wait until the slice is ready
   install  copy the committed tree to all hosts and install it
-  run      start launch.train on all hosts, in the background; started again after failures
-  logs     follow process 0 (WORKER=3: another host)
-  status   of the slice, and of the job on every host
-  stop     the job, at the end of a step, with a checkpoint
-  resume   run; after a preemption delete, create, wait and install first
-  delete   the slice, and with it all costs but the bucket's
+  run      start launch.train on all hosts in the background; it restarts after failures
+  logs     follow the log of process 0 (of host 3 with WORKER=3)
+  status   show the state of the slice, and of the job on every host
+  stop     stop the job after the current step, with a checkpoint
+  resume   run; after a preemption, delete, create, wait and install first
+  delete   delete the slice, which ends all costs except those of the bucket
 
 options:
-  --name=NAME      of the slice (or $NAME)
-  --slice=SLICE    such as v5p:4x4x8 (or $SLICE)
-  --zone=ZONE      (or $ZONE)
-  --project=ID     default: gcloud's own
-  --spot           preemptible, and cheaper; or --reserved
-  --dry-run        print the commands only
+  --name=NAME      name of the slice (default: $NAME)
+  --slice=SLICE    such as v5p:4x4x8 (default: $SLICE)
+  --zone=ZONE      Google Cloud zone (default: $ZONE)
+  --project=ID     Google Cloud project (default: $PROJECT, or gcloud's own)
+  --spot           use preemptible chips, which are cheaper
+  --reserved       use reserved chips
+  --dry-run        print the commands, but run none
 TEXT
 }
 
@@ -36,7 +37,8 @@ fail() {
 
 NAME=${NAME:-} SLICE=${SLICE:-} ZONE=${ZONE:-} PROJECT=${PROJECT:-} WORKER=${WORKER:-0}
 TIER='' DRY_RUN='' COMMAND='' TRAIN=()
-UNIT=fam-jax  # systemd's name of the job on every host
+# The name of the job in systemd on every host.
+UNIT=fam-jax
 POLL_SECONDS=${POLL_SECONDS:-30}
 
 while (($#)); do
@@ -49,8 +51,8 @@ while (($#)); do
     --dry-run) DRY_RUN=yes ;;
     -h | --help) usage; exit 0 ;;
     --) shift; TRAIN=("$@"); break ;;
-    -*) fail "unknown option $1; --help lists them" ;;
-    *) [[ -z $COMMAND ]] || fail "one command at a time, not both $COMMAND and $1"; COMMAND=$1 ;;
+    -*) fail "$1: unknown option; --help lists them" ;;
+    *) [[ -z $COMMAND ]] || fail "$1: is a second command after $COMMAND; give one at a time"; COMMAND=$1 ;;
   esac
   shift
 done
@@ -60,7 +62,7 @@ PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo py
 
 field() { "$PYTHON" -m launch.tpu.slices "$SLICE" "$1"; }
 
-# Prints a command as it could be typed, and runs it.
+# Print a command in a form that a shell accepts, and run it.
 call() {
   local word
   printf '+'
@@ -80,7 +82,8 @@ on_hosts() { # WORKER COMMAND
   call gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" --worker="$1" --command="$2"
 }
 
-state() { # of the queued resource; empty if there is none
+# Print the state of the queued resource; nothing if there is none.
+state() {
   gcloud compute tpus queued-resources describe "$NAME" "${PLACE[@]}" --format='value(state.state)' 2>/dev/null || true
 }
 
@@ -99,8 +102,8 @@ wait_for() {
   local now before=''
   while now=$(state) && [[ $now != ACTIVE ]]; do
     case $now in
-      FAILED | SUSPENDED | SUSPENDING) fail "the request is $now: 'delete' it, then 'create' (a quota? another zone?)" ;;
-      '') fail "there is no request called $NAME in $ZONE: 'create' it first" ;;
+      FAILED | SUSPENDED | SUSPENDING) fail "the request is $now; check the quota or choose another zone, then delete and create it" ;;
+      '') fail "there is no request called $NAME in $ZONE; create it first" ;;
     esac
     [[ $now == "$before" ]] || echo "$(date +%T) $now"
     before=$now
@@ -109,7 +112,7 @@ wait_for() {
   echo "$(date +%T) ACTIVE"
 }
 
-# TPU VMs have Python 3.10: uv brings its own.
+# uv brings its own Python, as TPU VMs have 3.10.
 install() {
   local archive
   archive=${TMPDIR:-/tmp}/fam_jax.tar.gz
@@ -120,9 +123,9 @@ python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --quiet --allow-e
 ~/.local/bin/uv pip install --quiet --constraint constraints.txt --editable '.[tpu]'"
 }
 
-# A unit of systemd outlives the connection, starts again when another host has died (exit code 3) or this one was
-# told to stop (143), and not after a mistake in the command (2). KillMode: SIGTERM to the parent alone, which passes it
-# on. LimitMEMLOCK: the TPU's driver locks the host memory that it transfers to and from.
+# A systemd unit outlives the connection. It restarts when another host died (exit code 3) or this one was told to stop
+# (143), but not after a mistake in the command (2). KillMode=mixed sends SIGTERM to the parent alone, which passes it on.
+# LimitMEMLOCK is needed because the TPU driver locks the host memory that it transfers to and from.
 run() {
   local arguments
   arguments=$(printf ' %q' "${TRAIN[@]}")
@@ -146,28 +149,28 @@ resume() {
 }
 
 delete() {
-  # --force: with its TPU VMs. Without --async the name is free again when this returns.
+  # --force deletes its TPU VMs too. Without --async, the name is free again when this returns.
   call gcloud compute tpus queued-resources delete "$NAME" "${PLACE[@]}" --force --quiet
 }
 
 case $COMMAND in
   create | wait | install | run | logs | status | stop | resume | delete) ;;
-  '') usage >&2; fail "no command" ;;
-  *) fail "unknown command $COMMAND; --help lists them" ;;
+  '') usage >&2; fail "missing a command; give one of those above" ;;
+  *) fail "$COMMAND: unknown command; --help lists them" ;;
 esac
-[[ -n $NAME ]] || fail "--name=NAME is missing"
-[[ -n $ZONE ]] || fail "--zone=ZONE is missing"
+[[ -n $NAME ]] || fail "missing --name=NAME; --help lists the options"
+[[ -n $ZONE ]] || fail "missing --zone=ZONE; --help lists the options"
 where
 case $COMMAND in
   run | resume)
-    ((${#TRAIN[@]})) || fail "give the arguments of launch.train behind --"
+    ((${#TRAIN[@]})) || fail "missing the arguments of launch.train; give them behind --"
     [[ " ${TRAIN[*]}" == *" --workdir=gs://"* ]] ||
-      fail "--workdir=gs://... is missing: all hosts write to it, so it must be in a bucket"
+      fail "missing --workdir=gs://... behind --; all hosts write to it, so it must be in a bucket"
     ;;
 esac
 case $COMMAND in
   create | resume)
-    [[ -n $SLICE ]] || fail "--slice=SLICE is missing, such as v5p:4x4x8"
+    [[ -n $SLICE ]] || fail "missing --slice=SLICE; give one such as v5p:4x4x8"
     field chips >/dev/null
     ;;
 esac

@@ -1,8 +1,9 @@
-"""TPU slices by the names that each of Google Cloud's interfaces has for them.
+"""Translate the name of a TPU slice into the names that each of Google Cloud's interfaces has for it.
 
     python -m launch.tpu.slices v5p:4x4x8
+    python -m launch.tpu.slices v5p:4x4x8 accelerator_type
 
-A slice is written GENERATION:TOPOLOGY, the topology in chips, as the planner takes it. Sources, read in November 2026:
+A slice is written GENERATION:TOPOLOGY, with the topology in chips, as in launch.plan. Sources, read in November 2026:
 https://cloud.google.com/tpu/docs/v4, /v5p, /v5e and /v6e (shapes, hosts, what an accelerator type counts),
 https://cloud.google.com/tpu/docs/runtimes (software of TPU VMs),
 https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus (labels of nodes, machine types).
@@ -11,22 +12,28 @@ https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus (labels of no
 import dataclasses
 import json
 import math
-import sys
+from collections.abc import Sequence
 
 from fam_jax.config import UserError
-from launch.errors import user_errors
+from launch import cli
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """What the slices of a TPU generation have in common."""
 
-    accelerator_type: str  # followed by a count
-    counts_cores: bool  # two per chip; otherwise the count is of chips
-    dimensions: int  # of the topology
-    runtime_version: str  # of TPU VMs
-    gke_accelerator: str  # value of a node's label cloud.google.com/gke-tpu-accelerator
-    machine_type: str  # of a node, followed by its chips
+    # Prefix of its accelerator types, which end in a count.
+    accelerator_type: str
+    # Whether the count is of cores, two per chip, rather than of chips.
+    counts_cores: bool
+    # Number of dimensions of its topologies.
+    dimensions: int
+    # Software of its TPU VMs.
+    runtime_version: str
+    # Value of the label cloud.google.com/gke-tpu-accelerator of its nodes.
+    gke_accelerator: str
+    # Prefix of its machine types, which end in the number of chips of a node.
+    machine_type: str
 
 
 GENERATIONS = {
@@ -39,49 +46,51 @@ GENERATIONS = {
 }
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-# Smaller than a cube of 4x4x4; larger ones are made of whole cubes.
+# Topologies smaller than a cube of 4x4x4; larger ones consist of whole cubes.
 SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-# Of the shapes with as many chips, that which an accelerator type stands for: the documentation's tables.
+# Several topologies may have the same number of chips. An accelerator type stands for the one in the documentation's
+# tables.
 USUAL = (*SMALL, "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24")
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A slice of TPU chips; one VM, and one process of a job, per host."""
+    """A slice of TPU chips, with one VM and one process of a job per host."""
 
     generation: str
     topology: str
     chips: int
     hosts: int
     chips_per_host: int
-    accelerator_type: str  # empty if none stands for this shape
+    # Empty if no type stands for this topology.
+    accelerator_type: str
     runtime_version: str
     gke_accelerator: str
     machine_type: str
 
     @property
     def request(self) -> list[str]:
-        """The flags by which gcloud asks for it."""
+        """Return the flags with which gcloud requests the slice."""
         if self.accelerator_type:
             return [f"--accelerator-type={self.accelerator_type}"]
         return [f"--type={self.generation}", f"--topology={self.topology}"]
 
 
 def parse_slice(name: str) -> Slice:
-    """The slice that is called, say, `v5p:4x4x8`.
+    """Return the slice with a name such as `v5p:4x4x8`.
 
     Raises:
-      UserError: there is no such generation, or no such shape of it.
+      UserError: there is no such generation, or it has no such topology.
     """
     generation, _, topology = name.partition(":")
     if generation not in GENERATIONS:
         raise UserError(
-            f"slice {name!r}: expected GENERATION:TOPOLOGY such as v5p:4x4x8, of {', '.join(GENERATIONS)}"
+            f"slice {name!r}: expected GENERATION:TOPOLOGY, such as v5p:4x4x8; generations are {', '.join(GENERATIONS)}"
         )
     facts = GENERATIONS[generation]
     _check_shape(name, topology, facts.dimensions)
     chips = math.prod(int(size) for size in topology.split("x"))
-    # Slices of one host may have 1 or 8 chips in it; all others have 4.
+    # A slice of up to 8 chips with a flat topology is one host. All other hosts have 4 chips.
     per_host = chips if facts.dimensions == 2 and chips <= 8 else 4
     usual = topology in (FLAT if facts.dimensions == 2 else USUAL)
     count = chips * (2 if facts.counts_cores else 1)
@@ -99,33 +108,42 @@ def parse_slice(name: str) -> Slice:
 
 
 def _check_shape(name: str, topology: str, dimensions: int) -> None:
+    generation = name.partition(":")[0]
     if dimensions == 2:
         if topology not in FLAT:
-            raise UserError(f"slice {name!r}: the topologies of this generation are {', '.join(FLAT)}")
+            raise UserError(f"slice {name!r}: {generation} has the topologies {', '.join(FLAT)}")
         return
     sizes = [int(size) if size.isdecimal() else 0 for size in topology.split("x")]
     cubes = len(sizes) == 3 and sizes == sorted(sizes) and all(size and size % 4 == 0 for size in sizes)
     if topology not in SMALL and not cubes:
         raise UserError(
-            f"slice {name!r}: the topologies of this generation are {', '.join(SMALL)}, and rising multiples of 4 "
-            "such as 4x4x8"
+            f"slice {name!r}: {generation} has the topologies {', '.join(SMALL)}, and "
+            "multiples of 4 in ascending order, such as 4x4x8"
         )
 
 
-def main(arguments: list[str]) -> None:
-    """Prints the names of a slice as JSON, or the words of the field that a second argument names."""
-    if len(arguments) not in (1, 2):
-        raise UserError("expected a slice such as v5p:4x4x8")
-    found = parse_slice(arguments[0])
-    if len(arguments) == 1:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
-        return
-    value = getattr(found, arguments[1], None)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the names of a slice, or one of them; return the exit code.
+
+    Raises:
+      UserError: there is no such slice, or no such name.
+    """
+    parser = cli.Parser("tpu.slices", __doc__)
+    parser.add_argument("slice", type=parse_slice, metavar="SLICE", help="such as v5p:4x4x8")
+    parser.add_argument(
+        "field", nargs="?", metavar="FIELD", help="print this name alone, as a shell script needs it"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.field is None:
+        print(json.dumps(dataclasses.asdict(arguments.slice), indent=2))
+        return 0
+    value = getattr(arguments.slice, arguments.field, None)
     if value is None:
-        raise UserError(f"{arguments[1]}: a slice has no such field")
+        names = [field.name for field in dataclasses.fields(Slice)]
+        raise UserError(f"{arguments.field}: no such name; a slice has {', '.join(names)}, request")
     print(" ".join(value) if isinstance(value, list) else value)
+    return 0
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main(sys.argv[1:])
+    cli.run(main)

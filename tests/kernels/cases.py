@@ -1,4 +1,4 @@
-"""Calls of block attention, and what dense attention by hand in NumPy float64 says of them."""
+"""Calls of block attention, and dense attention in NumPy float64 to compare them with."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -7,58 +7,68 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fam_jax.config import ceil_div
 from fam_jax.kernels import block_attention
 from tests.model.tiny import quick_jit
 
 Arrays = dict[str, np.ndarray]
-WIDER = 32  # the kernels' blocks are multiples of 128, the others' here of 4
+# Factor from the small blocks of these cases (multiples of 4) to those of the kernels (multiples of 128).
+WIDER = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call's shapes and options; the defaults make blocks of four tokens."""
+    """Shapes and options of a call; the defaults make blocks of four tokens."""
 
-    length: int = 12  # T
-    block_size: int = 4  # C
-    memory_segments: int = 2  # m
-    heads: int = 4  # H
-    kv_heads: int = 2  # K
-    fam_slots: int = 3  # S
+    # T
+    length: int = 12
+    # C
+    block_size: int = 4
+    # m
+    memory_segments: int = 2
+    # H
+    heads: int = 4
+    # K
+    kv_heads: int = 2
+    # S
+    extra_slots: int = 3
     window: int = 0
     stop_gradient: bool = False
     softcap: float = 0.0
-    past_blocks: tuple[int, ...] = (2, 1, 0)  # per row: how many blocks of the past exist
+    # Filled blocks of the past, per row of the batch
+    past_blocks: tuple[int, ...] = (2, 1, 0)
+    # hd
     head_dim: int = 4
-    slots: int = -1  # blocks of the past that there is room for; -1 = m
-    counted: bool = True  # give past_length and fam_count
+    # P / C; -1 means m.
+    slots: int = -1
+    # Whether the call passes past_length and extra_count
+    counted: bool = True
 
     @property
     def past_slots(self) -> int:
-        """P: tokens of the past that there is room for."""
+        """P."""
         return self.block_size * (self.memory_segments if self.slots < 0 else self.slots)
 
     @property
     def blocks(self) -> int:
-        """N, the last one not full perhaps."""
-        return -(-self.length // self.block_size)
+        """N; the last block may be incomplete."""
+        return ceil_div(self.length, self.block_size)
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of the call."""
-        return {
-            "block_size": self.block_size, "memory_segments": self.memory_segments, "window": self.window,
-            "stop_gradient": self.stop_gradient, "softcap": self.softcap,
-        }  # fmt: skip
+        """Return the keyword arguments of the call."""
+        names = ("block_size", "memory_segments", "window", "stop_gradient", "softcap")
+        return {name: getattr(self, name) for name in names}
 
     def wider(self) -> "Case":
-        """The same structure at a size that the kernels take; fewer heads, for their interpreter is slow."""
+        """Return the same structure at a size that the kernels take, with fewer heads to save time."""
         whole, rest = divmod(self.length, self.block_size)
         size = self.block_size * WIDER
         fewer = 2 if self.kv_heads % 2 == 0 else 1
         return dataclasses.replace(
             self,
-            length=whole * size + rest * WIDER - (rest > 0),
+            length=whole * size + max(rest * WIDER - 1, 0),
             block_size=size,
-            window=self.window * WIDER - (self.window > 0),
+            window=max(self.window * WIDER - 1, 0),
             head_dim=2 * self.head_dim,
             heads=self.heads // fewer,
             kv_heads=self.kv_heads // fewer,
@@ -66,46 +76,50 @@ class Case:
 
 
 class Call(NamedTuple):
-    """A case's arguments in float64, and a cotangent."""
+    """The arguments of a case in float64, and a cotangent."""
 
-    inputs: Arrays  # q, k, v, fam_k, fam_v
-    past_length: np.ndarray  # (B,)
-    fam_count: np.ndarray  # (B, N)
+    # q, k, v, extra_k, extra_v
+    inputs: Arrays
+    # (B,)
+    past_length: np.ndarray
+    # (B, N)
+    extra_count: np.ndarray
+    # Like q
     cotangent: np.ndarray
 
 
 def draw(case: Case, seed: int = 0) -> Call:
-    """Random arguments; between 0 and S of the feedback keys of each block exist."""
+    """Return random arguments; between 0 and S extra keys of each block exist."""
     rng = np.random.default_rng(seed)
     batch, tokens = len(case.past_blocks), case.past_slots + case.length
-    fam = (batch, case.blocks, case.fam_slots, case.kv_heads, case.head_dim)
+    extra = (batch, case.blocks, case.extra_slots, case.kv_heads, case.head_dim)
     queries = (batch, case.length, case.heads, case.head_dim)
     keys = (batch, tokens, case.kv_heads, case.head_dim)
-    shapes = {"q": queries, "k": keys, "v": keys, "fam_k": fam, "fam_v": fam}
+    shapes = {"q": queries, "k": keys, "v": keys, "extra_k": extra, "extra_v": extra}
     inputs = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     past_length = np.array(case.past_blocks, np.int32) * case.block_size
-    fam_count = rng.integers(0, case.fam_slots + 1, (batch, case.blocks)).astype(np.int32)
+    extra_count = rng.integers(0, case.extra_slots + 1, (batch, case.blocks)).astype(np.int32)
     if not case.counted:
-        past_length, fam_count = (
+        past_length, extra_count = (
             np.full_like(past_length, case.past_slots),
-            np.full_like(fam_count, case.fam_slots),
+            np.full_like(extra_count, case.extra_slots),
         )
-    return Call(inputs, past_length, fam_count, rng.normal(size=queries))
+    return Call(inputs, past_length, extra_count, rng.normal(size=queries))
 
 
 def attend(case: Case, call: Call, inputs: dict[str, Any], implementation: str) -> jax.Array:
-    """The call under test."""
-    ordered = (inputs[name] for name in ("q", "k", "v", "fam_k", "fam_v"))
-    counts = (jnp.asarray(call.past_length), jnp.asarray(call.fam_count)) if case.counted else (None, None)
+    """Return the attention under test."""
+    ordered = (inputs[name] for name in ("q", "k", "v", "extra_k", "extra_v"))
+    counts = (jnp.asarray(call.past_length), jnp.asarray(call.extra_count)) if case.counted else (None, None)
     return block_attention(*ordered, *counts, implementation=implementation, **case.options())
 
 
 def visibility(case: Case, call: Call) -> tuple[np.ndarray, np.ndarray]:
-    """(B, T, S) which keys a query sees, from the definition, and (T, S) which get its gradient.
+    """Return (B, T, S), True where a query sees a key, and (T, S), True where the key gets the query's gradient.
 
-    S runs over the past slots, the tokens and then the feedback keys of every block.
+    S runs over the past slots, the tokens, and then the extra keys of every block.
     """
-    at = np.arange(-case.past_slots, case.length)[None]  # position of a key; the first query is at 0
+    at = np.arange(-case.past_slots, case.length)[None]  # positions of keys; the first query is at 0
     t = np.arange(case.length)[:, None]
     blocks_between = t // case.block_size - at // case.block_size
     seen = (at <= t) & (blocks_between <= case.memory_segments)
@@ -113,32 +127,32 @@ def visibility(case: Case, call: Call) -> tuple[np.ndarray, np.ndarray]:
         seen &= t - at < case.window
     seen = seen[None] & (at >= -call.past_length[:, None])[:, None]
     own = t // case.block_size == np.arange(case.blocks)[None]  # (T, N)
-    slot = np.arange(case.fam_slots)
-    fam = own[None, :, :, None] & (slot < call.fam_count[..., None])[:, None]
+    slot = np.arange(case.extra_slots)
+    extra = own[None, :, :, None] & (slot < call.extra_count[..., None])[:, None]
     gradient = (blocks_between == 0) | (not case.stop_gradient)
-    fam_gradient = np.ones((case.length, case.blocks * case.fam_slots), bool)
+    extra_gradient = np.ones((case.length, case.blocks * case.extra_slots), bool)
     return (
-        np.concatenate([seen, fam.reshape(*fam.shape[:2], -1)], axis=-1),
-        np.concatenate([np.broadcast_to(gradient, seen.shape[1:]), fam_gradient], axis=-1),
+        np.concatenate([seen, extra.reshape(*extra.shape[:2], -1)], axis=-1),
+        np.concatenate([np.broadcast_to(gradient, seen.shape[1:]), extra_gradient], axis=-1),
     )
 
 
 def dense_attention(
     case: Case, call: Call, inputs: Arrays, cotangent: np.ndarray
-) -> tuple[np.ndarray, Arrays]:
-    """Output and gradients of one softmax over every key there is."""
+) -> tuple[np.ndarray, Arrays, Arrays]:
+    """Return output and gradients of one softmax over all keys, and the gradients' sums of absolute terms."""
     seen, gradient = visibility(case, call)
     q, group = inputs["q"], case.heads // case.kv_heads
     scale = case.head_dim**-0.5
 
-    def all_keys(tokens: np.ndarray, feedback: np.ndarray) -> np.ndarray:  # (B, S, H, hd)
-        flat = feedback.reshape(len(feedback), -1, *tokens.shape[2:])
+    def all_keys(tokens: np.ndarray, extra: np.ndarray) -> np.ndarray:  # (B, S, H, hd)
+        flat = extra.reshape(len(extra), -1, *tokens.shape[2:])
         return np.repeat(np.concatenate([tokens, flat], axis=1), group, axis=2)
 
     def sums(equation: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.einsum(equation, a, b, optimize=True)  # as matrix products
+        return np.einsum(equation, a, b, optimize=True)  # optimised into matrix products
 
-    k, v = all_keys(inputs["k"], inputs["fam_k"]), all_keys(inputs["v"], inputs["fam_v"])
+    k, v = all_keys(inputs["k"], inputs["extra_k"]), all_keys(inputs["v"], inputs["extra_v"])
     scores, slope = sums("bthd,bshd->bths", q, k) * scale, np.ones(1)
     if case.softcap:
         capped = np.tanh(scores / case.softcap)
@@ -151,10 +165,10 @@ def dense_attention(
     d_scores = p * (d_p - mean) * slope * scale
     d_scores_size = p * (np.abs(d_p) + np.abs(mean)) * slope * scale
 
-    def by_source(name: str, d: np.ndarray) -> Arrays:  # the reverse of all_keys
+    def by_source(name: str, d: np.ndarray) -> Arrays:  # the inverse of all_keys
         d = d.reshape(*d.shape[:2], case.kv_heads, group, case.head_dim).sum(3)
         tokens = inputs[name].shape[1]
-        return {name: d[:, :tokens], "fam_" + name: d[:, tokens:].reshape(inputs["fam_" + name].shape)}
+        return {name: d[:, :tokens], "extra_" + name: d[:, tokens:].reshape(inputs["extra_" + name].shape)}
 
     through = gradient[None, :, None]
 
@@ -170,7 +184,15 @@ def dense_attention(
 
 
 def check(case: Case, implementation: str, dtype: str, roundings: float, seed: int = 0) -> None:
-    """Output and every gradient, to so many roundings of the largest sum of terms."""
+    """Check output and every gradient of a case against :func:`dense_attention`.
+
+    Args:
+      case: the call.
+      implementation: under test.
+      dtype: of all arrays.
+      roundings: the largest error, in units of the dtype's epsilon times the largest sum of absolute terms.
+      seed: of the arguments.
+    """
     with jax.enable_x64(dtype == "float64"):
         call = draw(case, seed)
         inputs = {name: jnp.asarray(x, dtype) for name, x in call.inputs.items()}
@@ -191,7 +213,7 @@ def check(case: Case, implementation: str, dtype: str, roundings: float, seed: i
 
 
 def close(name: str, got: Any, want: np.ndarray, scale: float, dtype: str, roundings: float) -> None:
-    """Raises AssertionError with the error in roundings of `scale`."""
+    """Assert that an error is at most so many roundings of `scale`."""
     error = np.abs(np.asarray(got, np.float64) - want).max(initial=0)
     unit = float(jnp.finfo(dtype).eps) * scale
     assert error <= roundings * unit, f"{name}: {error / unit if unit else error} roundings"

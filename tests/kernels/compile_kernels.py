@@ -1,4 +1,7 @@
-"""Run by test_tpu_compiler: compiles attention and its gradients for a TPU that is not there; prints the kernels."""
+"""Compile attention and its gradients for a TPU, and print the names of the kernels; no TPU needed.
+
+`test_tpu_compiler` runs this module in a process of its own.
+"""
 
 import json
 import math
@@ -15,12 +18,12 @@ from fam_jax.kernels import block_attention, rotary, update_attention
 from fam_jax.plan import topology_devices
 from fam_jax.sharding import make_mesh, traced_for
 
-# (B, H, K, hd, C, T / C, m, S, P / C, dtype); P = 0 are the resident kernels where they fit, else the streamed ones.
+# (B, H, K, hd, C, T / C, m, S, P / C, dtype). Calls with P = 0 use the resident kernels where these fit.
 SHAPES = {
     "training": (1, 2, 2, 128, 256, 4, 2, 16, 0, jnp.bfloat16),
     "training, multi-query": (1, 2, 1, 128, 256, 4, 2, 16, 0, jnp.bfloat16),
     "training, 64 wide heads, float32": (1, 2, 1, 64, 128, 4, 1, 8, 0, jnp.float32),
-    "training, no feedback": (1, 2, 2, 256, 128, 2, 1, 0, 0, jnp.bfloat16),
+    "training, no extra keys": (1, 2, 2, 256, 128, 2, 1, 0, 0, jnp.bfloat16),
     "training, half of the last block": (1, 2, 1, 128, 512, 2.5, 2, 16, 0, jnp.bfloat16),
     "prefill": (2, 2, 1, 128, 256, 2, 2, 64, 2, jnp.bfloat16),
     "prefill, 64 wide heads, float32": (1, 2, 2, 64, 128, 2, 1, 8, 1, jnp.float32),
@@ -31,8 +34,8 @@ SHAPES = {
 
 
 def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **options: Any) -> set[str]:
-    """Names of the Pallas kernels in the executable, for a mesh of so many chips."""
-    batch, heads, kv_heads, head_dim, size, length, segments, fam, past, dtype = SHAPES[name]
+    """Return the names of the attention kernels in the executable, for a mesh of fsdp * tensor chips."""
+    batch, heads, kv_heads, head_dim, size, length, segments, extra, past, dtype = SHAPES[name]
     blocks = math.ceil(length)
     mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), topology_devices(topology)[: fsdp * tensor])
 
@@ -44,7 +47,7 @@ def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **op
     inputs = (
         array(batch, tokens, heads, head_dim),
         *[array(batch, keys, kv_heads, head_dim)] * 2,
-        *[array(batch, blocks, fam, kv_heads, head_dim)] * 2,
+        *[array(batch, blocks, extra, kv_heads, head_dim)] * 2,
     )
     counts = (array(batch, dtype=jnp.int32), array(batch, blocks, dtype=jnp.int32)) if past else (None, None)
 
@@ -64,11 +67,11 @@ def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **op
 
     traced = jax.jit(traced_for(mesh, attention_and_gradients)).trace(inputs, counts, inputs[0])
     text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
-    return set(re.findall(r"fam_attention_[a-z_]*[a-z]", text))
+    return set(re.findall(r"block_attention_[a-z_]*[a-z]", text))
 
 
 def compile_small(topology: str) -> set[str]:
-    """Names of the kernels of a chain of updates and its gradients, of rotary embedding too."""
+    """Return the names of the kernels of rotary embedding, update attention and its gradients."""
     mesh = make_mesh(MeshConfig(), topology_devices(topology)[:1])
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -88,19 +91,19 @@ def compile_small(topology: str) -> set[str]:
     angles = (array(1, 32, 1, 64, dtype=jnp.float32),) * 2
     traced = jax.jit(traced_for(mesh, update_and_gradients)).trace(*shapes, *angles)
     text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
-    return set(re.findall(r"fam_(?:rotary|update_forward|update_backward)", text))
+    return set(re.findall(r"(?:rotary_embedding|update_attention_forward|update_attention_backward)", text))
 
 
 def main(topology: str, *names: str) -> None:
-    """Compiles the named shapes, some a second time, with window and stop-gradient; "small" are the other kernels."""
+    """Compile the named shapes, some also with window and stop-gradient; "small" names the other kernels."""
     for name in names:
         if name == "small":
             print(json.dumps([name, sorted(compile_small(topology))]), flush=True)
             continue
-        window = SHAPES[name][6] * SHAPES[name][4]
-        for options in (
-            ({}, {"window": window, "stop_gradient": True}) if name in ("training", "prefill") else ({},)
-        ):
+        variants: list[dict[str, Any]] = [{}]
+        if name in ("training", "prefill"):
+            variants.append({"window": SHAPES[name][6] * SHAPES[name][4], "stop_gradient": True})
+        for options in variants:
             print(json.dumps([name, sorted(compile_shape(topology, name, **options))]), flush=True)
 
 

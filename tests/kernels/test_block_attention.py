@@ -1,7 +1,7 @@
-"""Every implementation of block attention: forward and all gradients against a dense softmax in float64.
+"""Compare every implementation of block attention, forward and all gradients, with a dense softmax in float64.
 
-Tolerances follow from the dtype: an attention output is an average of values, so its error is a few roundings
-of the largest value, and a gradient's error a few roundings of the sum of its terms' sizes.
+Tolerances follow from the dtype. An attention output is an average of values, so its error is a few roundings of the
+largest value. The error of a gradient is a few roundings of the sum of its absolute terms.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fam_jax.config import ceil_div
 from fam_jax.kernels import IMPLEMENTATIONS, Part, multi_part_attention, xla
 from tests.kernels.cases import Case, attend, check, draw
 from tests.model.tiny import quick_jit
@@ -26,8 +27,8 @@ CASES = {
     "shorter than a block": Case(length=3),
     "one token": Case(length=1),
     "no memory": Case(memory_segments=0, past_blocks=(0, 0)),
-    "no feedback": Case(fam_slots=0),
-    "neither": Case(memory_segments=0, fam_slots=0, past_blocks=(0, 0)),
+    "no extra keys": Case(extra_slots=0),
+    "neither": Case(memory_segments=0, extra_slots=0, past_blocks=(0, 0)),
     "memory longer than the tokens": Case(memory_segments=4, length=6, past_blocks=(4, 2, 0)),
     "window within the block": Case(window=3),
     "window across blocks": Case(window=6, length=11),
@@ -37,7 +38,7 @@ CASES = {
     "a block that is no power of two": Case(block_size=12, length=20, memory_segments=1, past_blocks=(1, 0)),
     "room for part of the past": Case(slots=1, past_blocks=(1, 0)),
 }
-# As in training: nothing was read before, all feedback keys exist.
+# As in training: nothing was read before, and all extra keys exist.
 TRAINING = Case(slots=0, counted=False, past_blocks=(0, 0), length=16)
 TRAINING_CASES = {
     "training": TRAINING,
@@ -45,12 +46,12 @@ TRAINING_CASES = {
     "training, odd length": dataclasses.replace(TRAINING, length=14),
     "training, memory longer than the tokens": dataclasses.replace(TRAINING, memory_segments=4, length=8),
     "training, no memory": dataclasses.replace(TRAINING, memory_segments=0),
-    "training, no feedback": dataclasses.replace(TRAINING, fam_slots=0, kv_heads=4),
+    "training, no extra keys": dataclasses.replace(TRAINING, extra_slots=0, kv_heads=4),
     "training, window within the block": dataclasses.replace(TRAINING, window=3),
     "training, window across blocks": dataclasses.replace(TRAINING, window=6),
     "training, stop-gradient": dataclasses.replace(TRAINING, stop_gradient=True),
     "training, a block that is no power of two": dataclasses.replace(TRAINING, block_size=12, length=30),
-    # Of a length that is whole tiles but not whole blocks: the kernels leave what is missing of the last block alone.
+    # Whole tiles but not whole blocks: the kernels skip what is missing of the last block.
     "training, half of the last block": dataclasses.replace(TRAINING, block_size=16, length=38),
     "training, half of the only block": dataclasses.replace(TRAINING, block_size=16, length=5, kv_heads=1),
     "training, half of the last block in a window": dataclasses.replace(
@@ -63,7 +64,7 @@ SOFT_CAPPED = {
     "soft cap, stop-gradient in a window": Case(softcap=0.5, stop_gradient=True, window=6, length=11),
     "soft cap, training": dataclasses.replace(TRAINING, softcap=1.0),
 }
-# Those that are made for the machine that the tests run on, in float64; and the kernels, in their interpreter.
+# Implementations that run natively, in float64, and those plus the kernels in their interpreter.
 PORTABLE = ("reference", "xla")
 RUNNABLE = (*PORTABLE, "pallas_interpret")
 
@@ -78,19 +79,21 @@ def test_every_implementation_is_tested() -> None:
 
 @pytest.mark.parametrize("implementation", PORTABLE)
 @pytest.mark.parametrize("case", (ALL_CASES | SOFT_CAPPED).values(), ids=ALL_CASES | SOFT_CAPPED)
-def test_is_dense_attention_under_its_mask(case: Case, implementation: str) -> None:
+def test_portable_implementations_match_dense_attention(case: Case, implementation: str) -> None:
     check(case, implementation, "float64", roundings=16)
 
 
 @pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
-def test_the_kernels_are_dense_attention_under_its_mask(case: Case) -> None:
+def test_kernels_match_dense_attention(case: Case) -> None:
     check(case.wider(), "pallas_interpret", "float32", roundings=8)
 
 
 @pytest.mark.parametrize("past_blocks", [(0,), (2,)])
-def test_one_key_head_for_two_cores(past_blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an odd number of rows and key heads, which two cores cannot divide."""
-    monkeypatch.setattr("fam_jax.kernels.pallas.call.CORES", {"interpreter": 2})
+def test_two_cores_split_a_single_key_head(
+    past_blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two cores cannot divide an odd number of rows times key heads, so the key heads are repeated."""
+    monkeypatch.setattr("fam_jax.kernels.pallas.block_attention.CORES", {"interpreter": 2})
     case = dataclasses.replace(
         TRAINING, kv_heads=1, past_blocks=past_blocks, slots=-1 if past_blocks[0] else 0
     )
@@ -104,14 +107,13 @@ def test_one_key_head_for_two_cores(past_blocks: tuple[int, ...], monkeypatch: p
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", ["plain", "stop-gradient in a window", "training"])
 def test_narrow_dtypes(case: str, dtype: str, implementation: str) -> None:
-    """bfloat16: probabilities, outputs and the products of the backward pass are rounded once each."""
+    """In bfloat16, probabilities, outputs and the products of the backward pass are each rounded once."""
     roundings = {"float32": 8, "bfloat16": 2}[dtype]
     check(of_size(ALL_CASES[case], implementation), implementation, dtype, roundings)
 
 
 @pytest.mark.parametrize("case", ["plain", "odd length", "stop-gradient", "window across blocks"])
-def test_xla_in_groups_of_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path for scores that are too large to exist at once."""
+def test_xla_takes_large_scores_in_groups_of_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one_block = 4 * 3 * 4 * 4 * (3 * 4 + 3)  # bytes: 4 B H C ((m + 1) C + S)
     monkeypatch.setattr(xla, "SCORE_BYTES", one_block)
     call = draw(CASES[case])
@@ -121,7 +123,7 @@ def test_xla_in_groups_of_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @st.composite
 def any_case(draw_from: st.DrawFn) -> Case:
-    """Shapes and options that nobody thought of."""
+    """Draw arbitrary shapes and options."""
     size, segments = draw_from(st.integers(1, 5)), draw_from(st.integers(0, 4))
     kv_heads = draw_from(st.sampled_from([1, 2]))
     training = draw_from(st.booleans())
@@ -132,7 +134,7 @@ def any_case(draw_from: st.DrawFn) -> Case:
         memory_segments=segments,
         heads=kv_heads * draw_from(st.integers(1, 3)),
         kv_heads=kv_heads,
-        fam_slots=draw_from(st.integers(0, 5)),
+        extra_slots=draw_from(st.integers(0, 5)),
         window=draw_from(st.integers(0, segments * size + 1)),
         stop_gradient=draw_from(st.booleans()),
         past_blocks=tuple(past),
@@ -152,22 +154,22 @@ def test_any_shape(case: Case, seed: int, implementation: str) -> None:
 @hypothesis.given(case=any_case(), seed=st.integers(0, 2**16))
 @hypothesis.settings(max_examples=15, deadline=None)
 def test_any_shape_in_the_kernels(case: Case, seed: int) -> None:
-    wide = dataclasses.replace(case, block_size=4, length=-(-case.length * 4 // case.block_size)).wider()
+    wide = dataclasses.replace(case, block_size=4, length=ceil_div(case.length * 4, case.block_size)).wider()
     window = min(wide.window, wide.memory_segments * wide.block_size + 1)
     check(dataclasses.replace(wide, window=window), "pallas_interpret", "float32", roundings=8, seed=seed)
 
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
-def test_what_is_hidden_has_no_influence(implementation: str) -> None:
-    """Slots of a past that does not exist, and of feedback keys that do not, may hold anything finite."""
+def test_hidden_keys_have_no_influence(implementation: str) -> None:
+    """Empty past slots and extra keys beyond the count may hold any finite value."""
     case = of_size(Case(), implementation)
     call = draw(case)
     spoilt = {name: x.copy() for name, x in call.inputs.items()}
     for b, length in enumerate(call.past_length):
         for name in ("k", "v"):
             spoilt[name][b, : case.past_slots - length] = 1e6
-        for n, count in enumerate(call.fam_count[b]):
-            for name in ("fam_k", "fam_v"):
+        for n, count in enumerate(call.extra_count[b]):
+            for name in ("extra_k", "extra_v"):
                 spoilt[name][b, n, count:] = 1e6
     assert all((spoilt[name] != call.inputs[name]).any() for name in spoilt if name != "q")
     attention = quick_jit(lambda x: attend(case, call, x, implementation))
@@ -177,7 +179,7 @@ def test_what_is_hidden_has_no_influence(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", RUNNABLE)
 @pytest.mark.parametrize("case", ["plain", "training"])
 def test_the_future_has_no_influence(case: str, implementation: str) -> None:
-    """A change of one token's key and value reaches that token and later ones, and none beyond its window."""
+    """A change of one token's key and value affects that token and later ones, up to the end of its window."""
     case = of_size(ALL_CASES[case], implementation)
     call = draw(case)
     attention = quick_jit(lambda x: attend(case, call, x, implementation))
@@ -188,7 +190,9 @@ def test_the_future_has_no_influence(case: str, implementation: str) -> None:
         for name in ("k", "v"):
             changed[name][:, case.past_slots + token] += 1
         differs = (np.asarray(attention(single(changed))) != plain).any(axis=(0, 2, 3))
-        last = (token // size + case.memory_segments + 1) * size  # the first block that no longer sees it
+        last = (
+            token // size + case.memory_segments + 1
+        ) * size  # start of the first block that no longer sees it
         reached = np.arange(case.length)
         np.testing.assert_array_equal(differs, (reached >= token) & (reached < last))
 
@@ -206,7 +210,7 @@ def single(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: x.astype(np.float32) for name, x in inputs.items()}
 
 
-def test_auto_is_xla_where_there_is_no_tpu() -> None:
+def test_auto_is_xla_without_a_tpu() -> None:
     call = draw(Case())
 
     def result(name: str) -> np.ndarray:
@@ -221,33 +225,33 @@ def test_auto_is_xla_where_there_is_no_tpu() -> None:
         (Case(), "splash", "unknown attention implementation"),
         (Case(memory_segments=1), "auto", "past slots"),
         (Case(block_size=3), "auto", "past slots"),
-        (Case(block_size=8), "auto", "feedback keys"),
-        (Case(), "pallas", "multiple of 128, and it is 4"),
-        (Case(), "pallas_interpret", "multiple of 128, and it is 4"),
+        (Case(block_size=8), "auto", "extra keys"),
+        (Case(), "pallas", "multiple of 128, but it is 4"),
+        (Case(), "pallas_interpret", "multiple of 128, but it is 4"),
     ],
 )
-def test_contradictions_are_refused(case: Case, implementation: str, message: str) -> None:
+def test_contradictions_are_rejected(case: Case, implementation: str, message: str) -> None:
     call = draw(Case())
     with pytest.raises(ValueError, match=message):
         attend(case, call, single(call.inputs), implementation)
 
 
-def test_wrong_feedback_keys_are_refused() -> None:
+def test_wrong_extra_keys_are_rejected() -> None:
     call = draw(Case(length=8))
     inputs = single(call.inputs)
-    inputs["fam_k"] = inputs["fam_k"][:, :1]
-    with pytest.raises(ValueError, match="feedback keys"):
+    inputs["extra_k"] = inputs["extra_k"][:, :1]
+    with pytest.raises(ValueError, match="extra keys"):
         attend(Case(length=8), call, inputs, "auto")
 
 
-def test_the_kernels_say_that_there_is_no_tpu() -> None:
+def test_kernels_need_a_tpu() -> None:
     case = Case().wider()
     call = draw(case)
     with pytest.raises(ValueError, match="run on TPUs, and there is none"):
         attend(case, call, single(call.inputs), "pallas")
 
 
-def test_the_kernels_refuse_float64() -> None:
+def test_kernels_reject_float64() -> None:
     case = Case().wider()
     call = draw(case)
     with jax.enable_x64(True), pytest.raises(ValueError, match="bfloat16 and float32"):
@@ -255,21 +259,21 @@ def test_the_kernels_refuse_float64() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["pallas", "pallas_interpret"])
-def test_the_kernels_refuse_a_soft_cap(implementation: str) -> None:
+def test_kernels_reject_a_soft_cap(implementation: str) -> None:
     case = dataclasses.replace(Case(), softcap=1.0).wider()
     call = draw(case)
     with pytest.raises(ValueError, match="no soft cap"):
         attend(case, call, single(call.inputs), implementation)
 
 
-def test_heads_that_do_not_divide_are_refused() -> None:
+def test_heads_that_do_not_divide_are_rejected() -> None:
     call = draw(Case(heads=3))
     with pytest.raises(ValueError, match="do not divide"):
         attend(Case(), call, single(call.inputs), "auto")
 
 
-def test_joint_attention_is_one_softmax_over_all_parts() -> None:
-    """Parts with a query each are the same as one part, where the queries are the same."""
+def test_multi_part_attention_is_one_softmax_over_all_parts() -> None:
+    """Several parts with the same queries are equal to one part."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         q, k, v = (jnp.asarray(rng.normal(size=(2, n, h, 4))) for n, h in ((3, 4), (7, 2), (7, 2)))

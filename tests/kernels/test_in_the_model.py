@@ -1,4 +1,4 @@
-"""The whole model by the kernels and by XLA: the same logits, memory and gradients, however it is called."""
+"""The whole model computes the same logits, state and gradients by the kernels and by XLA."""
 
 import dataclasses
 from typing import Any
@@ -59,7 +59,7 @@ def test_kernels_and_xla_agree(changes: dict[str, Any], past_slots: bool) -> Non
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_devices_share_rows_and_heads(kv_heads: int) -> None:
-    """Over a mesh (fsdp 2, tensor 2) each device computes its part, and gradients of what they share are summed."""
+    """On a mesh (fsdp 2, tensor 2) each device computes its part, and gradients of shared arrays are summed."""
     case = dataclasses.replace(TRAINING, heads=4, kv_heads=kv_heads, length=8).wider()
     case = dataclasses.replace(case, heads=4, kv_heads=kv_heads)
     call = draw(case)

@@ -1,4 +1,4 @@
-"""The kernels on a simulated chip of two cores, whose interpreter watches every access to memory."""
+"""Run the kernels on a simulated chip of two cores, whose interpreter checks every memory access for races."""
 
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fam_jax.kernels import block_attention
-from fam_jax.kernels.pallas.call import pallas_block_attention
+from fam_jax.kernels.pallas.block_attention import pallas_block_attention
 from tests.kernels.cases import Case, attend, draw
 
 WATCHED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
@@ -41,8 +41,8 @@ def test_no_two_cores_touch_the_same_memory(
     assert "RACE" not in "".join(capfd.readouterr())
 
 
-def test_the_interpreter_does_see_races(capfd: pytest.CaptureFixture[str]) -> None:
-    """All steps add to one block; the dimension is called parallel all the same."""
+def test_the_interpreter_detects_races(capfd: pytest.CaptureFixture[str]) -> None:
+    """All steps add to one block, although the dimension is declared parallel."""
 
     def add(x: Any, sums: Any) -> None:
         sums[...] += x[...]

@@ -1,4 +1,4 @@
-"""FAM's own attention and rotary embedding: every implementation against NumPy in float64, forward and gradients."""
+"""Compare update attention and rotary embedding, forward and gradients, with NumPy in float64."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from fam_jax.sharding import make_mesh, replicated, traced_for
 from tests.model.tiny import quick_jit
 
 HEADS = {"multi-head": (2, 2), "grouped queries": (4, 2), "multi-query": (3, 1)}
-BATCH, FAM, SIZE, BLOCKS, REST = 2, 16, 128, 3, 40
-NAMES = ("q", "fam_k", "fam_v", "k", "v")
+BATCH, ROWS, SIZE, BLOCKS, REST = 2, 16, 128, 3, 40
+NAMES = ("q", "own_k", "own_v", "k", "v")
 
 
 def draw(heads: int, kv_heads: int, head_dim: int = 128) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     length = BLOCKS * SIZE + REST
-    shapes = ((FAM, heads), (FAM, kv_heads), (FAM, kv_heads), (length, kv_heads), (length, kv_heads))
+    shapes = ((ROWS, heads), (ROWS, kv_heads), (ROWS, kv_heads), (length, kv_heads), (length, kv_heads))
     return {
         name: rng.normal(size=(BATCH, *shape, head_dim)) for name, shape in zip(NAMES, shapes, strict=True)
     }
@@ -28,7 +28,7 @@ def draw(heads: int, kv_heads: int, head_dim: int = 128) -> dict[str, np.ndarray
 
 def attend(arrays: dict[str, Any], block: int, taps: Any, implementation: str, softcap: float = 0.0) -> Any:
     side_by_side = (arrays[name].reshape(BATCH, -1, taps[0].shape[-1]) for name in ("k", "v"))
-    own = (arrays[name] for name in ("q", "fam_k", "fam_v"))
+    own = (arrays[name] for name in ("q", "own_k", "own_v"))
     number = jnp.int32(block)
     return update_attention(*own, *side_by_side, number, taps, softcap=softcap, implementation=implementation)
 
@@ -36,7 +36,7 @@ def attend(arrays: dict[str, Any], block: int, taps: Any, implementation: str, s
 def with_gradients(
     arrays: dict[str, np.ndarray], block: int, implementation: str, dtype: str, softcap: float = 0.0
 ) -> tuple[Any, dict[str, Any]]:
-    """The result, and the gradients of its sum with `weights`; of k and v those of the block."""
+    """Return the result and the gradients of its weighted sum; those of k and v cover one block."""
     given = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
     tap = jnp.zeros((BATCH, SIZE, given["k"].shape[2] * given["k"].shape[3]), dtype)
 
@@ -61,7 +61,7 @@ def weights(shape: tuple[int, ...]) -> jax.Array:
 def by_hand(
     arrays: dict[str, np.ndarray], block: int, softcap: float
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Softmax and its derivative, head by head."""
+    """Return softmax attention and its gradients, computed head by head."""
     here = slice(block * SIZE, (block + 1) * SIZE)
     out = np.empty_like(arrays["q"])
     d_out = np.asarray(weights(out.shape), np.float64)
@@ -73,8 +73,8 @@ def by_hand(
         for h in range(out.shape[2]):
             g = h // group
             q = arrays["q"][b, :, h]
-            keys = np.concatenate([arrays["fam_k"][b, :, g], arrays["k"][b, here, g]])
-            values = np.concatenate([arrays["fam_v"][b, :, g], arrays["v"][b, here, g]])
+            keys = np.concatenate([arrays["own_k"][b, :, g], arrays["k"][b, here, g]])
+            values = np.concatenate([arrays["own_v"][b, :, g], arrays["v"][b, here, g]])
             scores = q @ keys.T * scale
             slope = np.ones_like(scores)
             if softcap:
@@ -87,8 +87,8 @@ def by_hand(
             ds = p * (dp - (p * dp).sum(1, keepdims=True)) * slope * scale
             gradients["q"][b, :, h] = ds @ keys
             for name, whole in (("k", ds.T @ q), ("v", p.T @ d_out[b, :, h])):
-                gradients[f"fam_{name}"][b, :, g] += whole[:FAM]
-                gradients[name][b, :, g] += whole[FAM:]
+                gradients[f"own_{name}"][b, :, g] += whole[:ROWS]
+                gradients[name][b, :, g] += whole[ROWS:]
     return out, gradients
 
 
@@ -99,7 +99,7 @@ def test_update_attention(heads: tuple[int, int], block: int, implementation: st
     arrays = draw(*heads)
     want, slopes = by_hand(arrays, block, 0.0)
     got, gradients = with_gradients(arrays, block, implementation, "float32")
-    # An average of values, and sums of as many terms as there are keys and queries: a few roundings of the largest.
+    # Averages of values, and sums over keys or queries: an error of a few roundings of the largest.
     np.testing.assert_allclose(got, want, rtol=0, atol=4e-6)
     for name, slope in slopes.items():
         np.testing.assert_allclose(
@@ -107,7 +107,7 @@ def test_update_attention(heads: tuple[int, int], block: int, implementation: st
         )
 
 
-def test_update_attention_with_a_soft_cap_is_xlas_in_float64() -> None:
+def test_xla_update_attention_with_a_soft_cap_in_float64() -> None:
     arrays = draw(4, 2, head_dim=8)
     with jax.enable_x64(True):
         want, slopes = by_hand(arrays, 1, 1.5)
@@ -157,17 +157,17 @@ def test_rotary_kernel(rows: int, length: int) -> None:
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_devices_share_rows_and_heads(kv_heads: int) -> None:
-    """Over a mesh (fsdp 2, tensor 2) each device computes its part, and gradients of what they share are summed."""
+    """On a mesh (fsdp 2, tensor 2) each device computes its part, and gradients of shared arrays are summed."""
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in draw(4, kv_heads).items()}
     tap = jnp.zeros((BATCH, SIZE, kv_heads * 128), jnp.float32)
-    angles = jnp.linspace(0.0, 3.0, FAM * 64).reshape(1, FAM, 1, 64)
+    angles = jnp.linspace(0.0, 3.0, ROWS * 64).reshape(1, ROWS, 1, 64)
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
 
     def gradients(arrays: Any, tap: Any) -> Any:
         def of(own: Any, taps: Any) -> Any:
             turned = {
                 name: rotary(own[name], jnp.cos(angles), jnp.sin(angles), implementation="pallas_interpret")
-                for name in ("q", "fam_k")
+                for name in ("q", "own_k")
             }
             return attend(arrays | own | turned, 1, taps, "pallas_interpret")
 

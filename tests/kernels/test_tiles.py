@@ -1,17 +1,25 @@
-"""Tile sizes: what is refused, and which kernels a call gets."""
+"""Checks of tile sizes, and the choice of kernels for a call."""
 
 import dataclasses
 
 import jax.numpy as jnp
 import pytest
 
-from fam_jax.kernels.pallas.geometry import Geometry, Span, sight, tiles
+from fam_jax.kernels.pallas.geometry import Geometry, Span, sight
 from fam_jax.kernels.pallas.tiles import VMEM_MIB, Tiles, choose_tiles
 
 PAPER = Geometry(
-    block_size=1024, blocks=8, segments=3, window=0, fam_slots=64, fam_keys=64, heads=12, kv_heads=12, head_dim=128,
+    block_size=1024,
+    blocks=8,
+    segments=3,
+    window=0,
+    extra_slots=64,
+    extra_keys=64,
+    heads=12,
+    kv_heads=12,
+    head_dim=128,
     stop_gradient=False,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("chip", [*VMEM_MIB, "TPU of the future"])
@@ -38,14 +46,18 @@ def test_a_long_memory_is_streamed() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"rows": 100}, "rows is 100"), ({"keys": 0}, "keys is 0"), ({"streamed": 384}, "does not divide")],
+    [
+        ({"rows": 100}, "rows is 100"),
+        ({"keys": 0}, "keys is 0"),
+        ({"streamed": 384}, "divisor of the block size 1024"),
+    ],
 )
 def test_wrong_sizes_are_named(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(Tiles(True, True), **change).check(1024)
 
 
-def test_sight_is_what_pairs_see() -> None:
+def test_sight_agrees_with_pairs_of_positions() -> None:
     for window in (0, 1, 3, 6):
         for query_start in range(0, 8, 2):
             for key_start in range(-8, 8, 2):
@@ -58,10 +70,10 @@ def test_sight_is_what_pairs_see() -> None:
                     ]
                     want = "all" if all(pairs) else "some" if any(pairs) else "none"
                     got = sight(queries, keys, window)
-                    # A tile that a band merely passes by may be called "some": it is masked.
+                    # "some" is also allowed where no pair is visible: the tile is masked.
                     assert got == want or (got == "some" and want == "none")
 
 
 def test_tiles_cover_a_span() -> None:
-    assert tiles(Span(-10, 7), 3) == [Span(-10, 3), Span(-7, 3), Span(-4, 1)]
-    assert tiles(Span(5, 0), 3) == []
+    assert Span(-10, 7).split(3) == [Span(-10, 3), Span(-7, 3), Span(-4, 1)]
+    assert Span(5, 0).split(3) == []

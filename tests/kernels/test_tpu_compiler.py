@@ -1,4 +1,4 @@
-"""The kernels go through the real TPU compiler, which needs no TPU, for every generation that is supported."""
+"""Compile the kernels by the real TPU compiler, which needs no TPU, for every supported generation."""
 
 import json
 
@@ -9,15 +9,15 @@ from fam_jax.plan.profile import run_module
 from tests.kernels import compile_kernels
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
-RESIDENT = {"fam_attention_forward", "fam_attention_backward"}
-SMALL = {"fam_rotary", "fam_update_forward", "fam_update_backward"}
-STREAMED = {f"fam_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dfam")}
+RESIDENT = {"block_attention_forward", "block_attention_backward"}
+SMALL = {"rotary_embedding", "update_attention_forward", "update_attention_backward"}
+STREAMED = {f"block_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dextra")}
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
 
 
 def compiled(topology: str, *names: str) -> dict[str, set[str]]:
-    """The kernels in the executables of the named shapes."""
+    """Return the kernels in the executables of the named shapes."""
     result = run_module(compile_kernels.__name__, [topology, *names], timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     kernels: dict[str, set[str]] = {}
@@ -52,5 +52,5 @@ def test_kernels_of_the_papers_shape_compile(topology: str) -> None:
     kernels = compiled(topology, "paper", "paper, prefill")
     assert kernels["paper, prefill"] == STREAMED
     # The fast memory of v4 is too small for the resident forward kernel.
-    small = {"fam_attention_backward", "fam_attention_streamed_forward"}
+    small = {"block_attention_backward", "block_attention_streamed_forward"}
     assert kernels["paper"] == (small if topology == "v4:2x2x1" else RESIDENT)

@@ -1,4 +1,4 @@
-"""Starting a job of two processes with four simulated devices each, as a user does."""
+"""Start a job of two processes with four simulated devices each, as a user does."""
 
 import contextlib
 import pathlib
@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from tests.launch.running import ROOT, command, environment
 
 COUNT, DEVICES = 2, 4
-PATIENCE = 300.0  # seconds, on a busy machine
+# Seconds to wait, on a busy machine.
+PATIENCE = 300.0
 SETTINGS = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
@@ -21,10 +22,10 @@ def free_port() -> int:
 
 
 class Group:
-    """Processes of one job, and what each has written to stderr."""
+    """The processes of a job and their output."""
 
     def __init__(self, folder: pathlib.Path, *arguments: str, last: str = ""):
-        """Starts `python -m ARGUMENTS` twice, the second time with the argument `last` too."""
+        """Start `python -m ARGUMENTS` twice, the second time with the argument `last` too."""
         folder.mkdir(parents=True, exist_ok=True)
         address = f"localhost:{free_port()}"
         self.logs = [folder / f"stderr{index}" for index in range(COUNT)]
@@ -43,19 +44,19 @@ class Group:
             self.processes.append(process)
 
     def wait(self) -> list[int]:
-        """Exit codes."""
+        """Return the exit codes."""
         return [process.wait(PATIENCE) for process in self.processes]
 
     def errors(self, index: int) -> str:
         return self.logs[index].read_text()
 
     def printed(self, index: int) -> str:
-        """Without what the collectives of simulated devices say, from several threads at once."""
+        """Return standard output without the notes of simulated collectives, which several threads print."""
         lines = self.outputs[index].read_text().splitlines()
         return "\n".join(line for line in lines if "connected peer ranks" not in line)
 
     def await_line(self, beginning: str) -> None:
-        """Until process 0 reports so."""
+        """Wait until process 0 prints a line that begins so."""
         deadline = time.monotonic() + PATIENCE
         while not any(line.startswith(beginning) for line in self.errors(0).splitlines()):
             assert all(process.poll() is None for process in self.processes), self.everything()
@@ -79,7 +80,7 @@ def group(folder: pathlib.Path, *arguments: str, last: str = "") -> Iterator[Gro
 
 
 def finish(folder: pathlib.Path, *arguments: str) -> Group:
-    """A job that is to succeed."""
+    """Run a job that must succeed."""
     with group(folder, *arguments) as started:
         assert started.wait() == [0, 0], started.everything()
     return started

@@ -1,4 +1,4 @@
-"""Running `launch` as a user does."""
+"""Run the programs of `launch` as a user does."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ TINY = [
 
 
 def environment() -> dict[str, str]:
-    """That of the tests, with one device."""
+    """Return the environment of the tests, with one device."""
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return {**kept, "JAX_PLATFORMS": "cpu"}
 

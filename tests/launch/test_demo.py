@@ -1,12 +1,16 @@
-"""`python -m launch.demo`, with models that learn nothing and lengths that take no time."""
+"""`python -m launch.demo` with models that are too small to learn, and short lengths."""
 
 import json
 import pathlib
 import subprocess
 import time
+from typing import Any
 
 import pytest
 
+from fam_jax.config import ConfigError
+from fam_jax.config.overrides import Override
+from fam_jax.evaluate import Evaluation
 from launch import demo
 from tests.launch.running import ROOT, TINY, command, environment
 
@@ -37,10 +41,11 @@ def test_the_demo_from_end_to_end_and_again(tmp_path: pathlib.Path) -> None:
     configs = {
         name: json.loads((tmp_path / name / "config.json").read_text())["model"] for name in result["models"]
     }
-    assert {name: config["fam_length"] for name, config in configs.items()} == {
-        "fam": 8,
-        "bswa_m1": 0,
-        "bswa_m1_sg": 0,
+    memories = {name: config["memory"] for name, config in configs.items()}
+    assert {name: (memory["kind"], memory["stop_gradient"]) for name, memory in memories.items()} == {
+        "fam": ("fam", False),
+        "bswa_m1": ("bswa", False),
+        "bswa_m1_sg": ("bswa", True),
     }
 
     began = time.perf_counter()
@@ -50,34 +55,73 @@ def test_the_demo_from_end_to_end_and_again(tmp_path: pathlib.Path) -> None:
     assert json.loads((tmp_path / "passkey.json").read_text())["models"] == result["models"]
 
 
-SETTINGS = ["--lengths=2,4", "--keys=8", "--config.train.steps=4"]
+SETTINGS = {"lengths": (2, 4), "keys": 8, "overrides": (Override("config.train.steps", "4"),)}
 
 
-def wanted(folder: pathlib.Path, *arguments: str) -> list[list[str]]:
-    """Commands that the demo would run for the model with FAM."""
-    return demo.commands("fam", demo.parse([f"--workdir={folder}", *arguments]))
+def settings(workdir: pathlib.Path, **changes: Any) -> demo.Demo:
+    return demo.Demo(workdir, **(SETTINGS | changes))
 
 
 @pytest.mark.parametrize(
     "other",
-    ["--lengths=2,4,6", "--keys=16", "--seed=1", "--config.train.steps=5", "--config.model.num_layers=2"],
+    [
+        {"lengths": (2, 4, 6)},
+        {"keys": 16},
+        {"seed": 1},
+        {"overrides": (Override("config.train.steps", "5"),)},
+        {"overrides": (*SETTINGS["overrides"], Override("config.model.num_layers", "2"))},
+    ],
 )
-def test_results_for_other_settings_are_not_reused(other: str, tmp_path: pathlib.Path) -> None:
-    config = demo.wanted_config("fam", demo.parse(SETTINGS))
+def test_results_for_other_settings_are_not_reused(other: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    config = demo.wanted_config(settings(tmp_path), "fam")
     rows = {"2": {"exact_match": 0.5}, "4": {"exact_match": 0.5}}
-    (tmp_path / "fam").mkdir()
-    (tmp_path / "fam" / "result.json").write_text(json.dumps({"config": config, "lengths": rows, "step": 4}))
-    assert wanted(tmp_path, *SETTINGS) == []
-    assert wanted(tmp_path, *SETTINGS, "--lengths=2") == []
-    train, evaluate = wanted(tmp_path, *SETTINGS, other)
+    path = str(tmp_path / "fam" / "result.json")
+    Evaluation("passkey", 4, "", config, {}, "", {}, {}, {"groups": rows}, path).write()
+    assert demo.commands(settings(tmp_path), "fam") == []
+    assert demo.commands(settings(tmp_path, lengths=(2,)), "fam") == []
+    train, evaluate = demo.commands(settings(tmp_path, **other), "fam")
     assert "launch.train" in train and "launch.evaluate" in evaluate
+
+
+def test_results_of_another_version_are_not_reused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "fam").mkdir()
+    (tmp_path / "fam" / "result.json").write_text('{"lengths": {}}')
+    assert len(demo.commands(settings(tmp_path), "fam")) == 2
+
+
+def test_the_command_line(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[demo.Demo] = []
+    monkeypatch.setattr(
+        demo,
+        "run_demo",
+        lambda given: found.append(given) or {"models": {"fam": {}}, "keys": 8, "seconds": 1},
+    )
+    arguments = [
+        "--lengths=2,4",
+        "--keys=8",
+        "--config.train.steps=4",
+        "--seed",
+        "3",
+        f"--workdir={tmp_path}",
+    ]
+    assert demo.main(arguments) == 0
+    assert found == [settings(tmp_path, seed=3)]
+
+
+def test_a_mistake_deletes_nothing(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "kept").touch()
+    with pytest.raises(
+        ConfigError, match=r"^config\.model\.num_layer: no such field; did you mean num_layers"
+    ):
+        demo.main([f"--workdir={tmp_path}", "--clean", "--config.model.num_layer=4"])
+    assert (tmp_path / "kept").exists()
 
 
 @pytest.mark.parametrize(
     ("argument", "says"),
     [("--lenghts=2", "--lenghts"), ("--lengths=2,four", "--lengths"), ("--keys=x", "--keys")],
 )
-def test_mistakes_are_told_in_a_line(argument: str, says: str, tmp_path: pathlib.Path) -> None:
+def test_a_mistake_is_one_line(argument: str, says: str, tmp_path: pathlib.Path) -> None:
     result = run(tmp_path, argument)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr

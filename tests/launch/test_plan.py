@@ -1,4 +1,4 @@
-"""The planner at the command line: exit codes, what it writes, and what a user sees of mistakes."""
+"""The planner on the command line: exit codes, output, and mistakes."""
 
 import json
 import pathlib
@@ -11,10 +11,10 @@ from tests.plan.programs import needs_compiler
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
-# Runs command lines, each in a fork of one process, for imports take seconds.
+# Runs command lines, each in a fork of one process, as imports take seconds.
 FORKS = """
 import json, os, runpy, sys
-import fam_jax.plan.serving, fam_jax.plan.training, launch.read_config
+import fam_jax.plan.serving, fam_jax.plan.training, launch.cli
 folder, lines = sys.argv[1], json.loads(sys.argv[2])
 for number, line in enumerate(lines):
     child = os.fork()
@@ -27,7 +27,8 @@ for number, line in enumerate(lines):
 """
 
 SMALL = ("--config=configs/fam_1b.py:smoke", "--topology=v5e:2x2")
-WIDE = (  # too much for a chip
+# Too much for a chip.
+WIDE = (
     "--config=configs/fam_24b.py:smoke,pretrain", "--topology=v5e:1x1", "--config.model.num_layers=8",
     "--config.model.model_dim=8192", "--config.model.ff_dim=32768", "--config.model.num_heads=32",
     "--config.model.num_kv_heads=1", "--config.model.head_dim=128",
@@ -35,7 +36,7 @@ WIDE = (  # too much for a chip
 
 
 def run(folder: pathlib.Path, *lines: tuple[str, ...]) -> list[tuple[int, str, str]]:
-    """Exit code, standard output and standard error of each."""
+    """Return the exit code, standard output and standard error of each command line."""
     command = [sys.executable, "-c", FORKS, str(folder), json.dumps(lines)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -59,7 +60,9 @@ MISTAKES = {
         "--mesh=config",
     ): "config.mesh: data * fsdp * tensor = 3",
     (*SMALL, "--what=serve", "--topology=v5q:2x2"): "unknown generation v5q",
-    (*SMALL, "--what=serve", "--streams=0"): "streams",
+    (*SMALL, "--mesh=data=3"): "config.mesh: data * fsdp * tensor = 3, but there are 4 devices",
+    (*SMALL, "--mesh=best"): "argument --mesh: expected the devices along some of data, fsdp, tensor",
+    (*SMALL, "--what=serve", "--streams=0"): "argument --streams: must be at least 1, got 0",
     (*SMALL, "--what=serve", "--tokens=8"): "--tokens: has no meaning for --what=serve",
     (*SMALL, "--streams=8"): "--streams: has no meaning for --what=train",
 }
@@ -67,7 +70,7 @@ MISTAKES = {
 
 @needs_compiler
 @pytest.mark.slow
-def test_mistakes_are_one_line(tmp_path: pathlib.Path) -> None:
+def test_a_mistake_is_one_line(tmp_path: pathlib.Path) -> None:
     for (code, _, err), message in zip(run(tmp_path, *MISTAKES), MISTAKES.values(), strict=True):
         assert code == 2, err
         assert "Traceback" not in err
@@ -77,10 +80,10 @@ def test_mistakes_are_one_line(tmp_path: pathlib.Path) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_run_that_does_not_fit_is_told_what_would_help(tmp_path: pathlib.Path) -> None:
+def test_the_plan_of_a_run_that_does_not_fit_gives_advice(tmp_path: pathlib.Path) -> None:
     report = tmp_path / "plan.json"
     serve = ("--what=serve", "--mesh=config")
-    train, serving = run(tmp_path, (*WIDE, f"--json={report}"), (*WIDE, *serve))
+    train, serving = run(tmp_path, (*WIDE, f"--out={report}"), (*WIDE, *serve))
     assert train[0] == serving[0] == 1
     found = json.loads(report.read_text())
     assert not found["fits"] and "step_seconds_low" not in found
@@ -94,9 +97,9 @@ def test_a_run_that_does_not_fit_is_told_what_would_help(tmp_path: pathlib.Path)
 
 @needs_compiler
 @pytest.mark.slow
-def test_generation_is_planned_on_the_best_of_some_meshes(tmp_path: pathlib.Path) -> None:
+def test_generation_is_planned_on_the_best_of_several_meshes(tmp_path: pathlib.Path) -> None:
     report = tmp_path / "plan.json"
-    ((code, out, err),) = run(tmp_path, (*SMALL, "--what=serve", "--streams=2", f"--json={report}"))
+    ((code, out, err),) = run(tmp_path, (*SMALL, "--what=serve", "--streams=2", f"--out={report}"))
     assert code == 0, err
     found = json.loads(report.read_text())
     assert found["fits"] and found["streams"] == 2 and len(found["tried"]) > 1

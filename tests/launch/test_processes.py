@@ -1,4 +1,4 @@
-"""A job of two processes is the job of one: its results, its checkpoints, its end."""
+"""A job of two processes equals that of one: results, checkpoints, and how it ends."""
 
 import dataclasses
 import json
@@ -15,10 +15,11 @@ import jax
 import numpy as np
 import pytest
 
-from fam_jax.checkpoint import Checkpoints
-from fam_jax.config import Config, resolve
+from fam_jax.checkpoint import Checkpoints, read_config
+from fam_jax.config import Config, MeshConfig, resolve
+from fam_jax.evaluate import evaluate, evaluate_in_training, read_evaluation
 from fam_jax.train import loop
-from launch import evaluation, processes
+from launch import processes
 from tests.launch.group import Group, finish, free_port, group
 from tests.launch.running import ROOT, TINY, command, environment
 
@@ -31,14 +32,14 @@ TRAIN = [
     "--config.train.log_every=1",
 ]  # fmt: skip
 CUBE = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-# The batch is on every device, and each process makes half of it.
+# Every device holds the whole batch, and each process makes half of it.
 TENSOR = ["--config.mesh.data=1", "--config.mesh.tensor=8"]
 # Float32: other meshes, and gloo's all-reduce against XLA's own, sum the same terms in another order.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def config_of(folder: pathlib.Path) -> Config:
-    return resolve(json.loads((folder / "config.json").read_text()))
+    return resolve(read_config(folder))
 
 
 def metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -47,7 +48,7 @@ def metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def saved(folder: pathlib.Path, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """All arrays of a checkpoint, and the position of the data, read by this process alone."""
+    """Return all arrays of a checkpoint and the position of the data, read by this process alone."""
     config = config_of(folder)
     shapes = loop._as_dict(loop.make_trainer(config).state_shapes)
     with Checkpoints(folder, config=dataclasses.asdict(config), keep=9) as checkpoints:
@@ -71,7 +72,7 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path, steps: slice = slice
 
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Most of these jobs compile the same programs."""
+    """Share compiled programs, as most of these jobs need the same ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         yield
@@ -79,7 +80,7 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The run of two processes; its folder is `run`."""
+    """Train with two processes; the run is in the folder `run`."""
     folder = tmp_path_factory.mktemp("together")
     started = finish(folder, *TRAIN, *CUBE, f"--config.train.steps={STEPS}", f"--workdir={folder / 'run'}")
     assert started.errors(1) == started.outputs[1].read_text() == started.printed(0) == ""
@@ -91,14 +92,14 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def alone(together: pathlib.Path) -> pathlib.Path:
-    """The same run by this process, which has eight devices."""
+    """Train the same in this process, which has eight devices."""
     loop.train(config_of(together / "run"), str(together / "alone"), quiet=True)
     return together / "alone"
 
 
 @pytest.mark.slow
 def test_two_processes_train_on_text_as_one(tmp_path: pathlib.Path) -> None:
-    """Text and PassKey in turns, evaluated with ablations on the way, traced."""
+    """Train on text and PassKey in turns, with evaluation, ablations and a trace."""
     for name, word in (("train", "alpha"), ("heldout", "beta")):
         (tmp_path / name).mkdir()
         for number in range(4):
@@ -113,19 +114,20 @@ def test_two_processes_train_on_text_as_one(tmp_path: pathlib.Path) -> None:
         "--profile_steps=2,3", f"--workdir={tmp_path / 'run'}",
     )  # fmt: skip
     config = config_of(tmp_path / "run")
-    loop.train(config, str(tmp_path / "alone"), evaluate=evaluation.in_training(config), quiet=True)
+    workdir = str(tmp_path / "alone")
+    loop.train(config, workdir, evaluate=evaluate_in_training(config, workdir), quiet=True)
     assert_same_run(tmp_path / "run", tmp_path / "alone", slice(STEPS))  # the last line is the evaluation
     assert {line["passkey_batch"] for line in metrics(tmp_path / "run")[:STEPS]} == {0, 1}
     found, wanted = (
-        json.loads((tmp_path / run / "evaluation" / f"{STEPS}.json").read_text()) for run in ("run", "alone")
+        read_evaluation(tmp_path / run / "evaluations" / str(STEPS) / "text.json") for run in ("run", "alone")
     )
-    assert found["ablations"].keys() == {"zeroed", "shuffled", "frozen"}
-    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+    assert found.details["ablations"].keys() == {"zeroed", "shuffled", "frozen"}
+    assert found.scalars == pytest.approx(wanted.scalars, rel=1e-4)
     assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 def first_half(folder: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
-    """A copy of a run that got no further than step HALF."""
+    """Return a copy of a run that ends at step HALF."""
     shutil.copytree(folder, to)
     shutil.rmtree(to / str(STEPS))
     return to
@@ -136,7 +138,7 @@ def test_two_processes_train_as_one(together: pathlib.Path, alone: pathlib.Path)
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_from_two_on_another_mesh(
+def test_one_process_resumes_a_run_of_two_on_another_mesh(
     together: pathlib.Path, alone: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     run = first_half(together / "run", tmp_path / "run")
@@ -146,8 +148,10 @@ def test_one_process_goes_on_from_two_on_another_mesh(
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_from_one_on_another_mesh(alone: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """On this mesh every device needs the whole batch, of which each process makes half."""
+def test_two_processes_resume_a_run_of_one_on_another_mesh(
+    alone: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """On this mesh every device needs the whole batch, and each process makes half of it."""
     run = first_half(alone, tmp_path / "run")
     finish(tmp_path, *TRAIN, *TENSOR, f"--config.train.steps={STEPS}", f"--workdir={run}")
     assert_same_run(run, alone)
@@ -155,23 +159,30 @@ def test_two_processes_go_on_from_one_on_another_mesh(alone: pathlib.Path, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(together: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    evaluate = ["launch.evaluate", f"--checkpoint={together / 'run'}", "--lengths=2", "--keys=4"]
-    started = finish(tmp_path, *evaluate, "--batch_size=4", "--mesh=2,2,2", f"--out={tmp_path / 'two.json'}")
-    assert "PassKey retrieval" in started.printed(0)
+    arguments = ["launch.evaluate", f"--checkpoint={together / 'run'}", "--lengths=2", "--keys=4"]
+    started = finish(
+        tmp_path,
+        *arguments,
+        "--batch_size=4",
+        "--mesh=data=2,fsdp=2,tensor=2",
+        f"--out={tmp_path / 'two.json'}",
+    )
+    assert "exact match" in started.printed(0)
     assert started.errors(1) == started.outputs[1].read_text() == ""
-    found = json.loads((tmp_path / "two.json").read_text())
+    found = read_evaluation(tmp_path / "two.json")
+    assert found.step == STEPS and found.devices == "8 x cpu"
 
-    from fam_jax.checkpoint import load_params
-    from fam_jax.data.vocabulary import load_vocabulary
-    from fam_jax.evaluate.passkey import evaluate_passkey
-
-    params, values, step = load_params(together / "run")
-    assert found["step"] == step == STEPS and found["devices"] == "8 x cpu"
-    config = resolve({**values, "evaluate": found["config"]["evaluate"]})
-    wanted = evaluate_passkey(config, params, vocabulary=load_vocabulary(config.data.vocabulary))
-    for row in (found["lengths"]["2"], wanted["lengths"]["2"]):
+    wanted = evaluate(
+        together / "run",
+        filler_blocks=(2,),
+        keys=4,
+        batch_size=4,
+        mesh=MeshConfig(data=1, fsdp=8),
+        out=tmp_path / "one.json",
+    )
+    for row in (found.details["groups"]["2"], wanted.details["groups"]["2"]):
         assert row.pop("seconds") > 0
-    assert found["lengths"] == wanted["lengths"]
+    assert found.details == wanted.details and found.scalars == wanted.scalars
 
 
 def start(folder: pathlib.Path, *arguments: str, **how: str) -> Any:
@@ -195,12 +206,12 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
         assert running.wait() == [143, 143], running.everything()
     (step,) = steps_of(tmp_path)
     last = running.errors(0).splitlines()[-1]
-    assert last == f"stopped at step {step}; all is saved: the same command resumes"
+    assert last == f"stopped at step {step}; everything is saved, run the same command to resume"
     assert running.errors(1) == ""
 
 
 def survivor_stops(running: Group, victim: int) -> tuple[str, float]:
-    """What the survivor says once the other is dead, and after how many seconds it is gone."""
+    """Kill a process; return what the other one prints about it, and the seconds until that one ends."""
     running.await_line("step 4/")
     began = time.monotonic()
     running.processes[victim].kill()
@@ -214,7 +225,7 @@ def survivor_stops(running: Group, victim: int) -> tuple[str, float]:
 
 @pytest.mark.slow
 def test_when_a_worker_dies_the_others_stop_and_a_restart_resumes(tmp_path: pathlib.Path) -> None:
-    """With the default timeout; the whole worker dies with the process that was started."""
+    """Use the default timeout. The child dies with its parent."""
     with start(tmp_path) as running:
         line, took = survivor_stops(running, victim=1)
     assert line.startswith("error: process 1 died or cannot be reached")
@@ -237,7 +248,7 @@ def test_when_the_first_process_dies_the_others_stop(tmp_path: pathlib.Path) -> 
 
 @pytest.mark.slow
 def test_when_one_process_fails_alone_the_others_stop(tmp_path: pathlib.Path) -> None:
-    """It must not wait for them on its way out, as they wait for it."""
+    """It must not wait for the others before it exits, as they wait for it."""
     wrong = "--config.data.vocabulary=missing.model"
     with start(tmp_path, "--heartbeat_timeout=10", last=wrong) as running:
         assert running.wait() == [processes.WORKER_LOST, 2], running.everything()
@@ -257,5 +268,7 @@ def test_a_process_that_finds_no_others_says_so(tmp_path: pathlib.Path) -> None:
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode == processes.WORKER_LOST, result.stderr
-    assert result.stderr.startswith("error: this process could not join its job; is every process started")
+    assert result.stderr.startswith(
+        "error: this process could not join its job; check that every process is started"
+    )
     assert result.stderr.count("\n") == 1

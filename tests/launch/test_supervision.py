@@ -1,20 +1,20 @@
-"""What the parent of a process of a job makes of its child's output, and which options it takes."""
+"""The parent of a process of a job: how it passes on the output of its child, and its flags."""
 
+import argparse
 import io
 import pathlib
 import subprocess
 import sys
-import threading
 
 import jax
 import pytest
 
 from fam_jax.config import UserError
-from launch import processes
-from launch.processes import ChildLog, parse
+from launch import cli, processes
+from launch.processes import ChildLog
 from tests.launch.running import ROOT
 
-# How JAX's runtime (0.10) ends a process: shortened.
+# What JAX's runtime (0.10) prints when it ends a process, shortened.
 SILENT = """\
 E1121 08:46:00.046219    9157 coordination_service.cc:1549] Use error polling to propagate the following error to all \
 tasks: UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):
@@ -57,45 +57,54 @@ def passed_on(text: str) -> tuple[ChildLog, str]:
         ("", ""),
     ],
 )
-def test_the_reason_of_an_end(end: str, reason: str) -> None:
+def test_why_the_runtime_ended_a_process(end: str, reason: str) -> None:
     log, written = passed_on(f"fam_jax-process 0/2\nstep 1/9\n{end}")
     assert written == "step 1/9\n"
     assert log.reason() == reason
 
 
 def test_a_process_that_never_joined() -> None:
-    assert passed_on(JOINING)[0].reason().startswith("this process could not join its job; is every process")
+    assert passed_on(JOINING)[0].reason().startswith("this process could not join its job; check that every")
 
 
 def test_other_processes_are_marked_and_only_their_errors_are_shown() -> None:
-    text = "fam_jax-process 3/16\nW1121 08:44:38.8 8803 preemption_notifier.cc:90] SIGTERM caught\nTraceback\n  line\n"
+    minor = (
+        "W1121 08:44:38.8 8803 preemption_notifier.cc:90] SIGTERM caught\n"
+        "WARNING:absl:[process=3] Reached preemption sync point, step=3\n"
+    )
+    text = f"fam_jax-process 3/16\n{minor}Traceback\n  line\n"
     assert passed_on(text)[1] == "[3/16] Traceback\n[3/16]   line\n"
+    assert passed_on(text.replace("3/16", "0/16"))[1] == f"{minor}Traceback\n  line\n"
 
 
-def test_what_was_held_back_is_shown_if_it_was_not_the_end() -> None:
+def test_lines_that_were_held_back_are_shown_if_the_process_goes_on() -> None:
     log, written = passed_on(f"{SILENT}Traceback\n")
     assert written == ""
     log.release()
     assert log._out.getvalue() == f"{SILENT}Traceback\n"  # type: ignore[attr-defined]
 
 
-def test_options_are_taken_from_the_command_line_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = [
-        "train",
-        "--config=c.py",
-        "--coordinator=h:1",
-        "--config.train.steps=3",
-        "--num_processes=4",
-        "--process_id=3",
-    ]
-    found, rest = parse(argv)
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    return cli.Parser("something", "Do something.", job=True).parse_args(arguments)
+
+
+def test_flags_come_from_the_command_line_and_the_environment(
+    alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = parse("--coordinator=h:1", "--num_processes=4", "--process_id=3")
     assert (found.coordinator, found.num_processes, found.process_id) == ("h:1", 4, 3)
-    assert rest == ["train", "--config=c.py", "--config.train.steps=3"]
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "h:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    found, rest = parse(["train"])
+    found = parse()
     assert (found.coordinator, found.num_processes, found.process_id) == ("h:1", 2, 1)
+    assert parse("--process_id=0").process_id == 0
 
 
 @pytest.mark.parametrize(
@@ -108,18 +117,14 @@ def test_options_are_taken_from_the_command_line_and_the_environment(monkeypatch
         (["--num_processes=two"], "argument --num_processes"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_in_a_line(
-    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
-        monkeypatch.delenv(name, raising=False)
+def test_a_mistake_is_one_line(arguments: list[str], says: str, alone: None) -> None:
     with pytest.raises(UserError) as caught:
-        parse(["train", *arguments])
+        processes.join(parse(*arguments), stop_together=False)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
 
 
 def test_a_child_dies_with_its_parent(tmp_path: pathlib.Path) -> None:
-    """Killed outright, a parent can pass nothing on; its child must not keep the accelerators."""
+    """A parent that is killed cannot pass the signal on, and its child must not keep the accelerators."""
     child = (
         "import time; from launch.processes import _die_with_parent; _die_with_parent(); "
         "print(1, flush=True); time.sleep(60)"
@@ -128,23 +133,23 @@ def test_a_child_dies_with_its_parent(tmp_path: pathlib.Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "1\n"
     process.kill()
-    assert process.stdout.read() == ""  # ends when the child, which holds the pipe too, is gone
+    assert process.stdout.read() == ""  # returns once the child, which holds the pipe too, is gone
     process.wait()
 
 
-def test_a_script_may_call_several_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second must not make a child of its own, which would run the whole script once more, and so on."""
-    joined: list[tuple] = []
+def test_a_script_may_call_several_programs(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call must not start another child, which would run the whole script again, and so on."""
+    calls: list[tuple] = []
     monkeypatch.setenv(processes.CHILD, "1")
-    monkeypatch.setattr(processes, "_JOINED", threading.Event())
+    monkeypatch.setattr(processes, "_joined", [])
     monkeypatch.setattr(processes, "_die_with_parent", lambda: None)
     monkeypatch.setattr(processes, "supervise", lambda: 77)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *place, **_: joined.append(place))
-    argv = ["import_hf", "--coordinator=localhost:1", "--num_processes=1", "--process_id=0", "--out=x"]
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *place, **_: calls.append(place))
+    flags = parse("--coordinator=localhost:1", "--num_processes=1", "--process_id=0")
     for _ in range(2):
-        assert processes.join(argv, stop_together=False) == ["import_hf", "--out=x"]
-    assert joined == [("localhost:1", 1, 0)]
-    monkeypatch.setattr(processes, "_JOINED", threading.Event())
+        processes.join(flags, stop_together=False)
+    assert calls == [("localhost:1", 1, 0)]
+    monkeypatch.setattr(processes, "_joined", [])
     with pytest.raises(SystemExit, match="77"):
-        processes.join(argv, stop_together=False)
+        processes.join(flags, stop_together=False)

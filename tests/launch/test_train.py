@@ -1,4 +1,4 @@
-"""`python -m launch.train`: trains, stops at Ctrl-C, resumes; mistakes that only the data can tell."""
+"""`python -m launch.train`: train, stop at Ctrl-C, resume; and a mistake that only the data shows."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: pathlib.Path) -> No
     last = errors.splitlines()[-1]
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
     assert len(steps) == 1 and 5 <= steps[0] < STEPS
-    assert last == f"stopped at step {steps[0]}; all is saved: the same command resumes"
+    assert last == f"stopped at step {steps[0]}; everything is saved, run the same command to resume"
     assert "Traceback" not in "".join(before) + errors
 
     again = subprocess.run(train, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
@@ -49,7 +49,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: pathlib.Path) -> No
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_a_missing_vocabulary_is_told_in_a_line(tmp_path: pathlib.Path) -> None:
+def test_a_missing_vocabulary_is_one_line(tmp_path: pathlib.Path) -> None:
     train = command(
         "launch.train", "--config=configs/passkey.py:smoke", *TINY, "--config.data.vocabulary=missing.model",
         f"--workdir={tmp_path / 'run'}", "--quiet",

@@ -100,12 +100,12 @@ def initial_fams(params: Params, config: ModelConfig, origin: float = 0.0) -> li
     fams = []
     for index in range(config.num_layers):
         fams.append(stream)  # the value that *enters* the layer
-        layer, own = _layer_params(params, index), _layer_config(config, index)
+        layer, own = parameters_of_layer(params, index), _layer_config(config, index)
         q, k, v = _fam_qkv(layer, own, stream, positions)
         new = []
         for i in range(config.memory.length):  # every vector attends to all of them, to nothing else
-            a = _output(layer, own, _attend(own, q[i], k, v)) + stream[i]
-            new.append(_feed_forward(layer, own, a) + a)
+            a = project_output(layer, own, attend(own, q[i], k, v)) + stream[i]
+            new.append(feed_forward(layer, own, a) + a)
         stream = np.array(new)
     return fams
 
@@ -131,7 +131,7 @@ def _row(
         table.T if config.tie_embeddings else np.asarray(params["unembedding"]["kernel"], np.float64)
     )
     indices = range(config.num_layers)
-    layers = [(_layer_params(params, index), _layer_config(config, index)) for index in indices]
+    layers = [(parameters_of_layer(params, index), _layer_config(config, index)) for index in indices]
     states = [
         _LayerState([], [], [fam], carries, _is_local(config, index))
         for index, fam in zip(indices, start, strict=True)
@@ -148,7 +148,7 @@ def _row(
             x = x * math.sqrt(config.model_dim)
         for (layer, own), state in zip(layers, states, strict=True):
             x = _token_step(layer, own, state, x, t, origin)
-        h = _norm(config, params["final_norm"], x)
+        h = normalize(config, params["final_norm"], x)
         logits.append(_soft_cap(h @ unembedding, config.logit_softcap))
         if within == config.block_size - 1:
             for (layer, own), state in zip(layers, states, strict=True):
@@ -161,7 +161,7 @@ def _token_step(
 ) -> Array:
     """Algorithm 2, token path: the layer's output (D,) for token t, whose key joins the state."""
     tau = t // config.block_size
-    q, k, v = _qkv(layer, config, x, origin + t)
+    q, k, v = project_vector(layer, config, x, origin + t)
     state.keys[tau].append(k)
     state.values[tau].append(v)
 
@@ -182,8 +182,8 @@ def _token_step(
         keys += fam_keys
         values += fam_values
 
-    a = _output(layer, config, _attend(config, q, keys, values)) + x
-    return _feed_forward(layer, config, a) + a
+    a = project_output(layer, config, attend(config, q, keys, values)) + x
+    return feed_forward(layer, config, a) + a
 
 
 def _next_fam(layer: Params, config: ModelConfig, state: _LayerState, tau: int, origin: float) -> Array:
@@ -195,10 +195,10 @@ def _next_fam(layer: Params, config: ModelConfig, state: _LayerState, tau: int, 
     q, k, v = _fam_qkv(layer, config, previous, fam_positions(config, tau - 1, origin))
     new = []
     for i in range(config.memory.length):
-        a = _output(layer, config, _attend(config, q[i], k + state.keys[tau], v + state.values[tau]))
+        a = project_output(layer, config, attend(config, q[i], k + state.keys[tau], v + state.values[tau]))
         if carries:  # the "FAM copy"; the learned initial FAM has no context to copy (appendix B.1)
             a = a + previous[i]
-        new.append(_feed_forward(layer, config, a) + a)
+        new.append(feed_forward(layer, config, a) + a)
     return np.reshape(new, previous.shape)
 
 
@@ -208,20 +208,22 @@ def _fam_qkv(
     """QF (H, hd), KF and VF (K, hd) of each of the M vectors, by the weights of the tokens."""
     q, k, v = [], [], []
     for x, p in zip(fam, positions, strict=True):
-        for into, y in zip((q, k, v), _qkv(layer, config, x, p), strict=True):
+        for into, y in zip((q, k, v), project_vector(layer, config, x, p), strict=True):
             into.append(y)
     return q, k, v
 
 
-def _qkv(layer: Params, config: ModelConfig, x: Array, position: float) -> tuple[Array, Array, Array]:
+def project_vector(
+    layer: Params, config: ModelConfig, x: Array, position: float
+) -> tuple[Array, Array, Array]:
     """Query (H, hd), key and value (K, hd) of one vector (D,), the first two rotated."""
-    normed = _norm(config, layer["attention_norm"], x)
+    normed = normalize(config, layer["attention_norm"], x)
     q, k, v = (_project(normed, layer[name]) for name in ("query", "key", "value"))
     if config.qkv_bias:
         q, k, v = q + layer["query_bias"], k + layer["key_bias"], v + layer["value_bias"]
     if config.qk_norm:
-        q = np.array([_norm(config, layer["query_norm"], head) for head in q])
-        k = np.array([_norm(config, layer["key_norm"], head) for head in k])
+        q = np.array([normalize(config, layer["query_norm"], head) for head in q])
+        k = np.array([normalize(config, layer["key_norm"], head) for head in k])
     return _rope(config, q, position), _rope(config, k, position), v
 
 
@@ -244,7 +246,7 @@ def _soft_cap(x: Any, cap: float) -> Any:
     return cap * np.tanh(x / cap) if cap > 0 else x
 
 
-def _attend(config: ModelConfig, q: Array, keys: list[Array], values: list[Array]) -> Array:
+def attend(config: ModelConfig, q: Array, keys: list[Array], values: list[Array]) -> Array:
     """One query (H, hd) over a list of keys and values (K, hd); query head h reads kv head h // G."""
     heads, width = q.shape
     group = heads // keys[0].shape[0]
@@ -288,7 +290,7 @@ def _scaled(config: ModelConfig, frequency: float) -> float:
     return (1 - smooth) * frequency / config.rope_factor + smooth * frequency
 
 
-def _norm(config: ModelConfig, norm: Params, x: Array) -> Array:
+def normalize(config: ModelConfig, norm: Params, x: Array) -> Array:
     scale = np.asarray(norm["scale"], np.float64) + (1 if config.norm_offset else 0)
     if config.norm == "layernorm":
         centred = x - x.mean()
@@ -303,14 +305,14 @@ def _project(x: Array, linear: Params) -> Array:
     return np.einsum("d,dhk->hk", x, linear["kernel"])
 
 
-def _output(layer: Params, config: ModelConfig, x: Array) -> Array:
+def project_output(layer: Params, config: ModelConfig, x: Array) -> Array:
     """(H, hd) by (H, hd, D)."""
     out = np.einsum("hk,hkd->d", x, layer["output"]["kernel"])
-    return _norm(config, layer["attention_post_norm"], out) if config.post_norms else out
+    return normalize(config, layer["attention_post_norm"], out) if config.post_norms else out
 
 
-def _feed_forward(layer: Params, config: ModelConfig, x: Array) -> Array:
-    normed = _norm(config, layer["ff_norm"], x)
+def feed_forward(layer: Params, config: ModelConfig, x: Array) -> Array:
+    normed = normalize(config, layer["ff_norm"], x)
     up = normed @ layer["up"]["kernel"]
     if config.activation == "gelu":
         hidden = _gelu(up)
@@ -318,7 +320,7 @@ def _feed_forward(layer: Params, config: ModelConfig, x: Array) -> Array:
         gate = normed @ layer["gate"]["kernel"]
         hidden = {"swiglu": _silu, "geglu": _gelu}[config.activation](gate) * up
     down = hidden @ layer["down"]["kernel"]
-    return _norm(config, layer["ff_post_norm"], down) if config.post_norms else down
+    return normalize(config, layer["ff_post_norm"], down) if config.post_norms else down
 
 
 def _silu(x: Array) -> Array:
@@ -330,7 +332,7 @@ def _gelu(x: Array) -> Array:
     return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _layer_params(params: Params, index: int) -> Params:
+def parameters_of_layer(params: Params, index: int) -> Params:
     """Layer `index` of the stacked parameters, in float64."""
 
     def pick(node: Any) -> Any:

@@ -110,7 +110,7 @@ def test_a_run_in_a_bucket(bucket: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     assert [os.fspath(folder) for folder in NoCheckpoints.folders] == ["gs://bucket/run"]
     lines = (bucket / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 4, 5]
-    assert json.loads((bucket / "run" / "evaluation" / "4.json").read_text()) == {"score": 1}
+    assert json.loads(lines[4]) == {"step": 4, "evaluation": {"score": 1}}
     assert list((bucket / "run" / "tensorboard").iterdir()) and traces(bucket / "run")
     assert set(os.listdir()) == before, "a folder called gs:"
 

@@ -1,10 +1,9 @@
-"""The training kernels: no past before the sequence, and nothing about the work depends on data.
+"""The forward kernel for training: there is no past before the sequence, and no branch depends on data.
 
-A grid step takes one block of queries of one head, with all keys that they see in fast memory: m blocks, the FAM keys,
-the block itself. Everything within a step is straight-line code, so the compiler overlaps the exponentials of one
-tile with the products of another. Only what is visible is computed: the block itself is cut into sub-tiles along its
-diagonal, and a mask is applied on these alone. How many blocks of the past exist, at the start of a sequence,
-follows from the block's number.
+A grid step takes one block of queries of one head and holds all keys that they see in fast memory: m blocks, the extra
+keys, the block itself. The code of a step has no loops, so the compiler overlaps the exponentials of one tile with the
+products of another. Only visible scores are computed: the block itself is cut into tiles along its diagonal, and only
+these are masked. The block's number says how many past blocks exist at the start of a sequence.
 """
 
 import functools
@@ -14,42 +13,93 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from fam_jax.kernels.pallas.geometry import (
-    HIDDEN,
-    LOG2_E,
-    Geometry,
-    Layout,
-    Span,
-    as_row,
-    distances,
-    product,
-    row_spec,
-    sight,
-    tiles,
-    visible,
-)
-from fam_jax.kernels.pallas.tiles import Tiles
+from fam_jax.kernels.pallas.blocks import KV, as_row, product, row_spec
+from fam_jax.kernels.pallas.call import KernelCall, Results, Views
+from fam_jax.kernels.pallas.geometry import HIDDEN, Geometry, Span, extra_mask, sight, token_mask
 
 
 class Window(NamedTuple):
-    """References to the keys, or values, that a block of queries sees."""
+    """The keys and values that a block of queries sees: arrays, block specs, or references."""
 
-    blocks: tuple[Any, ...]  # m + 1 times (C, hd), oldest first, the queries' own last
-    fam: Any  # (S, hd), or None
+    # Tuples of m + 1 blocks (C, hd), oldest first, the queries' own last
+    tokens: KV
+    # (S, hd); None if there are no extra keys
+    extra: KV | None
 
-    def read(self, keys: Span, block_size: int) -> jax.Array:
-        """(R, hd), of keys within one block."""
-        block, start = divmod(keys.start, block_size)
-        return self.blocks[len(self.blocks) - 1 + block][pl.ds(start, keys.size), :]
+    def keys(self, span: Span | None, block_size: int) -> jax.Array:
+        """Return (R, hd) keys of a span within one block, or the extra keys if `span` is None."""
+        return self._read("k", span, block_size)
+
+    def values(self, span: Span | None, block_size: int) -> jax.Array:
+        """Return (R, hd) values, like :meth:`keys`."""
+        return self._read("v", span, block_size)
+
+    def _read(self, which: str, span: Span | None, block_size: int) -> jax.Array:
+        if span is None:
+            return getattr(self.extra, which)[...]
+        blocks = getattr(self.tokens, which)
+        block, start = divmod(span.start, block_size)
+        return blocks[len(blocks) - 1 + block][pl.ds(start, span.size), :]
+
+    @classmethod
+    def of(cls, views: Views, geometry: Geometry) -> "Window":
+        """Return the arrays from which the blocks of a window come."""
+        count = geometry.segments + 1
+        return cls(KV((views.tokens.k,) * count, (views.tokens.v,) * count), views.extra)
+
+    @classmethod
+    def specs(cls, call: KernelCall, block: Callable[[Any], Any] = lambda n: n) -> "Window":
+        """Return block specs for a grid (b, k, n, g); `block(n)` is the number of the queries' block."""
+        geometry, layout = call.geometry, call.layout
+        size, past = geometry.block_size, geometry.segments
+
+        def slot(j: int) -> pl.BlockSpec:
+            return layout.spec(size, lambda b, k, n, g: (b, k, jnp.maximum(block(n) + (j - past), 0)))
+
+        slots = tuple(slot(j) for j in range(past + 1))
+        extra = layout.spec(geometry.extra_slots, lambda b, k, n, g: (b, k, block(n)))
+        return cls(KV(slots, slots), KV(extra, extra) if geometry.extra_slots else None)
 
 
-def by_past(block: jax.Array, geometry: Geometry, body: Callable[[int, int], None]) -> None:
-    """Calls `body` with the number of past blocks that block number `block` sees, and its tokens.
+def forward(call: KernelCall, views: Views) -> Results:
+    """Compute attention; whole blocks of queries, except that the last may lack `geometry.missing` tokens."""
+    geometry, size, group = call.geometry, call.geometry.block_size, call.geometry.group
+    batch = views.q.shape[0]
+    queries = call.layout.spec(size, lambda b, k, n, g: (b, k * group + g, n))
+    stats = row_spec(size, lambda b, k, n, g: (b, k * group + g, n))
+    grid = pl.GridSpec(
+        # The query heads of a group follow each other, so that their keys are fetched once.
+        grid=(batch, geometry.kv_heads, geometry.blocks, group),
+        in_specs=[queries, Window.specs(call)],
+        out_specs=[Results(queries, stats)],
+    )
+    shapes = Results(
+        jax.ShapeDtypeStruct(views.q.shape, views.q.dtype),
+        jax.ShapeDtypeStruct((batch, geometry.heads, 1, geometry.tokens), jnp.float32),
+    )
+    kernel = call.kernel(_kernel, "block_attention_forward", 3, grid, [shapes])
+    (results,) = kernel(views.q, Window.of(views, geometry))
+    return results
 
-    It is compiled once for each number, and once more for a last block that is not full: what lies beyond its end is
-    never read.
+
+def _kernel(q: Any, window: Window, results: Results, *, call: KernelCall) -> None:
+    def body(past: int, tokens: int) -> None:
+        for queries in Span(0, tokens).split(call.tiles.rows):
+            spans = list(_seen(queries, past, call))
+            rows = pl.ds(queries.start, queries.size)
+            out, logsum = _softmax(q[rows, :], queries, spans, window, call.geometry)
+            results.out[rows, :] = out.astype(results.out.dtype)
+            results.logsum[:, rows] = as_row(logsum)
+
+    _by_past(pl.program_id(2), call.geometry, body)
+
+
+def _by_past(block: jax.Array, geometry: Geometry, body: Callable[[int, int], None]) -> None:
+    """Call `body` with the number of past blocks that block number `block` sees and the number of its tokens.
+
+    The body is compiled once per number of past blocks, and once more for an incomplete last block, so that nothing
+    beyond the end of the sequence is read.
     """
     size, segments, whole = geometry.block_size, geometry.segments, geometry.whole_blocks
     for past in range(min(segments, whole)):
@@ -60,91 +110,35 @@ def by_past(block: jax.Array, geometry: Geometry, body: Callable[[int, int], Non
         pl.when(block == whole)(functools.partial(body, min(whole, segments), size - geometry.missing))
 
 
-def forward(
-    views: tuple[jax.Array, ...], geometry: Geometry, sizes: Tiles, interpret: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Attention of whole blocks; `views` are q, k, v and, if there are any, feedback keys and values.
-
-    Returns:
-      The output, a view like `q`, and (B, H, 1, T) float32: log2 of each query's sum of exponentials.
-    """
-    layout, size, past = Layout(geometry.head_dim), geometry.block_size, geometry.segments
-    q, k, v, *fam_views = views
-    batch, group = q.shape[0], geometry.group
-    queries = layout.spec(size, lambda b, k, n, g: (b, k * group + g, n))
-    stats = row_spec(size, lambda b, k, n, g: (b, k * group + g, n))
-
-    def slot(j: int) -> pl.BlockSpec:
-        return layout.spec(size, lambda b, k, n, g: (b, k, jnp.maximum(n + (j - past), 0)))
-
-    fam = layout.spec(geometry.fam_slots, lambda b, k, n, g: (b, k, n))
-    slots = [slot(j) for j in range(past + 1)]
-    call = pl.pallas_call(
-        functools.partial(_forward_kernel, geometry=geometry, sizes=sizes),
-        # Query heads of a group come one after the other, so that their keys are fetched once.
-        grid=(batch, geometry.kv_heads, geometry.blocks, group),
-        in_specs=[queries, *slots, *slots, *[fam] * len(fam_views)],
-        out_specs=[queries, stats],
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, geometry.heads, 1, geometry.tokens), jnp.float32),
-        ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=sizes.vmem_bytes,
-        ),
-        interpret=interpret,
-        name="fam_attention_forward",
-    )
-    return call(q, *[k] * (past + 1), *[v] * (past + 1), *fam_views)
-
-
-def _forward_kernel(q: Any, *refs: Any, geometry: Geometry, sizes: Tiles) -> None:
-    count = geometry.segments + 1
-    out, logsum = refs[-2:]
-    fam_k, fam_v = refs[2 * count : -2] or (None, None)
-    keys, values = Window(refs[:count], fam_k), Window(refs[count : 2 * count], fam_v)
-
-    def body(past: int, tokens: int) -> None:
-        for queries in tiles(Span(0, tokens), sizes.rows):
-            spans = list(_seen(queries, past, geometry, sizes))
-            rows = pl.ds(queries.start, queries.size)
-            o, stats = _softmax(q[rows, :], queries, spans, keys, values, geometry)
-            out[rows, :] = o.astype(out.dtype)
-            logsum[:, rows] = as_row(stats)
-
-    by_past(pl.program_id(2), geometry, body)
-
-
-def _seen(queries: Span, past: int, geometry: Geometry, sizes: Tiles) -> Iterator[Span | None]:
-    """Tiles of keys for `queries`: FAM, past, own block up to the queries, and the diagonal."""
-    if geometry.fam_slots:
+def _seen(queries: Span, past: int, call: KernelCall) -> Iterator[Span | None]:
+    """Yield tiles of keys that `queries` see: extra keys (None), past, own block before the queries, diagonal."""
+    geometry, size = call.geometry, call.geometry.block_size
+    if geometry.extra_slots:
         yield None
-    size = geometry.block_size
     spans = [Span(-j * size, size) for j in range(past, 0, -1)] + [Span(0, queries.start), queries]
     for span in spans:
-        for keys in tiles(span, sizes.keys):
+        for keys in span.split(call.tiles.keys):
             if sight(queries, keys, geometry.window) != "none":
                 yield keys
 
 
 def _softmax(
-    q: jax.Array, queries: Span, spans: list[Span | None], keys: Window, values: Window, geometry: Geometry
+    q: jax.Array, queries: Span, spans: list[Span | None], window: Window, geometry: Geometry
 ) -> tuple[jax.Array, jax.Array]:
-    """(R, hd) float32 attention over the spans, and (R, 1) log2 of the sum. All scores first, then one maximum."""
-    size, factor = geometry.block_size, geometry.scale * LOG2_E
+    """Return (R, hd) float32 attention over the spans and (R, 1) log2 of the sum of exponentials.
 
-    def read(window: Window, span: Span | None) -> jax.Array:
-        return window.fam[...] if span is None else window.read(span, size)
+    All scores are formed before the exponentials, so that one maximum serves all.
+    """
+    size, factor = geometry.block_size, geometry.factor
 
     def scores(span: Span | None) -> jax.Array:
-        s = product(q, read(keys, span), "nt")
+        s = product(q, window.keys(span, size), "nt")
         if span is None:
-            if geometry.fam_keys < geometry.fam_slots:
-                column = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-                s = jnp.where(column < geometry.fam_keys, s, HIDDEN)
+            if geometry.extra_keys < geometry.extra_slots:
+                seen = extra_mask(geometry.extra_keys, geometry.extra_slots, queries.size, 0)
+                s = jnp.where(seen, s, HIDDEN)
         elif sight(queries, span, geometry.window) == "some":
-            s = jnp.where(visible(distances(queries, span, 0), geometry.window), s, HIDDEN)
+            s = jnp.where(token_mask(queries, span, geometry.window, 0), s, HIDDEN)
         return s
 
     all_scores = [scores(span) for span in spans]
@@ -154,6 +148,6 @@ def _softmax(
     for s, span in zip(all_scores, spans, strict=True):
         p = jnp.exp2((s - top) * factor)
         total += p.sum(axis=1, keepdims=True)
-        v = read(values, span)
+        v = window.values(span, size)
         out += product(p.astype(v.dtype), v, "nn")
     return out / total, top * factor + jnp.log2(total)

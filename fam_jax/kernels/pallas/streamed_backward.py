@@ -1,9 +1,8 @@
-"""The general backward kernels: gradients of queries, of tokens' keys and values, and of feedback keys and values.
+"""The general backward kernels: gradients of queries, of tokens' keys and values, and of extra keys and values.
 
-Three passes that each form the scores anew, so that none holds more than a block of anything in fast memory.
+Three passes recompute the scores, so that each holds at most one block of anything in fast memory.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,270 +11,201 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fam_jax.kernels.pallas.geometry import (
-    LOG2_E,
-    Geometry,
-    Layout,
-    Span,
-    distances,
-    product,
-    row_spec,
-    visible,
+from fam_jax.kernels.pallas.blocks import KV, product, rows_at, scratch
+from fam_jax.kernels.pallas.call import (
+    KernelCall,
+    QuerySide,
+    Results,
+    Views,
+    score_gradients,
+    shapes_like,
+    write_gradients,
 )
-from fam_jax.kernels.pallas.streamed import exists, near, rows_at
-from fam_jax.kernels.pallas.tiles import Tiles
+from fam_jax.kernels.pallas.geometry import Span, extra_mask, token_mask
+from fam_jax.kernels.pallas.streamed import Counts, Mask, exists, near, query_grid, query_index, visit_keys
 
 
-def backward(
-    views: tuple[jax.Array, ...],
-    past_length: jax.Array,
-    fam_count: jax.Array,
-    out: jax.Array,
-    logsum: jax.Array,
-    d_out: jax.Array,
-    geometry: Geometry,
-    sizes: Tiles,
-    interpret: Any,
-) -> tuple[jax.Array, ...]:
-    """Gradients of `views`, from what :func:`fam_jax.kernels.pallas.streamed.forward` took and returned."""
-    delta = _delta(out, d_out, geometry)
-    given = (past_length, fam_count, views, d_out, logsum, delta, geometry, sizes, interpret)
-    return (_queries(*given), *_tokens(*given), *(_fam(*given) if geometry.fam_slots else ()))
+def backward(call: KernelCall, counts: Counts, views: Views, results: Results, d_out: jax.Array) -> Views:
+    """Return the gradients of `views`, from the results of the forward kernel and the cotangent of its output."""
+    side = QuerySide(views.q, d_out, results.logsum, _delta(call, results.out, d_out))
+    return Views(
+        _queries(call, counts, side, views),
+        _tokens(call, counts, side, views.tokens),
+        _extra(call, counts, side, views.extra) if views.extra else None,
+    )
 
 
-def _delta(out: jax.Array, d_out: jax.Array, geometry: Geometry) -> jax.Array:
-    """(B, H, 1, T) sum over hd of out * d_out."""
-    layout = Layout(geometry.head_dim)
-    products = layout.unview(out).astype(jnp.float32) * layout.unview(d_out).astype(jnp.float32)
+def _delta(call: KernelCall, out: jax.Array, d_out: jax.Array) -> jax.Array:
+    """Return (B, H, 1, T) sums of out * d_out over hd."""
+    products = call.layout.unview(out).astype(jnp.float32) * call.layout.unview(d_out).astype(jnp.float32)
     return products.sum(axis=-1).swapaxes(1, 2)[:, :, None]
 
 
-def _gradients(
-    k: jax.Array, v: jax.Array, q: jax.Array, d_out: jax.Array, logsum: jax.Array, delta: jax.Array,
-    factor: float, seen: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(keys, queries) probabilities and the gradients of scores, in the dtype of the keys."""
-    p = jnp.exp2(product(k, q, "nt") * factor - logsum)
-    if seen is not None:
-        p = jnp.where(seen, p, 0)
-    d_s = p * (product(v, d_out, "nt") - delta)
-    return p.astype(k.dtype), d_s.astype(k.dtype)
-
-
-def _seen_fam(count: jax.Array, slots: int, queries: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, (slots, queries), 0) < count
-
-
-def _params(arbitrary: int, parallel: int, sizes: Tiles) -> pltpu.CompilerParams:
-    semantics = ((pltpu.PARALLEL,) * parallel) + ((pltpu.ARBITRARY,) * arbitrary)
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=sizes.vmem_bytes)
-
-
-def _queries(
-    past_length: jax.Array, fam_count: jax.Array, views: tuple[jax.Array, ...], d_out: jax.Array, logsum: jax.Array,
-    delta: jax.Array, geometry: Geometry, sizes: Tiles, interpret: Any,
-) -> jax.Array:  # fmt: skip
-    layout, size, group = Layout(geometry.head_dim), geometry.block_size, geometry.group
-    q, k, v, *fam_views = views
-    queries = layout.spec(size, lambda b, h, n, j, *_: (b, h, n))
-    stats = row_spec(size, lambda b, h, n, j, *_: (b, h, n))
-    keys = layout.spec(size, lambda b, h, n, j, *_: (b, h // group, n + j))
-    fam = layout.spec(geometry.fam_slots, lambda b, h, n, j, *_: (b, h // group, n))
-    return pl.pallas_call(
-        functools.partial(_queries_kernel, geometry=geometry, sizes=sizes),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(q.shape[0], geometry.heads, geometry.blocks, geometry.segments + 1),
-            in_specs=[queries, queries, stats, stats, keys, keys, *[fam] * len(fam_views)],
-            out_specs=queries,
-            scratch_shapes=[pltpu.VMEM((size, geometry.head_dim), jnp.float32)],
-        ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=_params(1, 3, sizes),
-        interpret=interpret,
-        name="fam_attention_streamed_dq",
-    )(past_length, fam_count, q, d_out, logsum, delta, k, v, *fam_views)
+def _queries(call: KernelCall, counts: Counts, side: QuerySide, views: Views) -> jax.Array:
+    size = call.geometry.block_size
+    grid = query_grid(
+        call,
+        side.q.shape[0],
+        inputs=(QuerySide.specs(call.layout, size, query_index),),
+        outputs=call.layout.spec(size, query_index),
+        sums=scratch(size, call.geometry.head_dim),
+    )
+    kernel = call.kernel(_queries_kernel, "block_attention_streamed_dq", 3, grid, [shapes_like(side.q)])
+    (gradient,) = kernel(counts, side, views.tokens, views.extra)
+    return gradient
 
 
 def _queries_kernel(
-    past_length: Any, fam_count: Any, q: Any, d_out: Any, logsum: Any, delta: Any, k: Any, v: Any, *refs: Any,
-    geometry: Geometry, sizes: Tiles,
-) -> None:  # fmt: skip
-    *fam, dq, summed = refs
-    b, n, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    own, size, factor = geometry.segments, sizes.streamed, geometry.scale * LOG2_E
-    count = geometry.block_size // size
-
-    def add(rows: Any, keys: jax.Array, values: jax.Array, seen: jax.Array | None) -> None:
-        side = q[rows, :], d_out[rows, :], logsum[:, rows], delta[:, rows]
-        _, d_s = _gradients(keys, values, *side, factor, seen)
-        summed[rows, :] += product(d_s, keys, "tn")
-
-    @pl.when(j == 0)
+    counts: Counts, side: QuerySide, tokens: KV, extra: KV | None, d_q: Any, summed: Any, *, call: KernelCall
+) -> None:
+    @pl.when(pl.program_id(3) == 0)
     def _() -> None:
         summed[...] = jnp.zeros(summed.shape, jnp.float32)
 
-    if fam:
+    def add(rows: Any, keys: KV, mask: Mask | None) -> None:
+        seen = mask(1) if mask else None
+        values = KV(keys.k[...], keys.v[...])
+        _, d_s = score_gradients(values, side.rows(rows), call.geometry.factor, seen)
+        summed[rows, :] += product(d_s, values.k, "tn")
 
-        @pl.when((j == 0) & (fam_count[b, n] > 0))
-        def _() -> None:
-            @pl.loop(0, count)
-            def _(i: jax.Array) -> None:
-                seen = _seen_fam(fam_count[b, n], geometry.fam_slots, size)
-                add(rows_at(i, size), fam[0][...], fam[1][...], seen)
+    def finish() -> None:
+        d_q[...] = (summed[...] * call.geometry.scale).astype(d_q.dtype)
 
-    def read(last: Callable[[jax.Array], Any], masked: bool) -> None:
-        @pl.loop(0, count)
-        def _(i: jax.Array) -> None:
-            @pl.loop(0, last(i))
-            def _(t: jax.Array) -> None:
-                back = (own - j) * geometry.block_size
-                distance = distances(Span(i * size + back, size), Span(t * size, size), 1)
-                seen = visible(distance, geometry.window) if masked else None
-                add(rows_at(i, size), k[rows_at(t, size), :], v[rows_at(t, size), :], seen)
-
-    @pl.when((j < own) & exists(n + j, past_length[b], geometry) & near(own - j, geometry))
-    def _() -> None:
-        read(lambda i: count, masked=geometry.window > 0)
-
-    @pl.when(j == own)
-    def _() -> None:
-        read(lambda i: i + 1, masked=True)
-        dq[...] = (summed[...] * geometry.scale).astype(dq.dtype)
+    visit_keys(call, counts, Views(side.q, tokens, extra), add, finish)
 
 
-def _tokens(
-    past_length: jax.Array, fam_count: jax.Array, views: tuple[jax.Array, ...], d_out: jax.Array, logsum: jax.Array,
-    delta: jax.Array, geometry: Geometry, sizes: Tiles, interpret: Any,
-) -> tuple[jax.Array, ...]:  # fmt: skip
-    """dk, dv. Key block c is read by query blocks c - m (its own: block numbers of keys count the past) to c."""
-    layout, size, group = Layout(geometry.head_dim), geometry.block_size, geometry.group
-    q, k, v = views[:3]
-    past = geometry.segments
+def _tokens(call: KernelCall, counts: Counts, side: QuerySide, tokens: KV) -> KV:
+    """Return the gradients of the tokens' keys and values.
+
+    Blocks of keys are counted from the first past slot, so key block c is read by query blocks c - m to c.
+    """
+    geometry, group = call.geometry, call.geometry.group
+    past, blocks = geometry.segments, geometry.blocks
     readers = 1 if geometry.stop_gradient else past + 1
 
-    def query_index(b: Any, h: Any, c: Any, i: Any, g: Any, *_: Any) -> tuple:
-        return b, h * group + g, jnp.clip(c - past + i, 0, geometry.blocks - 1)
+    def reader(b: Any, h: Any, c: Any, i: Any, g: Any, *_: Any) -> tuple:
+        return b, h * group + g, jnp.clip(c - past + i, 0, blocks - 1)
 
-    queries, stats = layout.spec(size, query_index), row_spec(size, query_index)
-    keys = layout.spec(size, lambda b, h, c, i, g, *_: (b, h, c))
-    sums = pltpu.VMEM((size, geometry.head_dim), jnp.float32)
-    return pl.pallas_call(
-        functools.partial(_tokens_kernel, geometry=geometry, sizes=sizes),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(q.shape[0], geometry.kv_heads, past + geometry.blocks, readers, group),
-            in_specs=[queries, queries, stats, stats, keys, keys],
-            out_specs=[keys, keys],
-            scratch_shapes=[sums, sums],
-        ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
-        compiler_params=_params(2, 3, sizes),
-        interpret=interpret,
-        name="fam_attention_streamed_dkv",
-    )(past_length, fam_count, q, d_out, logsum, delta, k, v)
+    grid = _key_grid(
+        call,
+        (side.q.shape[0], geometry.kv_heads, past + blocks, readers, group),
+        reader,
+        call.layout.spec(geometry.block_size, lambda b, h, c, i, g, *_: (b, h, c)),
+        geometry.block_size,
+    )
+    kernel = call.kernel(_tokens_kernel, "block_attention_streamed_dkv", 3, grid, [shapes_like(tokens)])
+    (gradients,) = kernel(counts, side, tokens)
+    return gradients
+
+
+def _extra(call: KernelCall, counts: Counts, side: QuerySide, extra: KV) -> KV:
+    """Return the gradients of extra keys and values."""
+    geometry, group = call.geometry, call.geometry.group
+
+    def reader(b: Any, h: Any, n: Any, g: Any, *_: Any) -> tuple:
+        return b, h * group + g, n
+
+    grid = _key_grid(
+        call,
+        (side.q.shape[0], geometry.kv_heads, geometry.blocks, group),
+        reader,
+        call.layout.spec(geometry.extra_slots, lambda b, h, n, g, *_: (b, h, n)),
+        geometry.extra_slots,
+    )
+    kernel = call.kernel(_extra_kernel, "block_attention_streamed_dextra", 3, grid, [shapes_like(extra)])
+    (gradients,) = kernel(counts, side, extra)
+    return gradients
+
+
+def _key_grid(
+    call: KernelCall, grid: tuple[int, ...], reader: Callable[..., tuple], keys: pl.BlockSpec, rows: int
+) -> pl.GridSpec:
+    """Return the grid of a kernel that sums the gradients of blocks of keys over their readers.
+
+    Args:
+      call: static settings.
+      grid: its sizes.
+      reader: gives (batch, head, block) of the queries at a step.
+      keys: spec of keys and of values.
+      rows: of a block of keys.
+    """
+    sums = scratch(rows, call.geometry.head_dim)
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=grid,
+        in_specs=[QuerySide.specs(call.layout, call.geometry.block_size, reader), KV(keys, keys)],
+        out_specs=[KV(keys, keys)],
+        scratch_shapes=[KV(sums, sums)],
+    )
+
+
+def _add_gradients(sums: KV, keys: KV, side: QuerySide, factor: float, seen: jax.Array | None) -> None:
+    """Add what some queries contribute to the gradients of some keys and values.
+
+    Args:
+      sums: references to (R, hd) sums; those of keys lack the factor of the scores.
+      keys: references (R, hd).
+      side: values of the queries.
+      factor: of the exponents to base 2.
+      seen: (R, queries) mask; None if all keys are visible.
+    """
+    p, d_s = score_gradients(KV(keys.k[...], keys.v[...]), side, factor, seen)
+    sums.v[...] += product(p, side.d_out, "nn")
+    sums.k[...] += product(d_s, side.q, "nn")
 
 
 def _tokens_kernel(
-    past_length: Any, fam_count: Any, q: Any, d_out: Any, logsum: Any, delta: Any, k: Any, v: Any, dk: Any, dv: Any,
-    dk_sum: Any, dv_sum: Any, *, geometry: Geometry, sizes: Tiles,
-) -> None:  # fmt: skip
+    counts: Counts, side: QuerySide, tokens: KV, gradients: KV, sums: KV, *, call: KernelCall
+) -> None:
+    geometry, size = call.geometry, call.tiles.streamed
     b, c, i, g = (pl.program_id(axis) for axis in (0, 2, 3, 4))
-    size, factor = sizes.streamed, geometry.scale * LOG2_E
     count, reader = geometry.block_size // size, c - geometry.segments + i
 
-    @pl.when((i == 0) & (g == 0))
-    def _() -> None:
-        dk_sum[...] = jnp.zeros(dk_sum.shape, jnp.float32)
-        dv_sum[...] = jnp.zeros(dv_sum.shape, jnp.float32)
+    pl.when((i == 0) & (g == 0))(sums.reset)
 
     def read(first: Callable[[jax.Array], Any], masked: bool) -> None:
+        """Visit the block of queries at hand, whose tiles first(t) onwards see key tile t."""
+
         @pl.loop(0, count)
         def _(t: jax.Array) -> None:
             keys = rows_at(t, size)
 
             @pl.loop(first(t), count)
             def _(r: jax.Array) -> None:
-                rows = rows_at(r, size)
-                distance = distances(Span(r * size + i * geometry.block_size, size), Span(t * size, size), 1)
-                seen = visible(distance, geometry.window) if masked else None
-                side = q[rows, :], d_out[rows, :], logsum[:, rows], delta[:, rows]
-                p, d_s = _gradients(k[keys, :], v[keys, :], *side, factor, seen)
-                dv_sum[keys, :] += product(p, side[1], "nn")
-                dk_sum[keys, :] += product(d_s, side[0], "nn")
+                queries = Span(r * size + i * geometry.block_size, size)
+                seen = token_mask(queries, Span(t * size, size), geometry.window, 1) if masked else None
+                here = side.rows(rows_at(r, size))
+                _add_gradients(sums.at(keys), tokens.at(keys), here, geometry.factor, seen)
 
-    there = (reader >= 0) & (reader < geometry.blocks)
+    is_block = (reader >= 0) & (reader < geometry.blocks)
 
-    @pl.when(there & (i == 0))
+    @pl.when(is_block & (i == 0))
     def _() -> None:
         read(lambda t: t, masked=True)
 
-    @pl.when(there & (i > 0) & exists(c, past_length[b], geometry) & near(i, geometry))
+    @pl.when(is_block & (i > 0) & exists(c, counts.past_length[b], geometry) & near(i, geometry))
     def _() -> None:
         read(lambda t: 0, masked=geometry.window > 0)
 
     @pl.when((i == pl.num_programs(3) - 1) & (g == pl.num_programs(4) - 1))
     def _() -> None:
-        dk[...] = (dk_sum[...] * geometry.scale).astype(dk.dtype)
-        dv[...] = dv_sum[...].astype(dv.dtype)
+        write_gradients(gradients, sums, ..., geometry.scale)
 
 
-def _fam(
-    past_length: jax.Array, fam_count: jax.Array, views: tuple[jax.Array, ...], d_out: jax.Array, logsum: jax.Array,
-    delta: jax.Array, geometry: Geometry, sizes: Tiles, interpret: Any,
-) -> tuple[jax.Array, ...]:  # fmt: skip
-    layout, size, group, slots = (
-        Layout(geometry.head_dim),
-        geometry.block_size,
-        geometry.group,
-        geometry.fam_slots,
-    )
-    q, _, _, fam_k, fam_v = views
-
-    def query_index(b: Any, h: Any, n: Any, g: Any, *_: Any) -> tuple:
-        return b, h * group + g, n
-
-    queries, stats = layout.spec(size, query_index), row_spec(size, query_index)
-    fam = layout.spec(slots, lambda b, h, n, g, *_: (b, h, n))
-    sums = pltpu.VMEM((slots, geometry.head_dim), jnp.float32)
-    return pl.pallas_call(
-        functools.partial(_fam_kernel, geometry=geometry, sizes=sizes),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(q.shape[0], geometry.kv_heads, geometry.blocks, group),
-            in_specs=[queries, queries, stats, stats, fam, fam],
-            out_specs=[fam, fam],
-            scratch_shapes=[sums, sums],
-        ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (fam_k, fam_v)],
-        compiler_params=_params(1, 3, sizes),
-        interpret=interpret,
-        name="fam_attention_streamed_dfam",
-    )(past_length, fam_count, q, d_out, logsum, delta, fam_k, fam_v)
-
-
-def _fam_kernel(
-    past_length: Any, fam_count: Any, q: Any, d_out: Any, logsum: Any, delta: Any, k: Any, v: Any, dk: Any, dv: Any,
-    dk_sum: Any, dv_sum: Any, *, geometry: Geometry, sizes: Tiles,
-) -> None:  # fmt: skip
+def _extra_kernel(
+    counts: Counts, side: QuerySide, extra: KV, gradients: KV, sums: KV, *, call: KernelCall
+) -> None:
+    geometry, size = call.geometry, call.tiles.streamed
     b, n, g = (pl.program_id(axis) for axis in (0, 2, 3))
-    size, factor = sizes.streamed, geometry.scale * LOG2_E
 
-    @pl.when(g == 0)
-    def _() -> None:
-        dk_sum[...] = jnp.zeros(dk_sum.shape, jnp.float32)
-        dv_sum[...] = jnp.zeros(dv_sum.shape, jnp.float32)
+    pl.when(g == 0)(sums.reset)
 
     @pl.loop(0, geometry.block_size // size)
     def _(r: jax.Array) -> None:
-        rows = rows_at(r, size)
-        seen = _seen_fam(fam_count[b, n], geometry.fam_slots, size)
-        side = q[rows, :], d_out[rows, :], logsum[:, rows], delta[:, rows]
-        p, d_s = _gradients(k[...], v[...], *side, factor, seen)
-        dv_sum[...] += product(p, side[1], "nn")
-        dk_sum[...] += product(d_s, side[0], "nn")
+        here = side.rows(rows_at(r, size))
+        seen = extra_mask(counts.extra_count[b, n], geometry.extra_slots, size, 1)
+        _add_gradients(sums, extra, here, geometry.factor, seen)
 
     @pl.when(g == pl.num_programs(3) - 1)
     def _() -> None:
-        dk[...] = (dk_sum[...] * geometry.scale).astype(dk.dtype)
-        dv[...] = dv_sum[...].astype(dv.dtype)
+        write_gradients(gradients, sums, ..., geometry.scale)

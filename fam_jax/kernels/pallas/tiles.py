@@ -1,6 +1,6 @@
-"""Sizes of the kernels' tiles: checked, chosen by chip and shape, and recorded where a search found better ones.
+"""Sizes of the kernels' tiles: checks, the choice by chip and shape, and a record of better sizes found by search.
 
-The search is `python -m benchmarks.tune_attention`; its choices are in `tiles.json` beside this file.
+The search is `python -m benchmarks.tune_attention`; it records its choices in `tiles.json` beside this file.
 """
 
 import dataclasses
@@ -14,41 +14,48 @@ import jax.numpy as jnp
 
 from fam_jax.kernels.pallas.geometry import Geometry
 
-LANES = 128  # of a vector register; the side of a matrix unit
-SUBLANES = 16  # rows of a whole tile of bfloat16
+# Lanes of a vector register, and the side of a matrix unit.
+LANES = 128
+# Rows of a whole tile of bfloat16.
+SUBLANES = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Which kernels run, and how they cut their work.
+    """Which kernels run, and the sizes of their tiles.
 
-    The resident kernels hold all keys that a block sees in fast memory and want everything static; the streamed ones
-    take a block of keys at a time and take any call. See the modules of these names.
+    The resident kernels hold all keys that a block sees in fast memory and need a static call. The streamed kernels
+    take one block of keys at a time and any call. See the modules of these names.
     """
 
     resident_forward: bool
     resident_backward: bool
-    rows: int = 256  # queries of a tile of scores, resident forward
-    keys: int = 1024  # keys of a tile, resident forward
-    back_rows: int = 1024  # queries of a tile, resident backward
-    back_keys: int = 512  # keys of a tile, resident backward
-    streamed: int = 256  # side of a tile of the streamed kernels
-    vmem_bytes: int = 16 * 2**20  # of fast memory that a kernel may use
+    # Queries of a tile, resident forward
+    rows: int = 256
+    # Keys of a tile, resident forward
+    keys: int = 1024
+    # Queries of a tile, resident backward
+    back_rows: int = 1024
+    # Keys of a tile, resident backward
+    back_keys: int = 512
+    # Side of a tile of the streamed kernels
+    streamed: int = 256
+    # Fast memory that a kernel may use
+    vmem_bytes: int = 16 * 2**20
 
     def check(self, block_size: int) -> None:
-        """Raises ValueError if a tile is not made of whole registers, or does not divide the block."""
+        """Raise ValueError if a size is not a multiple of the lanes, or does not divide the block where it must."""
         for name in ("rows", "keys", "back_rows", "back_keys", "streamed"):
             value = getattr(self, name)
             if value <= 0 or value % LANES:
-                raise ValueError(f"tile size {name} is {value}, which is not a multiple of {LANES}")
+                raise ValueError(f"tile size {name} is {value}; use a positive multiple of {LANES}")
         for name in ("rows", "back_keys", "streamed"):
-            if block_size % getattr(self, name):
-                raise ValueError(
-                    f"tile size {name} is {getattr(self, name)}, which does not divide the block of {block_size}"
-                )
+            value = getattr(self, name)
+            if block_size % value:
+                raise ValueError(f"tile size {name} is {value}; use a divisor of the block size {block_size}")
 
 
-# Fast memory per core, in MiB.
+# Fast memory per core, MiB.
 VMEM_MIB = {
     "TPU v4": 16,
     "TPU v5 lite": 128,
@@ -62,13 +69,13 @@ SMALLEST_VMEM_MIB = 16
 
 
 def choose_tiles(chip: str, geometry: Geometry, dtype: jnp.dtype, static: bool) -> Tiles:
-    """The tiles for a call.
+    """Return the tiles for a call.
 
     Args:
-      chip: kind of device, as "TPU v5p".
+      chip: kind of device, such as "TPU v5p".
       geometry: of the call.
       dtype: of queries and keys.
-      static: there is no past and all feedback keys exist, as in training.
+      static: True if there is no past and all extra keys exist, as in training.
     """
     capacity = VMEM_MIB.get(chip, SMALLEST_VMEM_MIB) * 2**20
     size = geometry.block_size
@@ -106,7 +113,7 @@ RECORD = Path(__file__).with_name("tiles.json")
 
 
 def record(chip: str, geometry: Geometry, dtype: Any, choice: dict[str, int]) -> None:
-    """Adds the best fields of :class:`Tiles` for a call to `RECORD`."""
+    """Add the best fields of :class:`Tiles` for a call to `RECORD`."""
     recorded = dict(_recorded())
     recorded[_key(chip, geometry, dtype)] = dict(sorted(choice.items()))
     RECORD.write_text(json.dumps(dict(sorted(recorded.items())), indent=1) + "\n")
@@ -119,34 +126,35 @@ def _recorded() -> dict[str, dict[str, int]]:
 
 
 def _key(chip: str, geometry: Geometry, dtype: Any) -> str:
-    """What a choice depends on; the number of heads is not among it."""
+    """Return the key of a record: what the best tiles depend on. The number of heads does not matter."""
     generation = {"TPU v5e": "TPU v5 lite", "TPU v5": "TPU v5p", "TPU v6e": "TPU v6 lite"}.get(chip, chip)
     return (
         f"{generation}, {jnp.dtype(dtype).name}, C {geometry.block_size}, m {geometry.segments}, "
-        f"FAM {geometry.fam_slots > 0}, hd {geometry.head_dim}"
+        f"extra {geometry.extra_slots > 0}, hd {geometry.head_dim}"
     )
 
 
 def _short(geometry: Geometry) -> bool:
-    """The resident kernels are straight-line code, whose length goes with the window; compilation takes ever longer."""
+    """Return whether the window is short enough for resident kernels: their code, and its compilation, grow with it."""
     return geometry.segments <= 4 and geometry.block_size <= 2048
 
 
 def forward_bytes(geometry: Geometry, dtype: jnp.dtype) -> int:
-    """About what the resident forward kernel needs of fast memory.
+    """Estimate the fast memory of the resident forward kernel.
 
-    Blocks twice, for one is being fetched; and the scores of all tiles, which do not share their place: 2.8 bytes for
-    each, by what the compiler says.
+    It holds every block twice, because the next one is being fetched, and the scores of all tiles at once: 2.8 bytes
+    each, as measured with the compiler.
     """
-    keys = (geometry.segments + 1) * geometry.block_size + geometry.fam_slots
+    keys = (geometry.segments + 1) * geometry.block_size + geometry.extra_slots
     blocks = 2 * (geometry.block_size + keys) * geometry.head_dim * jnp.dtype(dtype).itemsize
     return 2 * blocks + 3 * geometry.block_size * keys
 
 
 def backward_bytes(geometry: Geometry, rows: int, keys: int, dtype: jnp.dtype) -> int:
-    """Likewise for the resident backward kernel: blocks twice, sums in float32, scores of a tile."""
+    """Estimate the fast memory of the resident backward kernel: blocks twice, float32 sums, scores of one tile."""
     size, hd = geometry.block_size, geometry.head_dim
     window = geometry.segments + 1
-    blocks = (4 * size + 2 * window * size + 2 * size + 4 * geometry.fam_slots) * hd
-    sums = 4 * hd * (size + 2 * (1 if geometry.stop_gradient else window) * size + 2 * geometry.fam_slots)
+    blocks = (4 * size + 2 * window * size + 2 * size + 4 * geometry.extra_slots) * hd
+    ring = 1 if geometry.stop_gradient else window
+    sums = 4 * hd * (size + 2 * ring * size + 2 * geometry.extra_slots)
     return 2 * blocks * jnp.dtype(dtype).itemsize + sums + 16 * rows * keys

@@ -1,4 +1,4 @@
-"""The manifest for GKE: its Job by Kubernetes' own schema, the JobSet around it by a schema of what is used of it."""
+"""The manifest for GKE: check its Job with Kubernetes' own schema, and the JobSet with a schema of its fields."""
 
 import pathlib
 import re
@@ -18,7 +18,7 @@ KUBERNETES = "1.31"
 
 
 def closed(**properties: Any) -> dict[str, Any]:
-    """An object with these fields, all of them, and no others."""
+    """Return the schema of an object with exactly these fields."""
     return {
         "type": "object",
         "properties": properties,
@@ -115,26 +115,26 @@ def test_the_validation_can_fail(capsys: pytest.CaptureFixture[str]) -> None:
         jsonschema.validate({**found, "kind": "Job"}, JOBSET)
 
 
-def test_the_line_for_xpk(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_for_xpk(capsys: pytest.CaptureFixture[str]) -> None:
     jobset.main(["--name=fam", "--image=registry/fam", "--slice=v5p:4x4x8", "--xpk", *TRAIN])
     assert capsys.readouterr().out == (
         "xpk workload create --cluster=$CLUSTER --workload=fam --tpu-type=v5p-256 --num-slices=1 "
         "--docker-image=registry/fam --max-restarts=100 '--command=python -m launch.train "
         "--config=configs/passkey.py --workdir=gs://bucket/run --config.train.steps=9'\n"
     )
-    with pytest.raises(UserError, match="XPK knows no type of this shape"):
+    with pytest.raises(UserError, match="XPK has no name for this topology"):
         jobset.main(["--name=fam", "--image=registry/fam", "--slice=v5p:4x4x16", "--xpk", *TRAIN])
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--slice=v5p:4x4x8", "--", "--workdir=runs/x"], "with --workdir=gs://"),
+        (["--slice=v5p:4x4x8", "--", "--workdir=runs/x"], "missing --workdir=gs://... behind --"),
         (["--slice=v5p:4x4x9", *TRAIN], "slice 'v5p:4x4x9'"),
-        (TRAIN, "--slice"),
+        (TRAIN, "missing --slice"),
     ],
 )
-def test_mistakes_are_told_in_a_line(arguments: list[str], says: str) -> None:
+def test_a_mistake_is_one_line(arguments: list[str], says: str) -> None:
     with pytest.raises(UserError) as caught:
         jobset.main(["--name=fam", "--image=registry/fam", *arguments])
     assert says in str(caught.value) and "\n" not in str(caught.value)

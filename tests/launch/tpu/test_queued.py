@@ -1,4 +1,4 @@
-"""The script for TPU VMs: what it would run, and what it does with a stand-in for gcloud."""
+"""The script for TPU VMs: the commands that it prints, and what it does with a stand-in for gcloud."""
 
 import os
 import pathlib
@@ -40,8 +40,8 @@ def test_shellcheck() -> None:
     ("name", "options"),
     [("v5p:4x4x8", ["--spot"]), ("v5e:4x8", ["--project=mine"]), ("v6e:2x4", []), ("v5p:4x4x16", [])],
 )
-def test_what_it_would_run(name: str, options: list[str]) -> None:
-    """Snapshots: rewrite them with UPDATE_SNAPSHOTS=1, and read what changes."""
+def test_the_commands_that_a_dry_run_prints(name: str, options: list[str]) -> None:
+    """Compare with the snapshots. To rewrite them, set UPDATE_SNAPSHOTS=1; then review the changes."""
     found = ""
     for command in COMMANDS:
         result = run(
@@ -56,7 +56,7 @@ def test_what_it_would_run(name: str, options: list[str]) -> None:
 
 
 def test_a_printed_command_is_the_command() -> None:
-    """The arguments of training pass two shells: this one's, and that of the hosts."""
+    """The arguments of training pass through two shells: this one and that of the hosts."""
     printed = run("--dry-run", "--name=fam", "--zone=z", "run", *TRAIN).stdout.removeprefix("+ ")
     words = subprocess.run(
         ["bash", "-c", f"gcloud() {{ printf '%s\\n' \"$@\"; }}; {printed}"], capture_output=True, text=True
@@ -71,7 +71,7 @@ def test_a_printed_command_is_the_command() -> None:
 
 @pytest.fixture
 def gcloud(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A stand-in that notes its calls and reports the states in the file `states`, the last for ever."""
+    """Make a stand-in that logs its calls and reports the states in the file `states`, of which the last one stays."""
     script = tmp_path / "gcloud"
     script.write_text(
         '#!/usr/bin/env bash\ncd "$(dirname "$0")"\necho "$@" >> calls\n'
@@ -93,7 +93,7 @@ def real(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
-def test_wait_returns_when_the_slice_is_there(gcloud: pathlib.Path) -> None:
+def test_wait_returns_when_the_slice_is_ready(gcloud: pathlib.Path) -> None:
     (gcloud / "states").write_text("WAITING_FOR_RESOURCES\nWAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n")
     result = real(gcloud, "wait")
     assert result.returncode == 0, result.stderr
@@ -101,17 +101,15 @@ def test_wait_returns_when_the_slice_is_there(gcloud: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
-def test_wait_gives_up_when_it_will_not_come(state: str, gcloud: pathlib.Path) -> None:
+def test_wait_gives_up_when_the_request_has_failed(state: str, gcloud: pathlib.Path) -> None:
     (gcloud / "states").write_text(f"PROVISIONING\nPROVISIONING\n{state}\n")
     result = real(gcloud, "wait")
     assert result.returncode == 2
-    assert (
-        result.stderr
-        == f"error: the request is {state}: 'delete' it, then 'create' (a quota? another zone?)\n"
-    )
+    says = f"the request is {state}; check the quota or choose another zone, then delete and create it"
+    assert result.stderr == f"error: {says}\n"
 
 
-def test_resume_makes_the_slice_anew_only_after_a_preemption(gcloud: pathlib.Path) -> None:
+def test_resume_requests_the_slice_again_only_after_a_preemption(gcloud: pathlib.Path) -> None:
     (gcloud / "states").write_text("ACTIVE\n")
     assert real(gcloud, "resume", *TRAIN).returncode == 0
     assert calls(gcloud) == ["ssh"]
@@ -125,17 +123,17 @@ def test_resume_makes_the_slice_anew_only_after_a_preemption(gcloud: pathlib.Pat
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["create"], "--name=NAME is missing"),
-        (["--name=a", "create"], "--zone=ZONE is missing"),
-        (["--name=a", "--zone=z", "create"], "--slice=SLICE is missing, such as v5p:4x4x8"),
+        (["create"], "missing --name=NAME"),
+        (["--name=a", "create"], "missing --zone=ZONE"),
+        (["--name=a", "--zone=z", "create"], "missing --slice=SLICE; give one such as v5p:4x4x8"),
         (["--name=a", "--zone=z", "--slice=v5p:4x4x9", "create"], "slice 'v5p:4x4x9': "),
-        (["--name=a", "--zone=z", "crate"], "unknown command crate; --help lists them"),
-        (["--name=a", "--zone=z", "--spott", "create"], "unknown option --spott; --help lists them"),
-        (["--name=a", "--zone=z", "run"], "give the arguments of launch.train behind --"),
-        (["--name=a", "--zone=z", "run", "--", "--workdir=x"], "--workdir=gs://... is missing"),
+        (["--name=a", "--zone=z", "crate"], "crate: unknown command; --help lists them"),
+        (["--name=a", "--zone=z", "--spott", "create"], "--spott: unknown option; --help lists them"),
+        (["--name=a", "--zone=z", "run"], "missing the arguments of launch.train; give them behind --"),
+        (["--name=a", "--zone=z", "run", "--", "--workdir=x"], "missing --workdir=gs://... behind --"),
     ],
 )
-def test_mistakes_are_told_in_a_line(arguments: list[str], says: str) -> None:
+def test_a_mistake_is_one_line(arguments: list[str], says: str) -> None:
     result = run("--dry-run", *arguments)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {says}") and result.stderr.count("\n") == 1

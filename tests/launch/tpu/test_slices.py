@@ -1,4 +1,4 @@
-"""Names of slices, against the tables of Google Cloud's documentation."""
+"""Names of slices, checked against the tables of Google Cloud's documentation."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_v6e_and_v5e(topology: str, chips: str, hosts: str, per_host: str) -> No
         assert (found.chips, found.hosts, found.chips_per_host) == (int(chips), int(hosts), int(per_host))
 
 
-def test_a_shape_that_no_type_stands_for_is_asked_for_by_its_topology() -> None:
+def test_a_slice_without_an_accelerator_type_is_requested_by_its_topology() -> None:
     """v5p-512 is 4x8x8."""
     assert parse_slice("v5p:4x4x16").request == ["--type=v5p", "--topology=4x4x16"]
     assert parse_slice("v5p:4x8x8").request == ["--accelerator-type=v5p-512"]
@@ -68,24 +68,27 @@ def test_a_shape_that_no_type_stands_for_is_asked_for_by_its_topology() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("v5q:2x2", "slice 'v5q:2x2': expected GENERATION:TOPOLOGY such as v5p:4x4x8, of v4, v5e, v5p, v6e"),
-        ("v5p", "slice 'v5p': the topologies of this generation are 2x2x1, "),
+        (
+            "v5q:2x2",
+            "slice 'v5q:2x2': expected GENERATION:TOPOLOGY, such as v5p:4x4x8; generations are v4, v5e, v5p, v6e",
+        ),
+        ("v5p", "slice 'v5p': v5p has the topologies 2x2x1, "),
         ("v5p:8x4x4", "slice 'v5p:8x4x4': "),
         ("v5p:4x4x6", "slice 'v5p:4x4x6': "),
         ("v5p:0x0x0", "slice 'v5p:0x0x0': "),
-        ("v5e:4x4x4", "slice 'v5e:4x4x4': the topologies of this generation are 1x1, 2x2, "),
+        ("v5e:4x4x4", "slice 'v5e:4x4x4': v5e has the topologies 1x1, 2x2, "),
     ],
 )
-def test_other_slices_are_refused(name: str, says: str) -> None:
+def test_other_slices_are_rejected(name: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_slice(name)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
 
 
-def test_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    slices.main(["v5e:4x8"])
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert slices.main(["v5e:4x8"]) == 0
     assert json.loads(capsys.readouterr().out)["hosts"] == 8
-    slices.main(["v5p:4x4x16", "request"])
+    assert slices.main(["v5p:4x4x16", "request"]) == 0
     assert capsys.readouterr().out == "--type=v5p --topology=4x4x16\n"
-    with pytest.raises(UserError, match="no such field"):
+    with pytest.raises(UserError, match="hots: no such name; a slice has generation, "):
         slices.main(["v5e:4x8", "hots"])

@@ -1,0 +1,101 @@
+"""The parameters of a memory, in a file beside the tensors of the model.
+
+transformers knows no memory, so `memory.safetensors` holds the memory's parameters under their paths, such as
+memory/initial_fam, and in its metadata the config fields that they were trained with. Version 0.1 of this package wrote
+`fam.safetensors`, with one tensor initial_fam; it is read too.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from fam_jax.config import ModelConfig
+from fam_jax.config.format1 import upgrade_model
+from fam_jax.hf.config_json import ConvertError, first_line
+from fam_jax.hf.names import memory_shapes
+from fam_jax.model.layer_types import is_memory
+
+MEMORY_FILE = "memory.safetensors"
+FORMAT1_FILE = "fam.safetensors"
+# Its only tensor, whether the vectors are those of the model or of each layer.
+FORMAT1_NAME = "initial_fam"
+# The "format" in the metadata of each.
+FORMAT, FORMAT1 = "fam_jax 2", "fam_jax"
+
+
+def find_memory_file(folder: Path) -> Path | None:
+    """Return the file with the parameters of a memory, or None if the folder has none."""
+    files = (folder / name for name in (MEMORY_FILE, FORMAT1_FILE))
+    return next((file for file in files if file.is_file()), None)
+
+
+def read_memory_config(folder: Path) -> dict[str, Any]:
+    """Return the config fields that a memory was trained with.
+
+    Returns:
+      `block_size` and the group `memory`, fields of :class:`ModelConfig`; empty if the folder has no memory file.
+
+    Raises:
+      ConvertError: the file is damaged, or this package did not write it.
+    """
+    path = find_memory_file(folder)
+    if path is None:
+        return {}
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+        fields = json.loads(metadata["config"])
+        if metadata.get("format") == FORMAT1:
+            fields = upgrade_model(fields)
+        return {"block_size": fields["block_size"], "memory": dict(fields["memory"])}
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ConvertError(
+            f"{path}: is damaged, or fam_jax did not write it; download it again, or remove it to import the model "
+            "without its memory"
+        ) from error
+
+
+def read_memory(folder: Path, model: ModelConfig) -> dict[str, np.ndarray] | None:
+    """Read the parameters of a memory by path; None if the folder has no memory file.
+
+    Raises:
+      ConvertError: the parameters are not those of the memory of `model`.
+    """
+    path, shapes = find_memory_file(folder), memory_shapes(model)
+    if path is None:
+        return None
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ConvertError(f"{path}: cannot be read ({first_line(error)}); download it again") from error
+    if path.name == FORMAT1_FILE and FORMAT1_NAME in values:
+        values = dict.fromkeys(shapes, values[FORMAT1_NAME])
+    for name, like in shapes.items():
+        found = f"has shape {list(values[name].shape)}" if name in values else "is missing"
+        if name not in values or values[name].shape != like.shape:
+            raise ConvertError(
+                f"{path}: {name} {found}, but the model needs shape {list(like.shape)}; set the fields of the memory "
+                "to those that it was trained with, or remove the file"
+            )
+    return {name: values[name] for name in shapes}
+
+
+def write_memory(folder: Path, model: ModelConfig, leaves: Mapping[str, Any]) -> None:
+    """Write the parameters of the memory, if it has any.
+
+    Args:
+      folder: where to write the file.
+      model: config of the model.
+      leaves: parameters of the model by path.
+    """
+    found = {path: np.asarray(leaf) for path, leaf in leaves.items() if is_memory(path)}
+    if found:
+        config = json.dumps({"block_size": model.block_size, "memory": dataclasses.asdict(model.memory)})
+        save_file(found, folder / MEMORY_FILE, metadata={"format": FORMAT, "config": config})

@@ -1,0 +1,195 @@
+"""Block attention by the Pallas TPU kernels: what they can compute, which of them run, and the derivative."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
+
+from fam_jax.config import UserError, ceil_div
+from fam_jax.kernels.arguments import BlockInputs, BlockOptions, fill_counts
+from fam_jax.kernels.pallas import resident, resident_backward, streamed, streamed_backward
+from fam_jax.kernels.pallas.blocks import KV
+from fam_jax.kernels.pallas.call import KernelCall, Results, Views
+from fam_jax.kernels.pallas.devices import CORES, division, over_mesh, target_chip
+from fam_jax.kernels.pallas.geometry import Geometry
+from fam_jax.kernels.pallas.streamed import Counts
+from fam_jax.kernels.pallas.tiles import LANES, SUBLANES, Tiles, choose_tiles
+
+
+class AttentionError(UserError, ValueError):
+    """The requested implementation of attention cannot run here."""
+
+
+def why_not_pallas(q: jax.Array, options: BlockOptions) -> str:
+    """Return why the kernels cannot compute attention of q (B, T, H, hd) on a TPU; empty if they can."""
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the kernels take bfloat16 and float32, but the queries are {q.dtype}"
+    if options.block_size % LANES:
+        return f"the block size must be a multiple of {LANES}, but it is {options.block_size}"
+    if options.softcap:
+        return "the kernels have no soft cap of scores"
+    if q.shape[-1] % 8:
+        return f"the head dimension must be a multiple of 8, but it is {q.shape[-1]}"
+    return ""
+
+
+def pallas_block_attention(
+    inputs: BlockInputs,
+    options: BlockOptions,
+    *,
+    interpret: bool | pltpu.InterpretParams = False,
+    tiles: Tiles | None = None,
+) -> jax.Array:
+    """Compute :func:`fam_jax.kernels.block_attention` by the kernels.
+
+    Args:
+      inputs: arrays of the call.
+      options: of the call.
+      interpret: run in Pallas' TPU interpreter, on any machine. It is slow and meant for tests.
+      tiles: sizes of tiles; None chooses them for the chip at hand.
+
+    Raises:
+      AttentionError: the kernels do not take such inputs, or the program is not compiled for a TPU.
+    """
+    chip = "interpreter" if interpret else target_chip()
+    reason = why_not_pallas(inputs.q, options)
+    if reason:
+        raise AttentionError(f"attention implementation pallas: {reason}; use implementation xla")
+    if not chip:
+        raise AttentionError(
+            "attention implementation pallas: the kernels run on TPUs, and there is none; use xla, or pallas_interpret "
+            "to run them in an interpreter"
+        )
+    attend = functools.partial(
+        _attend_on_device,
+        options=options,
+        chip=chip,
+        interpret=pltpu.InterpretParams() if interpret is True else interpret,
+        tiles=tiles,
+    )
+    rows, heads, kv_heads = division(inputs.q.shape[0], inputs.q.shape[2], inputs.k.shape[2])
+    queries, keys, extra = P(rows, None, heads), P(rows, None, kv_heads), P(rows, None, None, kv_heads)
+    specs = BlockInputs._make([queries, keys, keys, extra, extra, P(rows), P(rows)])
+    return over_mesh(attend, inputs, specs, queries)
+
+
+def _attend_on_device(
+    inputs: BlockInputs, *, options: BlockOptions, chip: str, interpret: Any, tiles: Tiles | None
+) -> jax.Array:
+    """Compute attention of the rows and heads of one device."""
+    inputs = _for_cores(inputs, chip)
+    length = inputs.q.shape[1]
+    static = inputs.past_slots == 0 and inputs.extra_count is None
+    geometry = _geometry(inputs, options, static)
+    tiles = tiles or choose_tiles(chip, geometry, inputs.q.dtype, static)
+    tiles.check(geometry.block_size)
+    # The resident kernels skip what is missing of the last block, in whole tiles; the others pad the block.
+    unit = tiles.rows if tiles.resident_forward and tiles.resident_backward else geometry.block_size
+    padded = ceil_div(length, unit) * unit
+    geometry = dataclasses.replace(geometry, missing=geometry.blocks * geometry.block_size - padded)
+    inputs = _pad(fill_counts(inputs), padded - length, geometry.extra_slots - geometry.extra_keys)
+    return _attend(KernelCall(geometry, tiles, interpret), inputs)[:, :length]
+
+
+def _for_cores(inputs: BlockInputs, chip: str) -> BlockInputs:
+    """Return inputs that two cores can divide.
+
+    The cores divide rows and key heads. If their product is odd, each key head is repeated, with half of its queries.
+    """
+    heads, kv_heads = inputs.q.shape[2], inputs.k.shape[2]
+    odd = inputs.q.shape[0] * kv_heads % 2 == 1
+    if CORES.get(chip, 1) != 2 or not odd or heads // kv_heads % 2:
+        return inputs
+    names = ("k", "v", "extra_k", "extra_v")
+    return inputs._replace(**{name: jnp.repeat(getattr(inputs, name), 2, axis=-2) for name in names})
+
+
+def _geometry(inputs: BlockInputs, options: BlockOptions, static: bool) -> Geometry:
+    blocks, extra_keys = inputs.extra_k.shape[1:3]
+    return Geometry(
+        block_size=options.block_size,
+        blocks=blocks,
+        segments=min(options.memory_segments, blocks - 1) if static else options.memory_segments,
+        window=options.window,
+        extra_slots=ceil_div(extra_keys, SUBLANES) * SUBLANES,
+        extra_keys=extra_keys,
+        heads=inputs.q.shape[2],
+        kv_heads=inputs.k.shape[2],
+        head_dim=inputs.q.shape[3],
+        stop_gradient=options.stop_gradient,
+    )
+
+
+def _pad(inputs: BlockInputs, tokens: int, extra: int) -> BlockInputs:
+    """Return inputs with so many more tokens at the end, and so many more extra keys per block."""
+    q, k, v = (jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, 0))) for x in inputs[:3])
+    extra_k, extra_v = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0))) for x in inputs[3:5])
+    return inputs._replace(q=q, k=k, v=v, extra_k=extra_k, extra_v=extra_v)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: KernelCall, inputs: BlockInputs) -> jax.Array:
+    return _forward(call, inputs)[0]
+
+
+def _forward(call: KernelCall, inputs: BlockInputs) -> tuple[jax.Array, tuple[BlockInputs, Results]]:
+    """Compute attention of padded inputs; also return what the derivative needs."""
+    views, counts = _views(call, inputs), Counts(inputs.past_length, inputs.extra_count)
+    if call.tiles.resident_forward:
+        results = resident.forward(call, views)
+    else:
+        results = streamed.forward(call, counts, _with_past(call, views))
+    # Named, so that rematerialisation can keep them: otherwise the kernel would run twice.
+    results = Results(*(checkpoint_name(x, "block_attention") for x in results))
+    return call.layout.unview(results.out), (inputs, results)
+
+
+def _backward(
+    call: KernelCall, residuals: tuple[BlockInputs, Results], d_out: jax.Array
+) -> tuple[BlockInputs]:
+    inputs, results = residuals
+    views, counts = _views(call, inputs), Counts(inputs.past_length, inputs.extra_count)
+    d_view = call.layout.view(d_out)
+    if call.tiles.resident_backward:
+        gradients = resident_backward.backward(call, views, results, d_view)
+    else:
+        gradients = streamed_backward.backward(call, counts, _with_past(call, views), results, d_view)
+    unview, length = call.layout.unview, inputs.k.shape[1]
+    extra = (inputs.extra_k, inputs.extra_v)
+    if gradients.extra:
+        d_extra = [unview(x).reshape(like.shape) for x, like in zip(gradients.extra, extra, strict=True)]
+    else:
+        d_extra = [jnp.zeros_like(x) for x in extra]
+    no_gradient = (np.zeros(x.shape, jax.dtypes.float0) for x in (inputs.past_length, inputs.extra_count))
+    d_tokens = (unview(x)[:, -length:] for x in gradients.tokens)
+    return (BlockInputs(unview(gradients.q), *d_tokens, *d_extra, *no_gradient),)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _views(call: KernelCall, inputs: BlockInputs) -> Views:
+    """Return the inputs in the layout of the kernels."""
+    view = call.layout.view
+
+    def flat(x: jax.Array) -> jax.Array:
+        return view(x.reshape(x.shape[0], -1, *x.shape[3:]))
+
+    extra = KV(flat(inputs.extra_k), flat(inputs.extra_v)) if call.geometry.extra_slots else None
+    return Views(view(inputs.q), KV(view(inputs.k), view(inputs.v)), extra)
+
+
+def _with_past(call: KernelCall, views: Views) -> Views:
+    """Return views whose keys and values start with all m * C past slots, as the streamed kernels read them."""
+    geometry, axis = call.geometry, call.layout.token_axis
+    missing = (geometry.segments + geometry.blocks) * geometry.block_size - views.tokens.k.shape[axis]
+    if not missing:
+        return views
+    head = [(missing, 0) if i == axis else (0, 0) for i in range(views.q.ndim)]
+    return views._replace(tokens=KV(*(jnp.pad(x, head) for x in views.tokens)))

@@ -1,0 +1,108 @@
+"""Load a config file, with one line that names file and line for every mistake in it."""
+
+import contextlib
+import importlib.util
+import inspect
+import re
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fam_jax.config import Config, ConfigError, UserError, resolve
+from fam_jax.config.overrides import Override, apply_overrides
+
+
+def load_config(name: str, overrides: Sequence[Override] = ()) -> Config:
+    """Load a config file, set fields of its config, and check the result.
+
+    Args:
+      name: FILE, or FILE:ARG to call its `get_config` with the text ARG.
+      overrides: fields to set.
+
+    Raises:
+      ConfigError: the file cannot be loaded, or the config is not valid.
+    """
+    file, _, argument = name.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"--config={name}: there is no such file")
+    with errors_of_file(path):
+        get_config = getattr(_load_module(path), "get_config", None)
+        if not callable(get_config):
+            raise ConfigError(
+                f"--config={name}: the file has no function get_config; define one that returns the config"
+            )
+        arguments = [argument] if ":" in name else []
+        _check_arguments(name, file, get_config, arguments)
+        values = get_config(*arguments)
+        values = values.to_dict() if hasattr(values, "to_dict") else values
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"--config={name}: get_config returns a {type(values).__name__}; return an edited default_config()"
+        )
+    apply_overrides(values, overrides)
+    return resolve(values)
+
+
+def _load_module(path: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"config_file_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path}: is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_arguments(name: str, file: str, get_config: Callable[..., Any], arguments: list[str]) -> None:
+    """Raise :class:`ConfigError` unless `get_config` can be called with these arguments."""
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        if arguments:
+            raise ConfigError(
+                f"--config={name}: get_config takes no argument; give --config={file}"
+            ) from None
+        raise ConfigError(
+            f"--config={name}: get_config needs an argument; give --config={file}:ARG"
+        ) from None
+
+
+@contextlib.contextmanager
+def errors_of_file(path: Path) -> Iterator[None]:
+    """Turn an error in a user's Python file, or in one beside it, into one line that says where it is.
+
+    Raises:
+      ConfigError: there was an error.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise ConfigError(
+            f"{_shown(error.filename or path, path)}, line {error.lineno}: {error.msg}; correct the file"
+        ) from error
+    except Exception as error:
+        folder = path.resolve().parent
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename).resolve().parent == folder]
+        where = f"{_shown(own[-1].filename, path)}, line {own[-1].lineno}" if own else str(path)
+        raise ConfigError(f"{where}: {_what(error)}; correct the file") from error
+
+
+def _shown(filename: str | Path, path: Path) -> str:
+    """Return the name of a file in the folder of `path`, as the user wrote it."""
+    return str(path.parent / Path(filename).name)
+
+
+def _what(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    # ConfigDict quotes what it says about an unknown field two or three times over.
+    text = " ".join(str(error).replace(r"\n", " ").split())
+    if wrong := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
+        return f"there is no field {wrong[2]}; did you mean {wrong[1]}?"
+    if wrong := re.fullmatch(r"""\"'(\w+)'\"""", text):
+        return f"there is no field {wrong[1]}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,109 @@
+"""Every memory at a size that compiles in seconds, with the gradient reach that it must have."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from examples.running_mean import RunningMean, RunningMeanConfig
+from fam_jax.config import MemoryConfig, ModelConfig
+from fam_jax.memories.fam import FamConfig
+from fam_jax.memories.registry import memory_kinds, register_memory
+from fam_jax.memories.window import (
+    BlockSlidingWindowConfig,
+    FullConfig,
+    SlidingWindowConfig,
+    TransformerXLConfig,
+)
+from fam_jax.model import Transformer, to_dict
+from tests.memories import toys
+
+SIZE, LAYERS, BLOCKS = 4, 2, 4
+
+# (block of the loss, block of the embeddings) -> whether a gradient may flow.
+Reach = Callable[[int, int], bool]
+
+
+class Case(NamedTuple):
+    """A memory, and which blocks' losses reach which blocks' embeddings."""
+
+    memory: MemoryConfig
+    reach: Reach
+
+    @property
+    def model(self) -> ModelConfig:
+        """Two layers, grouped queries, float64; no tied embeddings, so that tokens' embeddings are theirs alone."""
+        return ModelConfig(
+            vocab_size=SIZE * BLOCKS + 3, num_layers=LAYERS, model_dim=8, num_heads=4, num_kv_heads=2, head_dim=4,
+            ff_dim=12, tie_embeddings=False, dtype="float64", block_size=SIZE, memory=self.memory,
+        )  # fmt: skip
+
+
+def blocks_back(segments: int) -> Reach:
+    """Each layer reaches `segments` blocks back."""
+    return lambda loss, embedding: 0 <= loss - embedding <= LAYERS * segments
+
+
+def tokens_back(window: int) -> Reach:
+    """Each layer reaches window - 1 tokens back."""
+
+    def reach(loss: int, embedding: int) -> bool:
+        nearest = (loss - embedding) * SIZE - (SIZE - 1) if loss > embedding else 0
+        return loss >= embedding and nearest <= LAYERS * (window - 1)
+
+    return reach
+
+
+def everything(loss: int, embedding: int) -> bool:
+    """The whole past."""
+    return loss >= embedding
+
+
+def own_block(loss: int, embedding: int) -> bool:
+    """No gradient crosses a block border."""
+    return loss == embedding
+
+
+register_memory("running_mean", RunningMean)
+register_memory("toy_read_write", toys.ReadWriteRows)
+register_memory("toy_associative", toys.AssociativeRows)
+
+CASES = {
+    "full": Case(FullConfig(context=SIZE * BLOCKS), everything),
+    "swa": Case(SlidingWindowConfig(window=3), tokens_back(3)),
+    "bswa": Case(BlockSlidingWindowConfig(segments=1), blocks_back(1)),
+    "bswa, own block": Case(BlockSlidingWindowConfig(segments=0), own_block),
+    "bswa, window": Case(BlockSlidingWindowConfig(segments=1, window=2), tokens_back(2)),
+    "bswa, stop-gradient": Case(BlockSlidingWindowConfig(segments=1, stop_gradient=True), own_block),
+    "transformer_xl": Case(TransformerXLConfig(segments=1), own_block),
+    "fam": Case(FamConfig(length=2, segments=0), everything),
+    "fam, prefix, R=2": Case(FamConfig(length=2, init="prefix", previous_blocks=2), everything),
+    "fam, zero": Case(FamConfig(length=2, segments=1, positions="zero"), everything),
+    "fam, float, stop-gradient": Case(
+        FamConfig(length=3, segments=1, positions="float", stop_gradient=True), everything
+    ),
+    "running_mean": Case(RunningMeanConfig(segments=1, rate=0.5), everything),
+    "read_write": Case(toys.ReadWriteConfig(segments=0), everything),
+    "read_write, window": Case(toys.ReadWriteConfig(segments=1, window=3), everything),
+    "associative": Case(toys.AssociativeConfig(segments=0), everything),
+}
+assert {case.memory.kind for case in CASES.values()} == {*memory_kinds()}, "a registered memory has no case"
+
+
+def random_parameters(model: ModelConfig, seed: int = 0) -> dict[str, Any]:
+    """Random values for every parameter, so that nothing that starts at zero stays out of a test."""
+    shapes = to_dict(nnx.state(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))))
+
+    def fill(path: Any, leaf: Any) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        values = np.random.default_rng([seed, zlib.crc32(name.encode())]).normal(size=leaf.shape)
+        if name.endswith("scale"):
+            return jnp.asarray(1 + 0.3 * values, model.dtype)
+        fan_in = model.ff_dim if "down" in name else model.model_dim
+        return jnp.asarray(values / np.sqrt(fan_in), model.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
