@@ -1,6 +1,7 @@
 """Batches of text and of PassKey in turns: each part's own batches in order, chosen by seed and step."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -114,6 +115,50 @@ def test_a_resumed_mixture_continues_with_the_same_batches(corpus: pathlib.Path,
     for expected in batches[stop:]:
         assert_equal([resumed.next()], [expected])
         resumed.observe({"exact_match": 1.0})
+
+
+def test_a_state_of_version_0_1_continues_with_its_batches(corpus: pathlib.Path) -> None:
+    """State and hash of the next 8 batches were recorded with that version."""
+    state = {
+        "step": 30,
+        "text": {
+            "stream": {
+                "seed": 0,
+                "batch_size": 2,
+                "sequence_length": 24,
+                "shuffle_batches": 8,
+                "repeat_segment": 0,
+                "contents": "c792e0e86d5276f7",
+            },
+            "step": 15,
+            "group": {"epoch": 0, "example": 4, "token": 86},
+        },
+        "passkey": {
+            "stream": {
+                "seed": 0,
+                "block_size": 8,
+                "digits": 1,
+                "min_filler_blocks": 1,
+                "filler_step": 1,
+                "stage_blocks": [2, 3],
+            },
+            "step": 15,
+            "stage": 1,
+            "stage_steps": 5,
+            "examples": [26, 4],
+            "reports": 0,
+            "matched": 0.0,
+            "weight": 0.0,
+        },
+    }
+    mixed = make(corpus)
+    mixed.restore(state)
+    assert mixed.state() == state
+    found = hashlib.sha256()
+    for batch in (mixed.next() for _ in range(8)):
+        for name in ("inputs", "targets", "weights", "answer"):
+            found.update(batch[name].tobytes())
+    assert found.hexdigest() == "a6d8b34b24c1f6662e65462aab6530f35207936286a893c110083e43b2519569"
 
 
 def test_processes_together_make_every_batch(corpus: pathlib.Path) -> None:
