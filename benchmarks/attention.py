@@ -25,7 +25,7 @@ from benchmarks.splash import SplashTiles
 from fam_jax.config import ModelConfig
 from fam_jax.memories.fam import FamConfig
 from fam_jax.plan import ProfileError, check_floor, estimate, parse, static_profile
-from fam_jax.plan.attention import kernel_seconds
+from fam_jax.plan.attention import LocalShare, kernel_seconds
 from launch.cli import ArgumentParser
 from launch.errors import user_errors
 
@@ -69,7 +69,8 @@ class Profiler:
             memory=FamConfig(segments=case.segments, length=case.extra),
             head_dim=case.head_dim,
         )
-        spans = kernel_seconds(case.topology, model, case.batch, case.tokens, case.heads, case.kv_heads)
+        share = LocalShare(case.topology, case.batch, case.tokens, case.heads, case.kv_heads)
+        spans = kernel_seconds(model, share)
         for name in kernels:
             if name not in spans or spans[name][0] < spans[name][1]:
                 raise ProfileError(f"{case.topology}: the compiler gives no figure for {name}")

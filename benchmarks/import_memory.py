@@ -85,7 +85,9 @@ def import_once(source: Path, out: Path) -> tuple[int, float]:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise UserError(f"{' '.join(command)}: failed with exit code {process.returncode}; see its output above")
+        raise UserError(
+            f"{' '.join(command)}: failed with exit code {process.returncode}; see its output above"
+        )
     return usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 
 

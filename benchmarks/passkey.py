@@ -20,7 +20,7 @@ from launch.cli import ArgumentParser
 from launch.demo import VARIANTS
 from launch.errors import user_errors
 
-KEPT = ("exact_match", "teacher_forced_exact_match", "answer_token_accuracy", "keys", "tokens_read")
+KEPT = ("exact_match", "teacher_forced_exact_match", "answer_token_accuracy", "questions", "tokens_read")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -44,7 +44,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         "models": {
             name: {
                 "lengths": {
-                    length: {key: row[key] for key in KEPT} for length, row in result["lengths"].items()
+                    length: {key: row[key] for key in KEPT}
+                    for length, row in result["details"]["groups"].items()
                 },
                 "steps": steps[name],
                 "course": _course(folder / name / "metrics.jsonl"),

@@ -29,6 +29,12 @@ from fam_jax.config.overrides import Override
 from launch import cli
 
 VARIANTS = ("fam", "bswa_m1", "bswa_m1_sg")
+# Of the curves in the plot.
+LABELS = {
+    "fam": "FAM, no memory segment",
+    "bswa_m1": "BSWA, 1 memory segment",
+    "bswa_m1_sg": "BSWA, 1 memory segment, stop-gradient",
+}
 LENGTHS = (4, 9, 18, 36, 72, 130, 260, 520)
 CONFIG = "configs/passkey.py"
 # Seconds between two lines of a training's progress.
@@ -200,7 +206,9 @@ def finished(result: Path, config: dict[str, Any]) -> bool:
     made_by = {**found["config"], "mesh": config["mesh"]}
     made_by["evaluate"] = {**made_by["evaluate"], "filler_blocks": config["evaluate"]["filler_blocks"]}
     return (
-        lengths <= set(found["lengths"]) and made_by == config and found["step"] == config["train"]["steps"]
+        lengths <= set(found["details"]["groups"])
+        and made_by == config
+        and found["step"] == config["train"]["steps"]
     )
 
 
@@ -208,7 +216,7 @@ def exact_matches(demo: Demo) -> dict[str, dict[str, float]]:
     """Return the fraction of keys that each model retrieved, by model and filler length in blocks."""
     models = {}
     for variant in VARIANTS:
-        found = json.loads((demo.workdir / variant / "result.json").read_text())["lengths"]
+        found = json.loads((demo.workdir / variant / "result.json").read_text())["details"]["groups"]
         models[variant] = {str(length): found[str(length)]["exact_match"] for length in demo.lengths}
     return models
 
@@ -231,7 +239,7 @@ def draw(workdir: Path, models: dict[str, dict[str, float]]) -> None:
     config = json.loads((workdir / VARIANTS[0] / "config.json").read_text())
     model = config["model"]
     plot_passkey(
-        models,
+        {LABELS[name]: matches for name, matches in models.items()},
         workdir / "passkey.png",
         trained_blocks=config["data"]["stage_blocks"][-1],
         title=f"PassKey retrieval, {model['num_layers']} layers of width {model['model_dim']}, blocks of "

@@ -1,29 +1,34 @@
-"""Evaluate a checkpoint: PassKey retrieval by generation, or the loss on held-out text.
+"""Evaluate a checkpoint from streamed states.
 
     python -m launch.evaluate --checkpoint=runs/passkey --lengths=4,9,18,36
     python -m launch.evaluate --checkpoint=runs/text --files=books/ --ablations=zeroed,shuffled,frozen
 
-Restores the parameters alone, on whatever devices there are, with the config of the run. Prints a table and writes the
-results, with what made them, to CHECKPOINT/evaluations/STEP/TASK.json, and a picture beside them where there is one.
-
-On the hosts of a TPU slice, run the same command on all of them.
+The default task is that of the run; --list shows all tasks. Prints tables, and writes the results with what made them
+to CHECKPOINT/evaluations/STEP/TASK.json and, if the task has a plot, TASK.png. docs/evaluation.md has the details, and
+the same in Python. On the hosts of a TPU slice, run the same command on all of them.
 """
 
 import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-import jax
-import rich.console
-
-from fam_jax.config import UserError
 from launch import cli, processes
 
+# Flags that set a field of config.evaluate, and the field.
+FIELDS = {
+    "lengths": "filler_blocks",
+    "keys": "keys",
+    "documents": "documents",
+    "min_tokens": "min_tokens",
+    "ablations": "ablations",
+    "batch_size": "batch_size",
+}
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the command line.
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
 
     Raises:
       UserError: an argument is unknown, missing or malformed.
@@ -32,64 +37,55 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     cli.add_checkpoint(parser)
     cli.add_mesh(parser)
     add = parser.add_argument
-    add("--list", action=_List, help="list the tasks and exit")
-    add("--task", metavar="NAME", help="default: that of the run (text for seqio tasks)")
-    add("--lengths", type=cli.integers, metavar="N,N,...", help="passkey: lengths of filler, in blocks")
-    add("--keys", type=int, metavar="N", help="passkey: examples per length")
-    add(
-        "--files", type=cli.words, default=(), metavar="PATH,...",
-        help="text: files, folders or patterns, in place of config.data.heldout_files",
-    )  # fmt: skip
-    add(
-        "--suffixes", type=cli.words, default=(), metavar=".txt,...",
-        help="text: endings of files that count in folders; default: config.data.file_suffixes",
-    )  # fmt: skip
-    add("--documents", type=int, metavar="N", help="text: number of documents, drawn at random; 0: all")
-    add("--min_tokens", type=int, metavar="N", help="text: leave out shorter documents")
-    add(
-        "--ablations", type=cli.words, metavar="HOW,...",
-        help="text: measure again with the memory zeroed, shuffled or frozen",
-    )  # fmt: skip
+    add("--list", action=_ListTasks, help="list the tasks and exit")
+    add("--task", metavar="NAME", help="default: that of the run, which is text for seqio tasks")
     add("--batch_size", type=int, metavar="N", help="examples read together")
     add("--out", metavar="FILE.json", help="default: CHECKPOINT/evaluations/STEP/TASK.json")
-    return parser.parse_args(arguments)
+    add = parser.add_argument_group("the task passkey").add_argument
+    add("--lengths", type=cli.integers, metavar="N,N,...", help="lengths of the filler, in blocks")
+    add("--keys", type=int, metavar="N", help="examples per length")
+    add = parser.add_argument_group("the task text").add_argument
+    heldout = "files, folders or patterns; default: config.data.heldout_files"
+    add("--files", type=cli.words, default=(), metavar="PATH,...", help=heldout)
+    suffixes = "endings of the files that count in a folder; default: config.data.file_suffixes"
+    add("--suffixes", type=cli.words, default=(), metavar=".txt,...", help=suffixes)
+    add("--documents", type=int, metavar="N", help="number of documents, drawn at random; 0: all")
+    add("--min_tokens", type=int, metavar="N", help="leave out shorter documents")
+    ablations = "read again with the memory zeroed, shuffled or frozen after every block"
+    add("--ablations", type=cli.words, metavar="HOW,...", help=ablations)
+    return parser.parse_args(argv)
 
 
-class _List(argparse.Action):
+class _ListTasks(argparse.Action):
     """Print the tasks."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: str):
-        super().__init__(option_strings, dest, nargs=0, help=kwargs.get("help"))
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **options)
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from fam_jax.evaluate.tasks import TASKS
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from fam_jax.evaluate import TASKS
 
-        print("\n".join(f"{name:10} {task.doc}" for name, task in TASKS.items()))
+        for name, task in TASKS.items():
+            print(f"{name:12}{task.doc}")
         parser.exit()
 
 
-def check_out(out: str | None) -> None:
-    """Raise :class:`UserError` if the results could not be written: evaluation may take hours."""
-    if out is None or "://" in out:
-        return
-    path = Path(out).expanduser()
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--out={out}: cannot be written; give a file in a folder that exists")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; return the exit code."""
+    """Evaluate, and return the exit code.
+
+    Raises:
+      UserError: the command line, the checkpoint or the data has a mistake.
+    """
     arguments = parse_arguments(argv)
     processes.join(arguments, stop_together=False)
-    check_out(arguments.out)
-    changes = {
-        "filler_blocks": arguments.lengths, "keys": arguments.keys, "batch_size": arguments.batch_size,
-        "documents": arguments.documents, "min_tokens": arguments.min_tokens, "ablations": arguments.ablations,
-    }  # fmt: skip
-    from fam_jax.evaluate import run, tasks
+    import jax
+    import rich.console
 
+    from fam_jax.evaluate import evaluate
+
+    given = {field: getattr(arguments, flag) for flag, field in FIELDS.items()}
     with cli.progress_bars() as show:
-        record = run.evaluate(
+        found = evaluate(
             arguments.checkpoint,
             task=arguments.task,
             step=arguments.step,
@@ -101,18 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ["python", "-m", "launch.evaluate", *(sys.argv[1:] if argv is None else argv)]
             ),
             on_progress=show,
-            **{name: value for name, value in changes.items() if value is not None},
+            **{field: value for field, value in given.items() if value is not None},
         )
-    if jax.process_index() > 0:
-        return 0
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 100)
-    task = tasks.task_of(record["task"])
-    for table in task.tables(record, f"step {record['step']} of {arguments.checkpoint}"):
-        console.print(table)
-    path = arguments.out or run.results_file(Path(arguments.checkpoint), record["step"], record["task"])
-    print(f"written to {path}")
-    if task.draw is not None:
-        print(f"drawn in {Path(path).with_suffix('.png')}")
+    if jax.process_index() == 0:
+        console = rich.console.Console(width=None if sys.stdout.isatty() else 100)
+        for table in found.tables(arguments.checkpoint):
+            console.print(table)
+        for path in found.files:
+            print(f"written to {path}")
     return 0
 
 

@@ -35,13 +35,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """
     parser = cli.Parser("generate", __doc__)
     cli.add_checkpoint(parser)
-    add = parser.add_argument
-    add(
-        "--mesh",
-        type=cli.mesh,
-        metavar="AXIS=N,...",
-        help="spread the parameters over devices: data=1,fsdp=8",
-    )
+    mesh = "spread the parameters over devices, such as fsdp=8,data=1; default: use one device"
+    parser.add_argument("--mesh", type=cli.mesh, metavar="AXIS=N,...", help=mesh)
+    add = parser.add_argument_group("what to read").add_argument
     add("--prompt", metavar="TEXT", help="text to read")
     add("--prompt-file", metavar="FILE", help="UTF-8 text to read; - or no prompt: standard input")
     add("--question", metavar="TEXT", help="text to read after the prompt, once the memory is saved")
@@ -49,31 +45,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--save-memory", metavar="FILE", help="save the memory after the prompt")
     add("--batch", type=Path, metavar="FILE.jsonl", help="lines with prompt_file, prompt or question")
     add("--out", type=Path, metavar="FILE.jsonl", help="results of --batch; continued if it exists")
-    add("--max-tokens", type=int, default=256, help="tokens to generate; 0: read only (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="0: take the likeliest token (default)")
-    add("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: off")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="sample among the likeliest tokens of this total probability; 1: off",
-    )
-    add("--seed", type=int, default=0, help="of the sampling")
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="string that ends the text; may be repeated",
-    )
-    add("--chunk-blocks", type=int, default=16, help="blocks to read at once (default: %(default)s)")
+    blocks = "blocks to read at once; default: %(default)s"
+    add("--chunk-blocks", type=cli.at_least(1), metavar="N", default=16, help=blocks)
+    add = parser.add_argument_group("what to generate").add_argument
+    limit = "tokens to generate; 0: read only; default: %(default)s"
+    add("--max-tokens", type=cli.at_least(0), metavar="N", default=256, help=limit)
+    add("--temperature", type=float, metavar="T", default=0.0, help="default: 0, take the likeliest token")
+    add("--top-k", type=int, metavar="K", default=0, help="sample among the K likeliest tokens; 0: off")
+    top_p = "sample among the likeliest tokens of this total probability; 1: off"
+    add("--top-p", type=float, metavar="P", default=1.0, help=top_p)
+    add("--seed", type=int, metavar="N", default=0, help="seed of the sampling")
+    stop = "string that ends the text and is left out of it; may be repeated"
+    add("--stop", action="append", default=[], metavar="TEXT", help=stop)
     found = parser.parse_args(arguments)
     _check(found)
     return found
 
 
 def _check(found: argparse.Namespace) -> None:
-    """Raise :class:`UserError` for what is wrong before the checkpoint is loaded."""
+    """Raise :class:`UserError` if flags contradict each other or a file cannot be written."""
 
     def refuse(condition: bool, message: str) -> None:
         if condition:
@@ -81,7 +71,7 @@ def _check(found: argparse.Namespace) -> None:
 
     Sampling(found.temperature, found.top_k, found.top_p)
     for flag, place in (("--save-memory", found.save_memory), ("--out", found.out)):
-        if place is not None:  # reading may take hours
+        if place is not None:  # found out now, as reading may take hours
             file = Path(place)
             writable = not file.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK)
             refuse(
@@ -89,29 +79,31 @@ def _check(found: argparse.Namespace) -> None:
                 f"argument {flag}: {place} cannot be written; give a file in a folder that exists",
             )
     refuse(
-        found.prompt is not None and found.prompt_file is not None, "give --prompt or --prompt-file, not both"
+        found.prompt is not None and found.prompt_file is not None,
+        "--prompt and --prompt-file: give only one of them",
     )
     refuse("" in (found.prompt, found.question), "--prompt and --question must not be empty")
     refuse("" in found.stop, "argument --stop: must not be empty")
-    refuse(found.chunk_blocks < 1, f"argument --chunk-blocks: must be at least 1, got {found.chunk_blocks}")
-    refuse(found.max_tokens < 0, f"argument --max-tokens: must be at least 0, got {found.max_tokens}")
-    refuse((found.batch is None) != (found.out is None), "--batch and --out belong together")
+    refuse((found.batch is None) != (found.out is None), "--batch and --out: give both or neither")
     refuse(
         found.save_memory is not None
         and found.batch is not None
         and (found.prompt, found.prompt_file, found.load_memory) == (None, None, None),
-        "--save-memory: with --batch, it takes a --prompt-file or --prompt that all lines continue",
+        "--save-memory: with --batch, it needs a --prompt-file or --prompt that all lines continue",
     )
-    refuse(found.batch is not None and found.question is not None, "with --batch, questions are in its lines")
+    refuse(
+        found.batch is not None and found.question is not None,
+        "--question: cannot be combined with --batch; put the questions into its lines",
+    )
     refuse(
         found.max_tokens == 0 and (found.batch is not None or found.save_memory is None),
         "argument --max-tokens: 0 reads only, so it needs --save-memory",
     )
+    nothing_to_read = (found.prompt, found.prompt_file, found.question) == (None, None, None)
     refuse(
-        found.max_tokens > 0 and found.batch is None and found.load_memory is not None
-        and (found.prompt, found.prompt_file, found.question) == (None, None, None),
+        found.max_tokens > 0 and found.batch is None and found.load_memory is not None and nothing_to_read,
         "--load-memory: a memory does not say what comes next; give a --question or a prompt too",
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager
@@ -122,7 +114,7 @@ def prompt(found: argparse.Namespace) -> Iterator[BinaryIO | str | None]:
         yield found.prompt
     elif found.prompt_file == "-" or (found.prompt_file is None and alone):
         if sys.stdin.isatty():
-            print("reading standard input; end it by Ctrl-D", file=sys.stderr)
+            print("reading standard input; end it with Ctrl-D", file=sys.stderr)
         yield sys.stdin.buffer
     elif found.prompt_file is not None:
         with open_text(found.prompt_file) as file:
@@ -163,14 +155,18 @@ def completer(
     """Return a function that generates as the command line says; `aloud` prints the text as it comes."""
     sampling = Sampling(found.temperature, found.top_k, found.top_p)
 
-    def tell(text: str) -> None:
+    def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
     return lambda state: model.generate(
-        state, max_tokens=found.max_tokens, sampling=sampling, seed=found.seed, stop=found.stop,
-        on_text=tell if aloud else None,
-    )  # fmt: skip
+        state,
+        max_tokens=found.max_tokens,
+        sampling=sampling,
+        seed=found.seed,
+        stop=found.stop,
+        on_text=write if aloud else None,
+    )
 
 
 def run_batch(model: TextModel, found: argparse.Namespace, state: TextState | None) -> None:
@@ -179,13 +175,9 @@ def run_batch(model: TextModel, found: argparse.Namespace, state: TextState | No
     Raises:
       UserError: some lines could not be answered; all others are.
     """
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("lines", total=None)
-        count, failed = complete_lines(
-            model, found.batch, found.out, completer(model, found, aloud=False), state=state,
-            on_line=lambda done, total: progress.update(bar, completed=done, total=total),
-        )  # fmt: skip
+    complete = completer(model, found, aloud=False)
+    with cli.progress_bar("lines") as show:
+        count, failed = complete_lines(model, found.batch, found.out, complete, state=state, on_line=show)
     print(f"{count} lines are answered in {found.out}", file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of {count} lines could not be answered; their errors are in {found.out}")

@@ -208,12 +208,12 @@ def test_block_sizes_that_cannot_be_measured(text: str) -> None:
 def some_demo(folder: pathlib.Path, seed: int) -> pathlib.Path:
     """What a finished demo leaves behind, as far as it is gathered."""
     row = {
-        "exact_match": 0.5, "teacher_forced_exact_match": 0.5, "answer_token_accuracy": 0.75, "keys": 4,
+        "exact_match": 0.5, "teacher_forced_exact_match": 0.5, "answer_token_accuracy": 0.75, "questions": 4,
         "tokens_read": 119,
     }  # fmt: skip
     for name in passkey.VARIANTS:
         (folder / name).mkdir(parents=True)
-        result = {"command": "c", "versions": {}, "config": {}, "lengths": {"2": row, "4": row}}
+        result = {"command": "c", "versions": {}, "config": {}, "details": {"groups": {"2": row, "4": row}}}
         (folder / name / "result.json").write_text(json.dumps(result))
         line = {"loss": 1.0, "exact_match": 0.5, "stage_blocks": 2, "tokens_per_second": 3.0}
         lines = [{"step": step, **line} for step in (10, 50, 60)]

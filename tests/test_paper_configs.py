@@ -1,6 +1,6 @@
-"""The paper's models: their sizes, and where every array of their training states lies.
+"""The paper's models: their sizes, and the sharding of every array of their training states.
 
-`python -m tests.test_paper_configs` writes the snapshots anew.
+`python -m tests.test_paper_configs` rewrites the snapshots.
 """
 
 import functools
@@ -20,21 +20,21 @@ from fam_jax.train.optimizer import make_optimizer
 from fam_jax.train.state import init_state
 
 SNAPSHOTS = pathlib.Path(__file__).parent / "snapshots"
-# Config, parameters without embeddings (table 3), chips.
+# Config, number of parameters without embeddings (table 3), chips.
 MODELS = {"fam_1b": (fam_1b, 1.19e9, 32), "fam_8b": (fam_8b, 8.6e9, 64), "fam_24b": (fam_24b, 24.5e9, 128)}
 ARGUMENTS = ("", "pretrain")
 
 
 @functools.cache
 def shapes_of(name: str, argument: str) -> tuple[Config, Any]:
-    """Config, and the training state as shapes: nothing is created."""
+    """Return the config, and the shapes of the training state."""
     config = resolve(MODELS[name][0].get_config(argument))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     return config, jax.eval_shape(lambda: init_state(config, optimizer, 0, None))
 
 
 def placed(name: str, argument: str) -> dict[str, Any]:
-    """Shape, and mesh axes, of every array by path."""
+    """Return shape, type and mesh axes of every array by path."""
     config, shapes = shapes_of(name, argument)
     chips, inner = MODELS[name][2], config.mesh.data * config.mesh.tensor
     mesh = AbstractMesh(
@@ -71,16 +71,16 @@ def sharding_paths(tree: Any) -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_every_array_lies_where_it_did(name: str, argument: str) -> None:
+def test_shardings_match_the_snapshot(name: str, argument: str) -> None:
     assert placed(name, argument) == json.loads(snapshot(name, argument).read_text())
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_no_large_array_is_on_every_chip(name: str, argument: str) -> None:
+def test_no_large_array_is_replicated(name: str, argument: str) -> None:
     for path, (shape, _, axes) in placed(name, argument).items():
         spread = any(axis != "None" for axis in axes)
-        assert spread or math.prod(shape) <= 2**24, path  # such as the saved FAM, 28 MiB at 24B
+        assert spread or math.prod(shape) <= 2**24, path  # the state carried between steps: 28 MiB at 24B
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -93,7 +93,7 @@ def test_the_papers_settings(name: str) -> None:
     assert (config.optimizer.name, config.optimizer.beta1, config.optimizer.beta2) == ("adafactor", 0.9, 0.99)
     assert config.optimizer.learning_rate == (1e-4 if name == "fam_1b" else 3e-3)
     plain = resolve(MODELS[name][0].get_config("bswa"))
-    assert (plain.model.memory.length, plain.train.random_state_passing) == (0, 0)
+    assert (plain.model.memory.kind, plain.train.random_state_passing) == ("bswa", 0)
 
 
 def test_an_unknown_word_is_named() -> None:

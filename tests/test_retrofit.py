@@ -198,7 +198,9 @@ def test_merged_is_applied(imported: Any, name: str) -> None:
 
     merged = last_logits(config, lora.merge(params, config.lora))
     np.testing.assert_allclose(apply(params), merged, rtol=1e-4, atol=1e-4)
-    assert np.abs(merged - last_logits(config, lora.merge(fresh, config.lora))).max() > 0.1, "the updates change nothing"
+    assert np.abs(merged - last_logits(config, lora.merge(fresh, config.lora))).max() > 0.1, (
+        "the updates change nothing"
+    )
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2"])

@@ -41,6 +41,14 @@ class Evaluation:
     scalars: dict[str, float]
     # What the task's tables and plot show.
     details: dict[str, Any]
+    # The JSON file that holds the record. It is not in the file itself.
+    path: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def files(self) -> list[epath.Path]:
+        """Return the JSON file, and the PNG beside it if the task has a plot."""
+        path = epath.Path(self.path)
+        return [path] if find_task(self.task).plot is None else [path, path.with_suffix(".png")]
 
     def line(self) -> str:
         """Return the headline figures in one line."""
@@ -52,26 +60,26 @@ class Evaluation:
         return find_task(self.task).tables(self.details, self._title(run))
 
     def _title(self, run: str) -> str:
-        return f"{self.task}, step {self.step}" + (f" of {run}" if run else "")
+        return f"{find_task(self.task).title}, step {self.step}" + (f" of {run}" if run else "")
 
-    def write(self, path: str | os.PathLike[str], run: str = "") -> None:
-        """Write the record as JSON and the plot, if the task has one, as a PNG beside it.
+    def write(self, run: str = "") -> None:
+        """Write the record to `path` as JSON and the plot, if the task has one, as a PNG beside it.
 
-        Each file appears only when it is complete.
+        The folder is created if needed. Each file appears only when it is complete.
 
         Args:
-          path: of the JSON file; its folder is created if needed.
           run: names the run in the title of the plot.
 
         Raises:
           UserError: a file cannot be written.
         """
-        plot = find_task(self.task).plot
-        content = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        values = dataclasses.asdict(self)
+        del values["path"]
+        plot, (path, *beside) = find_task(self.task).plot, self.files
         with _writing(path) as file:
-            file.write(content.encode())
+            file.write(f"{json.dumps(values, indent=2)}\n".encode())
         if plot is not None:
-            with _writing(plot_path(path)) as file:
+            with _writing(beside[0]) as file:
                 plot(self.details, file, self._title(run))
 
 
@@ -82,15 +90,17 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
       UserError: the file is missing, or is not such a record.
     """
     try:
-        return Evaluation(**json.loads(epath.Path(path).read_text()))
+        return Evaluation(**json.loads(epath.Path(path).read_text()), path=os.fspath(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); evaluate the run first") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: is not the record of an evaluation; evaluate the run again") from error
 
 
-def make_evaluation(config: Config, task: str, step: int, measured: Measured, command: str) -> Evaluation:
-    """Return the record of what a task measured in this process."""
+def make_evaluation(
+    config: Config, task: str, step: int, measured: Measured, *, command: str, path: str | os.PathLike[str]
+) -> Evaluation:
+    """Return the record of what a task measured in this process, to be written to `path`."""
     devices = jax.devices()
     headline = find_task(task).metrics
     return Evaluation(
@@ -103,17 +113,13 @@ def make_evaluation(config: Config, task: str, step: int, measured: Measured, co
         metrics={name: measured.scalars[name] for name in headline if name in measured.scalars},
         scalars=measured.scalars,
         details=measured.details,
+        path=os.fspath(path),
     )
 
 
 def evaluation_path(workdir: str | os.PathLike[str], step: int, task: str) -> epath.Path:
     """Return the file for the results of a task: WORKDIR/evaluations/STEP/TASK.json."""
     return epath.Path(workdir).expanduser() / FOLDER / str(step) / f"{task}.json"
-
-
-def plot_path(path: str | os.PathLike[str]) -> epath.Path:
-    """Return the file for the plot of the results in `path`."""
-    return epath.Path(path).with_suffix(".png")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -66,9 +66,9 @@ def evaluate(
     if jax.process_index() == 0:
         check_writable(path)
     measure = _prepare(name, _setting(config, files, suffixes), on_progress)
-    found = make_evaluation(config, name, step, measure(params), command)
+    found = make_evaluation(config, name, step, measure(params), command=command, path=path)
     if jax.process_index() == 0:
-        found.write(path, os.fspath(checkpoint))
+        found.write(os.fspath(checkpoint))
     return found
 
 
@@ -88,9 +88,10 @@ def evaluate_in_training(
     )
 
     def evaluate_step(params: Any, step: int) -> dict[str, dict[str, float]]:
-        found = make_evaluation(config, name, step, measure(merge(params)), "training")
+        measured, path = measure(merge(params)), evaluation_path(workdir, step, name)
+        found = make_evaluation(config, name, step, measured, command="training", path=path)
         if jax.process_index() == 0:
-            found.write(evaluation_path(workdir, step, name), os.fspath(workdir))
+            found.write(os.fspath(workdir))
         return {name: found.scalars}
 
     return evaluate_step

@@ -61,6 +61,8 @@ class Task:
     """A task. To add one, write `items` and add a line to `fam_jax.evaluate.tasks.TASKS`."""
 
     name: str
+    # Begins the title of its tables and plot.
+    title: str
     # One line for `launch.evaluate --list`.
     doc: str
     # Make or load the items. Called once per run, however often the run is evaluated.

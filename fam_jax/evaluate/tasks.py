@@ -44,6 +44,7 @@ TASKS = {
     for task in (
         Task(
             "passkey",
+            "PassKey retrieval",
             "PassKey retrieval by length of the filler, by generation",
             passkey_questions,
             measure_answers,
@@ -52,6 +53,7 @@ TASKS = {
         ),
         Task(
             "text",
+            "Held-out text",
             "loss on held-out documents, by position, with the memory ablated on request",
             text_documents,
             measure_documents,

@@ -57,7 +57,7 @@ def encode_pieces(
     """Yield the token ids of `"".join(texts)`, for about `piece` characters at a time.
 
     A vocabulary may put a mark before a text, merge spaces and so on, so pieces that are encoded alone would differ
-    from the whole. Therefore each piece is encoded together with the end of the one before it, whose ids are then removed,
+    from the whole. Therefore each piece is encoded behind the end of the one before it, whose ids are then removed,
     and it ends where its ids do not depend on what follows. If a text has no such border (no white space for thousands
     of characters), a piece may end within a token.
     """

@@ -1,7 +1,7 @@
-"""Time of the attention kernels, by the static profile of the TPU compiler where it has a figure.
+"""Estimate the time of the block attention kernels, by the TPU compiler's static profile where it has a figure.
 
-Its figure is linear in heads, so it is taken of as few as keep every core busy. `python -m fam_jax.plan.attention JSON`
-compiles one kernel: the simulator dies of a program that holds both.
+The cycles are linear in heads, so only as many heads are profiled as keep every core busy. `python -m
+fam_jax.plan.attention JSON` compiles one kernel, because the simulator crashes on a program that has both.
 """
 
 import dataclasses
@@ -25,9 +25,10 @@ from fam_jax.plan.compile import compile_on, topology_devices
 from fam_jax.plan.profile import kernel_cycles
 from fam_jax.sharding import make_mesh, replicated
 
-GROUP = 4  # query heads of a group that are profiled
+# Query heads per key head that are profiled.
+GROUP = 4
 
-# Where there is no figure: the share of the matrix units' peak that the kernels reach, at best and at worst.
+# Share of the matrix units' peak that kernels without a figure reach, at best and at worst.
 UNKNOWN_SHARE = (0.8, 0.4)
 
 # Matrix products per score: of the resident kernels and of update attention, and of each streamed kernel. The last one
@@ -48,15 +49,15 @@ def visible_keys(
     window: int = 0,
     past: int = 0,
 ) -> float:
-    """Sum over `tokens` queries of the keys that each sees.
+    """Return the number of keys that a query sees, summed over `tokens` queries.
 
     Args:
-      tokens: T, from a block border on.
+      tokens: T, counted from a block border.
       block_size: C.
       segments: m.
-      extra: from the number of a block to that of the extra keys which its tokens see.
-      window: 0 = no further limit.
-      past: blocks that were read before.
+      extra: returns the number of extra keys that the tokens of a block see, given the block's number.
+      window: distance in tokens from which keys are hidden; 0 sets no limit.
+      past: blocks of the stream before the first token.
     """
     total = 0.0
     for block in range(ceil_div(tokens, block_size)):
@@ -118,7 +119,7 @@ class Problem:
         return choose_tiles(device_kind(self.topology), self.geometry(), jnp.bfloat16, static=True)
 
     def macs(self, which: str) -> float:
-        """Multiplications that the visible scores of a group of heads take at least, on the core that has it."""
+        """Return the multiply-adds of the visible scores of one group of heads."""
         keys = visible_keys(
             self.blocks * self.block_size - self.missing,
             block_size=self.block_size,
@@ -129,98 +130,109 @@ class Problem:
         return PRODUCTS[which] * self.group * keys * self.head_dim
 
 
-@functools.cache
-def kernel_seconds(
-    topology: str,
-    model: ModelConfig,
-    rows: int,
-    tokens: int,
-    heads: int,
-    kv_heads: int,
-    *,
-    past: int = 0,
-    gradient: bool = True,
-) -> dict[str, tuple[float, float]]:
-    """Time of one run of each kernel on one chip, low and high, at bfloat16.
+@dataclasses.dataclass(frozen=True)
+class LocalShare:
+    """The part of an attention layer that one chip computes."""
 
-    The two are the same where the compiler gives a figure. It gives none for v4, nor for the streamed kernels, whose
-    work depends on data: then they come from the matrix units' peak, by `UNKNOWN_SHARE`.
+    # Such as v5p:2x2x1.
+    topology: str
+    # B, rows of the batch.
+    rows: int
+    # T
+    tokens: int
+    # H, query heads.
+    heads: int
+    # K, key heads.
+    kv_heads: int
+    # Past blocks that the state has room for; 0 in training.
+    past: int = 0
+    # Whether there is a backward pass.
+    gradient: bool = True
+
+    @property
+    def chip(self) -> Chip:
+        """The chip."""
+        return chip_of(self.topology)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Names of the passes, as in PRODUCTS."""
+        return ("forward", "backward") if self.gradient else ("forward",)
+
+
+@functools.cache
+def kernel_seconds(model: ModelConfig, share: LocalShare) -> dict[str, tuple[float, float]]:
+    """Return low and high seconds of one run of each kernel on one chip, in bfloat16.
+
+    Both are the same where the compiler gives a figure. It gives none for v4 or for the streamed kernels, whose work
+    depends on data; their times follow from the matrix units' peak and `UNKNOWN_SHARE`.
 
     Args:
-      topology: such as v5p:2x2x1.
-      model: of one kind of layer: block size, memory and window.
-      rows: of the batch on a chip.
-      tokens: T.
-      heads: query heads on a chip.
-      kv_heads: key heads on a chip.
-      past: blocks that memory has room for; 0 in training.
-      gradient: the backward pass too.
+      model: config of one layer type, which gives block size, memory and window.
+      share: what the chip computes.
 
     Raises:
-      UserError: the TPU compiler is not installed.
+      UserError: the TPU compiler is not installed, or its figure is below what the matrix units alone need.
     """
-    chip, group = chip_of(topology), heads // kv_heads
+    chip = share.chip
     problem = Problem(
-        topology,
+        share.topology,
         model.block_size,
         model.memory_segments,
         model.memory.extra_keys,
         model.head_dim,
-        ceil_div(tokens, model.block_size),
-        min(group, GROUP),
+        ceil_div(share.tokens, model.block_size),
+        min(share.heads // share.kv_heads, GROUP),
         window=model.memory.window,
     )
     tiles = problem.tiles()
-    padded = ceil_div(tokens, tiles.rows) * tiles.rows
+    padded = ceil_div(share.tokens, tiles.rows) * tiles.rows
     problem = dataclasses.replace(problem, missing=problem.blocks * model.block_size - padded)
-    whole = rows * heads / (problem.cores * problem.group)  # times the problem
-    static = past == 0 and model.memory.extra_keys_of_block(0) == model.memory.extra_keys
+    # How many times the problem's work the chip does.
+    scale = share.rows * share.heads / (problem.cores * problem.group)
+    static = share.past == 0 and model.memory.extra_keys_of_block(0) == model.memory.extra_keys
     resident = {"forward": tiles.resident_forward, "backward": tiles.resident_backward}
     found = {}
-    for which in ("forward", "backward") if gradient else ("forward",):
+    for which in share.passes:
         if static and resident[which]:
-            seconds = {which: whole * problem.macs(which) / chip.macs_per_cycle / chip.clock}
+            seconds = {which: scale * problem.macs(which) / chip.macs_per_cycle / chip.clock}
             count = cycles(problem, which, tiles)
             if count is not None:
-                found[f"block_attention_{which}"] = (whole * count / chip.clock,) * 2
+                found[f"block_attention_{which}"] = (scale * count / chip.clock,) * 2
                 continue
         else:
-            seconds = streamed_seconds(chip, model, rows * heads, tokens, past, which)
+            seconds = streamed_seconds(model, share, which)
         for name, peak in seconds.items():
             found[f"block_attention_{name}"] = (peak / UNKNOWN_SHARE[0], peak / UNKNOWN_SHARE[1])
     return found
 
 
-def streamed_seconds(
-    chip: Chip, model: ModelConfig, heads: int, tokens: int, past: int, which: str
-) -> dict[str, float]:
-    """Least time of the streamed kernels of a pass at the matrix units' peak; `heads` are those of all rows."""
-    extra = model.memory.extra_keys
+def streamed_seconds(model: ModelConfig, share: LocalShare, which: str) -> dict[str, float]:
+    """Return the seconds of each streamed kernel of a pass at the matrix units' peak."""
     keys = visible_keys(
-        tokens,
+        share.tokens,
         block_size=model.block_size,
         segments=model.memory_segments,
         window=model.memory.window,
-        past=past,
+        past=share.past,
     )
-    extra_keys = tokens * extra
+    extra_keys = share.tokens * model.memory.extra_keys
+    of_kernel = {"streamed_dextra": extra_keys, "streamed_dkv": keys}
     return {
-        name: products
-        * heads
-        * model.head_dim
-        * (extra_keys if name == "streamed_dextra" else keys if name == "streamed_dkv" else keys + extra_keys)
-        / (chip.cores * chip.macs_per_cycle * chip.clock)
+        name: share.chip.matrix_seconds(
+            products * share.rows * share.heads * model.head_dim * of_kernel.get(name, keys + extra_keys)
+        )
         for name, products in STREAMED[which].items()
     }
 
 
 def device_kind(topology: str) -> str:
-    """As JAX names the chips of a slice."""
+    """Return JAX's name for the chips of a slice."""
     return topology_devices(topology)[0].device_kind
 
 
 def cycles(problem: Problem, which: str, tiles: Tiles) -> int | None:
-    """Cycles per core of the "forward" or "backward" kernel for one group of heads; None if it does not compile.
+    """Return the cycles per core of the "forward" or "backward" kernel for one group of heads; None without a figure.
 
     Raises:
       UserError: the TPU compiler is not installed, or its figure is below what the matrix units alone need.

@@ -1,4 +1,4 @@
-"""Programs with several types of layers (`fam_jax.model.layer_types`): what each type computes, how many there are."""
+"""Count what the layer types of a model compute (`fam_jax.model.layer_types`), and the layers of each type."""
 
 import math
 from collections.abc import Mapping
@@ -11,21 +11,27 @@ import numpy as np
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import BlockOptions, can_update, why_not_pallas
 from fam_jax.model.layer_types import layer_types
-from fam_jax.plan.attention import kernel_seconds, visible_keys
+from fam_jax.plan.attention import LocalShare, kernel_seconds, visible_keys
 from fam_jax.plan.hlo import Op, Shares
 from fam_jax.plan.update_kernels import update_seconds
 from fam_jax.sharding import ROW_AXES
 
 
 def models_of_types(model: ModelConfig) -> list[tuple[ModelConfig, int]]:
-    """Return the config that each layer type goes by, in the order in which programs number them, and its layers."""
+    """Return the config and the number of layers of each layer type, in the order of the branches in programs."""
     types = layer_types(model)
     counts = np.bincount(types.of_layers, minlength=len(types.memories)).tolist()
     return [(memory.model, count) for memory, count in zip(types.memories, counts, strict=True)]
 
 
 def keys_of_layers(model: ModelConfig, tokens: int, past: int = 0) -> float:
-    """Return the keys that a row's tokens see, summed over tokens and layers, after `past` blocks."""
+    """Return the number of keys that a token of a row sees, summed over tokens and layers.
+
+    Args:
+      model: the model's config.
+      tokens: T, counted from a block border.
+      past: blocks of the row before the first token.
+    """
     return sum(
         layers
         * visible_keys(
@@ -41,7 +47,10 @@ def keys_of_layers(model: ModelConfig, tokens: int, past: int = 0) -> float:
 
 
 def shares_of_types(model: ModelConfig) -> Shares:
-    """Return how often a conditional in the scan over layers, with a branch per layer type, takes each branch."""
+    """Return a function for :meth:`fam_jax.plan.hlo.Module.walk` that knows the conditionals over layer types.
+
+    In the scan over layers, such a conditional has one branch per layer type.
+    """
     counts = [layers for _, layers in models_of_types(model)]
 
     def shares(op: Op) -> list[float] | None:
@@ -53,7 +62,7 @@ def shares_of_types(model: ModelConfig) -> Shares:
 
 
 def takes_kernels(model: ModelConfig) -> bool:
-    """Return whether attention runs in Pallas kernels on a TPU, and not in XLA's operations."""
+    """Return whether attention runs in Pallas kernels on a TPU, and not as XLA operations."""
     shape = BlockOptions(
         model.block_size,
         model.memory_segments,
@@ -73,43 +82,50 @@ def updates_by_kernel(model: ModelConfig) -> bool:
     return can_update(queries, model.block_size, model.attention_softcap)
 
 
-def kernels_of_types(
-    topology: str,
+def kernels_of_types(model: ModelConfig, share: LocalShare) -> dict[str, tuple[float, float]]:
+    """Return low and high seconds of the kernels of every layer type, for :func:`fam_jax.plan.estimate`."""
+    if model.attention not in ("auto", "pallas"):
+        return {}
+    models = [own for own, _ in models_of_types(model)]
+    # Rotary embedding takes no more time than its traffic.
+    found: dict[str, tuple[float, float]] = {"rotary_embedding": (0.0, 0.0)}
+    for index, own in enumerate(models):
+        seconds: dict[str, tuple[float, float]] = {}
+        if takes_kernels(own):
+            seconds |= kernel_seconds(own, share)
+        if own.memory.chained_rows and updates_by_kernel(own):
+            seconds |= update_seconds(own, share)
+        place = rf"branch_{index}_fun/(?!.*branch_).*" if len(models) > 1 else ""
+        found |= {place + name: span for name, span in seconds.items()}
+    return found
+
+
+def local_share(
     model: ModelConfig,
+    topology: str,
     mesh: Mapping[str, int],
     rows: int,
     tokens: int,
     *,
-    past: int = 0,
-    gradient: bool = True,
-) -> dict[str, tuple[float, float]]:
-    """Return the seconds of the kernels of every layer type, for :func:`fam_jax.plan.estimate`.
+    past: int | None = None,
+) -> LocalShare:
+    """Return what one chip computes of an attention layer.
 
     Args:
+      model: the model's config.
       topology: such as v5p:2x2x1.
-      model: that attends.
-      mesh: sizes of its axes.
-      rows: of the batch, on all chips.
+      mesh: sizes of the mesh axes.
+      rows: rows of the batch on all chips.
       tokens: T.
-      past: as of :func:`kernel_seconds`.
-      gradient: likewise.
+      past: None for training; otherwise a forward pass over rows with room for this many past blocks.
     """
-    if model.attention not in ("auto", "pallas"):
-        return {}
-    models = [own for own, _ in models_of_types(model)]
     ways = math.prod(mesh[axis] for axis in ROW_AXES)
-    local = rows // ways if rows % ways == 0 else rows
-    heads = model.num_heads // mesh["tensor"]
-    kv_heads = max(model.num_kv_heads // mesh["tensor"], 1)
-    found: dict[str, tuple[float, float]] = {"rotary_embedding": (0.0, 0.0)}  # no more than its traffic
-    for index, own in enumerate(models):
-        seconds: dict[str, tuple[float, float]] = {}
-        if takes_kernels(own):
-            seconds |= kernel_seconds(
-                topology, own, local, tokens, heads, kv_heads, past=past, gradient=gradient
-            )
-        if own.memory.chained_rows and updates_by_kernel(own):
-            seconds |= update_seconds(topology, own, local, heads, kv_heads, gradient=gradient)
-        place = rf"branch_{index}_fun/(?!.*branch_).*" if len(models) > 1 else ""
-        found |= {place + name: span for name, span in seconds.items()}
-    return found
+    return LocalShare(
+        topology=topology,
+        rows=rows // ways if rows % ways == 0 else rows,
+        tokens=tokens,
+        heads=model.num_heads // mesh["tensor"],
+        kv_heads=max(model.num_kv_heads // mesh["tensor"], 1),
+        past=past or 0,
+        gradient=past is None,
+    )

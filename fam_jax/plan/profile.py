@@ -154,11 +154,6 @@ def check_floor(name: str, cycles: float, macs: float, chip: Chip) -> None:
         )
 
 
-def kernel_seconds(cycles: float, hbm_bytes: float, chip: Chip) -> float:
-    """Return the time of a kernel whose busiest core takes `cycles` and whose operands and results pass HBM once."""
-    return max(cycles / chip.clock, hbm_bytes / chip.hbm_bandwidth)
-
-
 def failure(result: subprocess.CompletedProcess[str]) -> str:
     """Return why a process failed, in one line: libtpu's fatal message, or the last line of a traceback."""
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]

@@ -1,8 +1,8 @@
-"""What reading and writing with a model needs on a slice: the real programs of generation and evaluation, compiled.
+"""Estimate what generation and evaluation need on a slice: compile their real programs for it and count them.
 
-Three phases. *Prefill* reads a chunk of whole blocks of every stream. *Decode* writes one token of every stream; at the
-border of a block it updates FAM and moves the block into the memory. *Measure* is prefill with the loss of every token,
-by which held-out text is evaluated. The memory of a stream does not grow in any of them.
+There are three phases. *Prefill* reads a chunk of whole blocks of every stream. *Decode* writes one token of every
+stream and updates a stream's state when a block is complete. *Measure* is prefill that also computes the loss of every
+token, for evaluation on held-out text. The state of a stream has the same size in all phases.
 """
 
 import concurrent.futures
@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,27 +26,33 @@ from fam_jax.plan.chips import GIB, chip_of
 from fam_jax.plan.compile import compile_or_miss, local_bytes, peak_bytes, topology_devices
 from fam_jax.plan.cost import Estimate, estimate
 from fam_jax.plan.hlo import Op, Shares, parse
-from fam_jax.plan.layer_costs import kernels_of_types, shares_of_types
+from fam_jax.plan.layer_costs import kernels_of_types, local_share, shares_of_types
 from fam_jax.restore import dtype_of_use
 from fam_jax.sharding import make_mesh, param_shardings, replicated
 
 SERVE = ("prefill", "decode")
-MESHES = 4  # that are tried
-LENGTHS = (100_000, 1_000_000)  # tokens of a stream, of which is told how long reading takes
+# Number of meshes to try.
+MESHES = 4
+# Lengths of streams, in tokens, for which reports give the time of reading.
+LENGTHS = (100_000, 1_000_000)
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One program on one mesh."""
+    """Estimates for one program on one mesh."""
 
-    tokens: int  # of all streams, in a step
-    peak: int  # bytes of a chip's HBM
-    seconds: tuple[float, float] | None  # of a step, low and high; None: it does not fit
+    # Tokens of all streams in a step.
+    tokens: int
+    # Bytes of a chip's HBM.
+    peak: int
+    # Seconds of a step, low and high; None if the program does not fit.
+    seconds: tuple[float, float] | None
     compile_seconds: float
+    # More entries of the report.
     details: dict[str, Any]
 
     def report(self) -> dict[str, Any]:
-        """For the JSON file."""
+        """Return the phase's part of the JSON file."""
         found = {
             "tokens_per_step": self.tokens,
             "hbm_peak_bytes": self.peak,
@@ -66,32 +72,36 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class ServingPlan:
-    """Streams that are read and written on one mesh."""
+    """Estimates for reading and writing streams on one mesh. Sizes are bytes on a chip unless stated otherwise."""
 
     topology: str
     chips: int
     mesh: dict[str, int]
     streams: int
     chunk_blocks: int
-    capacity: int  # bytes of a chip's HBM
-    parameters: int  # bytes on a chip
-    memory: int  # bytes of all streams' memory on a chip
-    stream: int  # bytes of the memory of one stream, wherever it lies
-    loading: int  # bytes of a chip's HBM while a checkpoint is restored
+    # HBM.
+    capacity: int
+    parameters: int
+    # States of all streams.
+    state: int
+    # State of one stream, over all chips.
+    stream: int
+    # HBM in use while a checkpoint is restored.
+    loading: int
     phases: dict[str, Phase]
 
     @property
     def peak(self) -> int:
-        """Bytes of a chip's HBM in the phase that needs most."""
+        """Bytes of HBM in the phase that needs most."""
         return max(phase.peak for phase in self.phases.values())
 
     @property
     def fits(self) -> bool:
-        """Whether all phases do, and loading."""
+        """Whether all phases and the loading of a checkpoint fit."""
         return max(self.peak, self.loading) <= self.capacity
 
     def report(self) -> dict[str, Any]:
-        """For the JSON file."""
+        """Return the content of the JSON file."""
         return {
             "topology": self.topology,
             "chips": self.chips,
@@ -102,7 +112,7 @@ class ServingPlan:
             "hbm_peak_bytes": self.peak,
             "hbm_capacity_bytes": self.capacity,
             "hbm_parameter_bytes": self.parameters,
-            "hbm_memory_bytes": self.memory,
+            "hbm_memory_bytes": self.state,
             "hbm_loading_bytes": self.loading,
             "bytes_per_stream": self.stream,
             "compile_seconds": sum(phase.compile_seconds for phase in self.phases.values()),
@@ -119,28 +129,28 @@ def plan_serving(
     mesh: MeshConfig | None = None,
     chunk_blocks: int | None = None,
 ) -> ServingPlan:
-    """Compiles programs of :class:`fam_jax.generate.streaming.Streamer` for a slice and counts them.
+    """Compile programs of :class:`fam_jax.generate.streaming.Streamer` for a slice and count them.
 
     Args:
-      config: of the run.
+      config: the run's config.
       topology: such as v5e:4x4.
-      streams: that are read and written together.
+      streams: number of streams that are read and written together.
       phases: some of prefill, decode and measure.
-      mesh: in place of the config's.
-      chunk_blocks: that go through the model at once; by default as many as in evaluation.
+      mesh: replaces the config's mesh.
+      chunk_blocks: blocks that go through the model at once; by default as many as in evaluation.
 
     Raises:
-      UserError: the topology is unknown, or the TPU compiler not installed.
+      UserError: the topology is unknown, or the TPU compiler is not installed.
       ConfigError: the mesh does not fit the slice or the model.
     """
     devices = topology_devices(topology)
     chunk = chunk_blocks or config.evaluate.chunk_blocks
-    programs = _Programs(config, make_mesh(mesh or config.mesh, devices), streams, chunk)
+    programs = _Programs(config, topology, make_mesh(mesh or config.mesh, devices), streams, chunk)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        # The profile comes from processes of its own, beside this one's compilation.
-        times = pool.submit(programs.kernel_times, topology)
+        # Kernels are profiled in other processes while this one compiles.
+        times = pool.submit(programs.kernel_times)
         compiled = {name: programs.compiled(name) for name in phases}
-        found = {name: _phase(programs, topology, name, *compiled[name], times.result()) for name in phases}
+        found = {name: programs.phase(name, compiled[name], times.result()) for name in phases}
     return ServingPlan(
         topology=topology,
         chips=len(devices),
@@ -149,7 +159,7 @@ def plan_serving(
         chunk_blocks=chunk,
         capacity=chip_of(topology).hbm_bytes,
         parameters=local_bytes(programs.params),
-        memory=local_bytes(programs.state.layers),
+        state=local_bytes(programs.state.layers),
         stream=stream_bytes(config.model),
         loading=_loading_bytes(config, programs),
         phases=found,
@@ -157,7 +167,10 @@ def plan_serving(
 
 
 def _loading_bytes(config: Config, programs: "_Programs") -> int:
-    """As `fam_jax.restore` loads: what is saved beside what is used; without LoRA, beside its largest part."""
+    """Return the bytes on a chip while `fam_jax.restore` loads a checkpoint.
+
+    The saved parameters exist beside all parameters in use with LoRA, and beside the largest of them without.
+    """
 
     def saved() -> Any:
         return lora.stored(to_dict(nnx.state(create_model(config, rngs=nnx.Rngs(0)))), config)
@@ -173,19 +186,31 @@ def _loading_bytes(config: Config, programs: "_Programs") -> int:
 
 
 def stream_bytes(model: ModelConfig) -> int:
-    """Of the memory of one stream, however much it has read."""
+    """Return the bytes of one stream's state, which does not grow with the stream."""
     calls = compiled_calls(model, None, 1)
-    memory = jax.eval_shape(calls.start, to_dict(structure(model)[1]))
-    return sum(jnp.dtype(x.dtype).itemsize * math.prod(x.shape) for x in jax.tree.leaves(memory))
+    state = jax.eval_shape(calls.start, to_dict(structure(model)[1]))
+    return sum(jnp.dtype(x.dtype).itemsize * math.prod(x.shape) for x in jax.tree.leaves(state))
+
+
+class _Compiled(NamedTuple):
+    """A compiled program."""
+
+    # The executable or, if the program does not fit, the missing bytes.
+    result: jax.stages.Compiled | int
+    # Seconds of compilation.
+    seconds: float
 
 
 class _Programs:
-    """What is compiled, and its arguments as `jax.ShapeDtypeStruct`s with shardings."""
+    """The programs of a streamer, and their arguments as `jax.ShapeDtypeStruct` with shardings."""
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, streams: int, chunk_blocks: int):
+    def __init__(
+        self, config: Config, topology: str, mesh: jax.sharding.Mesh, streams: int, chunk_blocks: int
+    ):
         model = config.model
-        self.config, self.mesh, self.streams = config, mesh, streams
-        self.tokens = chunk_blocks * model.block_size  # of a stream, in a chunk
+        self.config, self.topology, self.mesh, self.streams = config, topology, mesh, streams
+        # Tokens of a stream in a chunk.
+        self.tokens = chunk_blocks * model.block_size
         self.calls = compiled_calls(model, mesh, streams)
         shapes = to_dict(structure(model)[1])
         self.params = jax.tree_util.tree_map_with_path(
@@ -201,33 +226,28 @@ class _Programs:
             state_sharding(mesh, model, streams),
         )
 
-    def kernel_times(self, topology: str) -> dict[str, tuple[float, float]]:
-        """Of attention over a chunk; decoding has no kernels."""
+    def kernel_times(self) -> dict[str, tuple[float, float]]:
+        """Return the seconds of the kernels of a chunk. Decoding runs no kernels."""
         model = self.config.model
-        return kernels_of_types(
-            topology,
-            model,
-            self.mesh.shape,
-            self.streams,
-            self.tokens,
-            past=model.memory_segments,
-            gradient=False,
+        share = local_share(
+            model, self.topology, self.mesh.shape, self.streams, self.tokens, past=model.memory_segments
         )
+        return kernels_of_types(model, share)
 
-    def compiled(self, phase: str) -> tuple[jax.stages.Compiled | int, float]:
-        """The executable or the bytes that are missing, and the seconds of compilation."""
+    def compiled(self, phase: str) -> _Compiled:
+        """Compile the program of a phase."""
         started = time.perf_counter()
         traced = getattr(self, phase)()
         result = compile_or_miss(traced.lower(lowering_platforms=("tpu",)))
-        return result, time.perf_counter() - started
+        return _Compiled(result, time.perf_counter() - started)
 
     def prefill(self) -> Any:
-        """As in `Streamer.read`."""
+        """Trace the program of `Streamer.read`."""
         call: Any = self.calls.read_blocks
         return call.trace(self.params, state=self.state, tokens=self._rows())
 
     def measure(self) -> Any:
-        """As in `Streamer.measure`, for `fam_jax.evaluate.text`."""
+        """Trace the program of `Streamer.measure`, as `fam_jax.evaluate.text` calls it."""
         call: Any = self.calls.measure_blocks
         width = min(max(1, self.config.train.loss_chunk // self.streams), self.tokens)
         return call.trace(
@@ -235,84 +255,93 @@ class _Programs:
         )
 
     def decode(self) -> Any:
-        """As in `Streamer.generate`."""
+        """Trace the program of `Streamer.generate`."""
         call: Any = self.calls.decode
         whole = functools.partial(jax.ShapeDtypeStruct, sharding=replicated(self.mesh))
         number = whole((), jnp.int32)
         logits = jnp.promote_types(self.config.model.dtype, jnp.float32)
         return call.trace(
-            self.params, state=self.state, logits=whole((self.streams, self.config.model.vocab_size), logits),
-            stopped=whole((self.streams,), bool), key=jax.eval_shape(lambda: jax.random.key(0)), begin=number,
-            limit=number, stop_tokens=whole((1,), jnp.int32), sampling=GREEDY, width=TOKENS_PER_CALL,
-        )  # fmt: skip
+            self.params,
+            state=self.state,
+            logits=whole((self.streams, self.config.model.vocab_size), logits),
+            stopped=whole((self.streams,), bool),
+            key=jax.eval_shape(lambda: jax.random.key(0)),
+            begin=number,
+            limit=number,
+            stop_tokens=whole((1,), jnp.int32),
+            sampling=GREEDY,
+            width=TOKENS_PER_CALL,
+        )
+
+    def phase(self, name: str, compiled: _Compiled, kernels: dict[str, tuple[float, float]]) -> Phase:
+        """Return the estimates for the program of a phase, given the seconds of its kernels."""
+        chip = chip_of(self.topology)
+        # The program updates a copy, because a state stays valid after it was passed in.
+        peak = peak_bytes(compiled.result, chip) + local_bytes(self.state.layers)
+        tokens = self.streams * (1 if name == "decode" else self.tokens)
+        if isinstance(compiled.result, int):
+            return Phase(tokens, peak, None, compiled.seconds, {})
+        module = parse(compiled.result.as_text() or "")
+
+        def cost(closing: float) -> Estimate:
+            shares = _shares(self.config.model, closing)
+            devices = list(self.mesh.devices.flat)
+            return estimate(module, chip, devices, kernels, loops=TOKENS_PER_CALL, shares=shares)
+
+        if name == "decode":
+            seconds, details = self._per_token(cost(closing=0), cost(closing=1))
+        else:
+            found = cost(closing=0)
+            seconds, details = (found.seconds_low, found.seconds_high), {"collectives": found.collectives}
+            reading: dict[str, Any] = {}
+            for length in LENGTHS:
+                low, high = (length / self.tokens * step for step in seconds)
+                reading |= {f"read_{length}_seconds_low": low, f"read_{length}_seconds_high": high}
+            details = reading | details
+        return Phase(tokens, peak, seconds, compiled.seconds, details)
+
+    def _per_token(self, within: Estimate, closing: Estimate) -> tuple[tuple[float, float], dict[str, Any]]:
+        """Return seconds and details of decoding a token, from calls that close no block, or one at every token."""
+        low, high = within.seconds_low / TOKENS_PER_CALL, within.seconds_high / TOKENS_PER_CALL
+        border_low = closing.seconds_low / TOKENS_PER_CALL - low
+        border_high = closing.seconds_high / TOKENS_PER_CALL - high
+        # Either all streams complete a block at the same token, or each at a different one.
+        size = self.config.model.block_size
+        seconds = low + border_low / size, high + border_high * min(self.streams, size) / size
+        per_token = {
+            kind: {key: value if key == "hidden" else value / TOKENS_PER_CALL for key, value in sums.items()}
+            for kind, sums in within.collectives.items()
+        }
+        details = {"border_seconds_low": border_low, "border_seconds_high": border_high}
+        return seconds, details | {"collectives": per_token}
 
     def _rows(self) -> jax.ShapeDtypeStruct:
         where = rows_sharding(self.mesh, self.streams)
         return jax.ShapeDtypeStruct((self.streams, self.tokens), jnp.int32, sharding=where)
 
 
-def _phase(
-    programs: _Programs,
-    topology: str,
-    name: str,
-    compiled: jax.stages.Compiled | int,
-    compile_seconds: float,
-    kernels: dict[str, tuple[float, float]],
-) -> Phase:
-    model, streams = programs.config.model, programs.streams
-    # A memory passed in stays valid: the program consumes a copy of it.
-    chip = chip_of(topology)
-    peak = peak_bytes(compiled, chip) + local_bytes(programs.state.layers)
-    tokens = streams * (1 if name == "decode" else programs.tokens)
-    if isinstance(compiled, int):
-        return Phase(tokens, peak, None, compile_seconds, {})
-    module = parse(compiled.as_text() or "")
-
-    def cost(closing: float) -> Estimate:
-        return estimate(
-            module, chip, list(programs.mesh.devices.flat), kernels,
-            loops=TOKENS_PER_CALL, shares=_shares(model, closing),
-        )  # fmt: skip
-
-    found = cost(0)
-    if name != "decode":
-        seconds = found.seconds_low, found.seconds_high
-        details: dict[str, Any] = {}
-        for length in LENGTHS:
-            low, high = (length / programs.tokens * step for step in seconds)
-            details |= {f"read_{length}_seconds_low": low, f"read_{length}_seconds_high": high}
-        return Phase(tokens, peak, seconds, compile_seconds, details | {"collectives": found.collectives})
-    closing = cost(1)
-    low, high = found.seconds_low / TOKENS_PER_CALL, found.seconds_high / TOKENS_PER_CALL
-    border_low = closing.seconds_low / TOKENS_PER_CALL - low
-    border_high = closing.seconds_high / TOKENS_PER_CALL - high
-    # All streams may reach the border together, or each at a token of its own.
-    size = model.block_size
-    seconds = low + border_low / size, high + border_high * min(streams, size) / size
-    details = {"border_seconds_low": border_low, "border_seconds_high": border_high}
-    per_token = {
-        kind: {key: value if key == "hidden" else value / TOKENS_PER_CALL for key, value in sums.items()}
-        for kind, sums in found.collectives.items()
-    }
-    return Phase(tokens, peak, seconds, compile_seconds, details | {"collectives": per_token})
-
-
 def _shares(model: ModelConfig, closing: float) -> Shares:
-    """Of the kinds of layers; and of the branch that closes a block, which lies in the loop over tokens alone."""
-    kinds = shares_of_types(model)
+    """Return how often conditionals take each branch.
+
+    Args:
+      model: the model's config, which decides conditionals over layer types.
+      closing: how often the conditional in the loop over tokens takes the branch that closes a block.
+    """
+    of_types = shares_of_types(model)
 
     def shares(op: Op) -> Sequence[float] | None:
         if op.source.startswith("jit(decode)") and op.source.count("while/body") == 1:
             return [1 - closing, closing]
-        return kinds(op)
+        return of_types(op)
 
     return shares
 
 
 def serving_meshes(config: Config, topology: str, streams: int) -> list[MeshConfig]:
-    """Meshes worth trying, the likeliest first: heads over as many chips as divide them, the rest over data or fsdp.
+    """Return meshes worth trying, the most promising first.
 
-    With weights over tensor, a step moves activations and no weights.
+    Heads are spread over as many chips as divide them, because then a step moves activations and no weights. Other
+    chips go to data or fsdp.
     """
     model = config.model
     chips, found = len(topology_devices(topology)), []
@@ -331,7 +360,10 @@ def serving_meshes(config: Config, topology: str, streams: int) -> list[MeshConf
 
 
 def best_serving(plans: Sequence[ServingPlan]) -> ServingPlan:
-    """Of those that fit, the one with the fastest last phase, by the middle of its range; else the smallest."""
+    """Return the plan that fits and has the fastest last phase; if none fits, the one that needs the least memory.
+
+    Phases are compared at the middle of their ranges.
+    """
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return min(plans, key=lambda plan: max(plan.peak, plan.loading))
@@ -339,14 +371,14 @@ def best_serving(plans: Sequence[ServingPlan]) -> ServingPlan:
 
 
 def serving_advice(config: Config, plan: ServingPlan) -> str:
-    """How much memory is missing, and what would help."""
+    """Return how much memory is missing and what would help."""
     missing = (max(plan.peak, plan.loading) - plan.capacity) / GIB
     helps = []
     if jnp.dtype(config.model.dtype).itemsize > 2:
         helps.append("config.model.dtype=bfloat16")
-    if plan.mesh["data"] > 1 and plan.parameters > plan.memory:
+    if plan.mesh["data"] > 1 and plan.parameters > plan.state:
         helps.append("a larger config.mesh.tensor or fsdp in place of data")
-    if plan.memory * 4 > plan.capacity and plan.streams > 1:
+    if plan.state * 4 > plan.capacity and plan.streams > 1:
         helps.append(f"--streams={plan.streams // 2}")
     if plan.chunk_blocks > 1 and plan.parameters < plan.capacity < plan.peak:
         helps.append(f"--chunk_blocks={max(plan.chunk_blocks // 4, 1)}")

@@ -1,4 +1,4 @@
-"""What a training step of a config needs on a slice: the real step, compiled for it, counted op by op."""
+"""Estimate what a training step needs on a slice: compile the real step for it and count it op by op."""
 
 import concurrent.futures
 import dataclasses
@@ -15,23 +15,24 @@ from fam_jax.plan.chips import GIB, Chip, chip_of
 from fam_jax.plan.compile import compile_or_miss, local_bytes, peak_bytes, topology_devices
 from fam_jax.plan.cost import Estimate, estimate
 from fam_jax.plan.hlo import parse
-from fam_jax.plan.layer_costs import kernels_of_types, keys_of_layers, shares_of_types
+from fam_jax.plan.layer_costs import kernels_of_types, keys_of_layers, local_share, shares_of_types
 from fam_jax.sharding import batch_sharding
 from fam_jax.train.loop import Trainer, make_trainer
 
-# What a batch consists of, beside its shape (B, T).
+# Arrays (B, T) of a batch, with their types.
 BATCH = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "answer": jnp.bool_}
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of one chip's HBM."""
+class HbmUse:
+    """Bytes of HBM of one chip."""
 
     peak: int
     capacity: int
     parameters: int
     optimizer: int
-    activations: int  # all that lives within a step: the peak without the two
+    # Everything that exists during a step only: the peak without parameters and optimizer state.
+    activations: int
 
     @property
     def fits(self) -> bool:
@@ -41,19 +42,22 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """A step on one mesh."""
+    """Estimates for a step on one mesh."""
 
     topology: str
     chips: int
     mesh: dict[str, int]
-    tokens: int  # of a step's batch
-    memory: Memory
-    cost: Estimate | None  # None: the compiler gave up for want of memory
-    model_flops: float  # of the whole step, all chips
+    # Tokens in the batch of a step.
+    tokens: int
+    memory: HbmUse
+    # None if the program does not fit and was not compiled.
+    cost: Estimate | None
+    # FLOPs of a step on all chips.
+    model_flops: float
     compile_seconds: float
 
     def report(self) -> dict[str, Any]:
-        """For the JSON file."""
+        """Return the content of the JSON file."""
         memory = self.memory
         found: dict[str, Any] = {
             "topology": self.topology,
@@ -90,26 +94,27 @@ class TrainingPlan:
 
 
 def plan_training(config: Config, topology: str, tokens: int, mesh: MeshConfig | None = None) -> TrainingPlan:
-    """Compiles the train step for a slice and counts it.
+    """Compile the train step for a slice and count it.
 
     Args:
-      config: of the run.
+      config: the run's config.
       topology: such as v5p:4x4x8.
-      tokens: T of a row of the batch.
-      mesh: in place of the config's.
+      tokens: T, length of the rows.
+      mesh: replaces the config's mesh.
 
     Raises:
-      UserError: the topology is unknown, or the TPU compiler not installed.
+      UserError: the topology is unknown, or the TPU compiler is not installed.
       ConfigError: the mesh does not fit the slice, the batch or the model.
     """
     chip, devices = chip_of(topology), topology_devices(topology)
     config = dataclasses.replace(config, mesh=mesh or config.mesh)
     trainer = make_trainer(config, devices)
     rows = config.train.batch_size // config.train.accumulation
+    share = local_share(config.model, topology, trainer.mesh.shape, rows, tokens)
     started = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        # The profile comes from processes of its own, beside this one's compilation.
-        profile = pool.submit(kernels_of_types, topology, config.model, trainer.mesh.shape, rows, tokens)
+        # Kernels are profiled in other processes while this one compiles.
+        profile = pool.submit(kernels_of_types, config.model, share)
         executable = _compile(trainer, config.train.batch_size, tokens)
         seconds = time.perf_counter() - started
         times = profile.result()
@@ -131,7 +136,7 @@ def plan_training(config: Config, topology: str, tokens: int, mesh: MeshConfig |
 
 
 def _compile(trainer: Trainer, batch: int, tokens: int) -> jax.stages.Compiled | int:
-    """The executable; or, where the program does not fit, the bytes that are missing."""
+    """Return the executable or, if the program does not fit, the missing bytes."""
     rows = batch_sharding(trainer.mesh)
     arrays = {
         name: jax.ShapeDtypeStruct((batch, tokens), dtype, sharding=rows) for name, dtype in BATCH.items()
@@ -140,18 +145,18 @@ def _compile(trainer: Trainer, batch: int, tokens: int) -> jax.stages.Compiled |
     return compile_or_miss(lowered)
 
 
-def _memory(trainer: Trainer, executable: jax.stages.Compiled | int, chip: Chip) -> Memory:
+def _memory(trainer: Trainer, executable: jax.stages.Compiled | int, chip: Chip) -> HbmUse:
     state = trainer.state_shapes
     parameters, optimizer = (local_bytes(tree) for tree in (state.params, state.optimizer))
     peak = peak_bytes(executable, chip)
-    return Memory(peak, chip.hbm_bytes, parameters, optimizer, max(peak - parameters - optimizer, 0))
+    return HbmUse(peak, chip.hbm_bytes, parameters, optimizer, max(peak - parameters - optimizer, 0))
 
 
 def model_flops(config: Config, trainer: Trainer, tokens: int) -> float:
-    """FLOPs that a step is about (Chowdhery et al. 2022, appendix B): recomputation and the FAM chain left out.
+    """Return the model FLOPs of a step (Chowdhery et al. 2022, appendix B), without recomputation and memory updates.
 
-    6 per parameter and token, the output product included and the embedding's lookup not; 12 per visible key, head
-    feature, layer and token for attention. With LoRA the frozen weights have no gradient: 4 per parameter.
+    They are 6 per parameter and token, with the output product and without the embedding lookup, plus 12 per visible
+    key, head feature, layer and token for attention. Frozen weights of LoRA get no gradient and count 4.
     """
     model, batch = config.model, config.train.batch_size
     params = trainer.state_shapes.params
@@ -169,9 +174,10 @@ def model_flops(config: Config, trainer: Trainer, tokens: int) -> float:
 
 
 def sensible_meshes(config: Config, topology: str) -> list[MeshConfig]:
-    """Meshes worth trying on a slice, the likeliest first.
+    """Return meshes worth trying on a slice, the most promising first.
 
-    Weights over whole axes of the torus, but not over all of it (`fam_jax.train.compiler`), and heads over 1, 2 or 4.
+    Weights are spread over whole axes of the torus, but not over the whole slice, where the compiler replaces
+    reduce-scatters by all-reduces. Heads are spread over 1, 2 or 4 chips.
     """
     model, rows = config.model, config.train.batch_size // config.train.accumulation
     sides = [int(side) for side in topology.partition(":")[2].split("x")]
@@ -190,7 +196,10 @@ def sensible_meshes(config: Config, topology: str) -> list[MeshConfig]:
 
 
 def best_plan(plans: Sequence[TrainingPlan]) -> TrainingPlan:
-    """The fastest that fits, by the middle of its range; if none does, the one that needs least memory."""
+    """Return the plan that fits and is fastest; if none fits, the one with the lowest peak.
+
+    Steps are compared at the middle of their ranges.
+    """
     fitting = [plan for plan in plans if plan.memory.fits and plan.cost is not None]
     if not fitting:
         return min(plans, key=lambda plan: plan.memory.peak)
@@ -198,7 +207,7 @@ def best_plan(plans: Sequence[TrainingPlan]) -> TrainingPlan:
 
 
 def advice(config: Config, plan: TrainingPlan) -> str:
-    """How much memory is missing, and what would help."""
+    """Return how much memory is missing and what would help."""
     missing = (plan.memory.peak - plan.memory.capacity) / GIB
     rows = config.train.batch_size // config.train.accumulation
     helps = []

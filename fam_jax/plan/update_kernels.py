@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from fam_jax.config import MeshConfig, ModelConfig
 from fam_jax.kernels.pallas.blocks import KV
 from fam_jax.kernels.update_attention import UpdateInputs, kernel_backward, kernel_forward
-from fam_jax.plan.attention import PRODUCTS, UNKNOWN_SHARE
+from fam_jax.plan.attention import PRODUCTS, UNKNOWN_SHARE, LocalShare
 from fam_jax.plan.chips import chip_of
 from fam_jax.plan.compile import compile_on, topology_devices
 from fam_jax.plan.profile import kernel_cycles
@@ -62,30 +62,29 @@ class UpdateProblem:
 
 
 @functools.cache
-def update_seconds(
-    topology: str, model: ModelConfig, rows: int, heads: int, kv_heads: int, *, gradient: bool = True
-) -> dict[str, tuple[float, float]]:
+def update_seconds(model: ModelConfig, share: LocalShare) -> dict[str, tuple[float, float]]:
     """Return low and high seconds of one run of each kernel on one chip, traffic included.
 
     Both are the same where the compiler gives a figure; otherwise they come from the matrix units' peak.
 
     Args:
-      topology: such as v5p:2x2x1.
-      model: block size, memory and head width.
-      rows: of the batch on a chip.
-      heads: query heads on a chip.
-      kv_heads: key heads on a chip.
-      gradient: the backward pass too.
+      model: config of one layer type, which gives block size, memory and head width.
+      share: what the chip computes.
 
     Raises:
       UserError: the TPU compiler is not installed, or its figure is below what the matrix units alone need.
     """
-    chip = chip_of(topology)
+    chip = share.chip
     problem = UpdateProblem(
-        topology, model.block_size, model.memory.chained_rows, heads, kv_heads, model.head_dim
+        share.topology,
+        model.block_size,
+        model.memory.chained_rows,
+        share.heads,
+        share.kv_heads,
+        model.head_dim,
     )
     found = {}
-    for which in PRODUCTS if gradient else ("forward",):
+    for which in share.passes:
         name = f"update_attention_{which}"
         task = {"problem": dataclasses.asdict(problem), "which": which}
         count = kernel_cycles("fam_jax.plan.update_kernels", task, name, problem.macs(which), chip)
@@ -95,7 +94,7 @@ def update_seconds(
         else:
             cycles = [count, count]
         by_traffic = problem.traffic(which) / chip.hbm_bandwidth
-        low, high = (rows * max(each / chip.clock / problem.batch, by_traffic) for each in cycles)
+        low, high = (share.rows * max(each / chip.clock / problem.batch, by_traffic) for each in cycles)
         found[name] = (low, high)
     return found
 

@@ -164,10 +164,12 @@ def _chunk_loss(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Return the loss of a chunk, its cross-entropy and which targets are predicted."""
     logits = form.logits(table, hidden)
-    highest = jax.lax.stop_gradient(logits.max(axis=-1))
-    normaliser = highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(axis=-1))
     of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    entropy = weights * (normaliser - of_target)
-    loss = entropy + form.z_loss * weights * jnp.square(normaliser)
-    alone = (logits == highest[..., None]).sum(axis=-1) == 1
-    return loss.sum(), (entropy.sum(), (of_target >= highest) & alone)
+    # The maximum without the target finds ties as well. Counting them would read all logits once more.
+    is_other = jnp.arange(logits.shape[-1]) != targets[..., None]
+    rival = jax.lax.stop_gradient(jnp.where(is_other, logits, -jnp.inf).max(axis=-1))
+    highest = jnp.maximum(rival, jax.lax.stop_gradient(of_target))
+    normalizer = highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(axis=-1))
+    entropy = weights * (normalizer - of_target)
+    loss = entropy + form.z_loss * weights * jnp.square(normalizer)
+    return loss.sum(), (entropy.sum(), of_target > rival)

@@ -62,7 +62,9 @@ def test_an_evaluation_of_a_run(passkey_run: pathlib.Path, config: Config, parro
     folder = passkey_run / "evaluations" / "10"
     assert [path.name for path in folder.iterdir()] == ["passkey.json"]
     assert read_evaluation(folder / "passkey.json") == found
-    assert json.loads((folder / "passkey.json").read_text()) == dataclasses.asdict(found)
+    assert found.files == [folder / "passkey.json"]
+    written = json.loads((folder / "passkey.json").read_text())
+    assert {**written, "path": str(folder / "passkey.json")} == dataclasses.asdict(found)
     assert found.line() == (
         "passkey: exact match 0.0%, teacher-forced exact match 0.0%, "
         f"answer-token accuracy {parrot_accuracy:.1%}"
@@ -85,6 +87,7 @@ def test_text_has_a_plot(text_run: pathlib.Path) -> None:
     found = evaluate(text_run, ablations=("zeroed", "shuffled"), batch_size=2)
     folder = text_run / "evaluations" / "10"
     assert sorted(path.name for path in folder.iterdir()) == ["text.json", "text.png"]
+    assert found.files == [folder / "text.json", folder / "text.png"]
     assert (folder / "text.png").read_bytes().startswith(b"\x89PNG")
     assert found.details["documents"] == 2 and found.details["tokens_read"] == 121 + 151
     assert found.details["trained_tokens"] == 32
@@ -96,7 +99,7 @@ def test_text_has_a_plot(text_run: pathlib.Path) -> None:
     )
     assert "next-token accuracy" in found.line()
     titles = [table.title for table in found.tables(str(text_run))]
-    assert titles[0] == f"text, step 10 of {text_run}"
+    assert titles[0] == f"Held-out text, step 10 of {text_run}"
 
 
 def test_other_texts(text_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -148,7 +151,7 @@ def test_a_task_is_a_function_and_a_line(
         prompt = np.full(9, 7, np.int32)
         return Questions({"9": lambda: [(prompt, prompt[:2])]}, "tokens", vocabulary, {"symbol": 7})
 
-    copy = Task("copy", "copy a token", copies, measure_answers, answers.METRICS, answer_tables)
+    copy = Task("copy", "Copying", "copy a token", copies, measure_answers, answers.METRICS, answer_tables)
     monkeypatch.setitem(TASKS, "copy", copy)
     found = evaluate(passkey_run, task="copy")
     assert found.metrics == {
@@ -216,7 +219,7 @@ def test_a_record_is_whole_or_not_there(
     task = dataclasses.replace(TASKS["passkey"], plot=full)
     monkeypatch.setitem(TASKS, "passkey", task)
     with pytest.raises(UserError, match=r"out.png: cannot be written \(No space left on device\)"):
-        before.write(out)
+        before.write()
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     assert read_evaluation(out) == before
 

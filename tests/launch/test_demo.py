@@ -75,7 +75,8 @@ def test_results_for_other_settings_are_not_reused(other: dict[str, Any], tmp_pa
     config = demo.wanted_config(settings(tmp_path), "fam")
     rows = {"2": {"exact_match": 0.5}, "4": {"exact_match": 0.5}}
     (tmp_path / "fam").mkdir()
-    (tmp_path / "fam" / "result.json").write_text(json.dumps({"config": config, "lengths": rows, "step": 4}))
+    record = {"config": config, "details": {"groups": rows}, "step": 4}
+    (tmp_path / "fam" / "result.json").write_text(json.dumps(record))
     assert demo.commands(settings(tmp_path), "fam") == []
     assert demo.commands(settings(tmp_path, lengths=(2,)), "fam") == []
     train, evaluate = demo.commands(settings(tmp_path, **other), "fam")

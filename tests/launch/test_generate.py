@@ -18,6 +18,7 @@ from fam_jax.checkpoint import Checkpoints
 from fam_jax.config import Config, DataConfig
 from fam_jax.generate.text import TextModel
 from launch import generate
+from launch.errors import user_errors
 from tests.generate.tiny import CONFIG
 from tests.launch.running import ROOT, command, environment
 from tests.model.tiny import params_of, quick_jit
@@ -57,15 +58,13 @@ Launch = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: str) -> Launch:
-    """Runs the command; its exit code, standard output and standard error."""
+def launch(capsys: pytest.CaptureFixture[str], checkpoint: str) -> Launch:
+    """Run the command; return its exit code, standard output and standard error."""
 
     def run(*arguments: object, of: str = checkpoint) -> tuple[int, str, str]:
-        argv = ["generate", f"--checkpoint={of}", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", argv)
         try:
-            generate.main()
-            code = 0
+            with user_errors():
+                code = generate.main([f"--checkpoint={of}", *map(str, arguments)])
         except SystemExit as stopped:
             code = int(stopped.code or 0)
         return (code, *capsys.readouterr())
@@ -144,7 +143,7 @@ def test_a_batch_answers_what_can_be_answered(
     arguments = [f"--batch={source}", f"--out={out}", f"--prompt-file={book}", LIMIT]
     code, printed, err = launch(*arguments)
     assert (code, printed) == (2, "")
-    assert err.splitlines()[-1] == f"error: 4 of 7 lines have an error in place of a text; {out} says which"
+    assert err.splitlines()[-1] == f"error: 4 of 7 lines could not be answered; their errors are in {out}"
     found = lines(out)
     assert [record["line"] for record in found] == [1, 2, 3, 4, 5, 6, 7]
     assert [record["input"] for record in found] == [*QUESTIONS[:3], "{no json", *QUESTIONS[3:]]
@@ -165,7 +164,7 @@ def test_a_batch_answers_what_can_be_answered(
     # Nothing is overwritten by the results of others.
     source.write_text("\n".join(texts[::-1]))
     code, _, err = launch(*arguments)
-    assert code == 2 and "holds something other than results of these lines" in err
+    assert code == 2 and "does not hold results of these lines" in err
     assert out.read_bytes() == whole
 
 
@@ -195,15 +194,15 @@ def one_line(result: tuple[int, str, str]) -> str:
         (["--max-tokens=-1"], "argument --max-tokens: must be at least 0, got -1"),
         (["--max-tokens=0"], "argument --max-tokens: 0 reads only"),
         (["--chunk-blocks=0"], "argument --chunk-blocks: must be at least 1, got 0"),
-        (["--mesh=1,2"], "argument --mesh: expected three numbers"),
-        (["--prompt=a", "--prompt-file=b"], "give --prompt or --prompt-file, not both"),
+        (["--mesh=1,2"], "argument --mesh: expected the devices along some of"),
+        (["--prompt=a", "--prompt-file=b"], "--prompt and --prompt-file: give only one of them"),
         (["--question="], "--prompt and --question must not be empty"),
         (["--stop="], "argument --stop: must not be empty"),
-        (["--batch=a"], "--batch and --out belong together"),
+        (["--batch=a"], "--batch and --out: give both or neither"),
         (["--load-memory=a"], "--load-memory: a memory does not say what comes next"),
-        (["--batch=a", "--out=b", "--question=c"], "with --batch, questions are in its lines"),
-        (["--batch=a", "--out=b", "--save-memory=c"], "--save-memory: with --batch, it takes a --prompt-file"),
-        (["--tempratur=1"], "unrecognized arguments: --tempratur=1; --help lists the arguments"),
+        (["--batch=a", "--out=b", "--question=c"], "--question: cannot be combined with --batch"),
+        (["--batch=a", "--out=b", "--save-memory=c"], "--save-memory: with --batch, it needs a --prompt-file"),
+        (["--tempratur=1"], "unrecognized arguments: --tempratur=1; --help lists the flags"),
         (["--prompt=a", "--step=4"], ": has no step 4; saved are 5"),
         (["--prompt-file=missing.txt"], "missing.txt: cannot be read (No such file or directory)"),
         (["--load-memory=missing.memory", "--question=a"], "missing.memory: cannot be read"),
@@ -211,11 +210,11 @@ def one_line(result: tuple[int, str, str]) -> str:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_mistakes_are_told_in_a_line(launch: Launch, arguments: list[str], message: str) -> None:
+def test_a_mistake_is_one_line(launch: Launch, arguments: list[str], message: str) -> None:
     assert message in one_line(launch(*arguments))
 
 
-def test_a_checkpoint_that_is_not_there(launch: Launch, tmp_path: pathlib.Path) -> None:
+def test_a_missing_checkpoint(launch: Launch, tmp_path: pathlib.Path) -> None:
     assert "missing: no such folder" in one_line(launch("--prompt=a", of=str(tmp_path / "missing")))
 
 
@@ -238,7 +237,7 @@ def test_memories_that_cannot_be_loaded(launch: Launch, book: pathlib.Path, tmp_
 
 
 def test_a_memory_that_cannot_be_written(launch: Launch, tmp_path: pathlib.Path) -> None:
-    """Told before anything is read: that may take hours."""
+    """The error comes before anything is read, which may take hours."""
     for place in (tmp_path / "missing" / "some.memory", tmp_path):
         message = one_line(launch("--prompt=a", f"--save-memory={place}", LIMIT))
         assert f"argument --save-memory: {place} cannot be written" in message
@@ -246,7 +245,7 @@ def test_a_memory_that_cannot_be_written(launch: Launch, tmp_path: pathlib.Path)
     assert "argument --out: " in message
 
 
-def test_a_reader_that_has_had_enough(checkpoint: str) -> None:
+def test_a_closed_pipe(checkpoint: str) -> None:
     write = shlex.join(command("launch.generate", f"--checkpoint={checkpoint}", "--prompt=abc"))
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {write} | head -c 0"], cwd=ROOT, env=environment(), capture_output=True,

@@ -38,12 +38,13 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_evaluation_while_training(workdir: pathlib.Path) -> None:
-    found = json.loads((workdir / "run" / "evaluation" / "2.json").read_text())
-    assert found["step"] == 2 and found["documents"] == 1 and found["tokens_read"] == 241
+    found = json.loads((workdir / "run" / "evaluations" / "2" / "text.json").read_text())
+    assert found["step"] == 2
+    assert found["details"]["documents"] == 1 and found["details"]["tokens_read"] == 241
     config = json.loads((workdir / "run" / "config.json").read_text())
     assert config["data"]["train_files"] == [f"{workdir}/a.txt", f"{workdir}/b.txt"]
     lines = [json.loads(line) for line in (workdir / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["evaluation"]["loss"] == found["loss"]
+    assert lines[-1]["evaluation"] == {"text": found["scalars"]}
 
 
 def run(*arguments: str) -> None:
@@ -57,13 +58,15 @@ def test_evaluation_of_a_checkpoint(workdir: pathlib.Path, capsys: pytest.Captur
         "--ablations=shuffled,frozen", f"--out={out}",
     )  # fmt: skip
     found = json.loads(out.read_text())
-    assert found["task"] == "text" and found["documents"] == 2 and found["tokens_read"] == 541 + 451
+    details = found["details"]
+    assert found["task"] == "text" and details["documents"] == 2 and details["tokens_read"] == 541 + 451
     assert found["step"] == 2 and found["config"]["evaluate"]["ablations"] == ["shuffled", "frozen"]
-    assert found["text_bytes"] == 990
+    assert details["text_bytes"] == 990
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     for says in (
-        f"{found['loss']:.4f} nats per token",
+        f"{details['loss']:.4f}",
+        "loss (nats per token)",
         "992 of 992",
         "memory shuffled",
         "memory frozen",
@@ -71,13 +74,13 @@ def test_evaluation_of_a_checkpoint(workdir: pathlib.Path, capsys: pytest.Captur
     ):
         assert says in printed
 
-    before = json.loads((workdir / "run" / "evaluation" / "2.json").read_text())
+    before = json.loads((workdir / "run" / "evaluations" / "2" / "text.json").read_text())
     run(f"--checkpoint={workdir}/run")
     run(f"--checkpoint={workdir}/run", f"--files={workdir}", "--suffixes=b.txt", f"--out={out}")
-    assert json.loads(out.read_text())["tokens_read"] == 451
+    assert json.loads(out.read_text())["details"]["tokens_read"] == 451
     default = json.loads((workdir / "run" / "evaluations" / "2" / "text.json").read_text())
-    assert default["loss"] == pytest.approx(before["loss"], rel=1e-6)
-    assert default["ablations"] == {}
+    assert default["scalars"] == pytest.approx(before["scalars"], rel=1e-6)
+    assert default["details"]["ablations"] == {}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_evaluation_of_a_checkpoint(workdir: pathlib.Path, capsys: pytest.Captur
         (["--ablations=zero"], "config.evaluate.ablations: expected one of zeroed, shuffled, frozen"),
         (["--min_tokens=1000"], "no held-out document has 1000 tokens"),
         (["--documents=-1"], "config.evaluate.documents: must be at least 0"),
-        (["--task=texts"], "texts"),
+        (["--task=texts"], "task 'texts': is unknown; choose one of passkey, text"),
         (["--ablations=shuffled"], "shuffled needs two documents in a batch"),
     ],
 )

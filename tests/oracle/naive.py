@@ -213,7 +213,9 @@ def _fam_qkv(
     return q, k, v
 
 
-def project_vector(layer: Params, config: ModelConfig, x: Array, position: float) -> tuple[Array, Array, Array]:
+def project_vector(
+    layer: Params, config: ModelConfig, x: Array, position: float
+) -> tuple[Array, Array, Array]:
     """Query (H, hd), key and value (K, hd) of one vector (D,), the first two rotated."""
     normed = normalize(config, layer["attention_norm"], x)
     q, k, v = (_project(normed, layer[name]) for name in ("query", "key", "value"))

@@ -1,4 +1,4 @@
-"""Small programs compiled for TPUs that are not there."""
+"""Compile small programs for TPUs. No TPU needed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ TOPOLOGY = "v5e:2x2"
 
 
 def mesh(**axes: int) -> Mesh:
-    """Over the slice, or over its first chip if no axes are given."""
+    """Return a mesh over the slice, or over its first chip if no axes are given."""
     devices = topology_devices(TOPOLOGY)
     return make_mesh(MeshConfig(**axes), devices if axes else devices[:1])
 
@@ -32,7 +32,7 @@ def compiled(
     spec: P | None = None,
     dtype: Any = jnp.float32,
 ) -> Module:
-    """`function` of arrays of these shapes, all placed alike."""
+    """Return the program of `function` for arrays of these shapes, all sharded by `spec`."""
     on = on or mesh()
     where = NamedSharding(on, spec or P())
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape in shapes]

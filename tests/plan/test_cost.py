@@ -1,4 +1,4 @@
-"""Costs of compiled programs against hand counts."""
+"""Costs of compiled programs, compared with hand counts."""
 
 import pathlib
 
@@ -16,7 +16,7 @@ CHIP = CHIPS["v5e"]
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-def test_peak_is_that_of_the_matrix_units(chip: Chip) -> None:
+def test_peak_flops_follow_from_the_matrix_units(chip: Chip) -> None:
     assert 2 * chip.cores * chip.macs_per_cycle * chip.clock == pytest.approx(chip.flops, rel=0.01)
 
 
@@ -36,7 +36,7 @@ def test_a_sum_of_arrays_costs_its_traffic() -> None:
 
 
 @needs_compiler
-def test_a_slice_costs_the_slice_alone() -> None:
+def test_slicing_costs_the_slice_only() -> None:
     def function(stack: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 10, lambda i, total: total + stack[i], jnp.zeros(stack.shape[1:]))
 
@@ -54,7 +54,7 @@ def test_a_large_product_costs_its_flops() -> None:
 
 
 @needs_compiler
-def test_collectives_by_the_bytes_that_a_chip_sends() -> None:
+def test_collectives_cost_the_bytes_that_a_chip_sends() -> None:
     on = mesh(data=2, fsdp=2)
     devices = list(on.devices.flat)
     size = 4096 * 512 * 4
@@ -85,7 +85,7 @@ def test_collectives_by_the_bytes_that_a_chip_sends() -> None:
     assert found.keys() == {"reduce-scatter"}
 
 
-def test_figures_below_the_floor_are_refused() -> None:
+def test_figures_below_the_floor_are_rejected() -> None:
     check_floor("kernel", 1001, 1000 * CHIP.macs_per_cycle, CHIP)
     with pytest.raises(ProfileError, match="999 cycles are below the 1,000"):
         check_floor("kernel", 999, 1000 * CHIP.macs_per_cycle, CHIP)

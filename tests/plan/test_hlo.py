@@ -1,4 +1,4 @@
-"""Reading compiled programs: operations, products, loops, groups of collectives."""
+"""Parsing compiled programs: operations, products, loops, groups of collectives."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from fam_jax.plan.hlo import Op, parse, replica_group
 from tests.plan.programs import compiled, needs_compiler
 
-# In the notation of the compiler, cut down: a loop of seven products.
+# A shortened program in the compiler's notation: a loop of seven products.
 LOOP = """HloModule loop
 
 %body.1 (arg: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
@@ -45,19 +45,19 @@ def test_a_loop_runs_from_its_start_to_its_limit() -> None:
     assert module.flops("body.1") == 2 * 8 * 16 * 16
 
 
-def test_what_lies_in_fast_memory_is_told_from_hbm() -> None:
+def test_fast_memory_does_not_count_as_hbm() -> None:
     body = parse(LOOP).computations["body.1"]
     assert body["w"].result_bytes() == 0
     assert body["w"].result_bytes(hbm_only=False) == 16 * 16 * 4
     assert body["out"].result_bytes() == 4 + 8 * 16 * 4
 
 
-def test_a_loop_without_a_limit_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot tell how often loop runs"):
+def test_a_loop_without_a_limit_is_rejected() -> None:
+    with pytest.raises(ValueError, match="loop: unknown trip count"):
         list(parse(LOOP.replace("constant(9)", "parameter(1)")).walk())
 
 
-def test_attributes_of_many_lines() -> None:
+def test_attributes_with_line_breaks() -> None:
     text = LOOP.replace(
         "index=1\n  %w", 'index=1, frontend_attributes={metadata={\n"a": "{}"\n}}, known={}\n  %w'
     )
@@ -82,8 +82,8 @@ def test_groups_in_every_notation(notation: str, group: list[int]) -> None:
     assert replica_group(Op("x", "all-reduce", (), (), "", f", {notation}, to_apply=%add", False)) == group
 
 
-def test_an_unknown_notation_is_refused() -> None:
-    with pytest.raises(ValueError, match="groups of x"):
+def test_an_unknown_notation_is_rejected() -> None:
+    with pytest.raises(ValueError, match="x: replica groups in an unknown notation"):
         replica_group(Op("x", "all-reduce", (), (), "", "", False))
 
 

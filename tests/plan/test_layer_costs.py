@@ -1,4 +1,4 @@
-"""Models of several kinds of layers: keys by brute force, conditionals, and which kernels run."""
+"""Costs of models with several layer types: visible keys by brute force, conditionals, and kernels."""
 
 import dataclasses
 
@@ -7,50 +7,46 @@ import pytest
 
 from configs import fam_1b
 from fam_jax.config import Config, MeshConfig, ModelConfig, resolve
-from fam_jax.plan.attention import kernel_seconds
+from fam_jax.memories.window import BlockSlidingWindowConfig
+from fam_jax.plan.attention import LocalShare, kernel_seconds
 from fam_jax.plan.hlo import Op, parse
 from fam_jax.plan.layer_costs import keys_of_layers, models_of_types, shares_of_types, takes_kernels
 from fam_jax.plan.training import plan_training
+from tests.model.tiny import variant
 from tests.plan.programs import needs_compiler
 
 SMOKE = resolve(fam_1b.get_config("smoke,pretrain"))
-SMALL = dataclasses.replace(SMOKE.model, block_size=32, segments=2, length=4, previous_blocks=2, num_layers=5)
-MIXED = dataclasses.replace(SMALL, layer_pattern=("local", "local", "global"), local_window=40)
+SMALL = variant(SMOKE.model, block_size=32, segments=2, length=4, previous_blocks=2, num_layers=5)
+MIXED = variant(SMALL, layer_pattern=("local", "local", "global"), local_window=40)
 
 
 def counted(model: ModelConfig, tokens: int, past: int) -> int:
-    """Keys that one layer's tokens see, pair by pair."""
+    """Count the keys that the tokens of one layer see, pair by pair."""
     q, k = np.arange(past * 32, past * 32 + tokens)[:, None], np.arange(past * 32 + tokens)
     seen = (q >= k) & (q // 32 - k // 32 <= 2)
     if model.memory.window:
         seen &= q - k < model.memory.window
-    fam = model.memory.length * np.minimum(2, q // 32 + 1)
-    return int(seen.sum() + fam.sum())
+    extra = model.memory.chained_rows * np.minimum(2, q // 32 + 1)
+    return int(seen.sum() + extra.sum())
 
 
 @pytest.mark.parametrize("past", [0, 1, 5])
 @pytest.mark.parametrize("tokens", [32, 100, 256])
 def test_visible_keys_by_counting(tokens: int, past: int) -> None:
-    wide, narrow = (
-        dataclasses.replace(SMALL, num_layers=1),
-        dataclasses.replace(SMALL, num_layers=1, window=40),
-    )
+    wide, narrow = variant(SMALL, num_layers=1), variant(SMALL, num_layers=1, window=40)
     assert keys_of_layers(wide, tokens, past) == counted(wide, tokens, past)
     assert keys_of_layers(narrow, tokens, past) == counted(narrow, tokens, past)
-    local = dataclasses.replace(narrow, length=0)
-    # local, local, global, local, local
+    local = variant(narrow, memory=BlockSlidingWindowConfig(segments=2, window=40))
+    # The layers are local, local, global, local, local.
     expected = 4 * counted(local, tokens, past) + counted(wide, tokens, past)
     assert keys_of_layers(MIXED, tokens, past) == expected
 
 
 def test_each_branch_counts_for_its_layers() -> None:
-    assert [(kind.config.memory.length, layers) for kind, layers in models_of_types(MIXED)] == [
-        (0, 4),
-        (4, 1),
-    ]
+    assert [(own.memory.chained_rows, layers) for own, layers in models_of_types(MIXED)] == [(0, 4), (4, 1)]
     switch = Op("x", "conditional", (), (), "", ", branch_computations={%a, %b}", False)
     assert shares_of_types(MIXED)(switch) == [0.8, 0.2]
-    assert shares_of_types(SMALL)(switch) is None  # of another kind
+    assert shares_of_types(SMALL)(switch) is None  # not a conditional over layer types
 
 
 CONDITIONAL = """HloModule conditional
@@ -87,18 +83,25 @@ def test_shares_of_conditionals(branches: str) -> None:
 
 
 def test_soft_caps_are_left_to_xla() -> None:
-    model = dataclasses.replace(SMALL, block_size=128, head_dim=256)
+    model = variant(SMALL, block_size=128, head_dim=256)
     assert takes_kernels(model)
-    assert not takes_kernels(dataclasses.replace(model, attention_softcap=50.0))
-    assert not takes_kernels(dataclasses.replace(model, attention="xla"))
+    assert not takes_kernels(variant(model, attention_softcap=50.0))
+    assert not takes_kernels(variant(model, attention="xla"))
 
 
-def with_local_layers(**changes: object) -> Config:
-    """As Gemma 3's, small."""
-    model = dataclasses.replace(
-        SMOKE.model, attention="auto", block_size=128, head_dim=128, dtype="bfloat16", num_layers=6,
-        layer_pattern=("local", "local", "global"), local_window=65, local_rope_base=1000.0, **changes,
-    )  # fmt: skip
+def with_local_layers() -> Config:
+    """Return a small model with local layers, as in Gemma 3."""
+    model = variant(
+        SMOKE.model,
+        attention="auto",
+        block_size=128,
+        head_dim=128,
+        dtype="bfloat16",
+        num_layers=6,
+        layer_pattern=("local", "local", "global"),
+        local_window=65,
+        local_rope_base=1000.0,
+    )
     return dataclasses.replace(SMOKE, model=model)
 
 
@@ -117,9 +120,11 @@ def test_a_plan_of_local_layers() -> None:
 @needs_compiler
 @pytest.mark.slow
 def test_streamed_kernels_have_times() -> None:
-    model = dataclasses.replace(SMOKE.model, block_size=128, head_dim=128, previous_blocks=2)
-    found = kernel_seconds("v5e:1x1", model, 2, 1024, 4, 4)
+    model = variant(SMOKE.model, block_size=128, head_dim=128, previous_blocks=2)
+    share = LocalShare("v5e:1x1", rows=2, tokens=1024, heads=4, kv_heads=4)
+    found = kernel_seconds(model, share)
     assert found.keys() == {f"block_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dextra")}
     assert all(0 < low < high for low, high in found.values())
-    read = kernel_seconds("v5e:1x1", SMOKE.model, 2, 1024, 4, 4, past=3, gradient=False)
+    reading = dataclasses.replace(share, past=3, gradient=False)
+    read = kernel_seconds(SMOKE.model, reading)
     assert read.keys() == {"block_attention_streamed_forward"}

@@ -1,4 +1,4 @@
-"""Plans of generation and evaluation: sizes by hand, phases of a real compilation, meshes, advice."""
+"""Plans for generation and evaluation: sizes by hand, phases of a real compilation, meshes, advice."""
 
 import dataclasses
 import json
@@ -28,17 +28,17 @@ LARGE = resolve(fam_24b.get_config())
 GIB = 2**30
 
 
-def test_a_stream_is_its_blocks_and_its_fams() -> None:
+def test_a_stream_is_its_blocks_and_feedback_vectors() -> None:
     model = LARGE.model
     keys = 2 * (model.memory.segments + 1) * model.block_size * model.num_kv_heads * model.head_dim
     fams = model.memory.length * (model.model_dim + 2 * model.num_kv_heads * model.head_dim)
-    counts = 1 + 4 + 4  # whether FAM carries context, blocks, tokens of the open block
+    counts = 1 + 4 + 4  # carries_context, blocks, filled
     assert stream_bytes(model) == 2 * model.num_layers * (keys + fams) + counts
 
 
 @pytest.fixture(scope="module")
 def plan() -> ServingPlan:
-    """Blocks large enough for kernels, and a vocabulary for logits to count."""
+    """Return a plan with blocks large enough for kernels and a vocabulary large enough for logits to matter."""
     model = dataclasses.replace(SMOKE.model, block_size=128, head_dim=128, dtype="bfloat16", vocab_size=8192)
     config = dataclasses.replace(SMOKE, model=model)
     phases = ("prefill", "measure", "decode")
@@ -53,7 +53,7 @@ def test_a_plan_of_a_small_model(plan: ServingPlan) -> None:
     report = json.loads(json.dumps(plan.report()))
     assert report["fits"] and report["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
     assert report["hbm_capacity_bytes"] == 16 * 2**30
-    # Streams are spread over fsdp, their heads over tensor; what there is of FAM itself lies on both.
+    # Streams are spread over fsdp and heads over tensor. The feedback vectors themselves have no heads.
     assert report["bytes_per_stream"] < report["hbm_memory_bytes"] < 1.1 * report["bytes_per_stream"]
     assert report["hbm_peak_bytes"] > report["hbm_parameter_bytes"] + 2 * report["hbm_memory_bytes"]
     assert report["hbm_loading_bytes"] > report["hbm_parameter_bytes"] > 0
@@ -64,7 +64,7 @@ def test_a_plan_of_a_small_model(plan: ServingPlan) -> None:
         assert phase["tokens_per_second_low"] * phase["step_seconds_high"] == pytest.approx(
             phase["tokens_per_step"]
         )
-    assert measure["step_seconds_low"] > prefill["step_seconds_low"]  # it forms logits too
+    assert measure["step_seconds_low"] > prefill["step_seconds_low"]  # it computes logits too
     assert prefill["read_1000000_seconds_low"] == pytest.approx(1e6 / 512 * prefill["step_seconds_low"])
     assert decode["step_seconds_low"] < prefill["step_seconds_low"]
 
@@ -79,12 +79,12 @@ def test_a_border_is_shared_by_the_tokens_of_a_block(plan: ServingPlan) -> None:
     assert decode.seconds[0] > low / 128 and decode.seconds[1] > high * 4 / 128
 
 
-def test_weights_lie_in_the_dtype_of_use() -> None:
+def test_weights_are_stored_in_the_dtype_of_use() -> None:
     model = dataclasses.replace(SMOKE.model, dtype="bfloat16")
     shapes = to_dict(jax.eval_shape(lambda: _state(model)))
     found = jax.tree_util.tree_map_with_path(lambda path, x: str(dtype_of_use(path, x, model)), shapes)
     assert found["embedding"]["table"] == found["layers"]["query"]["kernel"] == "bfloat16"
-    assert found["layers"]["attention_norm"]["scale"] == found["initial_fam"] == "float32"
+    assert found["layers"]["attention_norm"]["scale"] == found["memory"]["initial_fam"] == "float32"
     wide = dataclasses.replace(model, dtype="float64")
     assert (
         str(dtype_of_use((jax.tree_util.DictKey("kernel"),), shapes["embedding"]["table"], wide)) == "float32"
@@ -96,7 +96,7 @@ def _state(model: ModelConfig) -> nnx.State:
 
 
 @needs_compiler
-def test_meshes_have_heads_over_tensor_first() -> None:
+def test_meshes_spread_heads_first() -> None:
     meshes = serving_meshes(LARGE, "v5e:4x4", 8)
     assert meshes[0] == MeshConfig(data=1, fsdp=1, tensor=16)
     assert all(mesh.data * mesh.fsdp * mesh.tensor == 16 for mesh in meshes)
@@ -111,13 +111,21 @@ def test_a_mesh_of_another_slice() -> None:
 
 
 def fabricated(**changes: Any) -> ServingPlan:
-    """24B on four chips of 16 GiB."""
+    """Return a plan for 24B on four chips of 16 GiB, with made-up sizes."""
     decode = Phase(8, 15 * GIB, (0.01, 0.02), 1.0, {})
     plan = ServingPlan(
-        topology="v5e:2x2", chips=4, mesh={"data": 1, "fsdp": 1, "tensor": 4}, streams=8, chunk_blocks=16,
-        capacity=16 * GIB, parameters=12 * GIB, memory=GIB, stream=GIB // 8, loading=13 * GIB,
+        topology="v5e:2x2",
+        chips=4,
+        mesh={"data": 1, "fsdp": 1, "tensor": 4},
+        streams=8,
+        chunk_blocks=16,
+        capacity=16 * GIB,
+        parameters=12 * GIB,
+        state=GIB,
+        stream=GIB // 8,
+        loading=13 * GIB,
         phases={"prefill": Phase(131072, 14 * GIB, (1.0, 2.0), 1.0, {}), "decode": decode},
-    )  # fmt: skip
+    )
     return dataclasses.replace(plan, **changes)
 
 
@@ -133,7 +141,7 @@ def test_advice_says_by_how_much_and_what_helps() -> None:
     assert serving_advice(LARGE, loading) == (
         "8.0 GiB too much for a chip's 16 GiB while it loads; try more chips"
     )
-    many = fabricated(memory=5 * GIB, phases={"decode": Phase(8, 22 * GIB, None, 1.0, {})}, chunk_blocks=1)
+    many = fabricated(state=5 * GIB, phases={"decode": Phase(8, 22 * GIB, None, 1.0, {})}, chunk_blocks=1)
     assert "try --streams=4, more chips" in serving_advice(LARGE, many)
     float32 = dataclasses.replace(LARGE, model=dataclasses.replace(LARGE.model, dtype="float32"))
     copies = fabricated(parameters=24 * GIB, loading=25 * GIB, mesh={"data": 4, "fsdp": 1, "tensor": 1})

@@ -1,4 +1,4 @@
-"""The planner: FLOPs and keys against brute force, meshes, memory, and what a user sees."""
+"""Plans for training: FLOPs and keys by brute force, meshes, memory, and users' mistakes."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def test_sensible_meshes_divide_everything(module: object, topology: str) -> Non
         assert mesh.fsdp < chips
 
 
-def test_memory_from_the_compilers_complaint() -> None:
+def test_missing_memory_from_the_compilers_message() -> None:
     text = "Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded hbm capacity by 5.75G."
     assert bytes_missing(text) == int(5.75 * 2**30)
     early = "the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.75G)."
@@ -66,7 +66,7 @@ def test_a_plan_of_a_small_model() -> None:
     assert report["hbm_capacity_bytes"] == 16 * 2**30
     assert report["hbm_peak_bytes"] > report["hbm_parameter_bytes"] + report["hbm_optimizer_bytes"] > 0
     assert report["collectives"] and report["compile_seconds"] > 0
-    # The compiler counts what the model's FLOPs leave out, attention's scores in part and FAM.
+    # Compiled FLOPs include memory updates, which model FLOPs leave out, but not the scores in kernels.
     assert report["compiled_flops"] > 0.8 * report["model_flops"]
 
 
