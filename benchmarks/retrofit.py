@@ -147,9 +147,7 @@ def evaluate_all(place: Path, settings: Settings, variants: Sequence[str]) -> No
             ablations=ABLATIONS if name == "fam" else (),
         )
     for name in (*variants, *settings.repeats()):
-        _evaluate(
-            place, name, "passkey", task="passkey", filler_blocks=settings.lengths, keys=settings.keys
-        )
+        _evaluate(place, name, "passkey", task="passkey", filler_blocks=settings.lengths, keys=settings.keys)
 
 
 def _evaluate(place: Path, checkpoint: str, result: str, **how: Any) -> None:
@@ -212,9 +210,7 @@ def collect(place: Path, settings: Settings, variants: Sequence[str]) -> dict[st
             name: in_context(details[f"{name}_text"]["by_position"]) for name in (*TEXT, *trained)
         },
         "by_position": {name: details[f"{name}_long"]["by_position"] for name in (*LONG, *variants)},
-        "ablations": {
-            name: found["by_position"] for name, found in details["fam_long"]["ablations"].items()
-        },
+        "ablations": {name: found["by_position"] for name, found in details["fam_long"]["ablations"].items()},
         "passkey": {
             name: {n: row["exact_match"] for n, row in details[f"{name}_passkey"]["groups"].items()}
             for name in trained

@@ -16,7 +16,7 @@ Or the argument names a public model, to plan without its weights:
 Words may follow, with commas between them:
 
     bswa    the same without FAM, as a control
-    smoke   three steps with short blocks and rows, for a laptop; a public model becomes a tiny one with the same options
+    smoke   three steps with short blocks and rows, for a laptop; a public model becomes a tiny one of the same kind
 
 Full fine-tuning is `--config.lora.rank=0`. docs/retrofit.md is the guide.
 """
