@@ -189,9 +189,7 @@ def passkey_task(
     """
     low, high = filler_tokens
     if not 0 <= low <= high:
-        raise UserError(
-            f"filler_tokens: must be (shortest, longest) with 0 <= shortest <= longest, got {filler_tokens}"
-        )
+        raise UserError(f"filler_tokens: must satisfy 0 <= shortest <= longest, got {filler_tokens}")
     if not 1 <= digits <= MAX_DIGITS:
         raise UserError(f"digits: must be between 1 and {MAX_DIGITS}, got {digits}")
     feature = seqio.Feature(vocabulary, add_eos=False)

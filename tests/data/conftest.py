@@ -1,4 +1,4 @@
-"""Vocabularies to try the data code with, beside the two that ship."""
+"""Vocabularies to test the data code with, besides the two built-in ones."""
 
 import io
 import random
@@ -23,13 +23,13 @@ def _train(**options: object) -> bytes:
 
 @pytest.fixture(scope="session")
 def vocabulary_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Name or path for `load_vocabulary`, by the names in VOCABULARIES."""
+    """Return the name or path for `load_vocabulary`, by the names in VOCABULARIES."""
     folder = tmp_path_factory.mktemp("vocabularies")
     # Several digits in one piece: answers of different lengths.
     (folder / "merged_digits.model").write_bytes(
         _train(vocab_size=200, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, split_digits=False)
     )
-    # As open checkpoints have it: no padding id, spaces kept, bytes for unknown letters.
+    # Like that of open checkpoints: no padding id, spaces kept, bytes for unknown characters.
     (folder / "unnormalised.model").write_bytes(
         _train(
             vocab_size=400,

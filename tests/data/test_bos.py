@@ -1,4 +1,4 @@
-"""The start token: from a folder's tokenizer, before every text, and nowhere else."""
+"""The start token (BOS): which one it is, and that it stands before every text and nowhere else."""
 
 import dataclasses
 import io
@@ -13,17 +13,28 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from fam_jax.data.bos import bos_ids, first_input
-from fam_jax.data.examples import Example
 
 from fam_jax.checkpoint import read_config
+<<<<<<< HEAD
 from fam_jax.config import Config, ConfigError, DataConfig, UserError, resolve
-from fam_jax.data.curriculum import PasskeyStream
-from fam_jax.data.packing import PackedStream
+=======
+from fam_jax.config import Config, ConfigError, DataConfig, EvaluateConfig, UserError, resolve
+from fam_jax.data import build
+>>>>>>> refs/heads/evaluate
+from fam_jax.data.curriculum import PasskeyCurriculum
+from fam_jax.data.interface import Example
+from fam_jax.data.packing import PackedBatches
 from fam_jax.data.passkey import passkey_examples
 from fam_jax.data.passkey_text import example_text
-from fam_jax.data.vocabulary import load_vocabulary
+from fam_jax.data.vocabulary import bos_ids, first_input, load_vocabulary
+<<<<<<< HEAD
 from fam_jax.evaluate.text import evaluate_text
+=======
+from fam_jax.evaluate.task import Setting
+from fam_jax.evaluate.tasks import text_documents
+from fam_jax.evaluate.text import measure_documents
+from fam_jax.generate.streaming import Streamer
+>>>>>>> refs/heads/evaluate
 from fam_jax.generate.text import TextModel
 from fam_jax.hf import ConvertError, adds_bos
 from launch import import_hf
@@ -37,7 +48,7 @@ TEXT = example_text("0 1 2 3 4 5 6 7 8 9", 1)[0]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A tokenizer.json that begins a text with <s>, and says so nowhere else."""
+    """Make a tokenizer.json that puts <s> before a text; no other file mentions <s>."""
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([TEXT], vocab_size=270, special_tokens=["<pad>", "<s>", "</s>"])
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", BOS)])
@@ -52,9 +63,9 @@ def data(folder: pathlib.Path) -> DataConfig:
     return DataConfig(vocabulary=str(folder / "tokenizer.json"), add_bos=True, stage_blocks=(2,))
 
 
-def beside(folder: pathlib.Path, tmp_path: pathlib.Path, **told: Any) -> pathlib.Path:
+def with_settings(folder: pathlib.Path, tmp_path: pathlib.Path, **settings: Any) -> pathlib.Path:
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     return tmp_path / "tokenizer.json"
 
 
@@ -67,19 +78,19 @@ def sentencepiece_model(path: pathlib.Path, bos: int) -> pathlib.Path:
     return path
 
 
-def test_the_tokenizer_says_whether_a_text_begins_with_it(
+def test_the_tokenizer_decides_whether_a_text_begins_with_bos(
     folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     assert adds_bos(folder / "tokenizer.json")
-    assert not adds_bos(beside(folder, tmp_path, add_bos_token=False))
-    assert adds_bos(beside(folder, tmp_path, add_bos_token=None))
+    assert not adds_bos(with_settings(folder, tmp_path, add_bos_token=False))
+    assert adds_bos(with_settings(folder, tmp_path, add_bos_token=None))
     assert adds_bos(sentencepiece_model(tmp_path / "a.model", bos=1))
     (tmp_path / "tokenizer_config.json").unlink()
     assert adds_bos(sentencepiece_model(tmp_path / "a.model", bos=1))
     assert not adds_bos(sentencepiece_model(tmp_path / "b.model", bos=-1))
 
 
-def test_two_tokens_before_a_text_are_refused(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_two_tokens_before_a_text_are_rejected(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     special = [("<s>", BOS), ("<pad>", 0)]
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> <pad> $A", None, special)
@@ -88,7 +99,7 @@ def test_two_tokens_before_a_text_are_refused(folder: pathlib.Path, tmp_path: pa
         adds_bos(tmp_path / "tokenizer.json")
 
 
-def test_an_import_takes_it_over(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_sets_add_bos(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source"
     shutil.copytree(DATA / "llama3", source)
     pieces = {f"w{number}": number for number in range(VOCABULARY)}
@@ -97,23 +108,19 @@ def test_an_import_takes_it_over(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(template, None, [("w1", 1)])
         tokenizer.save(str(source / "tokenizer.json"))
         out = tmp_path / f"imported{begins}"
-        argv = ["import_hf", f"--source={source}", f"--out={out}", "--block_size=8"]
-        monkeypatch.setattr(sys, "argv", argv)
-        import_hf.main()
+        import_hf.main([f"--source={source}", f"--out={out}", "--block_size=8"])
         assert resolve(read_config(out)).data.add_bos == begins
 
 
-def test_its_id_is_the_named_one_or_that_of_the_template(
-    folder: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_the_id_comes_from_the_settings_or_the_template(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     vocabulary = load_vocabulary(str(folder / "tokenizer.json"))
     assert (vocabulary.bos_id, vocabulary.eos_id) == (BOS, EOS)
     assert vocabulary.encode(TEXT)[0] != BOS
-    assert load_vocabulary(str(beside(folder, tmp_path, bos_token="<pad>"))).bos_id == 0
+    assert load_vocabulary(str(with_settings(folder, tmp_path, bos_token="<pad>"))).bos_id == 0
     assert load_vocabulary(str(sentencepiece_model(tmp_path / "a.model", bos=1))).bos_id == 1
 
 
-def test_ids_are_those_of_the_tokenizer_itself(data: DataConfig) -> None:
+def test_ids_equal_those_of_the_tokenizer(data: DataConfig) -> None:
     vocabulary = load_vocabulary(data.vocabulary)
     whole = tokenizers.Tokenizer.from_file(data.vocabulary).encode(TEXT).ids
     assert [*bos_ids(vocabulary, data), *vocabulary.encode(TEXT)] == whole
@@ -121,7 +128,7 @@ def test_ids_are_those_of_the_tokenizer_itself(data: DataConfig) -> None:
 
 
 @pytest.mark.parametrize("name", ["bytes", "passkey"])
-def test_a_vocabulary_without_one_is_refused(name: str) -> None:
+def test_a_vocabulary_without_bos_is_rejected(name: str) -> None:
     vocabulary = load_vocabulary(name)
     with pytest.raises(ConfigError, match=f"config.data.add_bos: the vocabulary '{name}' has no start token"):
         bos_ids(vocabulary, DataConfig(vocabulary=name, add_bos=True))
@@ -129,7 +136,7 @@ def test_a_vocabulary_without_one_is_refused(name: str) -> None:
 
 
 class Two:
-    """Two documents, over and over."""
+    """A source of two documents."""
 
     fingerprint = "two"
     documents = ([10, 11, 12, 13, EOS], [20, 21, EOS])
@@ -142,11 +149,11 @@ class Two:
             yield Example(np.array(ids, np.int32), np.ones(len(ids), np.float32), 0)
 
 
-def test_documents_begin_with_it_in_training(data: DataConfig) -> None:
+def test_training_documents_begin_with_bos(data: DataConfig) -> None:
     def rows(add_bos: bool) -> tuple[list[int], list[int]]:
         config = dataclasses.replace(data, add_bos=add_bos, task="text", sequence_length=8, shuffle_batches=1)
-        stream = PackedStream(config, Two(load_vocabulary(data.vocabulary)), batch_size=1, seed=0)
-        batch = stream.next_batch()
+        batches = PackedBatches(config, Two(load_vocabulary(data.vocabulary)), batch_size=1, seed=0)
+        batch = batches.next()
         return batch["inputs"][0].tolist(), batch["targets"][0].tolist()
 
     targets = [10, 11, 12, 13, EOS, 20, 21, EOS]
@@ -154,7 +161,11 @@ def test_documents_begin_with_it_in_training(data: DataConfig) -> None:
     assert rows(False) == ([EOS, 10, 11, 12, 13, EOS, 20, 21], targets)
 
 
-def test_documents_begin_with_it_in_evaluation() -> None:
+<<<<<<< HEAD
+def test_evaluated_documents_begin_with_bos() -> None:
+=======
+def test_evaluated_documents_begin_with_bos(monkeypatch: pytest.MonkeyPatch) -> None:
+>>>>>>> refs/heads/evaluate
     class Both:
         vocab_size, bos_id, eos_id = 16, 3, 1
 
@@ -164,13 +175,15 @@ def test_documents_begin_with_it_in_evaluation() -> None:
     examples = [Example(np.arange(2, 9, dtype=np.int32), np.ones(7, np.float32), 0)]
 
     def loss(vocabulary: Any, add_bos: bool) -> float:
-        config = Config(model=CONFIG, data=DataConfig(add_bos=add_bos))
-        return evaluate_text(config, params_of(CONFIG), examples=examples, vocabulary=vocabulary)["loss"]
+        monkeypatch.setattr(build, "heldout_examples", lambda *_: build.Heldout(examples, vocabulary))
+        setting = Setting(CONFIG, DataConfig(add_bos=add_bos), EvaluateConfig())
+        documents = text_documents(setting)
+        return measure_documents(Streamer(CONFIG, params_of(CONFIG)), documents, setting).scalars["loss"]
 
     assert loss(Both(), True) == loss(Other(), False) != loss(Both(), False)
 
 
-def test_passkey_prompts_begin_with_it(data: DataConfig) -> None:
+def test_passkey_prompts_begin_with_bos(data: DataConfig) -> None:
     vocabulary = load_vocabulary(data.vocabulary)
     plain = dataclasses.replace(data, add_bos=False)
     for (prompt, answer), (without, same) in zip(
@@ -180,13 +193,13 @@ def test_passkey_prompts_begin_with_it(data: DataConfig) -> None:
     ):
         assert prompt.tolist() == [BOS, *without]
         assert answer.tolist() == same.tolist()
-    batch = PasskeyStream(data, block_size=32, batch_size=2, seed=0).next_batch()
-    other = PasskeyStream(plain, block_size=32, batch_size=2, seed=0).next_batch()
+    batch = PasskeyCurriculum(data, block_size=32, batch_size=2, seed=0).next()
+    other = PasskeyCurriculum(plain, block_size=32, batch_size=2, seed=0).next()
     assert batch["inputs"][:, 0].tolist() == [BOS, BOS]
     np.testing.assert_array_equal(batch["inputs"][:, 1:9], other["inputs"][:, :8])
 
 
-def test_a_stream_begins_with_it_and_goes_on_without(data: DataConfig) -> None:
+def test_a_stream_begins_with_bos_and_continues_without(data: DataConfig) -> None:
     vocabulary = load_vocabulary(data.vocabulary)
     model = dataclasses.replace(CONFIG, vocab_size=vocabulary.vocab_size)
     reader = TextModel(Config(model=model, data=data), params_of(model), vocabulary)

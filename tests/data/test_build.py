@@ -1,16 +1,19 @@
-"""Text and seqio tasks by config: what is read, in which order, and mistakes."""
+"""Data by config: which examples a text or seqio task reads, in which order, and mistakes."""
 
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from fam_jax.data.examples import Example, permutation
 
-from fam_jax.config import Config, ConfigError, DataConfig, resolve
-from fam_jax.data.build import heldout_examples, longest_row, packed_stream
+from fam_jax.config import Config, ConfigError, DataConfig, EvaluateConfig, UserError, resolve
+from fam_jax.data import build
+from fam_jax.data.build import Heldout, longest_row
+from fam_jax.data.interface import Example, own_rows
+from fam_jax.data.randomness import permutation
 from fam_jax.data.text_vocabulary import train_text_vocabulary
 from fam_jax.data.vocabulary import load_vocabulary
 
@@ -43,6 +46,14 @@ def seqio_config(name: str, evaluate: dict[str, Any] | None = None, **data: Any)
     return config_of({"task": f"seqio:{name}", "imports": IMPORTS, **data}, **(evaluate or {}))
 
 
+def packed(config: Config) -> Any:
+    return build.make_batches(config.data, block_size=32, batch_size=config.train.batch_size, seed=0)
+
+
+def heldout(config: Config, *files: Any) -> Heldout:
+    return build.heldout_examples(config.data, config.evaluate, *files)
+
+
 def decoded(example: Example) -> str:
     assert example.ids[-1] == BYTES.eos_id
     return BYTES.decode(example.ids[:-1].tolist())
@@ -54,113 +65,117 @@ def assert_same(one: list[Example], other: list[Example]) -> None:
         np.testing.assert_array_equal(left.weights, right.weights)
 
 
-def test_an_epoch_has_every_document_once_in_an_order_of_its_own(corpus: pathlib.Path) -> None:
-    examples = packed_stream(text_config(corpus)).examples
-    epochs = [[decoded(example) for example in examples.epoch(epoch)] for epoch in range(3)]
+def test_every_epoch_has_all_documents_in_another_order(corpus: pathlib.Path) -> None:
+    source = packed(text_config(corpus)).source
+    epochs = [[decoded(example) for example in source.epoch(epoch)] for epoch in range(3)]
     assert all(sorted(epoch) == sorted(TEXTS) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert [decoded(example) for example in examples.epoch(1, 4)] == epochs[1][4:]
-    for example in examples.epoch(0):
+    assert [decoded(example) for example in source.epoch(1, 4)] == epochs[1][4:]
+    for example in source.epoch(0):
         assert (example.weights == 1).all() and example.weights.shape == example.ids.shape
         assert example.text_bytes == len(example.ids) - 1
 
 
-def test_many_documents_come_in_the_same_order_from_any_on(tmp_path: pathlib.Path) -> None:
-    """More than are tokenized together."""
+def test_an_epoch_can_start_at_any_document(tmp_path: pathlib.Path) -> None:
+    """With more documents than are tokenized at a time."""
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"d{i}"}) + "\n" for i in range(100)))
-    examples = packed_stream(
+    source = packed(
         config_of({"task": "text", "vocabulary": "bytes", "train_files": (f"{tmp_path}/x.jsonl",)})
-    ).examples
-    whole = list(examples.epoch(3))
+    ).source
+    whole = list(source.epoch(3))
     assert sorted(map(decoded, whole)) == sorted(f"d{i}" for i in range(100))
     for first in (1, 31, 32, 33, 99, 100):
-        assert_same(list(examples.epoch(3, first)), whole[first:])
+        assert_same(list(source.epoch(3, first)), whole[first:])
+    by_number = source.source
+    assert len(by_number) == 100
+    assert [decoded(by_number[i]) for i in (99, 0, 50)] == ["d99", "d0", "d50"]
+    assert [decoded(each) for each in by_number.read([7, 7, 3])] == ["d7", "d7", "d3"]
 
 
-def test_orders_are_the_same_for_ever() -> None:
-    """Drawn in 2026: a resumed run must find the documents that it left."""
+def test_orders_never_change() -> None:
+    """A run that an older version started must find its documents in the same order."""
     assert permutation(8, "documents", 0, 0).tolist() == [0, 7, 2, 1, 3, 5, 6, 4]
 
 
-def test_sentencepiece_tokenizes_as_its_vocabulary(corpus: pathlib.Path) -> None:
+def test_sentencepiece_ids_equal_those_of_the_vocabulary(corpus: pathlib.Path) -> None:
     (corpus / "v.model").write_bytes(train_text_vocabulary(TEXTS, 280))
     vocabulary = load_vocabulary(f"{corpus}/v.model")
-    examples = packed_stream(text_config(corpus, vocabulary=f"{corpus}/v.model")).examples
-    found = [example.ids.tolist() for example in examples.epoch(0)]
+    source = packed(text_config(corpus, vocabulary=f"{corpus}/v.model")).source
+    found = [example.ids.tolist() for example in source.epoch(0)]
     assert sorted(found) == sorted([*vocabulary.encode(text), vocabulary.eos_id] for text in TEXTS)
 
 
-def test_batches_of_text_are_the_documents(corpus: pathlib.Path) -> None:
-    stream = packed_stream(text_config(corpus, shuffle_batches=1))
-    tokens = [decoded(example) for epoch in range(2) for example in stream.examples.epoch(epoch)]
+def test_batches_of_text_consist_of_the_documents(corpus: pathlib.Path) -> None:
+    batches = packed(text_config(corpus, shuffle_batches=1))
+    tokens = [decoded(example) for epoch in range(2) for example in batches.source.epoch(epoch)]
     whole = np.concatenate([[*BYTES.encode(text), BYTES.eos_id] for text in tokens])
-    batch = stream.next_batch()
+    batch = batches.next()
     assert sorted(map(tuple, batch["targets"])) == sorted(map(tuple, whole[:64].reshape(2, 32)))
     assert (batch["weights"] == 1).all()
 
 
-def test_seqio_examples_weigh_targets_only() -> None:
+def test_only_targets_of_seqio_examples_have_weight() -> None:
     from tests.data.text_seqio_tasks import SIZE, expected
 
-    examples = packed_stream(seqio_config("fam_test_questions")).examples
-    found = sorted(examples.epoch(0), key=lambda example: tuple(example.ids))
+    source = packed(seqio_config("fam_test_questions")).source
+    found = sorted(source.epoch(0), key=lambda example: tuple(example.ids))
     wanted = sorted((expected(i) for i in range(SIZE)), key=lambda pair: tuple(pair[0]))
     assert_same(found, [Example(ids, weights, 0) for ids, weights in wanted])
-    first = list(examples.epoch(0))
-    assert_same(list(examples.epoch(0)), first)
-    assert_same(list(examples.epoch(0, 5)), first[5:])
-    assert [tuple(e.ids) for e in examples.epoch(1)] != [tuple(e.ids) for e in first]
+    first = list(source.epoch(0))
+    assert_same(list(source.epoch(0)), first)
+    assert_same(list(source.epoch(0, 5)), first[5:])
+    assert [tuple(e.ids) for e in source.epoch(1)] != [tuple(e.ids) for e in first]
 
 
 @pytest.mark.parametrize("name", ["fam_test_questions", "fam_test_noise", "fam_test_mixture"])
-def test_a_seqio_stream_resumes_exactly(name: str) -> None:
-    """Random preprocessing and mixing too, across epochs."""
+def test_batches_of_seqio_resume_exactly(name: str) -> None:
+    """Also with random preprocessing, in a mixture, and across epochs."""
     config = seqio_config(name, shuffle_batches=2)
-    stream, states, expected = packed_stream(config), [], []
+    batches, states, expected = packed(config), [], []
     for _ in range(15):
-        states.append(stream.state())
-        expected.append(stream.next_batch())
+        states.append(batches.state())
+        expected.append(batches.next())
     for step in (1, 2, 7, 14):
-        resumed = packed_stream(config)
+        resumed = packed(config)
         resumed.restore(states[step])
         for wanted in expected[step:]:
-            found = resumed.next_batch()
+            found = resumed.next()
             for part in wanted:
                 np.testing.assert_array_equal(found[part], wanted[part])
-    assert name == "fam_test_mixture" or stream.state()["group"]["epoch"] > 0
+    assert name == "fam_test_mixture" or batches.state()["group"]["epoch"] > 0
     weights = np.concatenate([batch["weights"].ravel() for batch in expected])
     assert 0 < weights.mean() < 1 and set(weights) == {0, 1}
 
 
 def test_held_out_documents(corpus: pathlib.Path) -> None:
-    found, vocabulary = heldout_examples(text_config(corpus))
+    found, vocabulary = heldout(text_config(corpus))
     assert sorted(map(decoded, found)) == ["held", "held out, and longer"]
     assert vocabulary.vocab_size == 259
-    assert [decoded(e) for e in heldout_examples(text_config(corpus, {"min_tokens": 6}))[0]] == [
+    assert [decoded(e) for e in heldout(text_config(corpus, {"min_tokens": 6}))[0]] == [
         "held out, and longer"
     ]
-    assert len(heldout_examples(text_config(corpus, {"documents": 1}))[0]) == 1
-    other = heldout_examples(text_config(corpus), [f"{corpus}/train/3.txt"])[0]
+    assert len(heldout(text_config(corpus, {"documents": 1}))[0]) == 1
+    other = heldout(text_config(corpus), [f"{corpus}/train/3.txt"])[0]
     assert list(map(decoded, other)) == [TEXTS[3]]
     with pytest.raises(
         ConfigError, match=r"^config\.evaluate\.min_tokens: no held-out document has 99 tokens"
     ):
-        heldout_examples(text_config(corpus, {"min_tokens": 99}))
+        heldout(text_config(corpus, {"min_tokens": 99}))
     with pytest.raises(ConfigError, match=r"^config\.data\.heldout_files: names no files"):
-        heldout_examples(text_config(corpus, heldout_files=()))
+        heldout(text_config(corpus, heldout_files=()))
 
 
 def test_held_out_examples_of_seqio() -> None:
     from tests.data.text_seqio_tasks import SIZE, expected
 
-    found = heldout_examples(seqio_config("fam_test_questions")).examples
+    found = heldout(seqio_config("fam_test_questions")).examples
     assert_same(found, [Example(*expected(i, "validation"), 0) for i in range(SIZE)])
-    assert len(heldout_examples(seqio_config("fam_test_mixture")).examples) == 2 * SIZE
-    texts = heldout_examples(seqio_config("fam_test_answers", {"documents": 2})).examples
+    assert len(heldout(seqio_config("fam_test_mixture")).examples) == 2 * SIZE
+    texts = heldout(seqio_config("fam_test_answers", {"documents": 2})).examples
     assert [(len(e.ids), e.weights.tolist()) for e in texts] == [(8, [1.0] * 8), (9, [1.0] * 9)]
 
 
-def wrong(config: Config, make: Any = packed_stream) -> str:
+def wrong(config: Config, make: Any = packed) -> str:
     with pytest.raises(ConfigError) as caught:
         make(config)
     assert "\n" not in str(caught.value)
@@ -181,9 +196,9 @@ def test_mistakes_in_a_text_task(corpus: pathlib.Path) -> None:
 def test_mistakes_in_a_seqio_task() -> None:
     config = seqio_config("fam_test_questions")
     for name, says in {
-        "fam_test_missing": "config.data.task: seqio knows no task or mixture fam_test_missing; config.data.imports",
-        "fam_test_no_targets": "config.data.task: fam_test_no_targets has no feature targets; its features are inputs",
-        "fam_test_floats": "config.data.task: fam_test_floats: the feature targets is not a list of token ids",
+        "fam_test_missing": "config.data.task: seqio has no task or mixture fam_test_missing; add the module",
+        "fam_test_no_targets": "config.data.task: fam_test_no_targets has no feature targets, only inputs; rename",
+        "fam_test_floats": "config.data.task: fam_test_floats has a feature targets that is not a list of token ids",
     }.items():
         assert says in wrong(seqio_config(name))
     absent = dataclasses.replace(config, data=dataclasses.replace(config.data, imports=("no_such_module",)))
@@ -208,17 +223,15 @@ def test_a_prepared_tfds_dataset(tmp_path: pathlib.Path) -> None:
             disable_shuffling=True,
         )
         files = {"task": "text", "vocabulary": "bytes", "train_files": ("tfds:fam_texts:train[:7]",)}
-        examples = packed_stream(config_of(files)).examples
-        assert sorted(map(decoded, examples.epoch(0))) == texts[:7]
-        assert_same(list(examples.epoch(0, 3)), list(examples.epoch(0))[3:])
-        heldout = config_of({**files, "heldout_files": ("tfds:fam_texts/1.0.0:train[7:]",)})
-        found = heldout_examples(
-            config_of({**files, "heldout_files": ("tfds:fam_texts:1.0.0:train[7:]",)})
-        ).examples
+        source = packed(config_of(files)).source
+        assert sorted(map(decoded, source.epoch(0))) == texts[:7]
+        assert_same(list(source.epoch(0, 3)), list(source.epoch(0))[3:])
+        missing = config_of({**files, "heldout_files": ("tfds:fam_texts/1.0.0:train[7:]",)})
+        found = heldout(config_of({**files, "heldout_files": ("tfds:fam_texts:1.0.0:train[7:]",)})).examples
         assert list(map(decoded, found)) == texts[7:]
         assert [example.text_bytes for example in found] == [9, 9]
-        assert "TFDS has no dataset" in wrong(heldout, heldout_examples)
-        assert "has no split test; it has train" in wrong(
+        assert "TFDS has no dataset" in wrong(missing, heldout)
+        assert "has no split test; use one of train" in wrong(
             config_of({**files, "train_files": ("tfds:fam_texts:test",)})
         )
         assert "is not prepared in" in wrong(config_of({**files, "train_files": ("tfds:pg19:train",)}))
@@ -229,12 +242,56 @@ def test_a_prepared_tfds_dataset(tmp_path: pathlib.Path) -> None:
         file_utils.clear_registered_data_dirs()
 
 
-def test_the_longest_rows_are_those_of_either_task() -> None:
+def test_the_longest_row() -> None:
     def rows(task: str, text: int) -> int:
-        return longest_row(Config(data=DataConfig(task=task, vocabulary="bytes", sequence_length=text)))
+        data = DataConfig(task=task, vocabulary="bytes", sequence_length=text)
+        return longest_row(data, block_size=1024)
 
-    passkey = rows("passkey", 1)
-    assert passkey > 18 * Config().model.block_size  # the longest filler
+    passkey = rows("passkey", 1024)
+    # The longest filler has 18 blocks.
+    assert passkey > 18 * 1024
     assert rows("text+passkey", passkey - 1) == passkey
     assert rows("text+passkey", passkey + 1) == passkey + 1
     assert rows("text", 24) == rows("seqio:my_passkey", 24) == 24
+
+
+def test_unknown_tasks_are_rejected() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^config\.data\.task: 'books' is unknown; choose one of passkey, text"
+    ):
+        longest_row(DataConfig(task="books"), block_size=8)
+
+
+def test_processes_have_equally_many_rows() -> None:
+    with pytest.raises(
+        UserError, match="batch_size: 4 is not divisible by the 3 processes; choose a multiple of 3"
+    ):
+        own_rows(4, (0, 3))
+    assert [*own_rows(6, (1, 3))] == [2, 3]
+
+
+class Digits(build.PackedTask):
+    """A new data source: one class, and a line in the registry."""
+
+    def source(self, seed: int) -> Any:
+        class Ten:
+            vocabulary, fingerprint = BYTES, "digits"
+
+            def epoch(self, epoch: int, first: int = 0) -> Iterator[Example]:
+                for digit in range(first, 10):
+                    yield Example(np.full(4, 10 + digit, np.int32), np.ones(4, np.float32), 0)
+
+        return Ten()
+
+
+def test_a_data_source_is_added_by_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(build.TASKS, "digits", Digits)
+    data = DataConfig(task="digits", vocabulary="bytes", sequence_length=8, shuffle_batches=1)
+    batches = build.make_batches(data, block_size=8, batch_size=5, seed=0)
+    assert sorted(row.tolist() for row in batches.next()["targets"]) == [
+        [10 + i] * 4 + [11 + i] * 4 for i in range(0, 10, 2)
+    ]
+    assert longest_row(data, block_size=8) == batches.longest_row == 8
+    assert build.task_vocabulary(data).vocab_size == BYTES.vocab_size
+    with pytest.raises(ConfigError, match="heldout_files: names no files to evaluate on"):
+        build.heldout_examples(data, EvaluateConfig())

@@ -1,4 +1,4 @@
-"""Files become documents; what is wrong with one is told before any training."""
+"""Find files, and read them as documents; an unreadable file is reported before training."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ FIELD = "config.data.train_files"
 
 @pytest.fixture
 def corpus(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Two folders of files, some of which are no text."""
+    """Make folders with files, not all of which have the usual ending or a text."""
     for name, text in {
         "a.txt": "alpha\n", "b.md": "beta", "empty.txt": "", "deep/er/c.txt": "gämma 😀", "other/d.txt": "delta",
     }.items():  # fmt: skip
@@ -46,10 +46,10 @@ def test_files_folders_and_patterns(corpus: pathlib.Path) -> None:
         ("missing", "missing: no such file or folder"),
         ("deep/*.txt", "no file matches"),
         ("**/c.txt", "** is not supported; name the folder"),
-        ("other", "has no files that end in .md; config.data.file_suffixes"),
+        ("other", "has no files that end in .md; set config.data.file_suffixes"),
     ],
 )
-def test_entries_that_name_nothing(corpus: pathlib.Path, entry: str, says: str) -> None:
+def test_entries_that_name_no_file(corpus: pathlib.Path, entry: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         names(corpus, entry, suffixes=(".md",))
     assert str(caught.value).startswith(f"{FIELD}: ") and says in str(caught.value)
@@ -70,7 +70,9 @@ def test_documents_of_files_and_lines(corpus: pathlib.Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_fingerprint_is_of_contents_and_not_of_places(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_the_fingerprint_depends_on_contents_not_on_paths(
+    corpus: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     before = read(corpus / "a.txt", corpus / "other").fingerprint
     (corpus / "a.txt").rename(corpus / "aa.txt")
     assert read(corpus / "aa.txt", corpus / "other").fingerprint == before
@@ -81,7 +83,7 @@ def test_a_fingerprint_is_of_contents_and_not_of_places(corpus: pathlib.Path, tm
     assert read(corpus / "aa.txt", corpus / "other").fingerprint != before
 
 
-def test_bytes_that_are_no_text_are_named(corpus: pathlib.Path) -> None:
+def test_bytes_that_are_not_utf8_are_reported(corpus: pathlib.Path) -> None:
     (corpus / "other" / "z.txt").write_bytes("ä".encode() + b"bc\xff..")
     with pytest.raises(
         ConfigError, match=r"z\.txt: not UTF-8 at byte 4 \(0xff\); convert the file"
@@ -91,18 +93,18 @@ def test_bytes_that_are_no_text_are_named(corpus: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["text", "[]", "{}", '{"text": 3}', '{"text": "\\ud800"}', '{"text": "cut'])
-def test_lines_without_text_are_named(tmp_path: pathlib.Path, line: str) -> None:
+def test_json_lines_without_text_are_reported(tmp_path: pathlib.Path, line: str) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n\n' + line)
     with pytest.raises(ConfigError, match=r'x\.jsonl: line 3: expected an object with a text under "text"'):
         read(tmp_path / "x.jsonl")
 
 
-def test_no_text_at_all(corpus: pathlib.Path) -> None:
+def test_empty_files_alone_are_rejected(corpus: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no text in 1 files, the first of which is .*empty\.txt"):
         read(corpus / "empty.txt")
 
 
-def test_training_on_what_is_held_out_is_refused(corpus: pathlib.Path) -> None:
+def test_training_on_a_held_out_file_is_rejected(corpus: pathlib.Path) -> None:
     (corpus / "link.txt").symlink_to(corpus / "a.txt")
     train = find_files([str(corpus / "a.txt"), str(corpus / "other")], (".txt",), FIELD)
     check_apart(train, find_files([str(corpus / "deep")], (".txt",), FIELD))
@@ -116,8 +118,10 @@ def test_training_on_what_is_held_out_is_refused(corpus: pathlib.Path) -> None:
         assert str(caught.value).startswith("config.data.heldout_files: ")
 
 
-def test_it_loads_no_tensorflow() -> None:
-    code = "import sys, fam_jax.data.documents; print('tensorflow' in sys.modules)"
+def test_these_modules_do_not_import_tensorflow() -> None:
+    names = ("documents", "interface", "mixture", "packing", "sources", "vocabulary")
+    modules = ", ".join(f"fam_jax.data.{name}" for name in names)
+    code = f"import sys, {modules}; print('tensorflow' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )

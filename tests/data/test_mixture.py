@@ -1,5 +1,6 @@
-"""Text and PassKey in turns: each stream's own batches in their order, drawn by seed and step, resumed exactly."""
+"""Batches of text and of PassKey in turns: each part's own batches in order, chosen by seed and step."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fam_jax.config import Config, ConfigError, UserError, resolve
-from fam_jax.data.build import packed_stream
-from fam_jax.data.curriculum import MIN_REPORTS, Batch, PasskeyStream
-from fam_jax.data.mixture import MixedStream
+from fam_jax.config import Config, ConfigError, ModelConfig, TrainConfig, UserError, resolve
+from fam_jax.data.build import BatchSpec, PasskeyTask, TextTask, find_task, make_batches
+from fam_jax.data.curriculum import MIN_REPORTS
+from fam_jax.data.interface import Batch, Batches
+from fam_jax.memories.fam import FamConfig
 from fam_jax.train.loop import train
 
 ROW = 24
@@ -32,21 +34,9 @@ def config_of(corpus: pathlib.Path, **data: Any) -> Config:
     return resolve({"data": values | data, "model": {"block_size": 8}, "train": {"batch_size": 2}})
 
 
-def parts(config: Config, shard: tuple[int, int] = (0, 1)) -> tuple[Any, PasskeyStream]:
-    size, seed = config.train.batch_size, config.train.seed
-    block = config.model.block_size
-    passkey = PasskeyStream(config.data, block_size=block, batch_size=size, seed=seed, shard=shard)
-    return packed_stream(config, shard), passkey
-
-
-def make(corpus: pathlib.Path, seed: int = 0, shard: tuple[int, int] = (0, 1), **data: Any) -> MixedStream:
+def make(corpus: pathlib.Path, seed: int = 0, shard: tuple[int, int] = (0, 1), **data: Any) -> Any:
     config = config_of(corpus, **data)
-    return MixedStream(
-        *parts(config, shard),
-        passkey_fraction=config.data.passkey_fraction,
-        last_stage_fraction=config.data.last_stage_passkey_fraction,
-        seed=seed,
-    )
+    return make_batches(config.data, block_size=8, batch_size=2, seed=seed, shard=shard)
 
 
 def is_passkey(batch: Batch) -> bool:
@@ -60,97 +50,111 @@ def assert_equal(one: list[Batch], other: list[Batch]) -> None:
             np.testing.assert_array_equal(left[name], right[name])
 
 
-def test_each_stream_goes_on_as_if_it_were_alone(corpus: pathlib.Path) -> None:
-    stream = make(corpus)
-    batches = [stream.next_batch() for _ in range(24)]
-    text, passkey = parts(config_of(corpus))
-    for name, alone, chosen in (
-        ("passkey", passkey, [batch for batch in batches if is_passkey(batch)]),
-        ("text", text, [batch for batch in batches if not is_passkey(batch)]),
-    ):
-        assert len(chosen) > 3, name
-        assert_equal(chosen, [alone.next_batch() for _ in chosen])
+def test_each_part_returns_the_batches_that_it_returns_alone(corpus: pathlib.Path) -> None:
+    mixed = make(corpus)
+    batches = [mixed.next() for _ in range(24)]
+    data = config_of(corpus).data
+    spec = BatchSpec(block_size=8, batch_size=2, seed=0)
+    for task, expected in ((PasskeyTask(data), True), (TextTask(data), False)):
+        alone: Batches = task.batches(spec)
+        chosen = [batch for batch in batches if is_passkey(batch) == expected]
+        assert len(chosen) > 3
+        assert_equal(chosen, [alone.next() for _ in chosen])
+
+
+def test_the_longest_row_is_known_before_and_after(corpus: pathlib.Path) -> None:
+    task = find_task(config_of(corpus).data)
+    mixed = make(corpus)
+    lengths = {mixed.next()["inputs"].shape[1] for _ in range(24)}
+    assert max(lengths) < task.longest_row(8) == mixed.longest_row == mixed.parts["passkey"].stage_tokens[1]
 
 
 @pytest.mark.parametrize(("fraction", "low", "high"), [(0.0, 0, 0), (1.0, 200, 200), (0.25, 30, 70)])
 def test_the_fraction(
     corpus: pathlib.Path, fraction: float, low: int, high: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within four standard deviations of 50."""
-    stream = make(corpus, passkey_fraction=fraction)
-    for part in (stream.text, stream.passkey):
-        monkeypatch.setattr(part, "next_batch", lambda part=part: part)
-    count = sum(stream.next_batch() is stream.passkey for _ in range(200))
+    """50 +- 20 is within four standard deviations."""
+    mixed = make(corpus, passkey_fraction=fraction)
+    for part in mixed.parts.values():
+        monkeypatch.setattr(part, "next", lambda part=part: part)
+    count = sum(mixed.next() is mixed.parts["passkey"] for _ in range(200))
     assert low <= count <= high
 
 
-def test_the_last_stage_may_have_a_fraction_of_its_own(corpus: pathlib.Path) -> None:
-    stream = make(corpus, passkey_fraction=1.0, last_stage_passkey_fraction=0.25)
-    while stream.passkey.advancing:  # of the earlier stage: all batches are PassKey's
-        assert is_passkey(stream.next_batch())
-        stream.report(1.0)
-    kinds = [is_passkey(stream.next_batch()) for _ in range(200)]
-    assert 30 <= sum(kinds) <= 70  # within about three standard deviations of 50
+def test_the_last_stage_can_have_its_own_fraction(corpus: pathlib.Path) -> None:
+    mixed = make(corpus, passkey_fraction=1.0, last_stage_passkey_fraction=0.25)
+    # In the earlier stage, all batches are PassKey's.
+    while not mixed.parts["passkey"].on_last_stage:
+        assert is_passkey(mixed.next())
+        mixed.observe({"exact_match": 1.0})
+    kinds = [is_passkey(mixed.next()) for _ in range(200)]
+    # Within about three standard deviations of 50.
+    assert 30 <= sum(kinds) <= 70
 
 
 def test_the_order_depends_on_the_seed(corpus: pathlib.Path) -> None:
     orders = set()
     for seed in range(3):
-        stream = make(corpus, seed)
-        orders.add(tuple(is_passkey(stream.next_batch()) for _ in range(24)))
+        mixed = make(corpus, seed)
+        orders.add(tuple(is_passkey(mixed.next()) for _ in range(24)))
     assert len(orders) == 3
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5, 9])
-def test_resumed_it_goes_on_with_the_batches_to_come(corpus: pathlib.Path, stop: int) -> None:
+def test_a_resumed_mixture_continues_with_the_same_batches(corpus: pathlib.Path, stop: int) -> None:
     whole = make(corpus)
     batches = []
     for step in range(14):
         if step == stop:
             state = json.loads(json.dumps(whole.state()))
-        batches.append(whole.next_batch())
-        whole.report(1.0)
+        batches.append(whole.next())
+        whole.observe({"exact_match": 1.0})
     resumed = make(corpus)
     resumed.restore(state)
     for expected in batches[stop:]:
-        assert_equal([resumed.next_batch()], [expected])
-        resumed.report(1.0)
+        assert_equal([resumed.next()], [expected])
+        resumed.observe({"exact_match": 1.0})
 
 
-def test_processes_share_every_batch(corpus: pathlib.Path) -> None:
+def test_processes_together_make_every_batch(corpus: pathlib.Path) -> None:
     whole, halves = make(corpus), [make(corpus, shard=(i, 2)) for i in range(2)]
     for _ in range(8):
-        expected, found = whole.next_batch(), [half.next_batch() for half in halves]
+        expected, found = whole.next(), [half.next() for half in halves]
         joined = {name: np.concatenate([half[name] for half in found]) for name in expected}
         assert_equal([joined], [expected])
 
 
-def test_reports_of_text_do_not_advance_the_curriculum(corpus: pathlib.Path) -> None:
-    stream = make(corpus)
-    reported = 0
-    while stream.passkey.stage == 0:
-        passkey = is_passkey(stream.next_batch())
-        assert stream.advancing == passkey
-        stream.report(1.0)
-        reported += passkey
-        assert stream.metrics()["passkey_batch"] == passkey
-    assert reported == MIN_REPORTS
-    assert not stream.advancing  # no stage to come
+def test_metrics_of_text_do_not_advance_the_curriculum(corpus: pathlib.Path) -> None:
+    mixed = make(corpus)
+    observed = 0
+    while mixed.parts["passkey"].stage == 0:
+        passkey = is_passkey(mixed.next())
+        assert mixed.needs_metrics == passkey
+        name = "passkey" if passkey else "text"
+        assert mixed.describe({"exact_match": 1, "answer_accuracy": 1, **mixed.metrics()}).startswith(
+            f"{name}  "
+        )
+        mixed.observe({"exact_match": 1.0})
+        observed += passkey
+        assert mixed.metrics()["passkey_batch"] == passkey
+    assert observed == MIN_REPORTS
+    # No stage follows.
+    assert not mixed.needs_metrics
 
 
-def test_a_state_of_another_task_is_refused(corpus: pathlib.Path) -> None:
-    stream = make(corpus)
+def test_a_state_of_another_task_is_rejected(corpus: pathlib.Path) -> None:
+    mixed = make(corpus)
     with pytest.raises(
-        UserError, match=r"data state: expected the fields passkey, step, text; it is of another"
+        UserError, match=r"data state: lacks the fields passkey, step, text, or has others: it is of another"
     ):
-        stream.restore(stream.text.state())
-    state = stream.state()
+        mixed.restore(mixed.parts["text"].state())
+    state = mixed.state()
     state["passkey"]["stream"]["digits"] = 3
     with pytest.raises(UserError, match="data state: digits was 3 when it was saved and is 1 now"):
-        stream.restore(state)
+        mixed.restore(state)
 
 
-def test_mistakes_of_the_config(corpus: pathlib.Path) -> None:
+def test_mistakes_in_the_config(corpus: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"train_files: the task text\+passkey needs files to train on"):
         config_of(corpus, train_files=())
     with pytest.raises(ConfigError, match="passkey_fraction: must be between 0 and 1, got 2"):
@@ -162,13 +166,10 @@ def test_mistakes_of_the_config(corpus: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_training_on_both(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = config_of(corpus)
-    values = {
-        "data": {**vars(config.data)},
-        "model": {"vocab_size": 264, "num_layers": 1, "model_dim": 8, "num_heads": 1, "num_kv_heads": 1,
-                  "head_dim": 8, "ff_dim": 8, "block_size": 8, "fam_length": 2},
-        "train": {"batch_size": 8, "steps": 8, "log_every": 1},
-    }  # fmt: skip
-    train(resolve(values), str(tmp_path / "run"), quiet=True)
+    sizes = {"num_layers": 1, "model_dim": 8, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "ff_dim": 8}
+    model = ModelConfig(vocab_size=264, block_size=8, memory=FamConfig(length=2), **sizes)
+    config = dataclasses.replace(config, model=model, train=TrainConfig(batch_size=8, steps=8, log_every=1))
+    train(config, str(tmp_path / "run"), quiet=True)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["passkey_batch"] for line in lines} == {0.0, 1.0}
     assert all(line["stage_blocks"] == 2 and line["loss"] > 0 for line in lines)

@@ -1,29 +1,29 @@
-"""Packed batches: nothing is left out, and they depend on the config alone, not on processes or interruptions."""
+"""Packed batches: every token is used, and neither processes nor interruptions change them."""
 
 import dataclasses
 import itertools
 import json
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from fam_jax.data.examples import Example
 
 from fam_jax.config import ConfigError, DataConfig, UserError
-from fam_jax.data.packing import REPEAT_PROMPT, Batch, PackedStream
+from fam_jax.data.interface import Example
+from fam_jax.data.packing import REPEAT_PROMPT, Batch, PackedBatches
 from fam_jax.data.vocabulary import load_vocabulary
 
 VOCABULARY = load_vocabulary("bytes")
 EOS = VOCABULARY.eos_id
 DATA = DataConfig(task="text", sequence_length=16, shuffle_batches=3)
-LENGTHS = (1, 40, 7, 16, 3, 100, 22, 5)  # of examples, none of them alike
+# Of the examples.
+LENGTHS = (1, 40, 7, 16, 3, 100, 22, 5)
 
 
 @dataclasses.dataclass
 class Made:
-    """Examples whose every token can be told from all others: 100 * (number of the example) + place."""
+    """A source whose tokens are all different: 1000 * (number of the example + 1) + position, then EOS."""
 
     lengths: tuple[int, ...] = LENGTHS
     begun: list[tuple[int, int]] = dataclasses.field(default_factory=list)
@@ -42,12 +42,12 @@ class Made:
             yield Example(ids, (ids % 3 / 2).astype(np.float32), 0)
 
 
-def make(data: DataConfig = DATA, examples: Any = None, **options: Any) -> PackedStream:
-    return PackedStream(data, examples or Made(), **{"batch_size": 4, "seed": 0, **options})
+def make(data: DataConfig = DATA, source: Any = None, **options: Any) -> PackedBatches:
+    return PackedBatches(data, source or Made(), **{"batch_size": 4, "seed": 0, **options})
 
 
-def batches(stream: PackedStream, count: int) -> list[Batch]:
-    return [stream.next_batch() for _ in range(count)]
+def batches(packed: PackedBatches, count: int) -> list[Batch]:
+    return [packed.next() for _ in range(count)]
 
 
 def assert_equal(one: list[Batch], other: list[Batch]) -> None:
@@ -57,30 +57,32 @@ def assert_equal(one: list[Batch], other: list[Batch]) -> None:
             np.testing.assert_array_equal(left[name], right[name])
 
 
-def stream_of(epochs: int) -> tuple[np.ndarray, np.ndarray]:
-    """All inputs and targets of some epochs, one after the other."""
+def tokens_of(epochs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return all inputs and targets of some epochs, in order."""
     ids = [example.ids for epoch in range(epochs) for example in Made().epoch(epoch)]
     return np.concatenate([np.append(EOS, each[:-1]) for each in ids]), np.concatenate(ids)
 
 
-def test_every_token_comes_exactly_once_an_epoch_in_rows_that_join() -> None:
-    inputs, targets = stream_of(12)
+def test_every_token_occurs_once_per_epoch_in_shuffled_rows() -> None:
+    inputs, targets = tokens_of(12)
     group = 3 * 4 * 16
     for number in range(5):
-        stream = make()
-        stream.restore({**stream.state(), "step": 0})
-        found = batches(stream, 3 * (number + 1))[-3:]
+        packed = make()
+        packed.restore({**packed.state(), "step": 0})
+        found = batches(packed, 3 * (number + 1))[-3:]
         rows = [(tuple(i), tuple(t)) for b in found for i, t in zip(b["inputs"], b["targets"], strict=True)]
         part = slice(number * group, (number + 1) * group)
         expected = zip(inputs[part].reshape(-1, 16), targets[part].reshape(-1, 16), strict=True)
         expected = [(tuple(i), tuple(t)) for i, t in expected]
         assert sorted(rows) == sorted(expected)
-        assert rows != expected, "they are shuffled"
+        assert rows != expected
 
 
-def test_types_weights_and_ends() -> None:
-    batch = make().next_batch()
+def test_types_weights_and_document_ends() -> None:
+    batch = make().next()
     types = {"inputs": np.int32, "targets": np.int32, "weights": np.float32, "answer": np.bool_}
+    start = batch.pop("start")
+    assert start.dtype == np.bool_ and start.tolist() == [True] * 4
     assert {name: array.dtype for name, array in batch.items()} == types
     assert all(array.shape == (4, 16) for array in batch.values())
     np.testing.assert_array_equal(batch["weights"], (batch["targets"] % 3 / 2).astype(np.float32))
@@ -89,13 +91,13 @@ def test_types_weights_and_ends() -> None:
     assert len(after_end) and (after_end == EOS).all()
 
 
-def test_a_stream_resumes_at_any_step() -> None:
-    """From a state as JSON, in the middle of a group, at its border, and before the first batch."""
-    stream, states = make(), []
+def test_batches_resume_at_any_step() -> None:
+    """Also before the first batch, within a group and at its end."""
+    packed, states = make(), []
     expected = []
     for _ in range(11):
-        states.append(json.loads(json.dumps(stream.state())))
-        expected.append(stream.next_batch())
+        states.append(json.loads(json.dumps(packed.state())))
+        expected.append(packed.next())
     for step in range(11):
         resumed = make()
         resumed.restore(states[step])
@@ -103,14 +105,15 @@ def test_a_stream_resumes_at_any_step() -> None:
         assert_equal(batches(resumed, 11 - step), expected[step:])
 
 
-def test_a_resumed_stream_does_not_read_from_the_start() -> None:
-    stream = make()
-    batches(stream, 10)
-    examples = Made()
-    resumed = make(examples=examples)
-    resumed.restore(stream.state())
-    resumed.next_batch()
-    assert examples.begun[0] == (2, 7)  # 9 batches of 64 tokens are two epochs of 194, and 188 more
+def test_resuming_does_not_read_from_the_start() -> None:
+    packed = make()
+    batches(packed, 10)
+    source = Made()
+    resumed = make(source=source)
+    resumed.restore(packed.state())
+    resumed.next()
+    # 9 batches of 64 tokens are two epochs of 194 tokens, and 188 more.
+    assert source.begun[0] == (2, 7)
 
 
 def test_batches_do_not_depend_on_the_number_of_processes() -> None:
@@ -128,25 +131,26 @@ def test_batches_do_not_depend_on_the_number_of_processes() -> None:
         halves = [make(shard=(index, 2)) for index in range(2)]
         for half in halves:
             half.restore(shards[0].state())
-        rows = np.concatenate([half.next_batch()["targets"] for half in halves])
+        rows = np.concatenate([half.next()["targets"] for half in halves])
         np.testing.assert_array_equal(rows, batches(make(), 9)[-1]["targets"])
 
 
-def test_seeds_shuffle_differently() -> None:
-    assert (make(seed=0).next_batch()["inputs"] != make(seed=1).next_batch()["inputs"]).any()
+def test_the_seed_changes_the_order() -> None:
+    assert (make(seed=0).next()["inputs"] != make(seed=1).next()["inputs"]).any()
 
 
-def test_the_end_of_a_row_repeats_a_segment_of_it() -> None:
+def test_the_end_of_a_row_repeats_a_segment() -> None:
     prompt = VOCABULARY.encode(REPEAT_PROMPT)
     data = dataclasses.replace(
         DATA, sequence_length=20 + len(prompt) + 8, repeat_segment=8, repeat_weight=0.25
     )
-    stream, plain = make(data), make(dataclasses.replace(DATA, sequence_length=20))
+    repeating, plain = make(data), make(dataclasses.replace(DATA, sequence_length=20))
     begins = []
-    for batch, without in zip(batches(stream, 7), batches(plain, 7), strict=True):
+    for batch, without in zip(batches(repeating, 7), batches(plain, 7), strict=True):
         for row in range(4):
-            inputs, targets, weights, answer = (batch[name][row] for name in batch)
-            for name in batch:
+            names = ("inputs", "targets", "weights", "answer")
+            inputs, targets, weights, answer = (batch[name][row] for name in names)
+            for name in names:
                 np.testing.assert_array_equal(batch[name][row, :20], without[name][row])
             np.testing.assert_array_equal(inputs[21:], targets[20:-1])
             assert inputs[20] == targets[19]
@@ -155,7 +159,8 @@ def test_the_end_of_a_row_repeats_a_segment_of_it() -> None:
             [begin] = np.flatnonzero((windows == targets[-8:]).all(axis=1))
             begins.append(begin)
             assert (weights[20:-8] == 0).all() and (weights[-8:] == 0.25).all() and not answer[20:].any()
-    assert set(begins) == set(range(13)), "every place of 28 draws among 13; the seed is fixed"
+    # With this seed, the 28 draws include every possible place.
+    assert set(begins) == set(range(13))
 
 
 def test_segments_do_not_depend_on_processes_or_interruptions() -> None:
@@ -167,53 +172,53 @@ def test_segments_do_not_depend_on_processes_or_interruptions() -> None:
         np.concatenate([part[4]["targets"] for part in found]), expected[4]["targets"]
     )
     resumed = make(data)
-    stream = make(data)
-    batches(stream, 4)
-    resumed.restore(stream.state())
+    packed = make(data)
+    batches(packed, 4)
+    resumed.restore(packed.state())
     assert_equal(batches(resumed, 1), expected[4:])
 
 
-def test_a_row_too_short_for_its_segment_is_refused() -> None:
+def test_a_row_too_short_for_its_segment_is_rejected() -> None:
     prompt = len(VOCABULARY.encode(REPEAT_PROMPT))
     make(dataclasses.replace(DATA, sequence_length=prompt + 16, repeat_segment=8))
     with pytest.raises(ConfigError, match=r"^config\.data\.repeat_segment: 8 tokens and their prompt of"):
         make(dataclasses.replace(DATA, sequence_length=prompt + 15, repeat_segment=8))
 
 
-def test_other_data_and_other_states_are_refused() -> None:
+def test_states_of_other_data_or_versions_are_rejected() -> None:
     state = make().state()
     with pytest.raises(UserError, match="seed was 0 when it was saved and is 5 now"):
         make(seed=5).restore(state)
-    examples = Made()
-    examples.fingerprint = "others"  # type: ignore[misc]
+    source = Made()
+    source.fingerprint = "others"  # type: ignore[misc]
     with pytest.raises(UserError, match="contents was made when it was saved and is others now"):
-        make(examples=examples).restore(state)
+        make(source=source).restore(state)
     with pytest.raises(UserError, match="of another task or version"):
         make().restore({"stream": {}, "step": 3})
-    with pytest.raises(UserError, match="batch_size 4 is not divisible by the 3 processes"):
+    with pytest.raises(UserError, match="batch_size: 4 is not divisible by the 3 processes"):
         make(shard=(0, 3))
 
 
-def test_a_source_without_tokens_ends_in_an_error() -> None:
+def test_a_source_without_tokens_is_rejected() -> None:
     class Nothing(Made):
         def epoch(self, epoch: int, first: int = 0) -> Iterator[Example]:
             return iter(())
 
     with pytest.raises(UserError, match="there are no tokens in made"):
-        make(examples=Nothing()).next_batch()
+        make(source=Nothing()).next()
 
 
-def test_a_mistake_found_while_reading_reaches_the_caller() -> None:
+def test_an_error_in_the_reading_thread_reaches_the_caller() -> None:
     class Broken(Made):
         def epoch(self, epoch: int, first: int = 0) -> Iterator[Example]:
             yield from itertools.islice(super().epoch(epoch, first), 2)
             raise UserError("a damaged file")
 
     with pytest.raises(UserError, match="a damaged file"):
-        make(examples=Broken()).next_batch()
+        make(source=Broken()).next()
 
 
-def test_a_row_may_end_within_a_block(tmp_path: pathlib.Path) -> None:
-    """The paper's 8.5k tokens are eight blocks and a half."""
-    batch = make(dataclasses.replace(DATA, sequence_length=21)).next_batch()
+def test_the_row_length_need_not_be_a_multiple_of_the_block_size() -> None:
+    """Rows of the paper have 8.5k tokens, eight and a half blocks."""
+    batch = make(dataclasses.replace(DATA, sequence_length=21)).next()
     assert batch["inputs"].shape == (4, 21)

@@ -23,7 +23,7 @@ def keys_of(task: seqio.Task, split: str, count: int) -> list[str]:
 
 
 def test_text_of_an_example(vocabulary_name: str) -> None:
-    """Whole cycles of filler give the very text, so the key stands in it twice and nowhere else."""
+    """With whole cycles of filler, the ids decode to the text of section 3.2, with the key in it twice."""
     vocabulary = load_vocabulary(vocabulary_name)
     cycle = len(make_template(vocabulary).filler)
     for prompt, answer in passkey_examples(DataConfig(), vocabulary, 3 * cycle, 8, seed=0):
@@ -35,7 +35,7 @@ def test_text_of_an_example(vocabulary_name: str) -> None:
 
 
 @pytest.mark.parametrize("filler_tokens", [0, 24, 517])
-def test_filler_is_exactly_as_long_as_asked(vocabulary_name: str, filler_tokens: int) -> None:
+def test_filler_has_exactly_the_requested_length(vocabulary_name: str, filler_tokens: int) -> None:
     vocabulary = load_vocabulary(vocabulary_name)
     template = make_template(vocabulary)
     for prompt, answer in passkey_examples(DataConfig(), vocabulary, filler_tokens, 4, seed=0):
@@ -48,7 +48,7 @@ def test_filler_is_exactly_as_long_as_asked(vocabulary_name: str, filler_tokens:
         assert head.endswith(f"The pass key is {key}. Remember it. {key} is the pass key.")
 
 
-def test_nothing_is_said_of_a_model_that_normalizes_nothing(
+def test_a_model_without_normalization_causes_no_output(
     tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "text.model"
@@ -62,7 +62,7 @@ def test_nothing_is_said_of_a_model_that_normalizes_nothing(
 
 
 @pytest.mark.parametrize("digits", [1, 5])
-def test_keys_are_of_the_asked_digits_and_spread(digits: int) -> None:
+def test_keys_have_the_requested_digits_and_are_uniform(digits: int) -> None:
     task = passkey_task("keys", load_vocabulary("passkey"), (0, 0), seed=0, digits=digits)
     keys = keys_of(task, "train", 400)
     assert all(re.fullmatch(rf"[1-9]\d{{{digits - 1}}}", key) for key in keys)
@@ -70,11 +70,11 @@ def test_keys_are_of_the_asked_digits_and_spread(digits: int) -> None:
         counts = np.bincount([int(key[position]) for key in keys], minlength=10)
         expected = 400 / (9 if position == 0 else 10)
         seen = counts[1:] if position == 0 else counts
-        assert np.all(abs(seen - expected) < 5 * np.sqrt(expected))  # 5 standard deviations
+        # Five standard deviations.
+        assert np.all(abs(seen - expected) < 5 * np.sqrt(expected))
 
 
-def test_streams_are_disjoint() -> None:
-    """No two of split, seed, filler lengths share their keys."""
+def test_keys_differ_between_splits_seeds_and_filler_lengths() -> None:
     vocabulary = load_vocabulary("passkey")
     base = passkey_task("base", vocabulary, (5, 9), seed=0)
     streams = [
@@ -134,7 +134,7 @@ def test_seqio_evaluator_scores_the_task() -> None:
     evaluator = seqio.Evaluator("passkey_scored", seqio.EncDecFeatureConverter(pack=False))
 
     def answer_some(dataset: tf.data.Dataset) -> list[tuple[int, list[int]]]:
-        """Copies the key from the prompt; every fifth answer is wrong in its last digit."""
+        """Copy the key from the prompt, with a wrong last digit in every fifth answer."""
         answers = []
         for index, example in dataset.as_numpy_iterator():
             text = vocabulary.decode(example["encoder_input_tokens"].tolist())
@@ -155,7 +155,7 @@ def test_leading_number(text: str, expected: str) -> None:
     assert passkey.leading_number(text) == expected
 
 
-def test_exact_match_counts_whole_answers() -> None:
+def test_exact_match_compares_whole_answers() -> None:
     assert passkey.exact_match(["123", "456", "7", "8"], ["123", "457", "", "8"]) == {"exact_match": 0.5}
     with pytest.raises(ValueError, match="shorter"):
         passkey.exact_match(["1", "2"], ["1"])
@@ -170,12 +170,12 @@ def test_exact_match_counts_whole_answers() -> None:
         ({"digits": 10}, "digits"),
     ],
 )
-def test_impossible_arguments(arguments: dict, message: str) -> None:
+def test_arguments_out_of_range_are_rejected(arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         passkey_task("bad", load_vocabulary("bytes"), **{"filler_tokens": (1, 2), "seed": 0, **arguments})
 
 
-def test_vocabulary_that_cannot_write_the_task() -> None:
+def test_a_vocabulary_that_cannot_express_the_task_is_rejected() -> None:
     class NoSeven(seqio.ByteVocabulary):
         def _encode(self, s: str) -> list[int]:
             return [self.unk_id if byte == "7" else ord(byte) + 3 for byte in s]

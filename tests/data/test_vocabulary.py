@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 
 from fam_jax.config import UserError
-from fam_jax.data import quiet_seqio, train_vocabulary
+from fam_jax.data import passkey_vocabulary, quiet_seqio
 from fam_jax.data.passkey_text import example_text
 from fam_jax.data.vocabulary import SHIPPED, load_vocabulary
 
@@ -30,10 +30,10 @@ def test_shipped_vocabulary_has_one_piece_per_word_and_digit() -> None:
     assert len(set(vocabulary.encode("0123456789"))) == 1 + 10
 
 
-def test_shipped_vocabulary_is_what_the_trainer_makes(tmp_path: Path) -> None:
+def test_the_trainer_reproduces_the_shipped_vocabulary(tmp_path: Path) -> None:
     paths = [tmp_path / "a.model", tmp_path / "b.model"]
     for path in paths:
-        assert train_vocabulary.main(["--out", str(path)]) == 0
+        assert passkey_vocabulary.main(["--out", str(path)]) == 0
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
     def pieces(path: Path) -> list[str]:
@@ -46,10 +46,10 @@ def test_shipped_vocabulary_is_what_the_trainer_makes(tmp_path: Path) -> None:
 
 def test_trainer_reports_an_unwritable_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
-        train_vocabulary.main(["--out", str(tmp_path / "none" / "x.model")])
+        passkey_vocabulary.main(["--out", str(tmp_path / "none" / "x.model")])
 
 
-def test_bad_files_are_told_at_load_time(tmp_path: Path) -> None:
+def test_bad_files_are_reported_at_load_time(tmp_path: Path) -> None:
     whole = SHIPPED["passkey"].read_bytes()
     bad = {"empty": b"", "text": b"hello there\n" * 20, "cut": whole[: len(whole) // 2]}
     for name, content in bad.items():
@@ -62,12 +62,12 @@ def test_bad_files_are_told_at_load_time(tmp_path: Path) -> None:
         assert name in str(caught.value)
 
 
-def test_a_misspelt_name_is_told_the_names() -> None:
-    with pytest.raises(UserError, match=r"no such file.*bytes, passkey"):
+def test_the_error_for_an_unknown_name_lists_the_names() -> None:
+    with pytest.raises(UserError, match=r"no such file.*bytes or passkey"):
         load_vocabulary("byte")
 
 
-def test_import_noise_is_dropped_but_shown_on_failure(capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_of_an_import_is_shown_only_if_it_fails(capfd: pytest.CaptureFixture[str]) -> None:
     with quiet_seqio._stderr_held_back():
         os.write(2, b"noise")
     assert capfd.readouterr().err == ""
@@ -79,5 +79,5 @@ def test_import_noise_is_dropped_but_shown_on_failure(capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.skipif(not quiet_seqio.tf.config.list_physical_devices("GPU"), reason="needs a GPU")
-def test_tensorflow_sees_no_gpu() -> None:
+def test_tensorflow_uses_no_gpu() -> None:
     assert quiet_seqio.tf.config.get_visible_devices("GPU") == []

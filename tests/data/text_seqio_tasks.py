@@ -1,4 +1,4 @@
-"""Registers seqio tasks to train on: the module that `data.imports` names in tests."""
+"""Register seqio tasks to train on. Tests name this module in `data.imports`."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
 
 @seqio.map_over_dataset(num_seeds=1)
 def noise(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Appends a random digit to the answer."""
+    """Append a random digit to the answer."""
     digit = tf.random.stateless_uniform([], seed, 0, 10, tf.int32)
     return {**example, "targets": example["targets"] + tf.strings.as_string(digit)}
 
@@ -56,7 +56,7 @@ seqio.MixtureRegistry.add("fam_test_mixture", [("fam_test_questions", 1.0), ("fa
 
 
 def expected(index: int, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """Ids and weights of an example of fam_test_questions."""
+    """Return ids and weights of an example of fam_test_questions."""
     first = {"train": 0, "validation": 100}[split]
     question, answer = BYTES.encode(f"question {first + index}?"), BYTES.encode(f"answer {'x' * index}")
     weights = [0.0] * len(question) + [1.0] * (len(answer) + 1)

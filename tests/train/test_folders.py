@@ -17,6 +17,7 @@ from fam_jax import sharding
 from fam_jax.checkpoint import absolute, read_config
 from fam_jax.checkpoint.folder import settle_config
 from fam_jax.config import UserError
+from fam_jax.data.curriculum import PasskeyCurriculum
 from fam_jax.train import loop, metrics
 from fam_jax.train.loop import train
 from fam_jax.train.metrics import MetricsWriter
@@ -176,18 +177,16 @@ def test_the_same_command_resumes_a_run_that_was_traced(tmp_path: pathlib.Path) 
 
 
 def test_an_interrupted_trace_is_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        loop.PasskeyStream, "next_batch", interrupt_at(loop.PasskeyStream.next_batch, batch=3)
-    )
+    monkeypatch.setattr(PasskeyCurriculum, "next", interrupt_at(PasskeyCurriculum.next, batch=3))
     with pytest.raises(KeyboardInterrupt):
         train(RUN, str(tmp_path), profile_steps=(2, 4), quiet=True)
     assert traces(tmp_path)
 
 
-def interrupt_at(next_batch: Callable[[Any], Any], batch: int) -> Callable[[Any], Any]:
-    def interrupting(stream: Any) -> Any:
-        if stream.state()["step"] + 1 == batch:
+def interrupt_at(make: Callable[[Any], Any], batch: int) -> Callable[[Any], Any]:
+    def interrupting(batches: Any) -> Any:
+        if batches.state()["step"] + 1 == batch:
             raise KeyboardInterrupt
-        return next_batch(stream)
+        return make(batches)
 
     return interrupting

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ import pytest
 from fam_jax import sharding
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params
 from fam_jax.config import Config, ConfigError, DataConfig, UserError
-from fam_jax.data.curriculum import PasskeyStream
+from fam_jax.data import build
+from fam_jax.data.curriculum import PasskeyCurriculum
 from fam_jax.train import loop
 from fam_jax.train.loop import Interrupted, train
 from tests.train.tiny import changed, quick_trainer
@@ -60,12 +61,12 @@ def evaluate(params: Any, step: int) -> dict[str, Any]:
     return {"step": step, "nested": {"sum": float(sum(leaf.sum() for leaf in jax.tree.leaves(params)))}}
 
 
-def stopping_at(step: int, number: int) -> Callable[..., PasskeyStream]:
-    """A stream during whose batch `step` the process gets a signal."""
+def stopping_at(step: int, number: int) -> type[PasskeyCurriculum]:
+    """A curriculum that sends the process a signal while it makes the batch of `step`."""
 
-    class Stopping(PasskeyStream):
-        def next_batch(self) -> Any:
-            batch = super().next_batch()
+    class Stopping(PasskeyCurriculum):
+        def next(self) -> Any:
+            batch = super().next()
             if self.state()["step"] == step:
                 os.kill(os.getpid(), number)
             return batch
@@ -79,7 +80,7 @@ def run(folder: pathlib.Path, config: Config = RUN, **how: Any) -> dict[str, Any
 
 def run_until(folder: pathlib.Path, step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> Interrupted:
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "PasskeyStream", stopping_at(step, number))
+        patch.setattr(build, "PasskeyCurriculum", stopping_at(step, number))
         with pytest.raises(Interrupted) as caught:
             run(folder)
     return caught.value

@@ -15,6 +15,7 @@ import pytest
 from fam_jax import sharding
 from fam_jax.checkpoint import CheckpointError, load_params
 from fam_jax.config import Config, UserError
+from fam_jax.data import build
 from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import lora
 from fam_jax.restore import load_model
@@ -175,7 +176,7 @@ def test_stopped_and_resumed_it_is_the_run_that_was_not(
 ) -> None:
     config = adapting(base)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "PasskeyStream", stopping_at(3, signal.SIGTERM))
+        patch.setattr(build, "PasskeyCurriculum", stopping_at(3, signal.SIGTERM))
         with pytest.raises(Interrupted):
             train(config, str(tmp_path / "run"), quiet=True)
     train(config, str(tmp_path / "run"), quiet=True)
