@@ -1,6 +1,7 @@
 """The runner: what evaluations write and return, for checkpoints and in training, and how tasks are registered."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 
 from fam_jax.checkpoint import read_config
-from fam_jax.config import Config, DataConfig, MeshConfig, UserError, changed, resolve
+from fam_jax.config import Config, ConfigError, DataConfig, MeshConfig, UserError, changed, resolve
 from fam_jax.data.vocabulary import load_vocabulary
 from fam_jax.evaluate import TASKS, answers, evaluate, evaluate_in_training, read_evaluation, run, tasks
 from fam_jax.evaluate.answers import Questions, answer_tables, measure_answers
@@ -161,6 +162,20 @@ def test_a_task_is_a_function_and_a_line(
     assert found.line().startswith("copy: exact match 100.0%") and len(found.tables()) == 1
 
 
+def test_the_task_of_the_guide(passkey_run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/evaluation.md, as it stands there."""
+    guide = (pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    function, entry = re.findall(r"```python\n(.*?)```", guide.partition("## Add a task")[2], re.DOTALL)
+    names = {"np": np, "functools": functools, **vars(tasks)}
+    exec(function, names)
+    monkeypatch.setitem(TASKS, "recall", eval(entry, names))
+    found = evaluate(passkey_run, task="recall", keys=2)
+    assert list(found.details["groups"]) == ["4", "16", "64"]
+    size = found.config["model"]["block_size"]
+    assert found.details["groups"]["16"]["tokens_read"] == 16 * size + 2
+    assert "exact_match/64_blocks" in found.scalars and found.line().startswith("recall: exact match")
+
+
 def test_the_task_of_a_run_is_that_of_its_data() -> None:
     assert tasks.default_task(DataConfig()) == "passkey"
     for name in ("text", "text+passkey"):
@@ -190,7 +205,9 @@ def test_mistakes(passkey_run: pathlib.Path, how: dict[str, Any], message: str) 
 
 def test_the_vocabulary_must_fit_the_model(config: Config) -> None:
     large = changed(config, data={"vocabulary": "bytes"})
-    with pytest.raises(UserError, match="vocabulary: has 259 ids, but the model has only 51"):
+    with pytest.raises(
+        ConfigError, match=r"vocab_size: 51 is smaller than the vocabulary 'bytes', which has 259"
+    ):
         evaluate_in_training(large, "nowhere")
 
 

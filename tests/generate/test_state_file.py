@@ -186,3 +186,22 @@ def test_a_failed_save_leaves_the_old_file(
         save_state(path, random_state("float32", seed=1)[1], CONFIG, PARAMS)
     assert [*tmp_path.iterdir()] == [path]
     assert_same_bits(load_state(path, CONFIG, PARAMS), random_state("float32")[1])
+
+
+FORMER = pathlib.Path(__file__).resolve().parents[1] / "format1" / "data" / "heldout.memory"
+
+
+@pytest.mark.parametrize("where", [9, 300, -1])
+def test_a_damaged_file_of_version_1_is_refused(tmp_path: pathlib.Path, where: int) -> None:
+    """An intact one is loaded by the tests of format 1; here it is refused as it belongs to another model."""
+    content = bytearray(FORMER.read_bytes())
+    (tmp_path / "memory").write_bytes(content)
+    with pytest.raises(StateFileError, match="is of another model"):
+        load_state(tmp_path / "memory", CONFIG, PARAMS)
+    content[where] ^= 1
+    (tmp_path / "memory").write_bytes(content)
+    with pytest.raises(StateFileError, match=r"damaged|version"):
+        load_state(tmp_path / "memory", CONFIG, PARAMS)
+    (tmp_path / "memory").write_bytes(bytes(content[:where]))
+    with pytest.raises(StateFileError, match="damaged"):
+        load_state(tmp_path / "memory", CONFIG, PARAMS)

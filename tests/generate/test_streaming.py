@@ -283,11 +283,11 @@ def test_errors(ragged) -> None:
         ([np.array([3, -1])], r"prompt 0: token id -1 is outside"),
         ([prompts[0], np.array([0.5])], "prompt 1: expected a list of token ids, got float64"),
         ([np.zeros((1, 2), int)], "prompt 0: expected a list"),
-        ([], "there is no prompt"),
+        ([], "prompts: there are none"),
     ):
         with pytest.raises(UserError, match=message):
             model.read(wrong)
-    with pytest.raises(UserError, match="memory: holds 3 streams, but 2 rows"):
+    with pytest.raises(UserError, match="state: holds 3 streams, but there are 2 rows"):
         model.read(prompts[:2], memory)
     with pytest.raises(UserError, match="chunk_blocks: must be at least 1"):
         model.read(prompts, chunk_blocks=0)
