@@ -172,7 +172,7 @@ def check_state(state: Any, fields: Collection[str], identity: Mapping[str, Any]
     """
     if not isinstance(state, dict) or set(state) != {*fields}:
         raise UserError(
-            f"data state: lacks the fields {', '.join(sorted(fields))}, or has others: it is of another task or version; "
+            f"data state: must have the fields {', '.join(sorted(fields))}, so it is of another task or version; "
             "resume with the config and the version of the run"
         )
     for name, value in identity.items():

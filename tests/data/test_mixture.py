@@ -145,7 +145,7 @@ def test_metrics_of_text_do_not_advance_the_curriculum(corpus: pathlib.Path) -> 
 def test_a_state_of_another_task_is_rejected(corpus: pathlib.Path) -> None:
     mixed = make(corpus)
     with pytest.raises(
-        UserError, match=r"data state: lacks the fields passkey, step, text, or has others: it is of another"
+        UserError, match=r"data state: must have the fields passkey, step, text, so it is of another"
     ):
         mixed.restore(mixed.parts["text"].state())
     state = mixed.state()
