@@ -166,7 +166,8 @@ def test_evaluated_documents_begin_with_bos(monkeypatch: pytest.MonkeyPatch) -> 
 
     def loss(vocabulary: Any, add_bos: bool) -> float:
         monkeypatch.setattr(build, "heldout_examples", lambda *_: build.Heldout(examples, vocabulary))
-        setting = Setting(CONFIG, DataConfig(add_bos=add_bos), EvaluateConfig())
+        data = DataConfig(task="text", vocabulary="bytes", train_files=("some.txt",), add_bos=add_bos)
+        setting = Setting(CONFIG, data, EvaluateConfig())
         documents = text_documents(setting)
         return measure_documents(Streamer(CONFIG, params_of(CONFIG)), documents, setting).scalars["loss"]
 
