@@ -1,8 +1,8 @@
-"""What FAM should cost: floating-point operations of a forward pass, counted from the shapes.
+"""Count the floating-point operations of a forward pass from shapes, to predict the cost of FAM.
 
-The backward pass of a matrix product is two products of the same size, so the ratio of two counts is also that of two
-training steps, if all operations ran equally fast. They do not: FAM's products have few rows, and they wait for each
-other. The measured ratio lies above the expected one by as much.
+The backward pass of a matrix product consists of two products of the same size. So if all operations ran equally fast,
+the ratio of two counts would also be the ratio of two training steps. FAM's products have few rows and depend on each
+other, which makes the measured ratio higher.
 """
 
 import dataclasses
@@ -12,33 +12,34 @@ from fam_jax.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Multiplications and additions of matrix products, forward, per batch."""
+    """FLOPs of the matrix products in the forward pass of a batch."""
 
-    tokens_dense: int  # projections and feed-forward of all layers, and logits
-    tokens_attention: int  # to the memory segment and the own block, masked pairs included: they are computed
-    fam_dense: int  # projections and feed-forward of FAM: M / C of the tokens'
-    fam_attention: int  # of FAM to itself and its block
-    fam_read: int  # attention of tokens to FAM
+    # Projections and feed-forward of all layers, and logits.
+    tokens_dense: int
+    # Attention to the window. Masked pairs count, because they are computed.
+    tokens_attention: int
+    # Projections and feed-forward of FAM: M / C of those of the tokens.
+    fam_dense: int
+    # Attention of FAM to itself and its block.
+    fam_attention: int
+    # Attention of tokens to FAM.
+    fam_read: int
 
     @property
     def ratio(self) -> float:
-        """With FAM against without."""
+        """FLOPs with FAM, divided by those without."""
         with_fam = self.fam_dense + self.fam_attention + self.fam_read
         return 1 + with_fam / (self.tokens_dense + self.tokens_attention)
 
 
 def count_flops(config: ModelConfig, batch: int, length: int) -> Flops:
-    """For `batch` rows of `length` tokens, a multiple of C.
+    """Count the FLOPs of `batch` rows of `length` tokens, a multiple of C.
 
-    A product of (a, b) and (b, c) counts 2abc. FAM passes through a layer's weights once per block; beyond that, once
-    as the prompt that makes the initial FAM, and the last FAM of each row through keys and values only.
+    A product of (a, b) and (b, c) counts 2abc. FAM goes through the weights of a layer once per block. The prompt that
+    gives the initial FAM goes through them once, and the last FAM of each row through keys and values only.
     """
-    layers, width, heads, kv_heads = (
-        config.num_layers,
-        config.model_dim,
-        config.num_heads,
-        config.num_kv_heads,
-    )
+    layers, width = config.num_layers, config.model_dim
+    heads, kv_heads = config.num_heads, config.num_kv_heads
     tokens, blocks = batch * length, length // config.block_size
     vectors = config.memory.chained_rows
     reach = (config.memory_segments + 1) * config.block_size

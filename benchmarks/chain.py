@@ -1,4 +1,4 @@
-"""The FAM chain of one layer: with its weight gradients deferred, as in the library, and differentiated plainly."""
+"""The FAM chain of one layer, with deferred weight gradients as in the library, and with plain differentiation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +21,12 @@ Chain = Callable[[DecoderLayer, jax.Array, ChainInputs, ChainAttention], Any]
 
 
 def layer_structure(model: ModelConfig) -> tuple[Any, Any]:
-    """Graph definition and abstract state of a layer."""
+    """Return the graph definition and the abstract state of a layer."""
     return nnx.split(nnx.eval_shape(lambda: DecoderLayer(model, rngs=nnx.Rngs(0))))
 
 
 def plain_chain(layer: DecoderLayer, fam: jax.Array, inputs: ChainInputs, attention: ChainAttention) -> Any:
-    """The same as `run_chain`; its backward pass adds to every gradient at every block."""
+    """Compute `run_chain` by a plain scan, whose backward pass adds to every gradient at every block."""
 
     def body(fam: jax.Array, step: Any) -> Any:
         block, rotation, keep = step
@@ -46,14 +46,14 @@ def plain_chain(layer: DecoderLayer, fam: jax.Array, inputs: ChainInputs, attent
 
 
 def chain_loss(model: ModelConfig, chain: Chain) -> Callable[..., jax.Array]:
-    """loss(layer parameters, fam (B, M, D), keys, values (B, T, K * hd)): half the squares of all that it returns."""
+    """Return loss(layer parameters, fam (B, M, D), keys, values (B, T, K * hd)): half the results' squared norm."""
     graphdef, _ = layer_structure(model)
     own = FeedbackAttentionMemory(model).enter_at(Rope(model.head_dim, model.rope_base, "float32"))
 
     def loss(parameters: Any, fam: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         layer = nnx.merge(graphdef, parameters)
         batch, blocks = keys.shape[0], keys.shape[1] // model.block_size
-        # Every block's keys stand in its own frame: one rotation does for all.
+        # The keys of every block are in the block's own frame, so one rotation serves all blocks.
         rotation = own.map(lambda r: jnp.broadcast_to(r, (blocks, 1, *r.shape)))
         keep = jnp.broadcast_to(np.arange(blocks)[:, None] > 0, (blocks, batch))
         attention = ChainAttention(model.block_size, 0.0, "auto")
@@ -64,7 +64,7 @@ def chain_loss(model: ModelConfig, chain: Chain) -> Callable[..., jax.Array]:
 
 
 def chain_inputs(work: Workload, model: ModelConfig, params: dict[str, Any]) -> tuple[Any, ...]:
-    """Arguments of `chain_loss`: the first layer's parameters, and random activations of unit variance."""
+    """Return arguments of the loss: the first layer's parameters and random activations of unit variance."""
     _, abstract = layer_structure(model)
     parameters = from_dict(abstract, jax.tree.map(lambda x: x[0], params["layers"]))
     shape = (work.batch, work.length, model.num_kv_heads * model.head_dim)
@@ -74,7 +74,7 @@ def chain_inputs(work: Workload, model: ModelConfig, params: dict[str, Any]) -> 
 
 
 def chain_calls(work: Workload, model: ModelConfig, params: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """Forward, forward and backward, and the latter without deferred weight gradients; of one layer."""
+    """Return calls of one layer: forward, gradient, and gradient without deferred weight gradients."""
     inputs = chain_inputs(work, model, params)
     forward = jax.jit(chain_loss(model, run_chain))
     gradients = [

@@ -1,8 +1,7 @@
-"""Decoding after a thousand and after a million tokens, and the memory that it takes to get there.
+"""Measure decoding after a thousand and after a million tokens, and the process memory of reading them.
 
-One stream is read from start to end, by chunks of whole blocks, in a process that has done nothing else. On the way the
-peak of the process's memory and the bytes of all arrays alive are sampled. Then two memories are decoded from in turn:
-one that was kept near the start, and the one at the end.
+A new process reads one stream in chunks of whole blocks, and samples the peak of its memory and the bytes of all live
+arrays. Then it decodes by turns from two states: one saved near the start of the stream, and the one at its end.
 """
 
 import gc
@@ -28,33 +27,43 @@ from launch.cli import ArgumentParser
 from launch.errors import user_errors
 
 MODEL = ModelConfig(
-    vocab_size=64, num_layers=2, model_dim=64, num_heads=2, num_kv_heads=2, head_dim=32, ff_dim=256,
-    block_size=64, memory=FamConfig(length=4),
-)  # fmt: skip
+    vocab_size=64,
+    num_layers=2,
+    model_dim=64,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=32,
+    ff_dim=256,
+    block_size=64,
+    memory=FamConfig(length=4),
+)
 CHUNK_BLOCKS = 16
-CHUNK = CHUNK_BLOCKS * MODEL.block_size  # 1024 tokens: positions are counted in these
-MARKS = (10, 30, 100, 300, 1000)  # chunks after which memory is sampled
+# Tokens of a chunk: 1024.
+CHUNK = CHUNK_BLOCKS * MODEL.block_size
+# Numbers of chunks after which memory is sampled.
+MARKS = (10, 30, 100, 300, 1000)
 QUICK_MARKS = (2, 4, 8)
-FLAT = 1.02  # peak memory may grow by this factor from the first mark to the last
+# Memory counts as flat if its peak grows by at most this factor from the first mark to the last.
+FLAT = 1.02
 
 
 def stream(streamer: Streamer, marks: Sequence[int], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads random tokens up to the last mark.
+    """Read random tokens up to the last mark.
 
     Returns:
-      What was sampled at each mark; {"near": (logits, state) after one chunk, "far": after the last}.
+      The samples of all marks, and (logits, state) after the first chunk ("near") and after the last ("far").
     """
     random = np.random.default_rng(seed)
     samples: list[dict[str, Any]] = []
     state: StreamState | None = None
-    for _ in range(2):  # compiles both what begins a stream and what continues one
+    for _ in range(2):  # compile both programs: one starts a stream, one continues it
         _, state = streamer.read([np.zeros(CHUNK, np.int32)], state, chunk_blocks=CHUNK_BLOCKS)
     state = None
     started = time.perf_counter()
     kept: dict[str, Any] = {}
     before = 0
     for chunk in range(1, marks[-1] + 1):
-        # Drawn as it is read: a prompt of a million tokens would itself take memory.
+        # Draw tokens chunk by chunk, because an array of a million tokens would itself take memory.
         tokens = random.integers(0, streamer.config.vocab_size, CHUNK)
         logits, state = streamer.read([tokens], state, chunk_blocks=CHUNK_BLOCKS)
         if chunk == 1:
@@ -92,7 +101,7 @@ def _stream_result(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare_positions(streamer: Streamer, kept: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Greedy decoding of two blocks of tokens from each of the memories, FAM updates included, over and over."""
+    """Time greedy decoding of two blocks from each state, which includes two updates of FAM."""
     size = streamer.config.block_size
     count = 2 * size
 
@@ -114,24 +123,24 @@ def compare_positions(streamer: Streamer, kept: dict[str, Any], seconds: float) 
 
 
 def peak_rss() -> int:
-    """The most bytes of memory that this process has had resident."""
+    """Return the peak resident memory of this process in bytes."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
-    # Not ru_maxrss: on Linux a new program starts with that of the process which it was forked from.
+    # On Linux, ru_maxrss includes the peak of the process that started this one.
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def live_bytes() -> int:
-    """Of all JAX arrays alive."""
+    """Return the bytes of all live JAX arrays."""
     gc.collect()
     return sum(array.nbytes for array in jax.live_arrays())
 
 
 def measure(marks: Sequence[int], seconds: float, seed: int) -> dict[str, Any]:
-    """Streaming, then decoding for `seconds`."""
+    """Measure streaming, then decoding for `seconds`."""
     streamer = Streamer(MODEL, random_parameters(MODEL, seed))
     print(f"decoding: streaming {marks[-1] * CHUNK:,} tokens", file=sys.stderr, flush=True)
     streamed, kept = stream(streamer, marks, seed)
@@ -141,14 +150,14 @@ def measure(marks: Sequence[int], seconds: float, seed: int) -> dict[str, Any]:
 
 @user_errors()
 def main(argv: Sequence[str]) -> None:
-    """Measures, prints, writes."""
+    """Measure, print and write the record."""
     parser = ArgumentParser(prog="benchmarks.decoding", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=20.0, help="to time decoding for")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and tokens")
     parser.add_argument(
-        "--quick", action="store_true", help="a few thousand tokens, to see that all of it runs"
+        "--seconds", type=float, default=20.0, help="duration of timing decoding (default: 20)"
     )
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of parameters and tokens (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="read a few thousand tokens, as a test")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
     arguments = parser.parse_args(argv)
     marks = QUICK_MARKS if arguments.quick else MARKS
     seconds = 0.0 if arguments.quick else arguments.seconds
@@ -156,9 +165,13 @@ def main(argv: Sequence[str]) -> None:
     print_decoding(results)
     if arguments.json:
         settings = {
-            "model": MODEL, "chunk_tokens": CHUNK, "marks": [mark * CHUNK for mark in marks], "seconds": seconds,
-            "seed": arguments.seed, "quick": arguments.quick,
-        }  # fmt: skip
+            "model": MODEL,
+            "chunk_tokens": CHUNK,
+            "marks": [mark * CHUNK for mark in marks],
+            "seconds": seconds,
+            "seed": arguments.seed,
+            "quick": arguments.quick,
+        }
         write_record(arguments.json, "decoding", argv, settings, results)
 
 

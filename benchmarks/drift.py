@@ -1,9 +1,9 @@
-"""How a pass key is kept: the size of FAM over a stream, how far its direction depends on the key, what is misread.
+"""Measure how FAM keeps a pass key: its norm along a stream, how its direction depends on the key, wrong answers.
 
     python -m benchmarks.drift --checkpoint=runs/demo/fam --json runs/drift.json
 
-FAM adds to itself at every block (the "FAM copy" of section 2.2 of the paper), so its norm grows with the stream, and
-layers normalise it before they read it: what counts is its direction, which turns ever more slowly.
+Every block adds to FAM (the "FAM copy" of section 2.2 of the paper), so its norm grows along the stream. Layers
+normalize FAM before they read it, so only its direction matters, and that turns more and more slowly.
 """
 
 import sys
@@ -30,18 +30,20 @@ from launch.errors import user_errors
 
 
 def measure(config: Config, params: Any, blocks: int, keys: int) -> dict[str, Any]:
-    """Reads `keys` examples with a filler of `blocks` blocks, and answers them.
+    """Read `keys` examples with `blocks` blocks of filler, and answer them.
 
     Returns:
-      For JSON. "course": for 1, 2, 4, ... blocks read, per layer the mean norm of FAM's vectors, and the
-      root mean square distance of their directions (unit vectors) from the mean over keys.
-      "misread": per token of the answer, the fraction that is wrong and how often which was taken for which.
+      Values for JSON. "course": after 1, 2, 4, ... blocks, for each layer the mean norm of FAM's vectors, and the root
+      mean square distance of their directions (unit vectors) from the mean over keys. "misread": for each token of the
+      answer, the fraction of wrong tokens, and the number of times each token was taken for another.
 
     Raises:
       UserError: the model has no FAM.
     """
     if config.model.memory.kind != "fam":
-        raise UserError(f"config.model.memory.kind: is {config.model.memory.kind}; drift is that of FAM")
+        raise UserError(
+            f"config.model.memory.kind: {config.model.memory.kind} has no feedback vectors; use a run with fam"
+        )
     vocabulary = load_vocabulary(config.data.vocabulary)
     size, chunk = config.model.block_size, config.evaluate.chunk_blocks
     examples = passkey_examples(config.data, vocabulary, blocks * size, keys, config.evaluate.seed)
@@ -62,7 +64,7 @@ def measure(config: Config, params: Any, blocks: int, keys: int) -> dict[str, An
 
 
 def _directions(fam: np.ndarray) -> dict[str, list[float]]:
-    """Of fam (L, B, M, D); two numbers per layer."""
+    """Return norm and spread of fam (L, B, M, D), two numbers per layer."""
     norm = np.linalg.norm(fam, axis=-1, keepdims=True)
     unit = fam / norm
     off = np.square(unit - unit.mean(axis=1, keepdims=True)).sum(axis=-1)
@@ -83,7 +85,7 @@ def _misread(answers: np.ndarray, tokens: np.ndarray, names: dict[int, str]) -> 
 
 
 def show(results: dict[str, Any]) -> None:
-    """Prints two tables."""
+    """Print two tables."""
     layers = range(len(results["course"][0]["norm"]))
     course = Table(title="FAM: norm, and spread of direction over keys, by layer", title_justify="left")
     for heading in ("blocks", *(f"norm {i}" for i in layers), *(f"spread {i}" for i in layers)):
@@ -104,13 +106,13 @@ def show(results: dict[str, Any]) -> None:
 
 @user_errors()
 def main(argv: Sequence[str]) -> None:
-    """Restores, measures, prints, writes."""
+    """Restore a checkpoint, measure, print and write the record."""
     parser = ArgumentParser(prog="benchmarks.drift", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="workdir of a PassKey training with FAM")
-    parser.add_argument("--step", type=int, help="saved step; default: the latest")
-    parser.add_argument("--blocks", type=int, default=520, help="of filler")
-    parser.add_argument("--keys", type=int, default=64, help="examples, read as one batch")
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--checkpoint", required=True, help="workdir of a PassKey run with FAM")
+    parser.add_argument("--step", type=int, help="saved step (default: the latest)")
+    parser.add_argument("--blocks", type=int, default=520, help="blocks of filler (default: 520)")
+    parser.add_argument("--keys", type=int, default=64, help="examples, read as one batch (default: 64)")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
     arguments = parser.parse_args(argv)
     mesh = make_mesh(MeshConfig())
     params, values, step = load_params(

@@ -1,6 +1,6 @@
-"""Peak memory and speed of `python -m launch.generate` by the length of its prompt: the whole process, from its start.
+"""Measure peak memory and speed of `python -m launch.generate` for prompts of several lengths.
 
-A checkpoint with random parameters and a text file of each length are made; every run is a process of its own.
+The benchmark writes a checkpoint with random parameters and a text file of each length. Every run is a new process.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from launch.errors import user_errors
 
 LENGTHS = (10_000, 100_000, 1_000_000)
 GENERATED = 128
-# Runs the command, then tells the peak of the process's own memory.
+# Runs the command, then prints the peak memory of the process.
 PROGRAM = (
     "import sys; from benchmarks.decoding import peak_rss; from launch.generate import main; main(); "
     "print(f'peak {peak_rss()}', file=sys.stderr)"
@@ -35,7 +35,7 @@ PROGRAM = (
 
 
 def make_checkpoint(folder: Path, seed: int) -> None:
-    """A run whose vocabulary is bytes: a text has as many tokens as letters."""
+    """Write a run whose vocabulary is bytes, so that a text has as many tokens as letters."""
     model = dataclasses.replace(MODEL, vocab_size=259)
     config = Config(model=model, data=DataConfig(vocabulary="bytes"))
     with Checkpoints(folder, config=dataclasses.asdict(config), keep=1) as checkpoints:
@@ -43,7 +43,7 @@ def make_checkpoint(folder: Path, seed: int) -> None:
 
 
 def write_prompt(path: Path, length: int, seed: int) -> None:
-    """`length` ASCII characters of random words."""
+    """Write random words of `length` ASCII characters in all."""
     rng = random.Random(seed)
     with path.open("w") as file:
         for begin in range(0, length, 8):
@@ -52,11 +52,14 @@ def write_prompt(path: Path, length: int, seed: int) -> None:
 
 
 def measure(checkpoint: Path, prompt: Path) -> dict[str, Any]:
-    """One run of the command."""
+    """Measure one run of the command."""
     command = [
-        sys.executable, "-c", PROGRAM, f"--checkpoint={checkpoint}", f"--prompt-file={prompt}",
-        f"--max-tokens={GENERATED}", f"--chunk-blocks={CHUNK_BLOCKS}",
-    ]  # fmt: skip
+        *(sys.executable, "-c", PROGRAM),
+        f"--checkpoint={checkpoint}",
+        f"--prompt-file={prompt}",
+        f"--max-tokens={GENERATED}",
+        f"--chunk-blocks={CHUNK_BLOCKS}",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found = re.search(r"read ([\d,]+) tokens in ([\d.]+) s", done.stderr)
     peak = re.search(r"peak (\d+)", done.stderr)
@@ -65,18 +68,19 @@ def measure(checkpoint: Path, prompt: Path) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "peak_rss_bytes": int(peak[1]),
-        "seconds_reading": seconds,  # compilation included
+        # Includes compilation.
+        "seconds_reading": seconds,
         "tokens_per_second": tokens / seconds,
     }
 
 
 @user_errors()
 def main(argv: Sequence[str]) -> None:
-    """Measures, prints, writes."""
+    """Measure, print and write the record."""
     parser = ArgumentParser(prog="benchmarks.generation", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--lengths", type=integers, default=LENGTHS, help="of the prompts, in tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and prompts")
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--lengths", type=integers, default=LENGTHS, help="lengths of the prompts in tokens")
+    parser.add_argument("--seed", type=int, default=0, help="seed of parameters and prompts (default: 0)")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, prompt = Path(folder) / "run", Path(folder) / "prompt.txt"
@@ -99,9 +103,11 @@ def main(argv: Sequence[str]) -> None:
     print_table("launch.generate", ("tokens read", "peak resident MiB", "seconds", "tokens/s"), rows)
     if arguments.json:
         settings = {
-            "model": dataclasses.replace(MODEL, vocab_size=259), "generated": GENERATED, "chunk_blocks": CHUNK_BLOCKS,
+            "model": dataclasses.replace(MODEL, vocab_size=259),
+            "generated": GENERATED,
+            "chunk_blocks": CHUNK_BLOCKS,
             "seed": arguments.seed,
-        }  # fmt: skip
+        }
         results = {"samples": samples, "peak_rss_growth": growth, "flat": growth <= FLAT}
         write_record(arguments.json, "generation", argv, settings, results)
 

@@ -1,10 +1,10 @@
-"""Peak host memory of `launch.import_hf` against the size of what it reads and makes.
+"""Measure the peak host memory of an import against the size of the files and of the model.
 
     python -m benchmarks.import_memory --json docs/results/import.json
 
-Writes random models of the shape of Llama 3 8B at a fraction of its width, in four safetensors files each, and imports
-every one in a process of its own. On a CPU the imported parameters lie in host memory, so that the bound is: one file,
-and the result. The slope of the peak over their sum is what would be left at any size.
+Writes random models with the proportions of Llama 3 8B at a fraction of its width, in four safetensors files each, and
+imports each in a process of its own. On a CPU the imported parameters lie in host memory, so an import needs at least
+one file and the result. The slope of the peak over their sum shows what a large model needs.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from benchmarks.record import write_record
 from benchmarks.report import print_table
-from fam_jax.config import ModelConfig
+from fam_jax.config import ModelConfig, UserError
 from fam_jax.hf import hf_config
 from fam_jax.hf.folder import INDEX
 from fam_jax.hf.names import tensors
@@ -32,12 +32,13 @@ from launch.cli import ArgumentParser, integers
 from launch.errors import user_errors
 
 FILES = 4
-WIDTHS = (512, 1024, 1536, 2048)  # Llama 3 8B: 4096
+# That of Llama 3 8B is 4096.
+WIDTHS = (512, 1024, 1536, 2048)
 MIB = 2**20
 
 
 def llama(width: int, num_layers: int = 32) -> ModelConfig:
-    """The proportions of Llama 3 8B: heads of 128, four queries to a key, a vocabulary of 31.3 times the width."""
+    """Return the proportions of Llama 3 8B: head width 128, four queries per key, V = 31.3 D."""
     return ModelConfig(
         vocab_size=width * 128256 // 4096, num_layers=num_layers, model_dim=width, num_heads=max(width // 128, 1),
         num_kv_heads=max(width // 512, 1), head_dim=128, ff_dim=width * 7 // 2, tie_embeddings=False, rope_base=5e5,
@@ -46,7 +47,7 @@ def llama(width: int, num_layers: int = 32) -> ModelConfig:
 
 
 def write_model(folder: Path, model: ModelConfig, seed: int) -> list[int]:
-    """Writes a random model in bfloat16; returns the sizes of its files in bytes."""
+    """Write a random model in bfloat16, and return the sizes of its files in bytes."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hf_config(model, dtype="bfloat16")))
     named = [(name, tensor.file_shape) for tensor in tensors(model) for name in tensor.names]
@@ -71,7 +72,7 @@ def write_model(folder: Path, model: ModelConfig, seed: int) -> list[int]:
 
 
 def import_once(source: Path, out: Path) -> tuple[int, float]:
-    """Peak resident bytes and seconds of an import in a process of its own."""
+    """Import a model in a process of its own; return its peak resident bytes and its CPU seconds."""
     command = [
         sys.executable,
         "-m",
@@ -84,12 +85,14 @@ def import_once(source: Path, out: Path) -> tuple[int, float]:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
+        raise UserError(
+            f"{' '.join(command)}: failed with exit code {process.returncode}; see its output above"
+        )
     return usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 
 
 def measure(widths: Sequence[int], num_layers: int, seed: int, scratch: Path) -> dict[str, Any]:
-    """A row for every width, and the line through them."""
+    """Return a row of results per width, and the line through them by least squares."""
     rows = []
     for width in widths:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -106,13 +109,13 @@ def measure(widths: Sequence[int], num_layers: int, seed: int, scratch: Path) ->
 
 @user_errors()
 def main(argv: Sequence[str]) -> None:
-    """Entry point."""
+    """Measure, print a table and write the record."""
     parser = ArgumentParser(prog="benchmarks.import_memory", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--widths", type=integers, default=WIDTHS)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="some 10 GB are needed"
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder with about 10 GB free"
     )
     parser.add_argument("--json", type=Path, default=Path("runs/bench/import.json"))
     arguments = parser.parse_args(argv)

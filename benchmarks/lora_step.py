@@ -1,8 +1,8 @@
-"""A step of retrofitting by LoRA against one of full fine-tuning: time, and memory as the compiler lays it out.
+"""Compare a training step with LoRA to one with all parameters: time, and memory as planned by the compiler.
 
-Both train the same model with FAM by Adafactor on the same rows: one all of its parameters, the other low-rank updates
+Both train the same model with FAM by Adafactor on the same rows. One trains all parameters, the other low-rank updates
 of all projections and the initial FAM. The frozen base is stored in float32, or in bfloat16 and converted at every use.
-The steps run in turn, in one process; the ratios are those of rounds.
+The steps take turns in one process, and ratios are taken within a round.
 """
 
 import dataclasses
@@ -28,21 +28,39 @@ from launch.cli import ArgumentParser
 from launch.errors import user_errors
 
 SECONDS = 120.0
-# The proportions of Llama 3 8B: four query heads to a key head, a feed-forward of 3.5 times the width.
+# Proportions of Llama 3 8B: four query heads per key head, and a feed-forward layer of 3.5 times the width.
 FULL = Workload(
     ModelConfig(
-        vocab_size=8192, num_layers=4, model_dim=1024, num_heads=8, num_kv_heads=2, head_dim=128, ff_dim=3584,
-        block_size=128, memory=FamConfig(segments=1, length=8),
+        vocab_size=8192,
+        num_layers=4,
+        model_dim=1024,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=128,
+        ff_dim=3584,
+        block_size=128,
+        memory=FamConfig(segments=1, length=8),
     ),
-    batch=2, length=512, seed=0,
-)  # fmt: skip
+    batch=2,
+    length=512,
+    seed=0,
+)
 QUICK = Workload(
     ModelConfig(
-        vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=1, head_dim=8, ff_dim=112,
-        block_size=16, memory=FamConfig(segments=1, length=2),
+        vocab_size=64,
+        num_layers=2,
+        model_dim=32,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=8,
+        ff_dim=112,
+        block_size=16,
+        memory=FamConfig(segments=1, length=2),
     ),
-    batch=2, length=64, seed=0,
-)  # fmt: skip
+    batch=2,
+    length=64,
+    seed=0,
+)
 SIDES = {
     "full": LoraConfig(),
     "lora": LoraConfig(rank=64),
@@ -51,11 +69,11 @@ SIDES = {
 
 
 def compile_step(work: Workload, adaptation: LoraConfig) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """A call that takes the next step of a training, and what the compiler says of it.
+    """Compile a training step.
 
     Returns:
-      The call, which holds the state; and parameters, trained_parameters, state_bytes (parameters and optimizer state),
-      step_bytes (what a step needs beside them and the batch).
+      A function whose every call takes the next step, and the sizes parameters, trained_parameters, state_bytes
+      (parameters and optimizer state) and step_bytes (what a step needs in addition to state and batch).
     """
     config = Config(model=work.model, lora=adaptation, train=TrainConfig(loss_chunk=work.tokens))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -82,7 +100,7 @@ def compile_step(work: Workload, adaptation: LoraConfig) -> tuple[Callable[[], A
 
 
 def measure(work: Workload, seconds: float) -> dict[str, Any]:
-    """Of every side: what the compiler says, seconds per step, and how many times full fine-tuning's that is."""
+    """Return sizes, seconds per step and the ratio to full training for each of SIDES."""
     compiled = {name: compile_step(work, adaptation) for name, adaptation in SIDES.items()}
     times = interleave({name: call for name, (call, _) in compiled.items()}, seconds)
     taken = times.seconds()
@@ -93,26 +111,35 @@ def measure(work: Workload, seconds: float) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Prints a row per side."""
-    table = Table(title="Steps of training")
+    """Print a table with a row per side."""
+    table = Table(title="Training steps")
     headings = ("", "trained", "state MiB", "step MiB", "seconds", "of full")
     for heading in headings:
         table.add_column(heading, justify="right")
     for name, row in results.items():
         table.add_row(
-            name, f"{row['trained_parameters']:,}", f"{row['state_bytes'] / 2**20:,.1f}",
-            f"{row['step_bytes'] / 2**20:,.1f}", str(row["seconds"]), str(row["ratio"]),
-        )  # fmt: skip
+            name,
+            f"{row['trained_parameters']:,}",
+            f"{row['state_bytes'] / 2**20:,.1f}",
+            f"{row['step_bytes'] / 2**20:,.1f}",
+            str(row["seconds"]),
+            str(row["ratio"]),
+        )
     Console().print(table)
 
 
 @user_errors()
 def main(argv: Sequence[str]) -> None:
-    """Measures, prints, writes."""
+    """Measure, print and write the record."""
     parser = ArgumentParser(prog="benchmarks.lora_step", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="to measure for, compilation apart")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all of it runs")
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help="duration of measuring, without compilation (default: 120)",
+    )
+    parser.add_argument("--quick", action="store_true", help="use a tiny model, as a test")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
     arguments = parser.parse_args(argv)
     work = QUICK if arguments.quick else FULL
     results = measure(work, 0.0 if arguments.quick else arguments.seconds)

@@ -1,8 +1,8 @@
-"""The straightforward form of the model: each layer scans over whole blocks, tokens and FAM side by side.
+"""A straightforward implementation of the model, in which each layer scans over blocks of tokens and FAM.
 
-It follows algorithm 2 of the paper line by line, and a library that has FAM only as "M more rows of each block" would
-do the same: projections, attention and feed-forward of a block wait for those of the block before. The results are
-those of `Transformer.hidden`; what differs is the time.
+It follows algorithm 2 of the paper line by line, with FAM as M more rows of each block: projections, attention and
+feed-forward of a block wait for those of the previous block. Its results are those of `Transformer.hidden`; only the
+time differs.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from fam_jax.model import Transformer
 
 
 def naive_hidden(model: Transformer, tokens: jax.Array) -> jax.Array:
-    """The normalised activations (B, T, D) of rows that start at position 0; T is a multiple of C.
+    """Return the normalized activations (B, T, D) of rows that start at position 0; T is a multiple of C.
 
     Raises:
-      ValueError: the config has an option that this form lacks (see `_check`), or T is no multiple of C.
+      ValueError: this implementation lacks an option of the config, or T is not a multiple of C.
     """
     config = model.config
     _check(config, tokens.shape[1])
@@ -51,11 +51,11 @@ def naive_hidden(model: Transformer, tokens: jax.Array) -> jax.Array:
 def _scan_blocks(
     layer: DecoderLayer, config: ModelConfig, rope: Rope, x: jax.Array, prompt: jax.Array
 ) -> jax.Array:
-    """One layer over x (N, B, C, D), block by block; `prompt` (M, D) is the layer's initial FAM."""
+    """Apply one layer to x (N, B, C, D), block by block; `prompt` (M, D) is the layer's initial FAM."""
     blocks, batch = x.shape[:2]
     size, fams = config.block_size, config.memory.chained_rows
     past = config.memory_segments * size
-    place = np.concatenate([np.arange(size), np.arange(-fams, 0)])  # of tokens and FAM, in the block's frame
+    place = np.concatenate([np.arange(size), np.arange(-fams, 0)])  # tokens and FAM, in the block's frame
 
     def step(carry: tuple[jax.Array, ...], block: tuple[jax.Array, jax.Array]) -> tuple[tuple, jax.Array]:
         past_k, past_v, fam = carry
@@ -67,7 +67,7 @@ def _scan_blocks(
         attended = multi_part_attention([Part(q, keys, values, _mask(past, size, fams, index))])
         residual = jnp.concatenate([x, jnp.where(index > 0, fam, 0)], axis=1)  # the prompt carries no context
         out = layer.finish(attended, residual)
-        # The newest m * C tokens among [past, block, FAM].
+        # The last m * C tokens of [past, block, FAM].
         recent = slice(size, size + past)
         return (keys[:, recent], values[:, recent], out[:, size:]), out[:, :size]
 
@@ -78,7 +78,7 @@ def _scan_blocks(
 
 
 def _mask(past: int, size: int, fams: int, index: jax.Array) -> jax.Array:
-    """(1, C + M, m * C + C + M): what [tokens ; FAM] of block `index` see of [memory segment ; tokens ; FAM]."""
+    """Return the mask (1, C + M, m * C + C + M) from [tokens ; FAM] of block `index` to [past ; tokens ; FAM]."""
     exists = jnp.broadcast_to(np.arange(-past, 0) + index * size >= 0, (size, past))
     token_rows = jnp.concatenate([exists, np.tri(size, dtype=bool), np.ones((size, fams), bool)], axis=1)
     fam_rows = np.broadcast_to(np.arange(past + size + fams) >= past, (fams, past + size + fams))
@@ -97,8 +97,8 @@ def _check(config: ModelConfig, length: int) -> None:
         remat="none",
     )
     if config != plain or not config.memory.has_state:
-        raise ValueError("the naive form is for a FAM with the paper's defaults only")
+        raise ValueError("config.model: the naive form takes FAM with the paper's defaults only")
     if length % config.block_size:
         raise ValueError(
-            f"the naive form takes whole blocks of {config.block_size} tokens, not {length} tokens"
+            f"tokens: the naive form takes whole blocks of {config.block_size} tokens, got {length} tokens"
         )

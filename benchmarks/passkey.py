@@ -1,7 +1,7 @@
-"""Gathers runs of the demo, one per seed, into one record: `python -m benchmarks.passkey runs/0 runs/1 --json F`.
+"""Combine demo runs with several seeds into one record: `python -m benchmarks.passkey runs/0 runs/1 --json F`.
 
-Each folder is one that `python -m launch.demo --seed=S --workdir=FOLDER` has filled. What is measured is told in
-`launch/demo.py`; here it is only put side by side.
+Each folder is the workdir of `python -m launch.demo --seed=S --workdir=FOLDER`. `launch/demo.py` describes what the
+demo measures.
 """
 
 import json
@@ -24,10 +24,10 @@ KEPT = ("exact_match", "teacher_forced_exact_match", "answer_token_accuracy", "q
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """One seed's results, with the commands, versions and settings that made them.
+    """Return the results of one seed, with the commands, versions and settings that produced them.
 
     Raises:
-      UserError: the folder does not hold a finished demo.
+      UserError: the folder does not contain a finished demo.
     """
     try:
         demo = json.loads((folder / "passkey.json").read_text())
@@ -63,7 +63,7 @@ def _last_line(path: Path) -> dict[str, Any]:
 
 
 def _course(path: Path) -> list[dict[str, float]]:
-    """The course of a training: step, loss, exact match and stage, every 50 steps."""
+    """Return step, loss, exact match, stage and speed of every 50th training step."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     names = ("step", "loss", "exact_match", "stage_blocks", "tokens_per_second")
     return [
@@ -72,7 +72,7 @@ def _course(path: Path) -> list[dict[str, float]]:
 
 
 def show(runs: Sequence[dict[str, Any]]) -> None:
-    """Prints a table: a row per model and seed."""
+    """Print a table with a row per model and seed."""
     lengths = list(runs[0]["models"]["fam"]["lengths"])
     table = Table(title="Pass key retrieved, by blocks of filler")
     for heading in ("model", "seed", *lengths):
@@ -90,10 +90,10 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
 
 @user_errors()
 def main(argv: Sequence[str]) -> None:
-    """Reads, prints, writes."""
+    """Read the runs, print a table and write the record."""
     parser = ArgumentParser(prog="benchmarks.passkey", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="workdirs of the demo, one per seed")
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
     arguments = parser.parse_args(argv)
     runs = [read_run(folder) for folder in arguments.folders]
     show(runs)

@@ -1,4 +1,4 @@
-"""What a benchmark writes: its results, and all that is needed to judge and to repeat them."""
+"""Write the record of a benchmark: its results, and what is needed to judge and repeat them."""
 
 import dataclasses
 import datetime
@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_record(path: Path, benchmark: str, argv: Sequence[str], settings: Any, results: Any) -> None:
-    """Writes a JSON file.
+    """Write a JSON file.
 
     Args:
-      path: of the file; its folder is made.
+      path: the file. Its folder is created.
       benchmark: name of the module in benchmarks/.
-      argv: its arguments.
-      settings: dataclasses, dicts, lists and plain values; what was measured, seeds included.
-      results: likewise.
+      argv: command line of the module.
+      settings: what was measured, with seeds: dataclasses, dicts, lists and plain values.
+      results: values of the same types.
     """
     record = {
         "benchmark": benchmark,
@@ -40,7 +40,7 @@ def write_record(path: Path, benchmark: str, argv: Sequence[str], settings: Any,
 
 
 def environment() -> dict[str, Any]:
-    """Machine, software and time."""
+    """Return a description of machine, software and time."""
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -50,15 +50,14 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_average": list(
-            os.getloadavg()
-        ),  # well above what the benchmark itself needs: others were running
+        # Far above the benchmark's own load, it shows that other programs were running.
+        "load_average": list(os.getloadavg()),
         "device": f"{len(jax.devices())} x {device.platform} ({device.device_kind})",
     }
 
 
 def cpu_model() -> str:
-    """The processor's own name for itself, as far as the system tells."""
+    """Return the name of the processor, or of its architecture if the system does not report it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -68,7 +67,7 @@ def cpu_model() -> str:
 
 
 def git_revision() -> str | None:
-    """Of the checkout, with "-dirty" where tracked files differ from it; None without git or a repository."""
+    """Return the commit, with "-dirty" if tracked files have changes; None without git or a repository."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Tables of results for the terminal."""
+"""Print tables of results."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,19 +10,23 @@ NOTE = "Median (quartiles) of rounds; ratios are taken within a round."
 
 
 def print_training(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints what `benchmarks.training.measure` returns."""
+    """Print the results of `benchmarks.training.measure`."""
     memory = _table("Training step with FAM (M = C / 16) against BSWA", "C", "M")
     for name in ("BSWA tokens/s", "FAM tokens/s", "time FAM / BSWA", "by operations"):
         memory.add_column(name, justify="right")
     for size, found in results["memory"].items():
         speed = found["tokens_per_second"]
         memory.add_row(
-            size, str(found["fam_length"]), _whole(speed["bswa"]), _whole(speed["fam"]), str(found["ratio"]),
+            size,
+            str(found["fam_length"]),
+            _whole(speed["bswa"]),
+            _whole(speed["fam"]),
+            str(found["ratio"]),
             f"{found['expected_ratio']:.3f}",
-        )  # fmt: skip
+        )
 
     forms = _table(
-        "Loss and gradients: scan over whole blocks against the library; dense against XLA attention", "C"
+        "Loss and gradients: scan over blocks against the library; dense against XLA attention", "C"
     )
     for name in ("scan ms", "library ms", "time scan / library", "time dense / XLA"):
         forms.add_column(name, justify="right")
@@ -32,7 +36,7 @@ def print_training(results: Mapping[str, Mapping[str, Any]]) -> None:
         forms.add_row(size, *milliseconds, str(found["naive_ratio"]), dense)
 
     overhead = _table(
-        "FAM's time, ms per batch: overhead against BSWA, and the chains of all layers alone", "C"
+        "Time of FAM, ms per batch: difference to BSWA, and the chains of all layers alone", "C"
     )
     columns = ("forward_overhead", "all_chains_forward", "backward_overhead", "all_chains_backward")
     for name in ("forward", "its chains", "backward", "its chains", "chain gradient, plain / deferred"):
@@ -44,7 +48,7 @@ def print_training(results: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def print_decoding(results: Mapping[str, Any]) -> None:
-    """Prints what `benchmarks.decoding.measure` returns."""
+    """Print the results of `benchmarks.decoding.measure`."""
     stream = _table("Memory while streaming", "tokens read")
     for name in ("peak RSS MiB", "live arrays KiB", "tokens/s since the row above"):
         stream.add_column(name, justify="right")
@@ -66,7 +70,7 @@ def print_decoding(results: Mapping[str, Any]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Prints a table of values as they are."""
+    """Print a table of values."""
     table = _table(title, *columns)
     for row in rows:
         table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))

@@ -1,13 +1,14 @@
-"""Retrofitting from end to end, on this machine: a base model of our own, exported, imported, given a memory, measured.
+"""Retrofit a small model with a memory, from the pretraining of the base to the evaluation.
 
     python -m benchmarks.retrofit --workdir=runs/retrofit --json=docs/results/retrofit.json
 
-Every step is a command that a user has; what is there already is not made again. The text is the sources of Python's
-standard library, each file held out or not by a hash of its name. The base is a small Llama with full attention over
-512 tokens. FAM, and Block Sliding Window Attention as the control, are then trained by LoRA alone, on the same text and
-on PassKey examples in turns. Measured are the loss within the base's own context before and after, the loss by position
-far beyond it, and PassKey retrieval by length. FAM is trained with three seeds; the first
-is the one that reads the long documents.
+Trains a small Llama with full attention over 512 tokens on the sources of Python's standard library, exports it, and
+imports it again. Then trains FAM, and Block Sliding Window Attention as the control, by LoRA alone, on the same text
+mixed with PassKey examples. Measures the loss within the base's own context before and after, the loss by position far
+beyond it, and PassKey retrieval by length. A hash of its name decides whether a file is held out. FAM is trained with
+three seeds; only the first reads the long documents.
+
+Everything goes below the workdir. A step whose result is there is not repeated.
 """
 
 import hashlib
@@ -24,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import write_record
-from benchmarks.retrofit_ablation import ablate_passkey
 from benchmarks.retrofit_settings import (
     BLOCK,
     CONTEXT,
@@ -35,23 +35,27 @@ from benchmarks.retrofit_settings import (
     base_flags,
     retrofit_flags,
 )
-from fam_jax.config import UserError
+from fam_jax.config import ABLATIONS, UserError
+from fam_jax.evaluate import evaluate, read_evaluation
 from fam_jax.generate.streaming import Streamer
+from fam_jax.model import ablated
 from fam_jax.restore import load_model
 from launch.cli import ArgumentParser
 from launch.errors import user_errors
 
-HELDOUT = 10  # of so many files one is held out
+# One of this many files is held out.
+HELDOUT = 10
 VARIANTS = ("fam", "bswa")
-ABLATIONS = "zeroed,shuffled,frozen"
-# Folder of an import -> blocks behind its own that a token sees: as the base was trained, all, as after retrofitting.
+# Imports of the base, with the number of past blocks that a token sees: as the base was trained, all blocks, and as
+# after retrofitting.
 IMPORTS = {"imported": CONTEXT // BLOCK - 1, "full": 127, "window": 1}
-TEXT = ("imported",)  # measured, beside the variants, on documents of all lengths
-LONG = ("full", "window")  # ... on long documents
+# Imports that are measured beside the variants: on documents of all lengths, and on long documents.
+TEXT = ("imported",)
+LONG = ("full", "window")
 
 
 def copy_sources(folder: Path) -> None:
-    """The standard library's modules below folder/train and folder/heldout; files that are not UTF-8 are left out."""
+    """Copy the standard library's modules to folder/train and folder/heldout, except files that are not UTF-8."""
     library = Path(os.__file__).parent
     for path in sorted(library.rglob("*.py")):
         name = path.relative_to(library)
@@ -69,14 +73,14 @@ def copy_sources(folder: Path) -> None:
             target.write_bytes(raw)
 
 
-def patterns(folder: Path) -> str:
-    """All modules below `folder`, however deep, as the entry points take them."""
+def patterns(folder: Path) -> list[str]:
+    """Return patterns that match the modules at every depth below `folder`."""
     depths = {len(path.relative_to(folder).parts) for path in folder.rglob("*.py")}
-    return ",".join(f"{folder}/{'*/' * (depth - 1)}*.py" for depth in sorted(depths))
+    return [f"{folder}/{'*/' * (depth - 1)}*.py" for depth in sorted(depths)]
 
 
 def run(module: str, *arguments: str) -> None:
-    """Runs an entry point, whose progress goes to the terminal.
+    """Run a program in a process of its own, so that none holds the devices that the next one needs.
 
     Raises:
       UserError: it failed.
@@ -84,79 +88,121 @@ def run(module: str, *arguments: str) -> None:
     print(f"$ python -m {module} {' '.join(arguments)}", file=sys.stderr, flush=True)
     code = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
     if code:
-        raise UserError(f"{module} failed with exit code {code}; what it printed above says why")
+        raise UserError(f"{module}: failed with exit code {code}; see its output above")
 
 
 def make_base(place: Path, settings: Settings) -> None:
-    """Text, vocabulary and base model; then its export, and the imports of that."""
+    """Make text, vocabulary and base model; export the model and import it again."""
     if not (place / "text").exists():
         copy_sources(place / "text")
     if not (place / "stdlib.model").exists():
         run(
-            "launch.train_vocabulary", f"--files={place}/text/train", "--suffixes=.py", f"--size={VOCABULARY}",
-            "--megabytes=20", f"--out={place}/stdlib.model",
-        )  # fmt: skip
+            "launch.train_vocabulary",
+            f"--files={place}/text/train",
+            "--suffixes=.py",
+            f"--size={VOCABULARY}",
+            "--megabytes=20",
+            f"--out={place}/stdlib.model",
+        )
     run("launch.train", *base_flags(place, settings), f"--workdir={place}/base")
     if not (place / "exported").exists():
         run("launch.export_hf", f"--checkpoint={place}/base", f"--out={place}/exported")
     for name, segments in IMPORTS.items():
         if not (place / name).exists():
             run(
-                "launch.import_hf", f"--source={place}/exported", f"--out={place}/{name}",
-                f"--block_size={BLOCK}", f"--memory_segments={segments}",
-            )  # fmt: skip
+                "launch.import_hf",
+                f"--source={place}/exported",
+                f"--out={place}/{name}",
+                f"--block_size={BLOCK}",
+                f"--memory_segments={segments}",
+            )
 
 
 def round_trip(place: Path) -> float:
-    """Largest difference of logits between the base and what its export was imported as, over the base's context."""
+    """Return the largest difference of logits between the base and its import, at the end of the base's context."""
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, (4, CONTEXT)).astype(np.int32)
     found = []
     for name in ("base", "imported"):
-        config, params, _ = load_model(str(place / name))
+        config, params, _ = load_model(place / name)
         found.append(np.asarray(Streamer(config.model, params).read(list(tokens))[0]))
     return float(np.abs(found[0] - found[1]).max())
 
 
-def evaluate(place: Path, settings: Settings, variants: Sequence[str]) -> None:
-    """All evaluations, one JSON file each below place/results."""
+def evaluate_all(place: Path, settings: Settings, variants: Sequence[str]) -> None:
+    """Make all evaluations; write one JSON file each to place/results."""
     (place / "results").mkdir(exist_ok=True)
-    files = f"--files={patterns(place / 'text' / 'heldout')}"
-    batch = "--batch_size=8"
+    files = patterns(place / "text" / "heldout")
     for name in (*TEXT, *variants, *settings.repeats()):
-        _evaluate(
-            place, f"{name}_text", name, "--task=text", files, f"--documents={settings.documents}", batch
-        )
+        _evaluate(place, name, "text", task="text", files=files, documents=settings.documents, batch_size=8)
     for name in (*LONG, *variants):
-        ablations = [f"--ablations={ABLATIONS}"] if name == "fam" else []
-        _evaluate(
-            place, f"{name}_long", name, "--task=text", files, f"--min_tokens={settings.long_tokens}",
-            f"--documents={settings.long_documents}", "--batch_size=2", *ablations,
-        )  # fmt: skip
-    for name in (*variants, *settings.repeats()):
-        lengths = ",".join(map(str, settings.lengths))
         _evaluate(
             place,
-            f"{name}_passkey",
             name,
-            "--task=passkey",
-            f"--lengths={lengths}",
-            f"--keys={settings.keys}",
+            "long",
+            task="text",
+            files=files,
+            min_tokens=settings.long_tokens,
+            documents=settings.long_documents,
+            batch_size=2,
+            ablations=ABLATIONS if name == "fam" else (),
         )
+    for name in (*variants, *settings.repeats()):
+        _evaluate(place, name, "passkey", task="passkey", filler_blocks=settings.lengths, keys=settings.keys)
 
 
-def _evaluate(place: Path, result: str, checkpoint: str, *arguments: str) -> None:
-    out = place / "results" / f"{result}.json"
+def _evaluate(place: Path, checkpoint: str, result: str, **how: Any) -> None:
+    out = place / "results" / f"{checkpoint}_{result}.json"
     if not out.exists():
-        run("launch.evaluate", f"--checkpoint={place}/{checkpoint}", f"--out={out}", *arguments)
+        print(f"evaluating {checkpoint}: {result}", file=sys.stderr, flush=True)
+        evaluate(place / checkpoint, out=out, command="benchmarks.retrofit", **how)
+
+
+def ablate_passkey(checkpoint: Path, blocks: int, keys: int) -> dict[str, float]:
+    """Return the fraction of keys predicted right in every token, with the memory intact and by ablation.
+
+    Each token is predicted after the true tokens before it.
+
+    Args:
+      checkpoint: of a model with FAM.
+      blocks: length of the filler.
+      keys: number of examples, the same as in the evaluation of PassKey.
+    """
+    # Imported here, as TensorFlow takes seconds.
+    from fam_jax.data.build import task_vocabulary
+    from fam_jax.data.passkey import passkey_examples
+
+    config, params, _ = load_model(checkpoint)
+    streamer, size = Streamer(config.model, params), config.model.block_size
+    examples = passkey_examples(
+        config.data, task_vocabulary(config.data), blocks * size, keys, config.evaluate.seed
+    )
+    rows = np.stack([np.concatenate(example) for example in examples])
+    inputs, targets = (
+        np.pad(part, ((0, 0), (0, -part.shape[1] % size))) for part in (rows[:, :-1], rows[:, 1:])
+    )
+    answer = slice(len(examples[0][0]) - 1, rows.shape[1] - 1)
+    found = {}
+    for name in ("none", *ABLATIONS):
+        state = start = streamer.start(keys)
+        likeliest = []
+        for begin in range(0, inputs.shape[1], size):
+            block = slice(begin, begin + size)
+            tokens, _, state = streamer.measure(inputs[:, block], targets[:, block], state)
+            likeliest.append(tokens)
+            if name in ABLATIONS:
+                state = ablated(config.model, state, start, name)
+        right = np.concatenate(likeliest, axis=1)[:, answer] == targets[:, answer]
+        found[name] = float(right.all(axis=1).mean())
+    return found
 
 
 def collect(place: Path, settings: Settings, variants: Sequence[str]) -> dict[str, Any]:
-    """What the evaluations found, with the commands and settings that made them."""
-    read = {path.stem: json.loads(path.read_text()) for path in sorted((place / "results").glob("*.json"))}
-    details = {name: record["details"] for name, record in read.items()}
+    """Return all results, with the commands and settings that made them."""
+    read = {path.stem: read_evaluation(path) for path in sorted((place / "results").glob("*.json"))}
+    details = {name: evaluation.details for name, evaluation in read.items()}
     trained = (*variants, *settings.repeats())
     longest = int(max(line["stage_blocks"] for line in _course(place / "fam")))
-    totals = ("loss", "documents", "tokens", "longest_document")
+    kept = ("loss", "documents", "tokens", "longest_document")
     return {
         "round_trip": round_trip(place),
         "longest_filler": BLOCK * longest,
@@ -164,29 +210,29 @@ def collect(place: Path, settings: Settings, variants: Sequence[str]) -> dict[st
             name: in_context(details[f"{name}_text"]["by_position"]) for name in (*TEXT, *trained)
         },
         "by_position": {name: details[f"{name}_long"]["by_position"] for name in (*LONG, *variants)},
-        "ablations": {k: v["by_position"] for k, v in details["fam_long"]["ablations"].items()},
+        "ablations": {name: found["by_position"] for name, found in details["fam_long"]["ablations"].items()},
         "passkey": {
             name: {n: row["exact_match"] for n, row in details[f"{name}_passkey"]["groups"].items()}
             for name in trained
         },
         "passkey_ablations": ablate_passkey(place / "fam", longest, settings.keys),
         "evaluations": {
-            name: {key: record[key] for key in ("command", "step", "versions")}
-            | {key: details[name][key] for key in totals if key in details[name]}
-            for name, record in read.items()
+            name: {"command": found.command, "step": found.step, "versions": found.versions}
+            | {key: found.details[key] for key in kept if key in found.details}
+            for name, found in read.items()
         },
         "trainings": {name: _training(place / name) for name in ("base", *trained)},
     }
 
 
 def in_context(buckets: Sequence[dict[str, Any]]) -> float:
-    """Mean loss of the tokens within the base's context."""
+    """Return the mean loss of the tokens within the base's context."""
     inside = [bucket for bucket in buckets if bucket["end"] <= CONTEXT]
     return sum(b["loss"] * b["tokens"] for b in inside) / sum(b["tokens"] for b in inside)
 
 
 def _training(folder: Path) -> dict[str, Any]:
-    """Config and course of a training; paths as seen from here, wherever that is on this machine."""
+    """Return config and course of a training, with paths relative to the current folder."""
     kept = ("step", "loss", "exact_match", "stage_blocks", "passkey_batch", "tokens_per_second")
     course = [{key: line[key] for key in kept if key in line} for line in _course(folder)[1::2]]
     config = (folder / "config.json").read_text().replace(f"{Path.cwd()}/", "")
@@ -194,28 +240,28 @@ def _training(folder: Path) -> dict[str, Any]:
 
 
 def _course(folder: Path) -> list[dict[str, Any]]:
-    """The metrics that a training logged."""
+    """Return the metrics that a training logged."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
 
 
 def show(results: dict[str, Any]) -> None:
-    """Prints the tables."""
+    """Print the results as tables."""
     base = results["in_context"]["imported"]
     table = Table(title=f"Held-out loss of the first {CONTEXT} tokens")
-    for heading in ("model", "nats per token", "of the base's"):
+    for heading in ("model", "nats per token", "relative to the base"):
         table.add_column(heading, justify="right")
     for name, loss in results["in_context"].items():
         table.add_row(name, f"{loss:.4f}", f"{loss / base:.4f}")
     Console().print(table)
-    table = Table(title="Loss by position, to the token")
+    table = Table(title="Loss by position, up to token")
     columns = results["by_position"] | {f"FAM {name}": found for name, found in results["ablations"].items()}
-    for heading in ("to", *columns):
+    for heading in ("up to", *columns):
         table.add_column(heading, justify="right")
     for row in zip(*columns.values(), strict=True):
         table.add_row(f"{row[0]['end']:,}", *("" if b["loss"] is None else f"{b['loss']:.3f}" for b in row))
     Console().print(table)
-    table = Table(title="Pass key retrieved, by blocks of filler")
+    table = Table(title="Pass keys retrieved, by blocks of filler")
     lengths = list(results["passkey"]["fam"])
     for heading in ("model", *lengths):
         table.add_column(heading, justify="right")
@@ -226,14 +272,12 @@ def show(results: dict[str, Any]) -> None:
 
 @user_errors()
 def main(argv: Sequence[str]) -> None:
-    """Trains, evaluates, prints, writes, draws."""
+    """Train, evaluate, print, and write the record and the plot."""
     parser = ArgumentParser(prog="benchmarks.retrofit", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/retrofit"))
-    parser.add_argument("--quick", action="store_true", help="a step each, to see that all of it runs")
-    parser.add_argument("--json", type=Path, help="file to write; a picture lies beside it")
-    parser.add_argument(
-        "--without_bswa", action="store_true", help="FAM alone, without what to compare it with"
-    )
+    parser.add_argument("--quick", action="store_true", help="two steps each, to check that everything runs")
+    parser.add_argument("--json", type=Path, help="file to write; the plot goes beside it")
+    parser.add_argument("--without_bswa", action="store_true", help="leave out the control")
     arguments = parser.parse_args(argv)
     variants = ("fam",) if arguments.without_bswa else VARIANTS
     settings = QUICK if arguments.quick else FULL
@@ -244,7 +288,7 @@ def main(argv: Sequence[str]) -> None:
         run("launch.train", *retrofit_flags(place, variant, settings), f"--workdir={place}/{variant}")
     for name, seed in settings.repeats().items():
         run("launch.train", *retrofit_flags(place, "fam", settings, seed), f"--workdir={place}/{name}")
-    evaluate(place, settings, variants)
+    evaluate_all(place, settings, variants)
     results = collect(place, settings, variants)
     show(results)
     if arguments.json:

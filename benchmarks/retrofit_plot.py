@@ -1,4 +1,4 @@
-"""The picture of `benchmarks.retrofit`: loss by position, and PassKey by length."""
+"""The plot of `benchmarks.retrofit`: loss by position, and PassKey retrieval by length."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ LINES = {
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Draws what :func:`benchmarks.retrofit.collect` returns into a file, whose suffix chooses the format."""
+    """Draw what :func:`benchmarks.retrofit.collect` returns into a file; its suffix selects the format."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained")
     for name, (label, color, marker) in LINES.items():
         if name not in results["by_position"]:
@@ -35,7 +35,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             )
     repeats = [found for name, found in results["passkey"].items() if name not in LINES]
     for number, shares in enumerate(repeats):
-        once = None if number else "the same, other seeds"
+        once = None if number else "FAM, other seeds"
         right.plot(*_curve(shares), label=once, color=LINES["fam"][1], linewidth=0.8, clip_on=False)
     left.axvline(CONTEXT, color="0.6", linestyle=":", label="context of the base's training")
     left.set_xlabel("position in the document (tokens, end of bucket)")
@@ -55,5 +55,5 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _curve(shares: Mapping[str, float]) -> tuple[list[int], list[float]]:
-    """Tokens of filler, and percent, from shares by blocks of filler."""
+    """Return tokens of filler, and the percentage retrieved with each."""
     return [int(blocks) * BLOCK for blocks in shares], [100 * share for share in shares.values()]

@@ -1,38 +1,63 @@
-"""How the models of `benchmarks.retrofit` are trained: flags of `launch.train`."""
+"""Settings of `benchmarks.retrofit`: its sizes, and the flags of `launch.train`."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-CONTEXT = 512  # tokens that the base is trained on at a time
+# Tokens of a row that the base is trained on.
+CONTEXT = 512
 BLOCK = 128
-VOCABULARY = 2048  # pieces
+VOCABULARY = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How much is done."""
+    """The amount of training and evaluation."""
 
     base_steps: int
-    steps: dict[str, int]  # of retrofitting, by variant
-    lengths: tuple[int, ...]  # of PassKey fillers, in blocks
+    # Steps of retrofitting by variant.
+    steps: dict[str, int]
+    # Lengths of PassKey fillers in blocks.
+    lengths: tuple[int, ...]
+    # PassKey examples per length.
     keys: int
-    documents: int  # of all lengths
+    # Documents of any length.
+    documents: int
+    # Long documents, and the fewest tokens that they have.
     long_documents: int
-    long_tokens: int  # that these have at least
-    more_seeds: tuple[int, ...]  # that FAM is retrofitted with once more each
+    long_tokens: int
+    # FAM is trained again with each of these seeds.
+    more_seeds: tuple[int, ...]
 
     def repeats(self) -> dict[str, int]:
-        """Folders of FAM with these seeds."""
+        """Return the names of the further runs of FAM, with their seeds."""
         return {f"fam_seed{seed}": seed for seed in self.more_seeds}
 
 
-FULL = Settings(1500, {"fam": 600, "bswa": 600}, (1, 2, 3, 4, 8, 16, 32, 64, 128), 32, 32, 4, 16_384, (2, 3))
-QUICK = Settings(2, {"fam": 2, "bswa": 2}, (1, 2), 2, 2, 2, 40_000, (2,))
+FULL = Settings(
+    base_steps=1500,
+    steps={"fam": 600, "bswa": 600},
+    lengths=(1, 2, 3, 4, 8, 16, 32, 64, 128),
+    keys=32,
+    documents=32,
+    long_documents=4,
+    long_tokens=16_384,
+    more_seeds=(2, 3),
+)
+QUICK = Settings(
+    base_steps=2,
+    steps={"fam": 2, "bswa": 2},
+    lengths=(1, 2),
+    keys=2,
+    documents=2,
+    long_documents=2,
+    long_tokens=40_000,
+    more_seeds=(2,),
+)
 
 
 def base_flags(place: Path, settings: Settings) -> list[str]:
-    """The base: a Llama of 2.8M parameters with full attention over its rows."""
+    """Return the flags that train the base: a Llama of 2.8M parameters with full attention over its rows."""
     config = {
         "data.vocabulary": place / "stdlib.model", "data.train_files": place / "text/train",
         "data.heldout_files": place / "text/heldout", "data.file_suffixes": ".py", "data.sequence_length": CONTEXT,
@@ -46,13 +71,13 @@ def base_flags(place: Path, settings: Settings) -> list[str]:
 
 
 def retrofit_flags(place: Path, variant: str, settings: Settings, seed: int = 1) -> list[str]:
-    """LoRA and the initial FAM on the imported base: text and PassKey in turns."""
+    """Return the flags that train LoRA and the initial FAM on the imported base, on text mixed with PassKey."""
     words = ",bswa" if variant == "bswa" else ""
-    # Without FAM the curriculum would end at the window: it goes on as fast as it does with FAM, mastered or not.
+    # Without FAM no stage beyond the window is ever mastered, so stages end as early as they do with FAM.
     own = {"data.max_stage_steps": 35} if variant == "bswa" else {"model.memory.length": 16}
     config = {
         "model.block_size": BLOCK, "model.memory.segments": 1, "model.remat": "none", **own,
-        "lora.alpha": 128.0,  # a model this small wants larger steps than the config has
+        "lora.alpha": 128.0,  # so small a model needs larger updates than the default
         "data.task": "text+passkey", "data.train_files": place / "text/train",
         "data.heldout_files": place / "text/heldout", "data.file_suffixes": ".py",
         "data.sequence_length": 768, "data.repeat_segment": 0, "data.passkey_fraction": 0.85,

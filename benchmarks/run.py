@@ -1,4 +1,4 @@
-"""`make bench`: all benchmarks, each in a process of its own; prints tables and writes one JSON file for each."""
+"""Run all benchmarks, as `make bench` does: print tables and write a JSON file for each."""
 
 import subprocess
 import sys
@@ -14,19 +14,19 @@ BENCHMARKS = ("training", "decoding")
 
 @user_errors()
 def main(argv: Sequence[str]) -> None:
-    """Runs them one after the other, so that none disturbs another."""
+    """Run each benchmark in a new process, one after another, so that they do not disturb each other."""
     parser = ArgumentParser(prog="benchmarks.run", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny models, to see that all of it runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the JSON files")
+    parser.add_argument("--quick", action="store_true", help="use tiny models, as a test")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="folder for the JSON files (default: runs/bench)"
+    )
     arguments = parser.parse_args(argv)
     for name in BENCHMARKS:
         path = arguments.out / f"{name}.json"
         command = [sys.executable, "-m", f"benchmarks.{name}", f"--json={path}"]
         code = subprocess.run([*command, "--quick"] if arguments.quick else command).returncode
         if code:
-            raise UserError(
-                f"{name}: the benchmark failed with exit code {code}; what it printed above says why"
-            )
+            raise UserError(f"{name}: the benchmark failed with exit code {code}; see its output above")
         print(f"wrote {path}", flush=True)
 
 

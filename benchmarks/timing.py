@@ -1,4 +1,4 @@
-"""Times calls against each other, interleaved: what slows the machine down for a while slows down all of them."""
+"""Time calls in alternation, so that a temporary slowdown of the machine affects all of them."""
 
 import dataclasses
 import math
@@ -11,7 +11,8 @@ import numpy as np
 
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 30
-SHORTEST = 0.05  # seconds that a measurement lasts at least; a shorter call is repeated within it
+# Minimum seconds of a measurement. Shorter calls are repeated within it.
+SHORTEST = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Spread:
     rounds: int
 
     def __str__(self) -> str:
-        """The median, with the quartiles behind it."""
+        """Return the median, and the quartiles in parentheses."""
         return f"{self.median:.3g} ({self.q1:.3g}-{self.q3:.3g})"
 
 
@@ -35,27 +36,27 @@ class Times:
     rounds: list[dict[str, float]]
 
     def over_rounds(self, quantity: Callable[[dict[str, float]], float]) -> Spread:
-        """Median and quartiles of something that each round's times give."""
+        """Return median and quartiles of a quantity that is computed from the times of each round."""
         q1, median, q3 = np.quantile([quantity(times) for times in self.rounds], (0.25, 0.5, 0.75))
         return Spread(float(median), float(q1), float(q3), len(self.rounds))
 
     def seconds(self) -> dict[str, Spread]:
-        """Of every call."""
+        """Return the seconds of every call."""
         return {name: self.over_rounds(lambda times, name=name: times[name]) for name in self.rounds[0]}  # type: ignore[misc]
 
     def ratio(self, name: str, base: str) -> Spread:
-        """How many times as long `name` takes as `base`, of the same round."""
+        """Return the time of `name` divided by that of `base` in the same round."""
         return self.over_rounds(lambda times: times[name] / times[base])
 
 
 def interleave(calls: Mapping[str, Callable[[], Any]], seconds: float) -> Times:
-    """Times all `calls` once per round, A B A B ..., every other round in reverse order: B A.
+    """Time all calls once per round, in reverse order in every other round: A B, B A, ...
 
-    Each is called twice before, to compile and to touch its memory. All arrays that a call returns are waited for.
+    Two earlier runs of each call compile it and touch its memory. A call ends when all its results are ready.
 
     Args:
-      calls: by name.
-      seconds: rounds go on for about so long, warm-up apart; there are LEAST_ROUNDS to MOST_ROUNDS of them.
+      calls: the calls by name.
+      seconds: approximate duration of all rounds without warm-up. There are LEAST_ROUNDS to MOST_ROUNDS rounds.
     """
     repeats = {}
     for name, call in calls.items():
@@ -73,7 +74,7 @@ def interleave(calls: Mapping[str, Callable[[], Any]], seconds: float) -> Times:
 
 
 def _time(call: Callable[[], Any], repeats: int) -> float:
-    """Seconds per call."""
+    """Return the seconds per call."""
     started = time.perf_counter()
     for _ in range(repeats):
         jax.block_until_ready(call())

@@ -1,13 +1,13 @@
-"""Speed of training: FAM against none, the library's form against the straightforward one, and what FAM's time goes to.
+"""Measure training speed: FAM against BSWA, the library against a naive implementation, and the parts of FAM's time.
 
-Every comparison runs its sides in turn, in one process, and gives the median and quartiles of the ratios of rounds:
+Each comparison runs its sides alternately in one process and reports median and quartiles of ratios within a round:
 
-- memory: a training step with FAM (M = C / 16) against one without, BSWA with m = 1. Beside it stands the ratio that
-  the operations alone would give; see `benchmarks.arithmetic`.
-- gradients: loss, and loss with gradients, of the library's form, of the scan over whole blocks of `benchmarks.naive`
-  and of BSWA; and one layer's FAM chain alone, with its weight gradients deferred or added up block by block. First it
-  is checked that both forms give the same loss and gradients.
-- attention: block attention and its gradients by XLA against the dense reference.
+- memory: a training step with FAM (M = C / 16) against one with BSWA, both with m = 1. `benchmarks.arithmetic` gives
+  the ratio that follows from the operations alone.
+- gradients: loss, and loss with gradients, of the library, of the scan over blocks in `benchmarks.naive` and of BSWA;
+  and the FAM chain of one layer, with weight gradients deferred or added up block by block. Before timing, it checks
+  that the library and the naive implementation give the same loss and gradients.
+- attention: block attention and its gradients in XLA against the dense reference.
 """
 
 import dataclasses
@@ -44,11 +44,12 @@ from launch.errors import user_errors
 SIZES = (64, 128, 256, 512, 1024)
 QUICK_SIZES = (16,)
 SECONDS = 300.0
-TOLERANCES = {"loss": 1e-4, "gradient": 1e-3}  # of the difference between two forms, see `_difference`
+# Largest differences between two implementations; see `_difference`.
+TOLERANCES = {"loss": 1e-4, "gradient": 1e-3}
 
 
 def compare_memory(work: Workload, size: int, seconds: float) -> dict[str, Any]:
-    """Training steps with and without FAM; each side trains a model of its own."""
+    """Compare training steps with and without FAM, of two separate models."""
     batch = random_batch(work)
     models = {"fam": with_blocks(work.model, size), "bswa": with_blocks(work.model, size, fam=False)}
     times = interleave({name: training_call(work, model, batch) for name, model in models.items()}, seconds)
@@ -68,7 +69,7 @@ def compare_memory(work: Workload, size: int, seconds: float) -> dict[str, Any]:
 
 
 def compare_attention(work: Workload, size: int, seconds: float) -> dict[str, Any]:
-    """Block attention with gradients of queries, keys and values, over random activations."""
+    """Compare implementations of block attention with gradients, on random activations."""
     model = with_blocks(work.model, size)
     heads, kv_heads = (model.num_heads, model.head_dim), (model.num_kv_heads, model.head_dim)
     blocks, past = work.length // size, model.memory_segments * size
@@ -80,14 +81,18 @@ def compare_attention(work: Workload, size: int, seconds: float) -> dict[str, An
     )
     arrays = tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
     past_length = jnp.zeros(work.batch, jnp.int32)
-    fam_count = jnp.full((work.batch, blocks), model.memory.extra_keys)
+    extra_count = jnp.full((work.batch, blocks), model.memory.extra_keys)
 
     def step(implementation: str) -> Callable[..., Any]:
-        def loss(q: jax.Array, k: jax.Array, v: jax.Array, fam_k: jax.Array, fam_v: jax.Array) -> jax.Array:
+        def loss(*arrays: jax.Array) -> jax.Array:
             out = block_attention(
-                q, k, v, fam_k, fam_v, past_length, fam_count,
-                block_size=size, memory_segments=model.memory_segments, implementation=implementation,
-            )  # fmt: skip
+                *arrays,
+                past_length,
+                extra_count,
+                block_size=size,
+                memory_segments=model.memory_segments,
+                implementation=implementation,
+            )
             return jnp.vdot(out, out)
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)))
@@ -97,10 +102,10 @@ def compare_attention(work: Workload, size: int, seconds: float) -> dict[str, An
 
 
 def compare_gradients(work: Workload, size: int, seconds: float) -> dict[str, Any]:
-    """Form against form, with FAM against without, forward against backward; the chain is one layer's.
+    """Compare losses and gradients of the library, of the naive implementation and of BSWA, and chains of one layer.
 
     Raises:
-      AssertionError: the library's form and the naive one differ.
+      AssertionError: the library and the naive implementation differ.
     """
     model, batch = with_blocks(work.model, size), random_batch(work)
     bswa = with_blocks(work.model, size, fam=False)
@@ -128,7 +133,7 @@ def compare_gradients(work: Workload, size: int, seconds: float) -> dict[str, An
 
 
 def _difference(one: Any, other: Any) -> dict[str, float]:
-    """Of two (loss, gradients): in nats; and the largest of any parameter, against its largest gradient."""
+    """Return the differences of two (loss, gradients): in nats, and relative to the largest gradient of a parameter."""
 
     def relative(a: jax.Array, b: jax.Array) -> float:
         return float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(a).max(), 1e-12))
@@ -140,7 +145,7 @@ def _difference(one: Any, other: Any) -> dict[str, float]:
 
 
 def _shares(times: Times, layers: int) -> dict[str, Any]:
-    """Ratios, and seconds per batch; "backward" is the time of loss and gradients less that of the loss alone."""
+    """Return ratios and seconds per batch; "backward" is the time of loss and gradients minus that of the loss."""
     return {
         "forward_ratio": times.ratio("fam_forward", "bswa_forward"),
         "gradient_ratio": times.ratio("fam_gradient", "bswa_gradient"),
@@ -168,7 +173,7 @@ COMPARISONS = {
 
 
 def measure(work: Workload, sizes: Sequence[int], seconds: float) -> dict[str, dict[str, Any]]:
-    """All comparisons: {name: {C: result}}, C as a string, since JSON has no other keys."""
+    """Run all comparisons; return {name: {C: result}}, with C as a string for JSON."""
     each = seconds / (len(COMPARISONS) * len(sizes))
     results: dict[str, dict[str, Any]] = {name: {} for name in COMPARISONS}
     for size in sizes:
@@ -179,19 +184,21 @@ def measure(work: Workload, sizes: Sequence[int], seconds: float) -> dict[str, d
 
 
 def block_sizes(text: str, work: Workload) -> tuple[int, ...]:
-    """Parses "64,128".
+    """Parse block sizes such as "64,128".
 
     Raises:
-      UserError: a size is no number, has no whole FAM, or does not divide the rows of `work`.
+      UserError: a size is not a number or not a multiple of 16, or does not divide the rows of `work`.
     """
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--block-sizes: expected numbers such as 64,128, got {text!r}") from None
+        raise UserError(
+            f"--block-sizes: {text!r} is not a list of numbers; write sizes such as 64,128"
+        ) from None
     for size in sizes:
         if size < 1 or size % TOKENS_PER_FAM or work.length % size:
             raise UserError(
-                f"--block-sizes: {size} must be a multiple of {TOKENS_PER_FAM} that divides the rows' "
+                f"--block-sizes: {size} does not fit; use multiples of {TOKENS_PER_FAM} that divide the rows of "
                 f"{work.length} tokens"
             )
     return sizes
@@ -199,13 +206,15 @@ def block_sizes(text: str, work: Workload) -> tuple[int, ...]:
 
 @user_errors()
 def main(argv: Sequence[str]) -> None:
-    """Measures, prints, writes."""
+    """Measure, print and write the record."""
     parser = ArgumentParser(prog="benchmarks.training", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--block-sizes", help="C, such as 64,128")
-    parser.add_argument("--seconds", type=float, help="to measure for, all in all; compilation comes on top")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and tokens")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all of it runs")
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--block-sizes", help="values of C, such as 64,128")
+    parser.add_argument(
+        "--seconds", type=float, help="duration of all measurements, without compilation (default: 300)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of parameters and tokens (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="use a tiny model, as a test")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
     arguments = parser.parse_args(argv)
     work = dataclasses.replace(QUICK if arguments.quick else FULL, seed=arguments.seed)
     default = QUICK_SIZES if arguments.quick else SIZES

@@ -1,9 +1,9 @@
-"""Searches the tiles of the attention kernels by simulated cycles.
+"""Search the best tiles of the attention kernels by simulated cycles.
 
     python -m benchmarks.tune_attention --topology v5p:2x2x1 --record
 
-Every candidate is compiled by the TPU compiler, which needs no TPU, and its static profile is read. With `--record` the
-best go to `fam_jax/kernels/pallas/tiles.json`, from where the kernels take them.
+The TPU compiler, which needs no TPU, compiles every candidate and gives its static profile. With `--record` the best
+candidates are written to `fam_jax/kernels/pallas/tiles.json`, which the kernels read.
 """
 
 import dataclasses
@@ -27,23 +27,24 @@ SIDES = (128, 256, 512, 1024)
 
 
 def forward_candidates(problem: Problem) -> Iterator[tiles.Tiles]:
-    """Tiles of the resident forward kernel."""
+    """Yield tiles for the resident forward kernel."""
     for rows, keys in itertools.product(SIDES, SIDES[1:]):
         if problem.block_size % rows == 0 and keys <= problem.block_size:
             yield dataclasses.replace(problem.tiles(), rows=rows, keys=keys)
 
 
 def backward_candidates(problem: Problem) -> Iterator[tiles.Tiles]:
-    """Tiles of the resident backward kernel."""
+    """Yield tiles for the resident backward kernel."""
     for rows, keys in itertools.product(SIDES[1:], SIDES[1:]):
         if problem.block_size % keys == 0 and rows <= problem.block_size:
             yield dataclasses.replace(problem.tiles(), back_rows=rows, back_keys=keys)
 
 
 def search(problem: Problem) -> dict[str, list[dict[str, Any]]]:
-    """Every candidate of either pass with its cycles per head and core; null where the compiler gives none.
+    """Return the candidates of both passes with their cycles per head and core.
 
-    It may refuse the kernel for want of fast memory; for v4 it writes no profile at all.
+    Cycles are None where the compiler gives no figure: it rejects kernels that need too much fast memory, and does not
+    profile v4 at all.
     """
     found: dict[str, list[dict[str, Any]]] = {"forward": [], "backward": []}
     plan = [("forward", candidate) for candidate in forward_candidates(problem)]
@@ -58,21 +59,23 @@ def search(problem: Problem) -> dict[str, list[dict[str, Any]]]:
 
 
 def best(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The candidate of fewest cycles."""
+    """Return the candidate with the fewest cycles."""
     return min((r for r in results if r["cycles"]), key=lambda r: r["cycles"])
 
 
 @user_errors()
 def main(argv: Sequence[str]) -> None:
-    """Searches, prints a table and, if asked to, records the choice."""
+    """Search, print a table and, with --record, record the choice."""
     parser = ArgumentParser(prog="benchmarks.tune_attention", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--topology", default="v5p:2x2x1", help="named slice of the generation to tune for")
+    parser.add_argument(
+        "--topology", default="v5p:2x2x1", help="slice of the generation to tune for (default: v5p:2x2x1)"
+    )
     parser.add_argument("--block_size", type=int, default=1024, help="C")
     parser.add_argument("--segments", type=int, default=3, help="m")
     parser.add_argument("--fam", type=int, default=64, help="M")
     parser.add_argument("--head_dim", type=int, default=128, help="hd")
     parser.add_argument("--record", action="store_true", help=f"write the choice to {tiles.RECORD.name}")
-    parser.add_argument("--json", type=Path, help="file to write all candidates to")
+    parser.add_argument("--json", type=Path, help="write all candidates to this file")
     arguments = parser.parse_args(argv)
     problem = Problem(
         topology=arguments.topology,
@@ -85,7 +88,8 @@ def main(argv: Sequence[str]) -> None:
     silent = [which for which, results in found.items() if not any(r["cycles"] for r in results)]
     if silent:
         raise UserError(
-            f"{problem.topology}: the compiler gives no figure for any {' or '.join(silent)} kernel"
+            f"{problem.topology}: the compiler gives no figure for any {' or '.join(silent)} kernel; "
+            "tune for another slice"
         )
     for which, results in found.items():
         ordered = sorted((r for r in results if r["cycles"]), key=lambda r: r["cycles"])

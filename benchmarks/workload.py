@@ -1,4 +1,4 @@
-"""The model, its parameters and its data, as all benchmarks of training use them."""
+"""The model, parameters and data that all training benchmarks use."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ from flax import nnx
 
 from fam_jax.config import Config, ModelConfig
 from fam_jax.memories.fam import FamConfig
+from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import Transformer, empty_state, from_dict
 from fam_jax.train.losses import token_loss
 from fam_jax.train.optimizer import make_optimizer
@@ -18,21 +19,23 @@ from fam_jax.train.state import TrainState, init_state, model_structure, nothing
 from fam_jax.train.step import Batch, make_train_step
 
 Hidden = Callable[[Transformer, jax.Array], jax.Array]
-TOKENS_PER_FAM = 16  # C / M, as in the paper: 64 vectors for blocks of 1024 tokens
+# C / M, as in the paper: 64 vectors for blocks of 1024 tokens.
+TOKENS_PER_FAM = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What a training step is given; the tokens of a step are the same at all block sizes."""
+    """Model and batch of a training step. A step has the same number of tokens at all block sizes."""
 
-    model: ModelConfig  # its block_size and fam_length are those of the first block size
+    # Its block size and memory are replaced for each block size: see :func:`with_blocks`.
+    model: ModelConfig
     batch: int
     length: int
     seed: int
 
     @property
     def tokens(self) -> int:
-        """Per step."""
+        """Tokens per step."""
         return self.batch * self.length
 
 
@@ -55,23 +58,22 @@ QUICK = Workload(
 
 
 def with_blocks(model: ModelConfig, size: int, *, fam: bool = True) -> ModelConfig:
-    """Return `model` with blocks of `size` tokens and a FAM of C / 16 vectors, or none."""
-    memory = FamConfig(length=size // TOKENS_PER_FAM if fam else 0)
+    """Return `model` with blocks of `size` tokens and FAM of C / 16 vectors, or BSWA; m is 1 for both."""
+    memory = FamConfig(length=size // TOKENS_PER_FAM) if fam else BlockSlidingWindowConfig()
     return dataclasses.replace(model, block_size=size, memory=memory)
 
 
 def random_batch(work: Workload) -> Batch:
-    """Uniformly random tokens, all of the same weight."""
+    """Return uniformly random tokens of equal weight."""
     keys = jax.random.split(jax.random.key(work.seed), 2)
     shape = (work.batch, work.length)
     inputs, targets = (jax.random.randint(key, shape, 0, work.model.vocab_size, jnp.int32) for key in keys)
-    return {
-        "inputs": inputs, "targets": targets, "weights": jnp.ones(shape, jnp.float32), "answer": jnp.zeros(shape, bool)
-    }  # fmt: skip
+    weights, answer = jnp.ones(shape, jnp.float32), jnp.zeros(shape, bool)
+    return {"inputs": inputs, "targets": targets, "weights": weights, "answer": answer}
 
 
 def random_parameters(model: ModelConfig, seed: int) -> dict[str, Any]:
-    """As at the start of a training; copies of their own for every caller."""
+    """Return a new copy of the parameters with which training starts."""
     return jax.tree.map(jnp.copy, _initial_parameters(model, seed))
 
 
@@ -82,12 +84,12 @@ def _initial_parameters(model: ModelConfig, seed: int) -> dict[str, Any]:
 
 
 def blockwise_hidden(model: Transformer, tokens: jax.Array) -> jax.Array:
-    """The library's form: all tokens of a layer at once, around the chain of FAM."""
+    """Compute activations as the library does: all tokens of a layer at once, around the FAM chain."""
     return model.hidden(tokens, empty_state(model.config, tokens.shape[0], past_slots=False), aligned=True)[0]
 
 
 def make_loss(model: ModelConfig, hidden: Hidden = blockwise_hidden) -> Callable[[Any, Batch], jax.Array]:
-    """loss(params, batch): the mean cross-entropy in nats, from the activations that `hidden` forms."""
+    """Return loss(params, batch), the mean cross-entropy in nats of the activations that `hidden` computes."""
     graphdef, abstract = model_structure(Config(model=model))
 
     def loss(params: Any, batch: Batch) -> jax.Array:
@@ -100,7 +102,7 @@ def make_loss(model: ModelConfig, hidden: Hidden = blockwise_hidden) -> Callable
 
 
 def training_call(work: Workload, model: ModelConfig, batch: Batch) -> Callable[[], Any]:
-    """A call that takes the next step of a training of `model` from its start: Adafactor, the state donated."""
+    """Return a function that takes the next training step of `model` at every call, with Adafactor."""
     config = Config(model=model)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=work.tokens))
     optimizer = make_optimizer(config.optimizer, config.train.steps)

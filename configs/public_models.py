@@ -1,4 +1,4 @@
-"""Public models by name: what their `config.json` says of their layers, to plan for them without their weights."""
+"""Sizes of public models by name, as in their `config.json`. They suffice for planning, without the weights."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ GEMMA2: dict[str, Any] = {
     "rope_theta": 10_000.0, "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
 }  # fmt: skip
 
-SHAPES: dict[str, dict[str, Any]] = {
+PUBLIC_MODELS: dict[str, dict[str, Any]] = {
     "gemma2_2b": GEMMA2 | {
         "num_hidden_layers": 26, "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256,

@@ -1,23 +1,25 @@
-"""Gives an open pretrained model a working memory: LoRA of rank 64 and an initial FAM, all else frozen.
+"""Give an open pretrained model a memory: LoRA of rank 64 and an initial FAM are trained, all else is frozen.
 
     python -m launch.import_hf --source=DIR --out=runs/gemma
     python -m launch.train --config=configs/retrofit.py:runs/gemma --workdir=runs/gemma_fam \
         --config.data.train_files=books/ --config.data.heldout_files=heldout/
 
-The argument is the folder of a checkpoint (or FOLDER/STEP), whose model is taken as it is but for its attention: blocks
-of 1,024 tokens, three of them visible behind a token's own, 64 feedback vectors. `--config.model.block_size`,
-`memory_segments` and `fam_length` choose other ones; local layers, as of Gemma 2 and 3, keep their window. In place of
-a folder it may be a public shape, to plan with:
+The argument names the base: the folder of a checkpoint (or FOLDER/STEP). Its model keeps everything but its attention,
+which becomes blocks of 1,024 tokens, with the last three blocks visible, and 64 feedback vectors. Other sizes are set by
+`--config.model.block_size`, `--config.model.memory.segments` and `--config.model.memory.length`. Local layers, as in
+Gemma 2 and 3, keep their window. A base that was imported or trained with a memory keeps it.
+
+Or the argument names a public model, to plan without its weights:
 
     python -m launch.plan --config=configs/retrofit.py:llama3_8b --topology=v5e:4x4
 
-Words behind it, with commas between:
+Words may follow, with commas between them:
 
-    bswa    the same without FAM, to compare with
-    smoke   three steps of a model small enough for a laptop, of the shape's kind; of a folder, of that model, in short
-            blocks and rows
+    bswa    the same without FAM, as a control
+    smoke   three steps of a model small enough for a laptop: a small one like the public model, or the model in the folder
+            with short blocks and rows
 
-Full fine-tuning is `--config.lora.rank=0`. The guide is docs/retrofit.md.
+Full fine-tuning is `--config.lora.rank=0`. docs/retrofit.md is the guide.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.public_models import SHAPES
+from configs.public_models import PUBLIC_MODELS
 from fam_jax.checkpoint import absolute
 from fam_jax.config import (
     Config,
@@ -36,29 +38,28 @@ from fam_jax.config import (
     default_config,
     memory_config,
 )
-from fam_jax.hf import model_fields
+from fam_jax.hf import describe_model
 from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.train.init_from import base_config, locate
 
 WORDS = ("bswa", "smoke")
-BLOCK, SEGMENTS, FAM = 1024, 3, 64  # the paper's
+# The paper's.
+BLOCK, SEGMENTS, LENGTH = 1024, 3, 64
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """A config for the base that `arg` names.
+    """Return a config for the base that `arg` names.
 
     Raises:
-      ConfigError: `arg` names no base, or an unknown word.
+      ConfigError: `arg` names no base, or has an unknown word.
       CheckpointError: the folder holds no checkpoint.
     """
     place, words = _read(arg)
-    smoke, shape = "smoke" in words, place in SHAPES
-    base = _of_shape(place) if shape else base_config(place)
-    model = base.model
-    if smoke and shape:
-        model = _small(model)
+    public, smoke = place in PUBLIC_MODELS, "smoke" in words
+    base = _public_base(place) if public else base_config(place)
+    model = _small(base.model) if public and smoke else base.model
     config = default_config()
-    fields = dataclasses.asdict(model) | _execution(model, 16 if smoke else BLOCK)
+    fields = dataclasses.asdict(model) | _retrofitted(model, 16 if smoke else BLOCK)
     config.model.memory = ConfigDict(fields.pop("memory"))
     config.model.update(fields)
     if "bswa" in words:
@@ -71,18 +72,21 @@ def get_config(arg: str = "") -> ConfigDict:
         add_bos=base.data.add_bos,
         train_files=("tfds:pg19:train",),
         heldout_files=("tfds:pg19:test",),
-        sequence_length=8704,  # the paper's, of which the repetition is a part
+        # The paper's. The repetition at the end of a row is part of it.
+        sequence_length=8704,
         repeat_segment=256,
     )
     config.train.update(
-        steps=2000,  # the paper: 50,000 of 128 rows
+        # The paper trains 50,000 steps of 128 rows.
+        steps=2000,
         batch_size=32,
-        loss_chunk=16_384,  # vocabularies are large
+        loss_chunk=16_384,
         random_state_passing=0.8 if config.model.memory.kind == "fam" else 0.0,
         checkpoint_every=200,
-        init_from="" if shape else place,
+        init_from="" if public else place,
     )
-    config.mesh.update(data=1, fsdp=0)  # gradients are small; it is the frozen weights that need room
+    # Spread the frozen weights over all devices: they need memory, while gradients are small.
+    config.mesh.update(data=1, fsdp=0)
     config.evaluate.update(documents=32, batch_size=8)
     if smoke:
         _shorten(config)
@@ -90,29 +94,31 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _read(arg: str) -> tuple[str, list[str]]:
-    """The base, and the words behind it."""
+    """Return the base and the words of an argument."""
     parts = [part for part in arg.split(",") if part]
     words = [part for part in parts if part in WORDS]
-    places = [part for part in parts if part not in WORDS] or ["llama3_8b"] * ("smoke" in words)
-    where = f"configs/retrofit.py{':' * bool(arg)}{arg}"
+    places = [part for part in parts if part not in WORDS]
+    if not places and "smoke" in words:
+        places = ["llama3_8b"]
+    where = f"configs/retrofit.py:{arg}" if arg else "configs/retrofit.py"
     if len(places) != 1:
         raise ConfigError(
-            f"{where}: expected the folder of a checkpoint, such as configs/retrofit.py:runs/gemma, or one of "
-            f"{', '.join(SHAPES)}; then, with commas between, some of {', '.join(WORDS)}"
+            f"{where}: expected one base, then any of {', '.join(WORDS)}, with commas between them; give the folder of "
+            f"a checkpoint, as in configs/retrofit.py:runs/gemma, or one of {', '.join(PUBLIC_MODELS)}"
         )
     place = places[0]
-    if place not in SHAPES and not locate(place)[0].is_dir():
+    if place not in PUBLIC_MODELS and not locate(place)[0].is_dir():
         raise ConfigError(
-            f"{where}: {absolute(place)} is no folder, and {place!r} none of {', '.join((*SHAPES, *WORDS))}; "
-            "launch/import_hf.py makes the folder of an open model"
+            f"{where}: {absolute(place)} is not a folder, and {place!r} is none of "
+            f"{', '.join((*PUBLIC_MODELS, *WORDS))}; import an open model with launch/import_hf.py"
         )
     return place, words
 
 
-def _of_shape(name: str) -> Config:
-    """The config of an import, as far as a public model's config.json tells; its vocabulary has to be given."""
+def _public_base(name: str) -> Config:
+    """Return the config that an import of a public model would have. Its vocabulary is not known."""
     model = ModelConfig(
-        **model_fields(SHAPES[name]),
+        **describe_model(PUBLIC_MODELS[name]).fields,
         dtype="bfloat16",
         block_size=BLOCK,
         memory=BlockSlidingWindowConfig(segments=4),
@@ -120,21 +126,19 @@ def _of_shape(name: str) -> Config:
     return Config(model=model, data=DataConfig(vocabulary=""))
 
 
-def _execution(model: ModelConfig, block_size: int) -> dict[str, Any]:
-    """Fields of how the model remembers and executes; a base that has a FAM remembers as it did."""
+def _retrofitted(model: ModelConfig, block_size: int) -> dict[str, Any]:
+    """Return the fields of a model that change. A base that has a memory beyond its window keeps it."""
     fields: dict[str, Any] = {"remat": "full"}  # rows are long
     if model.memory.has_state:
         return fields
-    # Local layers see their whole window. The segments replace the window of all layers, as of Mistral.
+    # A window of all layers, as in Mistral, is replaced by the blocks. Local layers need all of theirs.
     segments = max(SEGMENTS, ceil_div(model.local_window - 1, block_size))
-    return fields | {
-        "block_size": block_size,
-        "memory": memory_config("fam", segments=segments, length=min(FAM, block_size)).to_dict(),
-    }
+    memory = memory_config("fam", segments=segments, length=min(LENGTH, block_size))
+    return fields | {"block_size": block_size, "memory": memory.to_dict()}
 
 
 def _small(model: ModelConfig) -> ModelConfig:
-    """A few thousand parameters; the kind of model stays."""
+    """Return a model of a few thousand parameters with the same options."""
     layers = min(len(model.layer_pattern) + 1, model.num_layers)
     window = min(model.local_window, 12)
     return dataclasses.replace(
@@ -144,7 +148,7 @@ def _small(model: ModelConfig) -> ModelConfig:
 
 
 def _shorten(config: ConfigDict) -> None:
-    """Three steps, on the sources of this repository."""
+    """Change a config to three steps on the sources of this repository."""
     config.data.update(
         train_files=("fam_jax",), heldout_files=("launch",), file_suffixes=(".py",), sequence_length=80,
         repeat_segment=0, shuffle_batches=1, vocabulary=config.data.vocabulary or "bytes",

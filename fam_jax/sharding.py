@@ -1,8 +1,8 @@
 """Where arrays live: the mesh, and the two tables that place every array on it.
 
-`AXES` says which mesh axes a logical axis is spread over, `PARAMETERS` which logical axes a parameter has.
-Batches are spread over data and fsdp; parameters and optimizer state over fsdp (their width) and tensor
-(their heads, feed-forward and vocabulary). Sharding is left to the compiler from there on (Auto axes).
+`PARAMETERS` lists the logical axes of each parameter, `AXES` the mesh axes over which each logical axis is divided.
+Batches are divided over data and fsdp, parameters and optimizer state over fsdp (their width) and tensor (their heads,
+feed-forward and vocabulary). The compiler decides everything else (Auto axes).
 """
 
 import fnmatch
@@ -24,9 +24,10 @@ PyTree = Any
 MeshAxes = str | tuple[str, ...] | None
 
 MESH_AXES = ("data", "fsdp", "tensor")
-ROW_AXES = ("data", "fsdp")  # that the rows of a batch are spread over
+# The mesh axes over which the rows of a batch are divided.
+ROW_AXES = ("data", "fsdp")
 
-# Logical axis -> mesh axes, and the config field that sets its size.
+# Logical axis -> the mesh axes over which it is divided, and the config field that sets its size.
 AXES: dict[str, tuple[MeshAxes, str]] = {
     "batch": (ROW_AXES, "train.batch_size"),
     "layers": (None, "model.num_layers"),
@@ -39,17 +40,18 @@ AXES: dict[str, tuple[MeshAxes, str]] = {
     "ff": ("tensor", "model.ff_dim"),
     "slots": (None, "model.memory.length"),
     "rank": (None, "lora.rank"),
-    "spread_rank": ("fsdp", "lora.rank"),  # of a factor that has no width
+    # Of a factor without a width.
+    "spread_rank": ("fsdp", "lora.rank"),
 }
 
-# Multi-query attention has fewer key/value heads than the tensor axis has devices, and a small rank may not divide
-# either: each device keeps a copy.
+# Every device keeps a copy of these if the mesh axis does not divide them: multi-query attention may have fewer
+# key/value heads than the tensor axis has devices, and the rank of LoRA may be small.
 COPIED_IF_INDIVISIBLE = frozenset({"kv_heads", "spread_rank"})
 
-# Parameters below such a group are a memory's, which names their axes itself.
+# The group of a memory's own parameters. The memory's config lists their logical axes.
 MEMORY = "/memory/"
 
-# Pattern of the parameter's path -> its logical axes.
+# Pattern of a parameter's path -> its logical axes.
 PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embedding/table", ("vocab", "width")),
     ("unembedding/kernel", ("width", "vocab")),
@@ -69,7 +71,7 @@ PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices`, by default all of the job's.
+    """Make the mesh (data, fsdp, tensor) over `devices`, by default all devices of the job.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
@@ -81,34 +83,43 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     axes = " * ".join(name for name, size in given.items() if size)
     rest = [name for name, size in given.items() if not size]
     if rest and count % known:
-        raise ConfigError(f"config.mesh: {axes} = {known} does not divide the {count} devices that there are")
+        raise ConfigError(
+            f"config.mesh: {axes} = {known} does not divide the {count} devices; choose sizes that do"
+        )
     given |= dict.fromkeys(rest, count // known)
     if math.prod(given.values()) != count:
         raise ConfigError(
-            f"config.mesh: {axes} = {known}, but there are {count} devices; data=0 takes what the others leave"
+            f"config.mesh: {axes} = {known}, but there are {count} devices; set data=0 to use all that remain"
         )
-    # A mesh axis may take a part of an axis of the torus.
+    # A mesh axis may use part of an axis of the torus.
     shape = tuple(given.values())
     ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(ordered, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Return the sharding of an array with a copy on every device."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """For arrays whose first axis is the batch."""
+    """Return the sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, P(AXES["batch"][0]))
 
 
 def global_batch(sharding: NamedSharding, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The batch of which the i-th of n processes made the i-th n-th of the rows: `rows`, with B / n on each first axis.
+    """Combine the rows that each process made into one batch, placed by `sharding`.
 
-    Row r of the batch is the same whatever the number of processes. Where the rows that a process made are not those
-    that its devices are to hold (the mesh of a TPU slice follows its wiring, and the tensor axis may span hosts), they
-    are exchanged.
+    Process i of n makes the i-th of n equal shares of the rows, so row r of the batch does not depend on the number of
+    processes. Processes exchange rows if their devices hold other rows than they made: the mesh of a TPU slice follows
+    its wiring, and the tensor axis may span hosts.
+
+    Args:
+      sharding: of the batch.
+      rows: arrays (B / n, ...) of this process.
+
+    Returns:
+      Arrays (B, ...).
     """
     size = next(iter(rows.values())).shape[0] * jax.process_count()
     if _holds_what_it_made(sharding, size):
@@ -122,7 +133,7 @@ def global_batch(sharding: NamedSharding, rows: Mapping[str, np.ndarray]) -> dic
 
 @functools.lru_cache(maxsize=32)
 def _holds_what_it_made(sharding: NamedSharding, size: int) -> bool:
-    """Whether on every process, as all have to exchange rows, or none."""
+    """Return whether every process already holds its rows. Either all processes exchange rows, or none."""
     held: dict[int, set[int]] = {}
     indices: Mapping[Any, Any] = sharding.devices_indices_map((size,))
     for device, (rows, *_) in indices.items():
@@ -139,7 +150,7 @@ def _by_process(mesh: Mesh) -> NamedSharding:
 
 
 def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which finds `mesh` in use while it is traced: the attention kernels divide their work by it."""
+    """Return `function`, traced with `mesh` in use, by which the attention kernels divide their work."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -150,23 +161,24 @@ def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_batch(mesh: Mesh, size: int, field: str) -> None:
-    """Raises :class:`ConfigError` naming `field` unless `mesh` divides a batch of `size` rows."""
+    """Raise :class:`ConfigError` naming `field` unless `mesh` divides a batch of `size` rows."""
     ways = _ways(mesh, AXES["batch"][0])
     if size % ways:
         raise ConfigError(
-            f"config.{field}: {size} rows cannot be divided over mesh.data * mesh.fsdp = {ways} devices"
+            f"config.{field}: {size} rows cannot be divided over mesh.data * mesh.fsdp = {ways} devices; choose a "
+            "multiple"
         )
 
 
 def param_shardings(shapes: PyTree, mesh: Mesh) -> PyTree:
-    """A `NamedSharding` for every parameter.
+    """Return a `NamedSharding` for every parameter.
 
     Args:
-      shapes: The nested dict of parameters, as anything with `.shape`.
-      mesh: From :func:`make_mesh`.
+      shapes: the nested dict of parameters; leaves have a `shape`.
+      mesh: from :func:`make_mesh`.
 
     Raises:
-      ConfigError: a mesh axis does not divide the axis of a parameter that it is to be spread over.
+      ConfigError: a mesh axis does not divide an axis of a parameter.
       ValueError: a parameter is not in `PARAMETERS`.
     """
     return jax.tree_util.tree_map_with_path(
@@ -176,17 +188,17 @@ def param_shardings(shapes: PyTree, mesh: Mesh) -> PyTree:
 
 
 def state_shardings(shapes: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
-    """Shardings of whatever hangs together with the parameters: optimizer state, averages, themselves.
+    """Return shardings for state that goes with the parameters: optimizer state, averages, the parameters themselves.
 
-    A leaf belongs to a parameter if its path ends in the parameter's. Of the same shape, it is placed as
-    the parameter is; `v_row` and `v_col` of a factored second moment (optax) as the parameter without
-    its largest, or second largest, dimension. State of the stacked layers may be made by `vmap` over L,
-    below a `layers` of its own: then largest means of one layer. All else is replicated.
+    A leaf belongs to a parameter if its path ends with the parameter's path. If it has the same shape, it is placed
+    like the parameter. `v_row` and `v_col` of a factored second moment (optax) are placed like the parameter without
+    its largest, or second largest, dimension. State of the stacked layers may be made by `vmap` over L, below a `layers`
+    of its own; then the largest dimension is that of one layer. Everything else is replicated.
 
     Args:
-      shapes: The state, as anything with `.shape`.
-      params: The nested dict of parameters, likewise.
-      mesh: From :func:`make_mesh`.
+      shapes: the state; leaves have a `shape`.
+      params: the nested dict of parameters; leaves have a `shape`.
+      mesh: from :func:`make_mesh`.
 
     Raises:
       ConfigError, ValueError: as :func:`param_shardings`.
@@ -208,7 +220,7 @@ def state_shardings(shapes: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[MeshAxes, ...]:
-    """The mesh axes that each axis of a parameter is spread over.
+    """Return the mesh axes over which each axis of a parameter is divided.
 
     Raises:
       ConfigError, ValueError: as :func:`param_shardings`.
@@ -220,10 +232,10 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
 
 
 def logical_axes(path: str, ndim: int) -> tuple[str, ...] | None:
-    """Logical axes of a parameter of `ndim` dimensions; None if `PARAMETERS` does not name it.
+    """Return the logical axes of a parameter of `ndim` dimensions; None if the tables do not list it.
 
-    The factors of a low-rank update have those of its kernel: `lora_a` is (layers, *in, rank), `lora_b` (layers,
-    rank, *out).
+    The factors of a low-rank update take those of its kernel: `lora_a` is (layers, *in, rank), `lora_b` (layers, rank,
+    *out).
     """
     group, _, name = path.rpartition("/")
     if name in ("lora_a", "lora_b"):
@@ -247,7 +259,7 @@ def _place_axis(axis: str, size: int, mesh: Mesh | AbstractMesh) -> MeshAxes:
         return mesh_axes
     if axis in COPIED_IF_INDIVISIBLE:
         return None
-    raise ConfigError(f"config.mesh.{mesh_axes}: {ways} does not divide {field} {size}")
+    raise ConfigError(f"config.mesh.{mesh_axes}: {ways} does not divide {field} {size}; choose a divisor")
 
 
 def _ways(mesh: Mesh | AbstractMesh, mesh_axes: MeshAxes) -> int:
@@ -261,7 +273,7 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def _owners(names: tuple[str, ...], known: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Parameters whose path ends `names`, longest first; `layers` may stand further up in `names`."""
+    """Return the parameters whose path ends `names`, longest first; `layers` may stand further up in `names`."""
 
     def owns(owner: tuple[str, ...]) -> bool:
         if names[-len(owner) :] == owner:
@@ -275,7 +287,7 @@ def _owners(names: tuple[str, ...], known: Iterable[tuple[str, ...]]) -> list[tu
 def _derived(
     names: tuple[str, ...], shape: tuple[int, ...], spec: tuple[MeshAxes, ...], stacked: bool
 ) -> list[tuple[tuple[int, ...], tuple[MeshAxes, ...]]]:
-    """Shapes that state of a parameter can have, and their specs."""
+    """Return the shapes that the state of a parameter can have, with their specs."""
     rank = {"v_row": -1, "v_col": -2}
     which = next((rank[name] for name in names if name in rank), None)
     if which is None:

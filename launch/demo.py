@@ -26,10 +26,11 @@ from rich.table import Table
 
 from fam_jax.config import UserError, to_json
 from fam_jax.config.overrides import Override
+from fam_jax.evaluate import read_evaluation
 from launch import cli
 
 VARIANTS = ("fam", "bswa_m1", "bswa_m1_sg")
-# Of the curves in the plot.
+# Labels of the curves in the plot.
 LABELS = {
     "fam": "FAM, no memory segment",
     "bswa_m1": "BSWA, 1 memory segment",
@@ -197,27 +198,27 @@ def wanted_config(demo: Demo, variant: str) -> dict[str, Any]:
     return values
 
 
-def finished(result: Path, config: dict[str, Any]) -> bool:
+def finished(path: Path, config: dict[str, Any]) -> bool:
     """Return whether a file holds the results of a config, evaluated at all of its lengths, on any mesh."""
-    if not result.exists():
+    if not path.exists():
         return False
-    found = json.loads(result.read_text())
+    try:
+        found = read_evaluation(path)
+    except UserError:  # another version wrote it
+        return False
     lengths = {str(length) for length in config["evaluate"]["filler_blocks"]}
-    made_by = {**found["config"], "mesh": config["mesh"]}
+    made_by = {**found.config, "mesh": config["mesh"]}
     made_by["evaluate"] = {**made_by["evaluate"], "filler_blocks": config["evaluate"]["filler_blocks"]}
-    return (
-        lengths <= set(found["details"]["groups"])
-        and made_by == config
-        and found["step"] == config["train"]["steps"]
-    )
+    known = lengths <= set(found.details["groups"])
+    return known and made_by == config and found.step == config["train"]["steps"]
 
 
 def exact_matches(demo: Demo) -> dict[str, dict[str, float]]:
     """Return the fraction of keys that each model retrieved, by model and filler length in blocks."""
     models = {}
     for variant in VARIANTS:
-        found = json.loads((demo.workdir / variant / "result.json").read_text())["details"]["groups"]
-        models[variant] = {str(length): found[str(length)]["exact_match"] for length in demo.lengths}
+        groups = read_evaluation(demo.workdir / variant / "result.json").details["groups"]
+        models[variant] = {str(length): groups[str(length)]["exact_match"] for length in demo.lengths}
     return models
 
 
@@ -234,7 +235,7 @@ def show(results: dict[str, Any]) -> None:
 
 def draw(workdir: Path, models: dict[str, dict[str, float]]) -> None:
     """Draw the results into WORKDIR/passkey.png."""
-    from fam_jax.evaluate.plot import plot_passkey
+    from fam_jax.evaluate.plot import plot_passkey  # matplotlib, which takes a second to import
 
     config = json.loads((workdir / VARIANTS[0] / "config.json").read_text())
     model = config["model"]

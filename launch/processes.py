@@ -227,7 +227,8 @@ class ChildLog:
     Of all processes but the first, it drops the runtime's warnings and notes.
     """
 
-    _MINOR = re.compile(r"[IW]\d{4} \d\d:")
+    # Warnings and notes of the runtime, and of Python's loggers.
+    _MINOR = re.compile(r"[IW]\d{4} \d\d:|(INFO|WARNING):\w+:")
     # Lines of the coordination service, in the form [severity][date] [time] [thread] [file]:[line]] [message].
     _LOST = re.compile(
         r"(E\d{4} .*coordination_service|[EW]\d{4} .*preemption_sync_manager|F\d{4} .*client)\w*\.(cc|h):"

@@ -1,4 +1,4 @@
-"""The benchmarks run, write all that they promise, and compare forms that compute the same. No test looks at times."""
+"""Benchmarks run, write complete records, and compare implementations of the same function. No test checks times."""
 
 import dataclasses
 import json
@@ -29,15 +29,17 @@ from benchmarks.workload import (
 )
 from configs.passkey import get_config
 from fam_jax.config import Config, UserError, resolve
+from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import Transformer, from_dict, to_dict
 from fam_jax.train.state import model_structure
+from tests.model.tiny import variant
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = dataclasses.replace(with_blocks(QUICK.model, 16), vocab_size=11)
 
 
 def fast_compilation() -> str:
-    """The flag that saves most of XLA's time here, or none where XLA has no such flag: it would end the process."""
+    """Return the flag that saves most compile time, or "" if XLA lacks it: an unknown flag ends the process."""
     try:
         jax.jit(lambda: 0).lower().compile(compiler_options={"xla_cpu_use_fusion_emitters": False})
     except jax.errors.JaxRuntimeError:
@@ -47,7 +49,7 @@ def fast_compilation() -> str:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `benchmarks.run --quick` writes. Nothing here depends on fast code, so it is compiled fast instead."""
+    """Return the records of `benchmarks.run --quick`, compiled for short compile time instead of speed."""
     out = tmp_path_factory.mktemp("bench")
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.run", "--quick", f"--out={out}"],
@@ -110,7 +112,9 @@ def test_training_record(records: dict[str, Any]) -> None:
     for name in ("naive_ratio", "deferral_ratio", "forward_ratio", "gradient_ratio"):
         assert_spread(gradients[name])
     for part in ("forward", "backward"):
-        assert_spread(gradients[f"{part}_overhead"], positive=False)  # times this short may come out negative
+        assert_spread(
+            gradients[f"{part}_overhead"], positive=False
+        )  # differences of short times may be negative
         assert_spread(gradients[f"all_chains_{part}"], positive=False)
 
 
@@ -134,7 +138,7 @@ def test_decoding_record(records: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("segments", [0, 2])
 def test_naive_form_with_other_memory_segments(segments: int) -> None:
-    config = dataclasses.replace(TINY, block_size=8, length=3, segments=segments)
+    config = variant(TINY, block_size=8, length=3, segments=segments)
     random = np.random.default_rng(0)
     graphdef, abstract = model_structure(Config(model=config))
     params = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype), to_dict(abstract))
@@ -148,21 +152,20 @@ def test_naive_form_with_other_memory_segments(segments: int) -> None:
     np.testing.assert_allclose(naive, blockwise, atol=1e-5)
 
 
-def test_naive_form_refuses_what_it_lacks() -> None:
+def test_naive_form_rejects_options_that_it_lacks() -> None:
     tokens = np.zeros((1, 16), np.int32)
-    for change in ({"length": 0}, {"window": 5}, {"positions": "zero"}, {"block_size": 10}):
-        model = nnx.eval_shape(
-            lambda change=change: Transformer(dataclasses.replace(TINY, **change), rngs=nnx.Rngs(0))
-        )
+    bswa = {"memory": BlockSlidingWindowConfig()}
+    for change in (bswa, {"window": 5}, {"positions": "zero"}, {"block_size": 10}):
+        model = nnx.eval_shape(lambda change=change: Transformer(variant(TINY, **change), rngs=nnx.Rngs(0)))
         with pytest.raises(ValueError, match="naive form"):
             naive_hidden(model, tokens)
 
 
 def test_operations_are_those_of_the_compiled_products() -> None:
-    """XLA counts what it compiles, scans once: so one layer and one block. Its element-wise operations come on top."""
-    config = dataclasses.replace(
-        TINY, num_layers=1, model_dim=64, head_dim=32, ff_dim=256, length=0, block_size=64, vocab_size=64
-    )
+    """XLA counts the body of a scan once, hence one layer and one block, and also counts element-wise operations."""
+    memory = BlockSlidingWindowConfig()
+    sizes = {"model_dim": 64, "head_dim": 32, "ff_dim": 256, "block_size": 64, "vocab_size": 64}
+    config = variant(TINY, num_layers=1, memory=memory, **sizes)
     params = to_dict(model_structure(Config(model=config))[1])
     loss = jax.jit(training.make_loss(config))
     work = dataclasses.replace(QUICK, model=config)
@@ -189,7 +192,7 @@ def test_interleave_takes_turns() -> None:
 
 
 def _wait() -> None:
-    """Longer than what interleave would repeat."""
+    """Wait long enough that `interleave` does not repeat the call."""
     time.sleep(0.06)
 
 
@@ -206,7 +209,7 @@ def test_block_sizes_that_cannot_be_measured(text: str) -> None:
 
 
 def some_demo(folder: pathlib.Path, seed: int) -> pathlib.Path:
-    """What a finished demo leaves behind, as far as it is gathered."""
+    """Write the files of a finished demo that are read here."""
     row = {
         "exact_match": 0.5, "teacher_forced_exact_match": 0.5, "answer_token_accuracy": 0.75, "questions": 4,
         "tokens_read": 119,
@@ -271,7 +274,7 @@ def test_drift_follows_a_stream() -> None:
     found = drift.measure(resolved, params, blocks=6, keys=4)
     assert [row["blocks"] for row in found["course"]] == [1, 2, 4, 6]
     norms = np.array([row["norm"] for row in found["course"]])
-    assert norms.shape == (4, 2) and (np.diff(norms, axis=0) > 0).all()  # the residual adds up
+    assert norms.shape == (4, 2) and (np.diff(norms, axis=0) > 0).all()  # the residual accumulates
     assert found["course"][0]["direction_spread"][0] > 0
     assert len(found["misread"]) == 6  # a space, five digits
 

@@ -1,9 +1,8 @@
-"""Retrofitting an imported model: its config, its state, where it starts, and mistakes."""
+"""Retrofits of imported models: config, state, the parameters they start with, and mistakes."""
 
 import dataclasses
 import math
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -13,10 +12,12 @@ import pytest
 from flax import nnx
 
 from configs import retrofit
-from configs.public_models import SHAPES
+from configs.public_models import PUBLIC_MODELS
 from fam_jax.checkpoint import CheckpointError
 from fam_jax.config import Config, ConfigError, DataConfig, memory_config, resolve
+from fam_jax.config.overrides import Override
 from fam_jax.generate.streaming import Streamer
+from fam_jax.hf import import_model
 from fam_jax.memories.fam import FamConfig
 from fam_jax.memories.window_cache import visible_blocks
 from fam_jax.model import from_dict, lora
@@ -25,11 +26,10 @@ from fam_jax.train.init_from import base_config
 from fam_jax.train.loop import make_trainer
 from fam_jax.train.optimizer import make_optimizer
 from fam_jax.train.state import TrainState, init_state, model_structure
-from launch import import_hf
 from tests.hf.recorded import DATA, LENGTH, recorded_logits, recorded_tokens
 from tests.model.tiny import quick_jit
 
-# Parameters that the models' publishers count; of Gemma 3 27B those of its text model.
+# As the publishers count them; for Gemma 3 27B, those of its text model.
 PARAMETERS = {
     "gemma2_2b": 2_614_341_888,
     "gemma2_27b": 27_227_128_320,
@@ -42,7 +42,7 @@ BLOCK = 4
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation() -> Any:
-    """Nothing here runs long enough to miss XLA's optimisations."""
+    """Compile quickly: nothing here runs long enough to need XLA's optimizations."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", quick_jit)
         yield
@@ -60,16 +60,16 @@ def paths(tree: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", PUBLIC_MODELS)
 def test_parameters_are_those_of_the_public_models(name: str) -> None:
     config = resolve(retrofit.get_config(f"{name},bswa"))
     frozen = lora.divide(shapes_of(config).params, config.lora)[1]
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(frozen)) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_what_is_frozen_takes_no_more_than_its_bfloat16(name: str) -> None:
-    """No gradients, no optimizer state, no float32 copies: all that is float32 belongs to what is trained."""
+@pytest.mark.parametrize("name", PUBLIC_MODELS)
+def test_frozen_weights_take_two_bytes_each(name: str) -> None:
+    """They have no gradients, no optimizer state and no float32 copies: only trained parameters are float32."""
     config = resolve(retrofit.get_config(name))
     state = shapes_of(config)
     trained, frozen = map(paths, lora.divide(state.params, config.lora))
@@ -85,8 +85,8 @@ def test_what_is_frozen_takes_no_more_than_its_bfloat16(name: str) -> None:
     assert optimizer < 2.01 * sum(leaf.size for leaf in trained.values())
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_shape_can_be_planned(name: str) -> None:
+@pytest.mark.parametrize("name", PUBLIC_MODELS)
+def test_every_public_model_can_be_planned(name: str) -> None:
     config = resolve(retrofit.get_config(name))
     trainer = make_trainer(config, jax.devices()[:1])
     paths_of = paths(trainer.state_shapes.params)
@@ -125,24 +125,20 @@ def test_local_layers_keep_their_window_and_have_no_fam() -> None:
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Checkpoints of recorded models, by name."""
+    """Return a function that imports a recorded model, once, and returns its checkpoint."""
     made: dict[tuple[str, ...], pathlib.Path] = {}
 
-    def checkpoint(name: str, *options: str) -> pathlib.Path:
-        if (name, *options) not in made:
+    def checkpoint(name: str, **fields: str) -> pathlib.Path:
+        key = (name, *fields.values())
+        if key not in made:
             folder = tmp_path_factory.mktemp(name) / "ckpt"
-            command = [
-                "import_hf",
-                f"--source={DATA / name}",
-                f"--out={folder}",
-                "--tokenizer=none",
-                *options,
+            overrides = [
+                Override(f"config.model.{field}", value)
+                for field, value in {"block_size": "4", "memory.segments": "5", **fields}.items()
             ]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", [*command, "--block_size=4", "--memory_segments=5"])
-                import_hf.main()
-            made[(name, *options)] = folder
-        return made[(name, *options)]
+            import_model(DATA / name, folder, overrides, tokenizer="none")
+            made[key] = folder
+        return made[key]
 
     return checkpoint
 
@@ -163,7 +159,7 @@ def start(config: Config) -> TrainState:
 
 
 def last_logits(config: Config, params: Any) -> np.ndarray:
-    """After all recorded tokens."""
+    """Return the logits after all recorded tokens."""
     return np.asarray(Streamer(config.model, params).read(list(recorded_tokens()))[0])
 
 
@@ -178,7 +174,7 @@ def test_at_the_start_with_all_visible_it_is_the_original(imported: Any, name: s
 
 
 def with_random_updates(params: Any) -> Any:
-    """As if trained for long."""
+    """Return parameters with LoRA updates as large as after long training."""
     rng = np.random.default_rng(0)
     flat = lora.flatten(params)
     updates = {path: leaf for path, leaf in flat.items() if path.endswith("lora_b")}
@@ -188,7 +184,7 @@ def with_random_updates(params: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["gemma2", "mistral"])
 def test_merged_is_applied(imported: Any, name: str) -> None:
-    """With FAM, beyond every window; in float32 to its rounding."""
+    """With FAM, on tokens beyond every window, to float32 rounding."""
     config = config_for(imported(name), segments=2)
     fresh = start(config).params
     params = with_random_updates(fresh)
@@ -202,7 +198,9 @@ def test_merged_is_applied(imported: Any, name: str) -> None:
 
     merged = last_logits(config, lora.merge(params, config.lora))
     np.testing.assert_allclose(apply(params), merged, rtol=1e-4, atol=1e-4)
-    assert np.abs(merged - last_logits(config, lora.merge(fresh, config.lora))).max() > 0.1, "they do nothing"
+    assert np.abs(merged - last_logits(config, lora.merge(fresh, config.lora))).max() > 0.1, (
+        "the updates change nothing"
+    )
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2"])
@@ -217,7 +215,7 @@ def test_the_initial_fam_begins_as_embeddings(imported: Any, name: str) -> None:
 
 
 def test_a_base_that_has_a_fam_keeps_it(imported: Any) -> None:
-    base = imported("llama3", "--fam_length=3")
+    base = imported("llama3", **{"memory.kind": "fam", "memory.length": "3"})
     values = retrofit.get_config(str(base))
     values.data.vocabulary = "bytes"
     config = resolve(values)
@@ -231,7 +229,7 @@ def test_texts_begin_as_those_of_the_base(imported: Any, monkeypatch: pytest.Mon
         assert retrofit.get_config(str(imported("mistral"))).data.add_bos == add_bos
 
 
-def test_the_config_is_the_base_s_but_for_its_memory(imported: Any) -> None:
+def test_the_config_is_that_of_the_base_except_for_its_memory(imported: Any) -> None:
     base = imported("mistral")
     config = config_for(base, ",bswa", length=0)
     assert (config.model.memory.window, config.train.init_from) == (0, str(base))
@@ -241,15 +239,15 @@ def test_the_config_is_the_base_s_but_for_its_memory(imported: Any) -> None:
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
-        ("", "configs/retrofit.py: expected the folder of a checkpoint"),
-        ("bswa", "configs/retrofit.py:bswa: expected the folder of a checkpoint"),
-        ("llama3_8b,gemma2_2b", "expected the folder of a checkpoint"),
-        ("llama_8b", "'llama_8b' none of gemma2_2b"),
-        ("no/such,folder", "expected the folder of a checkpoint"),
-        ("no/such", "is no folder, and 'no/such' none of"),
+        ("", "configs/retrofit.py: expected one base, then any of bswa, smoke"),
+        ("bswa", "configs/retrofit.py:bswa: expected one base"),
+        ("llama3_8b,gemma2_2b", "expected one base"),
+        ("llama_8b", "'llama_8b' is none of gemma2_2b"),
+        ("no/such,folder", "expected one base"),
+        ("no/such", "is not a folder, and 'no/such' is none of"),
     ],
 )
-def test_a_base_that_is_not_to_be_had(arg: str, message: str) -> None:
+def test_a_missing_base(arg: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         retrofit.get_config(arg)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -260,7 +258,7 @@ def test_a_folder_without_a_checkpoint(tmp_path: pathlib.Path) -> None:
         retrofit.get_config(str(tmp_path))
 
 
-def test_a_window_that_the_segments_do_not_reach_is_told(imported: Any) -> None:
+def test_a_window_that_the_segments_do_not_reach_is_an_error(imported: Any) -> None:
     with pytest.raises(ConfigError, match=r"model\.local_window: 6 exceeds what every token can see"):
         config_for(imported("gemma2"), segments=1)
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.retrofit` and `benchmarks.lora_step` make of what the entry points give them."""
+"""The benchmarks `retrofit` and `lora_step`: their configs, summaries and plot."""
 
 import dataclasses
 import json
@@ -10,19 +10,23 @@ import pytest
 from benchmarks import lora_step, retrofit
 from benchmarks.retrofit_plot import draw
 from benchmarks.retrofit_settings import BLOCK, CONTEXT, FULL, base_flags, retrofit_flags
-from fam_jax.config import default_config, resolve
+from fam_jax.config import Config, to_json
+from fam_jax.config.format1 import FORMAT
 from fam_jax.data.documents import find_files
 from fam_jax.evaluate.text import FIRST_EDGE
+from fam_jax.memories.fam import FamConfig
+from fam_jax.memories.window import BlockSlidingWindowConfig, FullConfig
+from launch.cli import Parser, load_config
 
 
 def buckets(losses: list[float]) -> list[dict[str, float]]:
-    """As an evaluation gives them; the bucket of loss x has 10 x tokens."""
+    """Return buckets like those of an evaluation; the bucket of loss x has 10 x tokens."""
     edges = [0, *(FIRST_EDGE * 2**i for i in range(len(losses)))]
     spans = zip(edges[:-1], edges[1:], losses, strict=True)
     return [{"begin": a, "end": b, "loss": loss, "tokens": 10 * loss} for a, b, loss in spans]
 
 
-def test_the_loss_within_the_context_leaves_out_what_is_beyond() -> None:
+def test_the_loss_within_the_context_leaves_out_later_tokens() -> None:
     count = round(math.log2(CONTEXT / FIRST_EDGE)) + 1
     inside = [1.0 + i for i in range(count)]
     expected = sum(x * x for x in inside) / sum(inside)
@@ -34,25 +38,31 @@ def test_patterns_find_modules_of_every_depth(tmp_path: pathlib.Path) -> None:
     for name in (*names, "b/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    found = find_files(retrofit.patterns(tmp_path).split(","), (".txt",), "--files")
+    found = find_files(retrofit.patterns(tmp_path), (".txt",), "--files")
     assert {str(path.relative_to(tmp_path)) for path in found} == names
 
 
 @pytest.mark.parametrize("variant", retrofit.VARIANTS)
 def test_the_flags_make_configs(variant: str, tmp_path: pathlib.Path) -> None:
-    values = default_config()
-    flags = [*base_flags(tmp_path, FULL)[1:], *retrofit_flags(tmp_path, variant, FULL)[1:]]
-    for flag in flags:
-        field, _, value = flag.removeprefix("--config.").partition("=")
-        group, name = field.split(".")
-        kind = type(values[group][name])
-        if kind is tuple:
-            parsed = tuple(map(int, value.strip("()").split(","))) if value.startswith("(") else (value,)
-        else:
-            parsed = kind(value)
-        values[group][name] = parsed
-    config = resolve(values)
-    assert config.model.block_size == BLOCK and config.train.steps == FULL.steps[variant]
+    base = config_of("configs/text.py:full", base_flags(tmp_path, FULL))
+    assert base.model.memory == FullConfig(context=CONTEXT) and base.data.sequence_length == CONTEXT
+    workdir = tmp_path / "imported"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(to_json(base).replace("{", f'{{"format": {FORMAT},', 1))
+    config = config_of(
+        f"configs/retrofit.py:{workdir}{',bswa' if variant == 'bswa' else ''}",
+        retrofit_flags(tmp_path, variant, FULL),
+    )
+    memory = FamConfig(segments=1, length=16) if variant == "fam" else BlockSlidingWindowConfig(segments=1)
+    assert (config.model.block_size, config.model.memory) == (BLOCK, memory)
+    assert config.train.steps == FULL.steps[variant]
+
+
+def config_of(file: str, flags: list[str]) -> Config:
+    """Return the config of `launch.train` with flags, the first of which names the config file."""
+    assert flags[0] == f"--config={file}"
+    arguments = Parser("train", "", config=True).parse_args(flags)
+    return load_config(arguments.config, arguments.overrides)
 
 
 def test_the_picture(tmp_path: pathlib.Path) -> None:

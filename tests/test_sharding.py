@@ -22,7 +22,7 @@ L, D, H, K, HD, F, V, M = 3, 128, 4, 2, 64, 512, 1024, 8
 
 
 def param_shapes(num_heads: int = H, num_kv_heads: int = K, width: int = D) -> dict:
-    """Every parameter that any config has."""
+    """Return every parameter that any config has."""
     shapes = {
         "embedding": {"table": (V, width)},
         "unembedding": {"kernel": (width, V)},
@@ -162,7 +162,7 @@ def optimizer() -> optax.GradientTransformation:
 
 
 def init_by_layer(params: dict) -> dict:
-    """As the training code does: the layers' state by `vmap` over L, the rest apart."""
+    """Create state as training does: that of the layers by `vmap` over L, the rest separately."""
     rest = {name: value for name, value in params.items() if name != "layers"}
     return {"layers": jax.vmap(optimizer().init)(params["layers"]), "rest": optimizer().init(rest)}
 
@@ -183,7 +183,7 @@ def test_moments_are_placed_as_their_parameters() -> None:
 
 @pytest.mark.parametrize("init", [optimizer().init, init_by_layer])
 def test_factored_moments_keep_the_axes_of_their_dimensions(init) -> None:
-    """A moment's remaining dimensions are spread as the same dimensions of its parameter."""
+    """The remaining dimensions of a moment are placed like those of its parameter."""
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
     params = param_shapes()
     state = jax.eval_shape(init, params)

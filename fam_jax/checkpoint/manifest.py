@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.checkpoint.folder import CheckpointError
-from fam_jax.config.format1 import FORMAT, upgrade_array_name
+from fam_jax.config.format1 import EMPTIED, FORMAT, upgrade_array_name
 
 PARTS = ("params", "training")
-EMPTIED = ("saved_fam",)
 
 
 class Damage(Exception):

@@ -19,6 +19,10 @@ MOVED = {
 OF_WINDOWS = ("memory_segments", "window", "stop_gradient")
 
 
+# Arrays that are empty in a checkpoint of format 1 if there was nothing to save.
+EMPTIED = ("saved_fam",)
+
+
 def moved_field(path: str) -> str | None:
     """Return where a config field of format 1 is today, or None if it did not move."""
     group, _, name = path.rpartition(".")

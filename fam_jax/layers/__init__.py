@@ -1,4 +1,4 @@
-"""The parts that decoder layers and memories are made of: projections, norms, RoPE, gathers of sharded weights.
+"""What decoder layers and memories are made of: projections, norms, RoPE, gathers of sharded weights.
 
 Letters for axes, here and in every einsum: B batch, T tokens, S keys, C block, M FAM length, N blocks, L layers,
 D width, H query heads, K key/value heads, G = H / K, hd head width, F feed-forward width, V vocabulary, m cached

@@ -1,4 +1,4 @@
-"""The parameters of a decoder layer and what each of them computes; no memory, no positions."""
+"""The parameters of a decoder layer and what each computes, without memory and without positions."""
 
 import math
 from collections.abc import Callable
@@ -11,35 +11,42 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fam_jax.config import ModelConfig
 
-# The projections, by which names rematerialisation knows their results; not all layers have all of them. The last is
-# x A of a low-rank update.
+# Names of the projections' results, for rematerialisation policies; not all layers have all of them. The last is the
+# product x A of a low-rank update.
 LOW_RANK = "low_rank"
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down", LOW_RANK)
 
 
 class FrozenParam(nnx.Param):
-    """A parameter that is not trained, so that no gradient of it is formed where one is formed by hand."""
+    """A parameter that is not trained. Custom backward passes form no gradient of it."""
 
 
 class Linear(nnx.Module):
-    """x (..., *in) @ kernel (*in, *out) -> (..., *out), without bias, in the dtype of x."""
+    """A projection without bias: x (..., *in) times kernel (*in, *out) gives (..., *out), in the dtype of x."""
 
     def __init__(self, name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...], *, rngs: nnx.Rngs):
         self.name = name
         self.in_axes = len(in_shape)
         kernel = jax.random.truncated_normal(rngs.params(), -2, 2, (*in_shape, *out_shape), jnp.float32)
-        # 0.8796 is the standard deviation of a unit normal cut off at 2.
+        # 0.8796 is the standard deviation of a standard normal truncated at 2.
         self.kernel = nnx.Param(kernel * (math.prod(in_shape) ** -0.5 / 0.87962566))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The product."""
+        """Return the product."""
         return contract(x, self.kernel[...].astype(x.dtype), self.in_axes, self.name)
 
 
 def contract(x: jax.Array, kernel: jax.Array, in_axes: int, name: str) -> jax.Array:
-    """Sums the last `in_axes` axes of x against the first of kernel; `name` is the result's for rematerialisation.
+    """Contract the last `in_axes` axes of x with the first of `kernel`.
 
-    As one product of two matrices: XLA for CPU transposes the activations to form the weights' gradient otherwise.
+    Computed as one product of two matrices; otherwise XLA for CPU transposes the activations to form the gradient of
+    the weights.
+
+    Args:
+      x: (..., *in).
+      kernel: (*in, *out).
+      in_axes: number of axes of `in`.
+      name: of the result, for rematerialisation policies.
     """
     batch, out = x.shape[: x.ndim - in_axes], kernel.shape[in_axes:]
     width = math.prod(kernel.shape[:in_axes])
@@ -47,17 +54,17 @@ def contract(x: jax.Array, kernel: jax.Array, in_axes: int, name: str) -> jax.Ar
     return checkpoint_name(product, name).reshape(*batch, *out)
 
 
-# How a layer applies one of its projections. The FAM chain passes its own, to gather weight gradients.
+# How a layer applies one of its projections. A chain of updates passes its own, to collect weight gradients.
 Apply = Callable[[Linear, jax.Array], jax.Array]
 
 
 def apply_linear(linear: Linear, x: jax.Array) -> jax.Array:
-    """The plain way."""
+    """Return `linear(x)`: the default way to apply a projection."""
     return linear(x)
 
 
 class Norm(nnx.Module):
-    """RMSNorm or LayerNorm over the last axis, D wide unless said otherwise, computed in float32 at least."""
+    """RMSNorm or LayerNorm over the last axis (D wide unless `width` is given), computed in at least float32."""
 
     def __init__(self, config: ModelConfig, width: int | None = None):
         self.epsilon = config.norm_epsilon
@@ -67,7 +74,7 @@ class Norm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32)) if config.norm == "layernorm" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x (..., D)."""
+        """Normalize x (..., D)."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.bias is not None:
             wide = wide - wide.mean(axis=-1, keepdims=True)
@@ -79,7 +86,7 @@ class Norm(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention projections and feed-forward; the same weights serve tokens and FAM (section 2.2)."""
+    """Pre-norm attention projections and feed-forward. The same weights serve tokens and memory rows (section 2.2)."""
 
     def __init__(
         self,
@@ -109,7 +116,7 @@ class DecoderLayer(nnx.Module):
         self.key = Linear("key", (width,), (kv_heads, head_dim), rngs=rngs)
         self.value = Linear("value", (width,), (kv_heads, head_dim), rngs=rngs)
         self.output = Linear("output", (heads, head_dim), (width,), rngs=rngs)
-        # Beside the projections, not in them: the FAM chain gathers the gradients of kernels alone in its own way.
+        # Beside the projections, not in them: a chain of updates forms the gradients of kernels alone in its own way.
         self.query_bias = nnx.Param(jnp.zeros((heads, head_dim), jnp.float32)) if config.qkv_bias else None
         self.key_bias = nnx.Param(jnp.zeros((kv_heads, head_dim), jnp.float32)) if config.qkv_bias else None
         self.value_bias = nnx.Param(jnp.zeros((kv_heads, head_dim), jnp.float32)) if config.qkv_bias else None
@@ -125,14 +132,14 @@ class DecoderLayer(nnx.Module):
         self.memory: Any = memory(rngs)
 
     def linears(self) -> dict[str, Linear]:
-        """Every projection of the layer by name."""
+        """Return the projections of the layer by name."""
         found = (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
         return {linear.name: linear for linear in found if linear is not None}
 
     def project(self, x: jax.Array, apply: Apply = apply_linear) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Norm, then queries (B, T, H, hd), keys and values (B, T, K, hd) of x (B, T, D); no RoPE yet.
+        """Return queries (B, T, H, hd), keys and values (B, T, K, hd) of the normalized x (B, T, D), without RoPE.
 
-        The queries are scaled such that scores are to be divided by sqrt(hd).
+        Queries are scaled so that attention divides scores by sqrt(hd), whatever the config's scale is.
         """
         h = self.attention_norm(x)
         q, k, v = apply(self.query, h), apply(self.key, h), apply(self.value, h)
@@ -146,7 +153,16 @@ class DecoderLayer(nnx.Module):
     def finish(
         self, attended: jax.Array, residual: jax.Array | None, apply: Apply = apply_linear
     ) -> jax.Array:
-        """Output projection and residual (none = zero), then feed-forward and its residual; (B, T, D)."""
+        """Apply the output projection and the feed-forward, each with its residual connection.
+
+        Args:
+          attended: (B, T, H, hd) result of attention.
+          residual: (B, T, D) added to the projected attention; None: nothing is added.
+          apply: how projections are applied.
+
+        Returns:
+          (B, T, D), the output of the layer.
+        """
         x = apply(self.output, attended)
         if self.attention_post_norm is not None:
             x = self.attention_post_norm(x)
@@ -164,5 +180,5 @@ class DecoderLayer(nnx.Module):
 
 
 def embedding_stddev(config: ModelConfig) -> float:
-    """Unit-variance logits from tied embeddings of a normalised vector."""
+    """Return the initial scale of embeddings: tied to the output, they give logits of unit variance."""
     return config.model_dim**-0.5

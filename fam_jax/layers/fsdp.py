@@ -1,8 +1,9 @@
-"""Weights that are spread over the fsdp axis, brought together where they are used, and their gradients spread again.
+"""Fully sharded data parallelism: gather the weights of a layer where they are used, and scatter their gradients.
 
-Left to itself the compiler may as well move activations, or sum a gradient on every device before it takes its part.
-Here each layer's weights are gathered once, in the dtype of activations; their gradients leave as a reduce-scatter.
-Nothing is done where no mesh is in use (`fam_jax.sharding.traced_for`), or one without an fsdp axis to speak of.
+Left alone, the compiler may move activations instead, or sum a whole gradient on every device before each takes its
+part. Here each layer's weights are gathered once, in the dtype of activations, and their gradients leave as a
+reduce-scatter. Nothing happens without a mesh in use (see `fam_jax.sharding.traced_for`), or if its fsdp axis has one
+device.
 """
 
 import functools
@@ -20,15 +21,15 @@ FSDP = "fsdp"
 
 
 def is_spread() -> bool:
-    """Whether there are weights to be gathered in the mesh in use."""
+    """Return whether the mesh in use divides weights over its fsdp axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape.get(FSDP, 1) > 1
 
 
 def gather_layer(state: Any, config: ModelConfig) -> Any:
-    """The state of one layer, out of the stack, with whole kernels in `dtype`.
+    """Return the parameters of one layer, taken out of the stack, with whole kernels in the dtype of the model.
 
-    What the table of parameters does not spread over fsdp is left as it is, in its own dtype.
+    Parameters that are not divided over fsdp keep their own dtype.
     """
     if not is_spread():
         return state
@@ -43,15 +44,15 @@ def gather_layer(state: Any, config: ModelConfig) -> Any:
 
 
 def gather_weight(x: jax.Array, spec: P, dtype: str) -> jax.Array:
-    """A weight (two or three axes) that lies as `spec` says, whole on every device of the fsdp axis.
+    """Return a weight (two or three axes), placed as `spec` says, whole on every device of the fsdp axis.
 
-    It passes as the matrix that it is multiplied as, heads and their features on one axis. Else the compiler forms its
-    gradient with an axis of heads, for which it transposes activations.
+    It is gathered in the form in which it is multiplied: a matrix, with heads and their features on one axis. Otherwise
+    the compiler forms its gradient with an axis of heads, for which it transposes activations.
     """
     axes = list(spec)
     matrix = x
     if x.ndim == 3:
-        first = 1 if spec[0] == FSDP else 0  # of the two that become one; of these only the first is spread
+        first = 1 if spec[0] == FSDP else 0  # of the two axes that become one; only it is divided
         axes.pop(first + 1)
         matrix = x.reshape(*x.shape[:first], -1, *x.shape[first + 2 :])
     whole = [None if axis == FSDP else axis for axis in axes]
@@ -60,8 +61,8 @@ def gather_weight(x: jax.Array, spec: P, dtype: str) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gather(spec: P, whole: P, x: jax.Array) -> jax.Array:
-    # The barrier keeps the compiler from moving the gather into the loop over blocks, to be done again in every step;
-    # the second constraint from spreading the weight anew for that loop.
+    # The barrier keeps the compiler from moving the gather into the loop over blocks, where it would run in every step.
+    # The second constraint keeps it from dividing the weight again for that loop.
     gathered = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(x, whole))
     return jax.lax.with_sharding_constraint(gathered, whole)
 
@@ -79,10 +80,10 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def keep_rows(x: jax.Array) -> jax.Array:
-    """`x` (B, ...), held to the devices that have its rows.
+    """Return `x` (B, ...), kept on the devices that have its rows.
 
-    Left to itself the compiler may spread the width of FAM over the devices, since so are its weights' gradients: and
-    then it brings the weights together in every step of the loop over blocks.
+    Left alone, the compiler may divide the width of memory rows over the devices, because the gradients of the weights
+    are divided so. It would then gather the weights in every step of the loop over blocks.
     """
     if not divides_rows(x.shape[0]):
         return x
@@ -90,16 +91,16 @@ def keep_rows(x: jax.Array) -> jax.Array:
 
 
 def divides_rows(rows: int) -> bool:
-    """Whether weights are to be gathered, and the devices that gather them have equal shares of a batch."""
+    """Return whether weights are divided over fsdp and the batch axes of the mesh divide `rows`."""
     mesh = jax.sharding.get_abstract_mesh()
     return is_spread() and rows % math.prod(mesh.shape[axis] for axis in ROW_AXES) == 0
 
 
 def embed(table: jax.Array, tokens: jax.Array, dtype: str) -> jax.Array:
-    """Rows (B, T, D) of the embedding table (V, D), in `dtype`.
+    """Look up tokens (B, T) in the embedding table (V, D); return (B, T, D) in `dtype`.
 
-    Each device gathers the table and looks up its own rows of the batch. Gradients of the rows are summed in the
-    table's dtype, on each device by itself, and then spread.
+    Each device gathers the table and looks up its own rows of the batch. In the backward pass each device sums the
+    gradients of its rows in the dtype of the table, and a reduce-scatter adds and divides them.
     """
     if not divides_rows(tokens.shape[0]):
         return table[tokens].astype(dtype)
@@ -134,13 +135,13 @@ _embed_sharded.defvjp(_embed_forward, _embed_backward)
 
 
 def on_rows(function: Any, in_specs: Any, out_specs: Any) -> Any:
-    """`function` by each device for its own rows of the batch; other mesh axes are left to the compiler."""
+    """Let each device call `function` for its own rows of the batch; the compiler handles other mesh axes."""
     return jax.shard_map(
         function, in_specs=in_specs, out_specs=out_specs, axis_names=set(ROW_AXES), check_vma=False
     )
 
 
 def spread(x: jax.Array, axis: int) -> jax.Array:
-    """Sum of every device's `x`, of which each keeps its part along `axis` (inside :func:`on_rows`)."""
+    """Sum `x` over devices and keep this device's part along `axis`; for use inside :func:`on_rows`."""
     x = jax.lax.psum_scatter(x, FSDP, scatter_dimension=axis, tiled=True)
     return jax.lax.psum(x, tuple(axis for axis in ROW_AXES if axis != FSDP))

@@ -1,8 +1,8 @@
 """Rotary position embedding that stays exact at any position (Su et al. 2021; section B.2 of the paper).
 
-Queries and keys are rotated in *frames*: position zero of a frame is wherever it suits, because scores depend on
-differences only. Angles are never formed as a large product in float32: a position is split into base-256 digits
-whose rotations, tabulated in float64, are multiplied.
+Queries and keys are rotated in *frames*, each with its own position zero, because scores depend on differences of
+positions only. No angle is computed as a large product in float32. Instead, a position is split into base-256 digits,
+and the rotations of the digits, tabulated in float64, are multiplied.
 """
 
 import dataclasses
@@ -24,51 +24,53 @@ LEVELS = 4  # covers int32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines of angles, (..., hd / 2), to be broadcast against (..., heads, hd)."""
+    """Cosines and sines of angles, (..., hd / 2), that broadcast against (..., heads, hd)."""
 
     cos: jax.Array
     sin: jax.Array
 
     def __getitem__(self, index: Any) -> "Rotation":
-        """Indexes both arrays alike."""
+        """Index both arrays."""
         return self.map(lambda x: x[index])
 
     def map(self, function: Callable[[jax.Array], jax.Array]) -> "Rotation":
-        """Applies a change of shape to both arrays."""
+        """Apply a change of shape to both arrays."""
         return Rotation(function(self.cos), function(self.sin))
 
     def after(self, other: "Rotation") -> "Rotation":
-        """The rotation by the sum of both angles."""
+        """Return the rotation by the sum of both angles."""
         return Rotation(
             self.cos * other.cos - self.sin * other.sin,
             self.sin * other.cos + self.cos * other.sin,
         )
 
     def inverse(self) -> "Rotation":
-        """The rotation by the negated angles."""
+        """Return the rotation by the negated angles."""
         return Rotation(self.cos, -self.sin)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """RoPE of one head width: feature pairs (i, i + hd/2) turn at base ** (-2i / hd) radians per position, scaled."""
+    """RoPE for one head width: features (i, i + hd/2) turn by base ** (-2i / hd) radians per position, scaled."""
 
     head_dim: int
     base: float
-    dtype: str  # of the cosines and sines
+    # Of the cosines and sines.
+    dtype: str
+    # Maps unscaled frequencies to scaled ones.
     scaling: Callable[[np.ndarray], np.ndarray] = lambda frequencies: frequencies
 
     def frequencies(self) -> np.ndarray:
-        """(hd / 2,) radians per position, float64."""
+        """Return the radians per position of each pair of features, (hd / 2,) float64."""
         return self.scaling(self.base ** (-np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim))
 
     def static(self, positions: np.ndarray) -> Rotation:
-        """Rotation at positions known when tracing, whole or fractional; (...,) gives (..., 1, hd / 2)."""
+        """Return the rotation (..., 1, hd / 2) at positions (...,) known when tracing, whole or fractional."""
         angles = np.asarray(positions, np.float64)[..., None, None] * self.frequencies()
         return Rotation(jnp.asarray(np.cos(angles), self.dtype), jnp.asarray(np.sin(angles), self.dtype))
 
     def at(self, positions: jax.Array, *, unit: int = 1) -> Rotation:
-        """Rotation at positions * unit, with positions an int32 array; (...,) gives (..., 1, hd / 2)."""
+        """Return the rotation (..., 1, hd / 2) at positions * unit, for an int32 array of positions (...,)."""
         magnitude = jnp.abs(positions)
         result: Rotation | None = None
         for level in range(LEVELS):
@@ -84,17 +86,17 @@ class Rope:
 
 
 def rope_of(config: ModelConfig) -> Rope:
-    """The RoPE that `config` describes."""
+    """Return the RoPE of a model."""
     dtype = jnp.promote_types(config.dtype, jnp.float32)
     return Rope(config.head_dim, config.rope_base, str(dtype), functools.partial(scale_frequencies, config))
 
 
 def scale_frequencies(config: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
-    """`config.rope_scaling` of unscaled frequencies, in radians per position.
+    """Scale frequencies, in radians per position, as `config.rope_scaling` says.
 
-    "linear" divides all of them by rope_factor (Chen et al. 2023). "llama3" divides those of long wavelengths, leaves
-    those of short ones, and between the two goes from one to the other linearly in the number of turns that fit in the
-    original context (Llama 3.1).
+    "linear" divides all of them by rope_factor (Chen et al. 2023). "llama3" divides those of long wavelengths and keeps
+    those of short ones. In between it interpolates linearly in the number of turns that fit into the original context
+    (Llama 3.1).
     """
     if config.rope_scaling == "none":
         return frequencies
@@ -107,10 +109,10 @@ def scale_frequencies(config: ModelConfig, frequencies: np.ndarray) -> np.ndarra
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates x (..., heads, hd) by `rotation` (..., 1, hd / 2)."""
+    """Rotate x (..., heads, hd) by `rotation` (..., 1, hd / 2)."""
     return turn(x, rotation.cos, rotation.sin)
 
 
 def rotate_tokens(x: jax.Array, rotation: Rotation, implementation: str) -> jax.Array:
-    """:func:`rotate` of many tokens: x (B, T, heads, hd) by (B or 1, T, 1, hd / 2), by a kernel where there is one."""
+    """Rotate many tokens x (B, T, heads, hd) by (B or 1, T, 1, hd / 2), with a kernel if there is one."""
     return rotary(x, rotation.cos, rotation.sin, implementation=implementation)

@@ -58,8 +58,6 @@ class Memory(Generic[S]):
     # layer: the state of a layer comes from that layer alone. segment: what the top layer makes of a block enters the
     # bottom layer at the next one, so blocks are read one after another through all layers.
     order: ClassVar[Literal["layer", "segment"]] = "layer"
-    # Whether all it does lies between a layer's projections and its output, in attend_blocks and attend_piece.
-    shares_projections: ClassVar[bool] = False
 
     def __init__(self, model: ModelConfig):
         self.model = model
@@ -256,16 +254,6 @@ class Memory(Generic[S]):
           (B, T, D) output, the state after the chunk, and the rows for the layer above.
         """
         return scan_blocks(self, layer, x, state, streams, at)
-
-    def attend_blocks(
-        self, layer: DecoderLayer, q: jax.Array, k: jax.Array, v: jax.Array, state: S, at: Any
-    ) -> tuple[jax.Array, S]:
-        """Read a chunk, given its projections (B, T, H or K, hd); for memories with `shares_projections`.
-
-        Returns:
-          (B, T, H, hd) attended values, and the state after the chunk.
-        """
-        raise NotImplementedError
 
     # Writing.
 

@@ -110,8 +110,6 @@ class Window(Memory[S]):
     A subclass that adds extra keys overrides both :meth:`extra_of_piece` and :meth:`extra_of_blocks`.
     """
 
-    shares_projections = True
-
     def blocks_at(self, position: Position, length: int, cached: int) -> Any:
         """Return the :class:`ChunkFrames` of a chunk."""
         rope, size = self.rope, self.model.block_size
@@ -134,7 +132,19 @@ class Window(Memory[S]):
     def attend_blocks(
         self, layer: DecoderLayer, q: jax.Array, k: jax.Array, v: jax.Array, state: S, at: Any
     ) -> tuple[jax.Array, S]:
-        """Attend to past blocks, extra keys and the own block; cache the chunk's keys and values."""
+        """Attend to past blocks, extra keys and the own block; cache the chunk's keys and values.
+
+        Args:
+          layer: the layer.
+          q: (B, T, H, hd) queries, not rotated.
+          k: (B, T, K, hd) keys, not rotated.
+          v: (B, T, K, hd) values.
+          state: of the layer.
+          at: from :meth:`blocks_at`.
+
+        Returns:
+          (B, T, H, hd) attended values, and the state after the chunk.
+        """
         model = self.model
         frames = self.window_frames(at)
         rotated = rotate_tokens(k, frames.tokens, model.attention)

@@ -6,7 +6,7 @@ A type is static: a local layer spends no time on a memory that it does not have
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from fam_jax.config import ConfigError, ModelConfig
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.memories.interface import Memory, Stream, Tail
 from fam_jax.memories.registry import memory_class
-from fam_jax.memories.window import BlockSlidingWindowAttention, local_model
+from fam_jax.memories.window import BlockSlidingWindowAttention, Window, local_model
 from fam_jax.memories.window_cache import Position
 from fam_jax.model.parameters import flatten
 
@@ -81,10 +81,20 @@ def layer_types(model: ModelConfig) -> LayerTypes:
     )
     if len(memories) > 1 and main.order == "segment":
         raise ConfigError(
-            f"config.model.layer_pattern: {model.memory.kind} needs global layers only, got {model.layer_pattern}"
+            f"config.model.layer_pattern: {model.memory.kind} needs global layers only, got {model.layer_pattern}; "
+            "choose another memory, or the pattern ('global',)"
         )
     pattern = [names.index(name) for name in model.layer_pattern]
     return LayerTypes(main, memories, np.resize(pattern, model.num_layers).astype(np.int32))
+
+
+def _only_attends(memory: Memory) -> bool:
+    """Return whether all that a memory does to tokens lies between a layer's projections and its output."""
+    kind = type(memory)
+    return isinstance(memory, Window) and (kind.read_blocks, kind.read_piece) == (
+        Window.read_blocks,
+        Window.read_piece,
+    )
 
 
 def read_blocks(
@@ -99,11 +109,11 @@ def read_blocks(
     """Read a chunk through a layer of type `which` (): see :meth:`Memory.read_blocks`."""
     if len(memories) == 1:
         return memories[0].read_blocks(layer, x, state, streams, at[0])
-    if all(memory.shares_projections for memory in memories):
+    if all(map(_only_attends, memories)):
         # Only attention stands in the branches: what a branch keeps for the backward pass is kept for every branch.
         branches = [
             lambda *args, memory=memory, at=at: memory.attend_blocks(layer, *args, at)
-            for memory, at in zip(memories, at, strict=True)
+            for memory, at in zip(cast(Sequence[Window], memories), at, strict=True)
         ]
         attended, state = jax.lax.switch(which, branches, *layer.project(x), state)
         return layer.finish(attended, x), state, streams
@@ -125,7 +135,7 @@ def read_piece(
     """Read a piece through a layer of type `which` (): see :meth:`Memory.read_piece`."""
     if len(memories) == 1:
         return memories[0].read_piece(layer, x, state, at[0])
-    if all(memory.shares_projections for memory in memories):
+    if all(map(_only_attends, memories)):
         branches = [
             lambda *args, memory=memory, at=at: memory.attend_piece(layer, *args, at)
             for memory, at in zip(memories, at, strict=True)

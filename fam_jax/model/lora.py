@@ -1,8 +1,9 @@
 """Low-rank adaptation (LoRA, Hu et al. 2021) of the layers' projections, and what is trained beside it.
 
-A projection x W becomes x W + s (x A) B with W frozen, A and B trained, B zero at the start. The layers know nothing
-of it: :func:`add_lora` replaces their projections, chosen by path, by such that hold A and B beside their kernel. So
-parameters keep their paths, a base model's fit in unchanged, and `layers/query` gains `lora_a` and `lora_b`.
+A projection x W becomes x W + s (x A) B, with W frozen, A and B trained, and B zero at the start. Layers do not know
+about it: :func:`add_lora` replaces projections, chosen by path, with ones that hold A and B beside their kernel.
+Parameters therefore keep their paths, those of a base model fit unchanged, and `layers/query` gains `lora_a` and
+`lora_b`.
 """
 
 import fnmatch
@@ -24,7 +25,7 @@ ADAPTERS = ("lora_a", "lora_b")
 
 
 class LoraLinear(Linear):
-    """A stack of projections with frozen kernels (L, *in, *out), and updates A (L, *in, r) and B (L, r, *out)."""
+    """A stack of projections with frozen kernels (L, *in, *out) and trained A (L, *in, r) and B (L, r, *out)."""
 
     def __init__(self, base: Linear, config: LoraConfig, *, rngs: nnx.Rngs):
         self.name, self.in_axes = base.name, base.in_axes
@@ -37,10 +38,10 @@ class LoraLinear(Linear):
         self.lora_b = nnx.Param(jnp.zeros((layers, config.rank, *out_shape), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The product of one layer: x (..., *in) to (..., *out)."""
+        """Return the product (..., *out) of x (..., *in) in one layer."""
         kernel, a, b = (w[...].astype(x.dtype) for w in (self.kernel, self.lora_a, self.lora_b))
         batch, out = x.shape[: x.ndim - self.in_axes], kernel.shape[self.in_axes :]
-        # Both products are added as matrices: XLA for TPU would bring each to an axis of heads, and the sum back.
+        # Add the products as matrices. Otherwise XLA for TPU reshapes each to an axis of heads, and the sum back.
         width, rank = math.prod(kernel.shape[: self.in_axes]), b.shape[0]
         rows = x.reshape(-1, width)
         low = checkpoint_name(rows @ a.reshape(width, rank), LOW_RANK)
@@ -49,7 +50,7 @@ class LoraLinear(Linear):
 
 
 def create_model(config: Config, *, rngs: nnx.Rngs) -> Transformer:
-    """The model that is trained: with LoRA if the config says so.
+    """Create the model to train, with LoRA if the config says so.
 
     Raises:
       ConfigError: as :func:`add_lora`.
@@ -61,28 +62,29 @@ def create_model(config: Config, *, rngs: nnx.Rngs) -> Transformer:
 
 
 def add_lora(model: Transformer, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
-    """Replaces the projections of the layers that `config.targets` names.
+    """Replace the projections of the layers that `config.targets` names.
 
     Raises:
-      ConfigError: a pattern of targets names no projection, or one of train no parameter, or the kernel of a target.
+      ConfigError: a pattern of `targets` matches no projection, or a pattern of `train` matches no parameter, or the
+        kernel of a target.
     """
     kernels = {f"layers/{name}/kernel": name for name in model.layers.linears()}
     chosen = set()
     for pattern in config.targets:
         named = fnmatch.filter(kernels, pattern)
         if not named:
-            raise ConfigError(f"config.lora.targets: {pattern!r} names none of {', '.join(kernels)}")
+            raise ConfigError(f"config.lora.targets: {pattern!r} matches none of {', '.join(kernels)}")
         chosen |= {*named}
     parameters = flatten(to_dict(nnx.state(model)))
     for pattern in config.train:
         named = fnmatch.filter(parameters, pattern)
         if not named and not pattern.endswith("memory/*"):  # not every memory has parameters
-            raise ConfigError(f"config.lora.train: {pattern!r} names none of {', '.join(parameters)}")
+            raise ConfigError(f"config.lora.train: {pattern!r} matches none of {', '.join(parameters)}")
         twice = chosen.intersection(named)
         if twice:
             raise ConfigError(
-                f"config.lora.train: {pattern!r} names {min(twice)}, which config.lora.targets keeps frozen; "
-                "take it out of one of them"
+                f"config.lora.train: {pattern!r} matches {min(twice)}, which config.lora.targets freezes; "
+                "remove it from one of the two"
             )
     for path in sorted(chosen):
         name = kernels[path]
@@ -90,7 +92,7 @@ def add_lora(model: Transformer, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
 
 
 def divide(params: Params, config: LoraConfig) -> tuple[Params, Params]:
-    """The parameters that are trained, and those that are not; without LoRA all are."""
+    """Split parameters into trained and frozen ones. Without LoRA all are trained."""
 
     def trained(path: str) -> bool:
         is_adapter = path.rpartition("/")[2] in ADAPTERS
@@ -106,15 +108,16 @@ def divide(params: Params, config: LoraConfig) -> tuple[Params, Params]:
 
 
 def join(trained: Params, frozen: Params) -> Params:
-    """The inverse of :func:`divide`."""
+    """Merge trained and frozen parameters; the inverse of :func:`divide`."""
     return unflatten(flatten(trained) | flatten(frozen))
 
 
 def stored(params: Params, config: Config) -> Params:
-    """Parameters in the dtypes in which training keeps them: frozen matrices as `config.lora.base_dtype` says.
+    """Convert parameters to the dtypes in which training keeps them.
 
-    A frozen matrix loses nothing in the dtype of the activations, to which it is converted at every use. All else is
-    float32: what is trained, and vectors (of norms), which are used in float32 and take no room.
+    Frozen matrices have the dtype `config.lora.base_dtype`. Keeping them in the dtype of the activations loses nothing,
+    because every use converts them to it. Trained parameters and the vectors of norms, which are small and used in
+    float32, are float32.
     """
     base = config.lora.base_dtype
     narrow = (
@@ -131,7 +134,7 @@ def stored(params: Params, config: Config) -> Params:
 
 
 def merge(params: Params, config: LoraConfig) -> Params:
-    """Parameters of the plain model that computes the same: kernels W + s A B, in float32 at least, and no A and B."""
+    """Return the parameters of the equivalent model without LoRA: kernels W + s A B, in at least float32."""
     if config.rank == 0:
         return params
     flat = flatten(params)

@@ -1,4 +1,4 @@
-"""Parameters as plain nested dicts of arrays, which is what checkpoints hold."""
+"""Parameters as plain nested dicts of arrays, as checkpoints hold them."""
 
 import math
 from typing import Any
@@ -8,15 +8,15 @@ from flax import nnx
 
 
 def to_dict(state: nnx.State) -> dict[str, Any]:
-    """Nested dict of arrays, names as in the module tree."""
+    """Return a nested dict of arrays, named as in the module tree."""
     return nnx.to_pure_dict(state)
 
 
 def from_dict(like: nnx.State, values: dict[str, Any]) -> nnx.State:
-    """A state of the structure of `like` that holds `values`.
+    """Return a state with the structure of `like` and the arrays of `values`.
 
     Raises:
-      ValueError: names or shapes differ; the message lists the first few.
+      ValueError: names or shapes differ; the message lists the first three.
     """
     flat_like, flat = flatten(to_dict(like)), flatten(values)
     wrong = [f"{name} is missing" for name in flat_like if name not in flat]
@@ -35,17 +35,17 @@ def from_dict(like: nnx.State, values: dict[str, Any]) -> nnx.State:
 
 
 def count_parameters(values: Any) -> int:
-    """Number of elements in all arrays of a tree."""
+    """Return the number of elements of all arrays in a tree."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(values))
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """Leaves of a nested dict by path, such as layers/query/kernel."""
+    """Return the leaves of a nested dict by path, such as layers/query/kernel."""
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`flatten`."""
+    """Return the nested dict of leaves by path; the inverse of :func:`flatten`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *groups, name = path.split("/")

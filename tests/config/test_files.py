@@ -103,5 +103,7 @@ def test_the_passkey_models_differ_in_their_memory_only() -> None:
         "bswa_m1": BlockSlidingWindowConfig(segments=1),
         "bswa_m1_sg": BlockSlidingWindowConfig(segments=1, stop_gradient=True),
     }
-    with pytest.raises(ConfigError, match="bswa_m2: expected one of fam, bswa_m1, bswa_m1_sg and any of smoke"):
+    with pytest.raises(
+        ConfigError, match="bswa_m2: expected one of fam, bswa_m1, bswa_m1_sg and any of smoke"
+    ):
         get_config("bswa_m2")

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, one or more of every supported family. Needs torch."""
+"""Tiny random models of transformers, at least one of every supported family. Needs torch."""
 
 import pathlib
 
@@ -59,7 +59,7 @@ MODELS = {
 
 
 def make(name: str, seed: int = 0) -> transformers.PreTrainedModel:
-    """A model whose every parameter shows in its logits: scales away from 1, biases away from 0."""
+    """Return a model with random parameters, all of which show in its logits: no scale is 1, no bias is 0."""
     kind, changes = MODELS[name]
     config = kind(**changes if "text_config" in changes else SIZES | changes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -76,13 +76,13 @@ def make(name: str, seed: int = 0) -> transformers.PreTrainedModel:
 
 
 def logits_of(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
-    """(B, T, V) float32."""
+    """Return logits (B, T, V) in float32."""
     with torch.no_grad():
         return model(torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy()
 
 
 def record(name: str, folder: pathlib.Path) -> None:
-    """Saves a model as transformers does, and its logits of :func:`recorded_tokens` beside."""
+    """Save a model as transformers does, with its logits of :func:`recorded_tokens` beside it."""
     from tests.hf.recorded import recorded_tokens
 
     model = make(name)

@@ -1,12 +1,12 @@
-"""Tiny models that transformers saved, with the logits that it computed: `python -m tests.hf.hf_models`."""
+"""Tiny models that transformers saved, with the logits it computed; `python -m tests.hf.hf_models` records them."""
 
 import pathlib
 
 import jax
 import numpy as np
 
-from fam_jax.config import ModelConfig, ceil_div
-from fam_jax.hf import Folder, import_parameters, model_fields, model_window
+from fam_jax.config import ModelConfig
+from fam_jax.hf import Folder, describe_model, import_parameters
 from fam_jax.memories.fam import FamConfig
 from tests.model.tiny import variant
 
@@ -26,10 +26,10 @@ def recorded_logits(name: str) -> np.ndarray:
 
 def config_of(folder: Folder, block_size: int = 4, **changes) -> ModelConfig:
     """Return the config of a model that sees its whole context, in blocks; FAM if `changes` give it a length."""
-    fields, window = model_fields(folder.config), model_window(folder.config)
-    reach = max(LENGTH - block_size, window - 1, fields["local_window"] - 1)
-    memory = FamConfig(length=0, segments=ceil_div(reach, block_size), window=window)
-    return variant(ModelConfig(**fields, block_size=block_size, memory=memory), **changes)
+    description = describe_model(folder.config)
+    segments = description.segments(block_size, LENGTH)
+    memory = FamConfig(length=0, segments=segments, window=description.window)
+    return variant(ModelConfig(**description.fields, block_size=block_size, memory=memory), **changes)
 
 
 def one_device(shapes):
@@ -38,7 +38,7 @@ def one_device(shapes):
 
 
 def imported(path: pathlib.Path, **changes):
-    """Config and parameters of a folder."""
+    """Return config and parameters of a folder."""
     folder = Folder(path)
     config = config_of(folder, **changes)
     return config, import_parameters(folder, config, one_device)

@@ -1,4 +1,4 @@
-"""Every folder that cannot be read exactly is refused in one line that names what is wrong."""
+"""A folder that cannot be read exactly is rejected with one line that names what is wrong."""
 
 import json
 import shutil
@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fam_jax.hf import ConvertError, Folder, model_fields
+from fam_jax.hf import ConvertError, Folder, describe_model
+from fam_jax.hf.config_json import OPTIONS
 from fam_jax.hf.families import FAMILIES
-from fam_jax.hf.options import ALL
 from tests.hf.recorded import DATA, imported
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of the recorded Llama, to be spoilt."""
+    """Return a copy of the recorded Llama, to be damaged."""
     shutil.copytree(DATA / "llama", tmp_path / "model")
     return tmp_path / "model"
 
@@ -50,7 +50,7 @@ def test_no_config(folder):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", ""])
-def test_a_config_that_is_no_json_object(folder, content):
+def test_a_config_that_is_not_a_json_object(folder, content):
     (folder / "config.json").write_text(content)
     assert "config.json: " in message_of(folder)
 
@@ -58,7 +58,7 @@ def test_a_config_that_is_no_json_object(folder, content):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
 def test_pytorch_files_only(folder, name):
     (folder / "model.safetensors").rename(folder / name)
-    assert "PyTorch files only" in message_of(folder)
+    assert "holds PyTorch files but no safetensors" in message_of(folder)
     assert "save_pretrained" in message_of(folder)
 
 
@@ -77,20 +77,23 @@ def test_no_weights(folder):
 def test_a_damaged_file(folder, damage):
     path = folder / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    assert "model.safetensors: is no safetensors file or is damaged" in message_of(folder)
+    assert "model.safetensors: is damaged or not a safetensors file" in message_of(folder)
 
 
 def test_a_part_that_the_index_names_is_missing(folder):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert "model-00002-of-00002.safetensors is missing" in message_of(folder)
+    assert (
+        "model-00002-of-00002.safetensors, which model.safetensors.index.json names, is missing"
+        in message_of(folder)
+    )
     (folder / "model.safetensors.index.json").write_text("{}")
     assert "has no weight_map" in message_of(folder)
 
 
 @pytest.mark.parametrize("name", [5, None, ""])
-def test_an_index_that_names_no_file(folder, name):
+def test_an_index_that_does_not_name_a_file(folder, name):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     weight_map = {"a": "model-00001-of-00001.safetensors", "model.norm.weight": name}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -144,14 +147,14 @@ def test_an_unembedding_beside_tied_embeddings_must_be_the_same(folder):
     assert "unembedding" not in imported(folder)[1]
 
 
-OPTIONS = {
-    "architecture LlamaModel is not supported; of model_type llama it is LlamaForCausalLM": {
+NOT_SUPPORTED = {
+    "architecture LlamaModel is not supported; model_type llama needs LlamaForCausalLM": {
         "architectures": ["LlamaModel"],
     },
-    "architecture PhiForCausalLM (model_type phi) is not supported; supported are llama": {
+    "architecture PhiForCausalLM (model_type phi) is not supported; choose a model of llama": {
         "model_type": "phi", "architectures": ["PhiForCausalLM"],
     },
-    "architectures ['Gemma3ForCausalLM'] is not supported; of model_type gemma3 it is ['Gemma3ForConditionalGen": {
+    "architectures ['Gemma3ForCausalLM'] is not supported; model_type gemma3 needs ['Gemma3ForConditionalGen": {
         "model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"],
     },
     "text_config.model_type 'llama' is not supported": {
@@ -160,17 +163,17 @@ OPTIONS = {
     "option attention_bias = True is not supported": {"attention_bias": True},
     "option mlp_bias = True is not supported": {"mlp_bias": True},
     "option quantization_config": {"quantization_config": {"bits": 4}},
-    "option residual_scale = 0.3 is not supported for llama; if it": {"residual_scale": 0.3},
+    "option residual_scale = 0.3 is not supported for llama; if it does not change": {"residual_scale": 0.3},
     "hidden_act relu is not supported; supported are silu": {"hidden_act": "relu"},
     "rope_type yarn is not supported": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
     "rope_type dynamic is not supported": {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None},
-    "option partial_rotary_factor of rope": {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}},
+    "RoPE option partial_rotary_factor": {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}},
     "rope_type linear needs factor": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
     "num_hidden_layers is missing": {"num_hidden_layers": None},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("says", "changes"), OPTIONS.items(), ids=OPTIONS)
+@pytest.mark.parametrize(("says", "changes"), NOT_SUPPORTED.items(), ids=NOT_SUPPORTED)
 def test_options_that_are_not_supported(folder, says, changes):
     edit_config(folder, **changes)
     assert f"config.json: {says}" in message_of(folder)
@@ -183,42 +186,42 @@ SCALED = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
-KINDS = {
-    "num_hidden_layers: expected a whole number above 0, got '2'": {"num_hidden_layers": "2"},
-    "num_attention_heads: expected a whole number above 0, got 0": {"num_attention_heads": 0},
-    "hidden_size: expected a whole number above 0, got 16.0": {"hidden_size": 16.0},
-    "vocab_size: expected a whole number above 0, got True": {"vocab_size": True},
-    "num_key_value_heads: expected a whole number above 0, got [2]": {"num_key_value_heads": [2]},
-    "max_position_embeddings: expected a whole number above 0, got 'x'": {"max_position_embeddings": "x"},
-    "rms_norm_eps: expected a number above 0, got nan": {"rms_norm_eps": float("nan")},
+WRONG_TYPES = {
+    "num_hidden_layers: expected a positive integer, got '2'": {"num_hidden_layers": "2"},
+    "num_attention_heads: expected a positive integer, got 0": {"num_attention_heads": 0},
+    "hidden_size: expected a positive integer, got 16.0": {"hidden_size": 16.0},
+    "vocab_size: expected a positive integer, got True": {"vocab_size": True},
+    "num_key_value_heads: expected a positive integer, got [2]": {"num_key_value_heads": [2]},
+    "max_position_embeddings: expected a positive integer, got 'x'": {"max_position_embeddings": "x"},
+    "rms_norm_eps: expected a positive number, got nan": {"rms_norm_eps": float("nan")},
     "tie_word_embeddings: expected true or false, got 'no'": {"tie_word_embeddings": "no"},
-    "hidden_act: expected a text, got {}": {"hidden_act": {}},
-    "model_type: expected a text, got ['llama']": {"model_type": ["llama"]},
-    "architectures: expected a list of texts, got 'LlamaForCausalLM'": {"architectures": "LlamaForCausalLM"},
-    "sliding_window: expected a whole number of 0 or more, got '20'": {"model_type": "mistral", "sliding_window": "20"},
-    "layer_types: expected a list of texts, got [1]": {"layer_types": [1]},
-    "text_config: expected a group of options, got []": {"model_type": "gemma3", "text_config": []},
-    "rope_theta: expected a number above 0, got 'big'": {"rope_theta": "big"},
-    "rope_parameters: expected a group of options, got [1]": {"rope_parameters": [1]},
-    "rope_parameters.rope_theta: expected a number above 0, got 'big'": {"rope_parameters": {"rope_theta": "big"}},
-    "rope_parameters.full_attention: expected a group": {"rope_parameters": {"full_attention": "default"}},
-    "rope_parameters.full_attention.factor: expected a number": {"rope_parameters": {"full_attention": {"factor": {}}}},
-    "rope_scaling.type: expected a text, got 3": {"rope_parameters": None, "rope_scaling": {"type": 3}},
-    "rope_parameters.original_max_position_embeddings: expected a whole": {
+    "hidden_act: expected a string, got {}": {"hidden_act": {}},
+    "model_type: expected a string, got ['llama']": {"model_type": ["llama"]},
+    "architectures: expected a list of strings, got 'LlamaForCausalLM'": {"architectures": "LlamaForCausalLM"},
+    "sliding_window: expected an integer of at least 0, got '20'": {"model_type": "mistral", "sliding_window": "20"},
+    "layer_types: expected a list of strings, got [1]": {"layer_types": [1]},
+    "text_config: expected a JSON object, got []": {"model_type": "gemma3", "text_config": []},
+    "rope_theta: expected a positive number, got 'big'": {"rope_theta": "big"},
+    "rope_parameters: expected a JSON object, got [1]": {"rope_parameters": [1]},
+    "rope_parameters.rope_theta: expected a positive number, got 'big'": {"rope_parameters": {"rope_theta": "big"}},
+    "rope_parameters.full_attention: expected a JSON object": {"rope_parameters": {"full_attention": "default"}},
+    "rope_parameters.full_attention.factor: expected": {"rope_parameters": {"full_attention": {"factor": {}}}},
+    "rope_scaling.type: expected a string, got 3": {"rope_parameters": None, "rope_scaling": {"type": 3}},
+    "rope_parameters.original_max_position_embeddings: expected a positive": {
         "rope_parameters": SCALED | {"original_max_position_embeddings": "8192"},
     },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("says", "changes"), KINDS.items(), ids=KINDS)
-def test_options_of_another_kind(folder, says, changes):
+@pytest.mark.parametrize(("says", "changes"), WRONG_TYPES.items(), ids=WRONG_TYPES)
+def test_options_of_the_wrong_type(folder, says, changes):
     edit_config(folder, **{"architectures": None} | changes)
     assert f"config.json: {says}" in message_of(folder)
 
 
-def test_every_option_that_is_read_has_a_kind():
+def test_every_option_that_is_read_has_a_type():
     read = {option for family in FAMILIES.values() for option in (*family.options, *family.defaults)}
-    assert read <= ALL.keys()
+    assert read <= OPTIONS.keys()
 
 
 def test_null_is_the_default(folder):
@@ -228,25 +231,25 @@ def test_null_is_the_default(folder):
 
 def test_an_option_may_be_ignored_by_name_unless_it_is_known_to_matter(folder):
     config = Folder(folder).config
-    plain = model_fields(config)
-    assert model_fields(config | {"residual_scale": 0.3}, ["residual_scale"]) == plain
+    plain = describe_model(config)
+    assert describe_model(config | {"residual_scale": 0.3}, ["residual_scale"]) == plain
     with pytest.raises(ConvertError, match="attention_bias"):
-        model_fields(config | {"attention_bias": True}, ["attention_bias"])
+        describe_model(config | {"attention_bias": True}, ["attention_bias"])
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
         ("gemma2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
-        ("gemma2", {"layer_types": ["full_attention"]}, "do not fit num_hidden_layers 3"),
-        ("gemma2", {"sliding_window": None}, "do not fit num_hidden_layers 3 and sliding_window None"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "contradict num_hidden_layers 3"),
+        ("gemma2", {"sliding_window": None}, "contradict num_hidden_layers 3 or sliding_window None"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "option layer_types"),
         ("gemma3", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {
-            "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}}, "scaled rope of the sliding_attention layers"),
+            "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}}, "scaled RoPE in sliding_attention layers"),
     ],
 )  # fmt: skip
 def test_windows_that_are_not_supported(name, changes, says):
     with pytest.raises(ConvertError) as caught:
-        model_fields(Folder(DATA / name).config | changes)
+        describe_model(Folder(DATA / name).config | changes)
     assert says in str(caught.value)

@@ -1,9 +1,8 @@
-"""Runs with LoRA, exported: merged into the weights, as an adapter of PEFT, and the base without it."""
+"""Exports of runs with LoRA: merged into the weights, as an adapter for PEFT, and the base alone."""
 
 import dataclasses
 import json
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ LORA = LoraConfig(rank=3, alpha=6.0)
 
 
 def run_with_lora(name, config=LORA, **changes):
-    """Config, parameters and logits of a recorded model with updates that are not zero."""
+    """Return config, parameters and logits of a recorded model with updates that are not zero."""
     model, params = imported(DATA / name, **changes)
     config = Config(model=model, lora=config, train=TrainConfig(init_from=str(DATA.parent / "base")))
     fresh = nnx.state(create_model(config, rngs=nnx.Rngs(1)))
@@ -48,7 +47,7 @@ def run_with_lora(name, config=LORA, **changes):
 
 @pytest.fixture
 def workdir(tmp_path):
-    """A run with LoRA that began with an imported Gemma 2, with its logits."""
+    """Return the folder and the logits of a run with LoRA that began with an imported Gemma 2."""
     config, params, logits = run_with_lora("gemma2")
     base = tmp_path / "base"
     (base / COMPANIONS).mkdir(parents=True)
@@ -59,18 +58,17 @@ def workdir(tmp_path):
     return tmp_path / "run", logits
 
 
-def export(monkeypatch, run, out, *arguments):
-    monkeypatch.setattr(sys, "argv", ["export_hf", f"--checkpoint={run}", f"--out={out}", *arguments])
-    export_hf.main()
+def export(run, out, *arguments):
+    assert export_hf.main([f"--checkpoint={run}", f"--out={out}", *arguments]) == 0
 
 
-def test_the_base_and_the_merged_model(monkeypatch, workdir, tmp_path):
+def test_the_base_and_the_merged_model(workdir, tmp_path):
     run, logits = workdir
-    export(monkeypatch, run, tmp_path / "base_again", "--lora=base")
+    export(run, tmp_path / "base_again", "--lora=base")
     original = DATA / "gemma2" / "model.safetensors"
     assert (tmp_path / "base_again" / "model.safetensors").read_bytes() == original.read_bytes()
 
-    export(monkeypatch, run, tmp_path / "merged")
+    export(run, tmp_path / "merged")
     config, params = imported(tmp_path / "merged")
     got = Reader(config, params, 2).read(recorded_tokens(), aligned=True)
     np.testing.assert_allclose(got, logits, rtol=0, atol=1e-4)
@@ -106,18 +104,18 @@ def test_peft_loads_the_adapter_upon_the_base(name, targets, tmp_path):
     np.testing.assert_allclose(logits_of(model, recorded_tokens()), logits, rtol=0, atol=1e-4)
 
 
-def test_the_initial_fam_is_beside_the_adapter(monkeypatch, tmp_path):
+def test_the_initial_fam_is_beside_the_adapter(tmp_path):
     config, params, _ = run_with_lora("qwen3", length=2)
     with Checkpoints(tmp_path / "run", config=dataclasses.asdict(config), keep=1) as checkpoints:
         checkpoints.save(5, {"params": params}, {}, wait=True)
-    export(monkeypatch, tmp_path / "run", tmp_path / "adapter", "--lora=adapter")
+    export(tmp_path / "run", tmp_path / "adapter", "--lora=adapter")
     names = {"adapter_config.json", "adapter_model.safetensors", "memory.safetensors"}
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == names
     fam = load_file(tmp_path / "adapter" / "memory.safetensors")["memory/initial_fam"]
     np.testing.assert_array_equal(fam, params["memory"]["initial_fam"])
 
 
-def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
+def test_parameters_that_an_adapter_cannot_hold_are_rejected(tmp_path):
     config, params, _ = run_with_lora("qwen3", dataclasses.replace(LORA, train=("layers/*_norm/scale",)))
     with pytest.raises(ConvertError, match="layers/attention_norm/scale was trained too"):
         export_adapter(tmp_path, config, params)

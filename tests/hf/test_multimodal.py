@@ -1,4 +1,4 @@
-"""Gemma 3 with its vision tower: the text part, whichever way the files spell it."""
+"""The text part of Gemma 3 with its vision tower, in every spelling of the files."""
 
 import json
 import shutil
@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fam_jax.hf import ConvertError, Folder, model_fields
+from fam_jax.hf import ConvertError, Folder, describe_model
 from fam_jax.hf.multimodal import text_part
 from tests.hf.recorded import DATA, imported, recorded_logits, recorded_tokens
 from tests.model.tiny import Reader
 
 NAME = "gemma3_vision"
 
-# What the published files say of the text part: all the rest is transformers' defaults.
+# What the published files say about the text part; the rest is left to the defaults of transformers.
 LINEAR = {
     "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
     "sliding_window": 1024,
@@ -30,7 +30,7 @@ PUBLISHED = {
 
 
 def whole(text, **changes):
-    """A config.json as the published ones are."""
+    """Return a config.json like the published ones."""
     return {
         "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
         "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
@@ -50,7 +50,7 @@ def rename(folder, spell):
 
 
 def new_name(name):
-    """As in files that newer versions of transformers wrote."""
+    """Return the name of a tensor in files of newer versions of transformers."""
     return "model." + name.replace("language_model.model.", "language_model.")
 
 
@@ -97,7 +97,7 @@ def test_an_old_config_that_leaves_defaults_out_is_the_same_model(folder):
 
 
 def test_the_rope_is_scaled_in_global_layers_only(folder):
-    fields = model_fields(text_part(whole(PUBLISHED["4b"])))
+    fields = describe_model(text_part(whole(PUBLISHED["4b"]))).fields
     assert (fields["rope_scaling"], fields["rope_factor"]) == ("linear", 8.0)
     assert (fields["rope_base"], fields["local_rope_base"]) == (1e6, 1e4)
     config, params = imported(folder, rope_scaling="none")
@@ -107,7 +107,7 @@ def test_the_rope_is_scaled_in_global_layers_only(folder):
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_configs_are_completed_as_transformers_does(size):
-    fields = model_fields(text_part(whole(PUBLISHED[size])))
+    fields = describe_model(text_part(whole(PUBLISHED[size]))).fields
     assert (fields["vocab_size"], fields["tie_embeddings"], fields["local_window"]) == (262208, True, 1024)
     assert fields["layer_pattern"] == ("local",) * 5 + ("global",)
     if size == "4b":
@@ -117,15 +117,15 @@ def test_published_configs_are_completed_as_transformers_does(size):
         **whole(PUBLISHED[size], vision_config={"model_type": "siglip_vision_model"})
     )
     complete = text_part(config.to_dict())
-    assert model_fields(complete, ignored=complete.keys()) == fields
+    assert describe_model(complete, ignored=complete.keys()).fields == fields
     alone = transformers.Gemma3TextConfig(**PUBLISHED[size] | LINEAR)
     assert text_part(whole(PUBLISHED[size]))["max_position_embeddings"] == alone.max_position_embeddings
 
 
 def test_text_config_may_say_nothing_at_all():
-    fields = model_fields(text_part({"model_type": "gemma3"}))
+    fields = describe_model(text_part({"model_type": "gemma3"})).fields
     complete = pytest.importorskip("transformers").Gemma3TextConfig().to_dict()
-    assert fields == model_fields(complete, ignored=complete.keys())
+    assert fields == describe_model(complete, ignored=complete.keys()).fields
 
 
 def test_options_of_the_whole():
@@ -137,11 +137,11 @@ def test_options_of_the_whole():
     assert text_part(whole({}))["eos_token_id"] == [1, 106]
     assert text_part(whole({}, hidden_size=7))["hidden_size"] == 2304
     with pytest.raises(ConvertError, match="option quantization_config"):
-        model_fields(text_part(whole({}, quantization_config={"bits": 4})))
+        describe_model(text_part(whole({}, quantization_config={"bits": 4})))
     with pytest.raises(ConvertError, match="option residual_scale = 2"):
-        model_fields(text_part(whole({}, residual_scale=2)))
+        describe_model(text_part(whole({}, residual_scale=2)))
     with pytest.raises(ConvertError, match="option use_bidirectional_attention"):
-        model_fields(text_part(whole({"use_bidirectional_attention": True})))
+        describe_model(text_part(whole({"use_bidirectional_attention": True})))
 
 
 def test_a_text_model_is_left_as_it_is():
@@ -162,7 +162,7 @@ def test_a_tensor_in_both_spellings_is_an_error(folder):
     old = "language_model.model.norm.weight"
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {new_name(old): tensors[old]}, folder / "model.safetensors")
-    with pytest.raises(ConvertError, match="are one in two spellings"):
+    with pytest.raises(ConvertError, match="are two spellings of one tensor"):
         imported(folder)
 
 

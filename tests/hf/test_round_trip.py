@@ -1,4 +1,4 @@
-"""In and out again: bit for bit here, and the same logits there."""
+"""Export and import again: the parameters are equal bit for bit, and transformers computes the same logits."""
 
 import dataclasses
 import json
@@ -14,16 +14,15 @@ from fam_jax.config import MeshConfig
 from fam_jax.hf import (
     ConvertError,
     Folder,
+    describe_model,
     export_folder,
     hf_config,
     import_parameters,
-    model_fields,
-    model_window,
     updated_config,
 )
-from fam_jax.hf.exporting import UNFINISHED
 from fam_jax.hf.families import FAMILIES
-from fam_jax.hf.importing import stored_memory
+from fam_jax.hf.memory_file import read_memory_config
+from fam_jax.hf.output_folder import UNFINISHED
 from fam_jax.sharding import make_mesh, param_shardings
 from tests.hf.recorded import (
     DATA,
@@ -43,7 +42,7 @@ def arrays_equal(a, b):
 
 
 def in_bfloat16(name, folder):
-    """A copy of a recorded model, in bfloat16."""
+    """Write a copy of a recorded model in bfloat16."""
     shutil.copytree(DATA / name, folder)
     tensors = load_file(folder / "model.safetensors")
     save_file({key: x.astype(ml_dtypes.bfloat16) for key, x in tensors.items()}, folder / "model.safetensors")
@@ -51,7 +50,7 @@ def in_bfloat16(name, folder):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exported_and_imported_again_is_bit_for_bit_the_same(name, tmp_path):
-    """In bfloat16, which is kept, with the config written anew, and in several files."""
+    """In bfloat16, which is kept, with a new config, and in several files."""
     in_bfloat16(name, tmp_path / "source")
     config, params = imported(tmp_path / "source")
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("bfloat16")}
@@ -88,22 +87,24 @@ def test_old_spellings_of_a_config_mean_the_same():
         }
         if name == "gemma3":
             old |= {"rope_local_base_freq": 1e4, "sliding_window_pattern": 3}
-        assert model_fields(old) == model_fields(new)
+        assert describe_model(old) == describe_model(new)
 
 
-def test_what_a_config_leaves_out_is_what_transformers_takes():
+def test_options_that_a_config_leaves_out_have_the_defaults_of_transformers():
     sizes = {"hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 8, "num_attention_heads": 8}
-    fields = model_fields({"model_type": "gemma3_text"} | sizes)
+    fields = describe_model({"model_type": "gemma3_text"} | sizes).fields
     assert fields["layer_pattern"] == ("local",) * 5 + ("global",)
     assert (fields["local_window"], fields["rope_base"], fields["local_rope_base"]) == (4096, 1e6, 1e4)
     assert (fields["num_kv_heads"], fields["head_dim"], fields["query_pre_attn_scalar"]) == (4, 256, 256)
     assert (fields["vocab_size"], fields["attention_softcap"], fields["tie_embeddings"]) == (262208, 0, True)
-    fields = model_fields({"model_type": "gemma2", "hidden_act": None} | sizes)
+    fields = describe_model({"model_type": "gemma2", "hidden_act": None} | sizes).fields
     assert (fields["layer_pattern"], fields["attention_softcap"]) == (("local", "global"), 50)
-    assert model_fields({"model_type": "gemma", "hidden_act": "gelu"} | sizes)["activation"] == "geglu"
-    assert model_window({"model_type": "mistral"} | sizes) == 4096
-    assert model_window({"model_type": "mistral", "sliding_window": None} | sizes) == 0
-    assert model_window({"model_type": "qwen2", "sliding_window": 4096} | sizes) == 0
+    assert (
+        describe_model({"model_type": "gemma", "hidden_act": "gelu"} | sizes).fields["activation"] == "geglu"
+    )
+    assert describe_model({"model_type": "mistral"} | sizes).window == 4096
+    assert describe_model({"model_type": "mistral", "sliding_window": None} | sizes).window == 0
+    assert describe_model({"model_type": "qwen2", "sliding_window": 4096} | sizes).window == 0
 
 
 def test_the_initial_fam_goes_along(tmp_path):
@@ -112,14 +113,14 @@ def test_the_initial_fam_goes_along(tmp_path):
     assert all((row == table).all(axis=1).any() for row in fam)
     params["memory"]["initial_fam"] += 0.5
     export_folder(tmp_path / "out", config, params, hf_config(config))
-    assert stored_memory(Folder(tmp_path / "out"))["memory"]["length"] == 3
+    assert read_memory_config(tmp_path / "out")["memory"]["length"] == 3
     same = imported(tmp_path / "out", length=3)[1]
     arrays_equal(same, params)
-    with pytest.raises(ConvertError, match=r"shape \[3, 16\], and the model's has \[2, 16\]"):
+    with pytest.raises(ConvertError, match=r"shape \[3, 16\], but the model needs shape \[2, 16\]"):
         imported(tmp_path / "out", length=2)
     (tmp_path / "out" / "memory.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ConvertError, match="holds no memory of fam_jax, or is damaged"):
-        stored_memory(Folder(tmp_path / "out"))
+    with pytest.raises(ConvertError, match="is damaged, or fam_jax did not write it"):
+        read_memory_config(tmp_path / "out")
 
 
 def test_a_learned_prefix_goes_along(tmp_path):
@@ -127,6 +128,31 @@ def test_a_learned_prefix_goes_along(tmp_path):
     assert params["layers"]["memory"]["initial_fam"].shape == (3, 2, 16)
     export_folder(tmp_path / "out", config, params, hf_config(config))
     arrays_equal(imported(tmp_path / "out", length=2, init="prefix")[1], params)
+
+
+@pytest.mark.parametrize(("name", "init"), [("qwen3", "prompt"), ("gemma", "prefix")])
+def test_a_fam_of_version_0_1_is_read(name, init, tmp_path):
+    """It was stored as fam.safetensors, under one name for both kinds of initial FAM, with the former field names."""
+    config, params = imported(DATA / name, length=2, init=init)
+    memory = params["memory"] if init == "prompt" else params["layers"]["memory"]
+    memory["initial_fam"] += 0.5
+    export_folder(tmp_path / "out", config, params, hf_config(config))
+    (tmp_path / "out" / "memory.safetensors").unlink()
+    fields = {
+        "block_size": 4, "memory_segments": config.memory.segments, "window": 0, "stop_gradient": False,
+        "fam_length": 2, "fam_init": init, "fam_positions": "zero", "fam_previous_blocks": 3,
+    }  # fmt: skip
+    metadata = {"format": "fam_jax", "config": json.dumps(fields)}
+    vectors = {"initial_fam": np.asarray(memory["initial_fam"])}
+    save_file(vectors, tmp_path / "out" / "fam.safetensors", metadata=metadata)
+    assert read_memory_config(tmp_path / "out") == {
+        "block_size": 4,
+        "memory": {
+            "kind": "fam", "segments": config.memory.segments, "window": 0, "stop_gradient": False, "length": 2,
+            "init": init, "positions": "zero", "previous_blocks": 3,
+        },
+    }  # fmt: skip
+    arrays_equal(imported(tmp_path / "out", length=2, init=init)[1], params)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2"])
@@ -168,12 +194,12 @@ def test_a_model_trained_here_is_exported_as_the_family_that_computes_it(tmp_pat
          "local_rope_base"),
     ],
 )  # fmt: skip
-def test_what_no_family_computes_is_refused_by_name(changes, field):
+def test_models_that_no_family_computes_are_rejected_by_name(changes, field):
     with pytest.raises(ConvertError, match=f"config.model.{field}: .* cannot be expressed"):
         hf_config(variant(**changes))
 
 
-def test_a_config_of_another_model_is_refused_and_so_is_a_folder_in_use(tmp_path):
+def test_a_config_of_another_model_and_a_folder_in_use_are_rejected(tmp_path):
     config = variant()
     with pytest.raises(ConvertError, match="vocab_size: 11 cannot be expressed"):
         export_folder(
@@ -208,7 +234,7 @@ def test_a_folder_is_written_beside_and_then_renamed(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_an_export_that_is_cut_short_leaves_nothing(tmp_path, error):
+def test_an_interrupted_export_leaves_nothing(tmp_path, error):
     config = variant()
     how = (tmp_path / "out", config, params_of(config), hf_config(config))
 
@@ -241,7 +267,7 @@ def test_every_family_is_recorded():
     assert {config["model_type"] for config in configs} == FAMILIES.keys() | {"gemma3"}
 
 
-def test_a_config_is_written_anew_where_the_original_no_longer_describes_the_model():
+def test_a_new_config_is_written_if_the_original_no_longer_describes_the_model():
     original = json.loads((DATA / "mistral" / "config.json").read_text()) | {"eos_token_id": 7}
     config = config_of(Folder(DATA / "mistral"))
     assert updated_config(config, original) == original

@@ -52,7 +52,7 @@ def test_without_a_config_beside_it_no_piece_is_special(folder):
     assert load_vocabulary(str(folder / "tokenizer.json")).eos_id is None
 
 
-def test_a_missing_or_damaged_vocabulary_is_told_in_one_line(folder):
+def test_a_missing_or_damaged_vocabulary_is_reported_in_one_line(folder):
     (folder / "damaged.json").write_text("{}")
     for name, says in (("damaged.json", "damaged one"), ("missing.json", "no such file")):
         with pytest.raises(UserError, match=says):
@@ -74,17 +74,17 @@ def test_a_tokenizer_fits_a_table_of_its_size_or_a_padded_one(folder):
         check_tokenizer(folder / "tokenizer.json", vocab_size)
     for vocab_size in (size - 2, size + 2000):
         with pytest.raises(
-            ConvertError, match=f"has {size} pieces, and the model's vocab_size is {vocab_size}"
+            ConvertError, match=f"has {size} pieces, but the model's vocab_size is {vocab_size}"
         ):
             check_tokenizer(folder / "tokenizer.json", vocab_size)
-    with pytest.raises(ConvertError, match="pieces, and the model's vocab_size is 10"):
+    with pytest.raises(ConvertError, match="pieces, but the model's vocab_size is 10"):
         check_tokenizer(SHIPPED["passkey"], 10)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-def test_a_damaged_tokenizer_is_refused(folder, name):
+def test_a_damaged_tokenizer_is_rejected(folder, name):
     (folder / name).write_bytes(b"nothing")
-    with pytest.raises(ConvertError, match="is no tokenizer, or is damaged"):
+    with pytest.raises(ConvertError, match="is damaged or not a tokenizer"):
         check_tokenizer(folder / name, 300)
     (folder / name).unlink()
     with pytest.raises(ConvertError, match="no such file"):
@@ -94,13 +94,13 @@ def test_a_damaged_tokenizer_is_refused(folder, name):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{bad", "is not readable as JSON"),
+        ("{bad", "cannot be read as JSON"),
         ("[]", "expected a JSON object"),
-        ('{"eos_token": 5}', "eos_token: expected a text, or a group with its content, got 5"),
-        ('{"bos_token": {"content": [1]}}', "bos_token: expected a text"),
+        ('{"eos_token": 5}', "eos_token: expected a string, or an object with its content, got 5"),
+        ('{"bos_token": {"content": [1]}}', "bos_token: expected a string"),
     ],
 )
-def test_a_damaged_config_beside_it_is_refused(folder, content, says):
+def test_a_damaged_config_beside_it_is_rejected(folder, content, says):
     size = size_of(folder)
     check_tokenizer(folder / "tokenizer.json", size)
     (folder / "tokenizer_config.json").write_text(content)

@@ -1,8 +1,7 @@
-"""Import and export from the command line, and what a user sees of mistakes."""
+"""Import and export from the command line, and the messages for mistakes."""
 
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -10,9 +9,11 @@ import tokenizers
 from etils import epath
 
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params, read_config
-from fam_jax.config import resolve
+from fam_jax.config import UserError, resolve
 from fam_jax.generate.streaming import Streamer
-from fam_jax.hf import Folder
+from fam_jax.hf import Folder, exporting, importing
+from fam_jax.memories.fam import FamConfig
+from fam_jax.memories.window import BlockSlidingWindowConfig, FullConfig
 from fam_jax.restore import load_model
 from fam_jax.train.init_from import base_config
 from launch import export_hf, import_hf
@@ -21,7 +22,7 @@ from tests.hf.recorded import DATA, LENGTH, VOCABULARY, recorded_logits, recorde
 
 @pytest.fixture
 def source(tmp_path):
-    """The recorded Gemma 2 with a tokenizer of its size."""
+    """Return a folder with the recorded Gemma 2 and a tokenizer of its size."""
     folder = tmp_path / "source"
     shutil.copytree(DATA / "gemma2", folder)
     pieces = {f"w{i}": i for i in range(VOCABULARY)}
@@ -32,24 +33,25 @@ def source(tmp_path):
     return folder
 
 
-def run(monkeypatch, entry, *arguments):
-    monkeypatch.setattr(sys, "argv", [entry.__name__, *map(str, arguments)])
-    entry.main()
+def run(entry, *arguments):
+    assert entry.main([*map(str, arguments)]) == 0
 
 
-def error_of(monkeypatch, capsys, entry, *arguments):
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, entry, *arguments)
-    assert caught.value.code == 2
-    line = capsys.readouterr().err.strip()
-    assert line.startswith("error: ")
-    assert "\n" not in line
-    return line
+def error_of(entry, *arguments):
+    with pytest.raises(UserError) as caught:
+        entry.main([*map(str, arguments)])
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
-def test_import_read_and_export(monkeypatch, capsys, source, tmp_path):
+def model_of(checkpoint):
+    return resolve(read_config(checkpoint)).model
+
+
+def test_import_read_and_export(capsys, source, tmp_path):
     ckpt, out = tmp_path / "ckpt", tmp_path / "out"
-    run(monkeypatch, import_hf, "--source", source, "--out", ckpt, "--block_size=8")
+    run(import_hf, "--source", source, "--out", ckpt, "--block_size=8")
     config = resolve(read_config(ckpt))
     assert (config.model.local_window, config.model.memory.kind, config.model.memory.segments) == (
         6,
@@ -62,14 +64,14 @@ def test_import_read_and_export(monkeypatch, capsys, source, tmp_path):
     logits, _ = Streamer(config.model, params).read(list(recorded_tokens()))
     np.testing.assert_allclose(logits, recorded_logits("gemma2")[:, LENGTH - 1], rtol=0, atol=1e-4)
 
-    run(monkeypatch, export_hf, "--checkpoint", ckpt, "--out", out)
+    run(export_hf, "--checkpoint", ckpt, "--out", out)
     assert {path.name for path in out.iterdir()} == {path.name for path in source.iterdir()} - {"logits.npy"}
     for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     assert "for Gemma2ForCausalLM" in capsys.readouterr().out
 
 
-def test_import_with_a_fam_export_and_import_again(monkeypatch, source, tmp_path):
+def test_import_with_a_fam_export_and_import_again(source, tmp_path):
     a, out, b = (tmp_path / name for name in ("a", "out", "b"))
     how = (
         "--block_size=8",
@@ -78,9 +80,9 @@ def test_import_with_a_fam_export_and_import_again(monkeypatch, source, tmp_path
         "--param_dtype=bfloat16",
         "--attention=xla",
     )
-    run(monkeypatch, import_hf, "--source", source, "--out", a, "--tokenizer=none", *how)
-    run(monkeypatch, export_hf, "--checkpoint", a, "--out", out)
-    run(monkeypatch, import_hf, "--source", out, "--out", b, "--tokenizer=none")
+    run(import_hf, "--source", source, "--out", a, "--tokenizer=none", *how)
+    run(export_hf, "--checkpoint", a, "--out", out)
+    run(import_hf, "--source", out, "--out", b, "--tokenizer=none")
     (old, old_config, _), (new, new_config, _) = load_params(a), load_params(b)
     assert new_config["model"] | {"attention": "xla", "dtype": "float32"} == old_config["model"] | {
         "dtype": "float32"
@@ -91,25 +93,59 @@ def test_import_with_a_fam_export_and_import_again(monkeypatch, source, tmp_path
     np.testing.assert_array_equal(old["layers"]["down"]["kernel"], new["layers"]["down"]["kernel"])
 
 
-def test_a_run_s_own_vocabulary_goes_with_its_export(monkeypatch, source, tmp_path):
+def test_the_memory_is_chosen_by_config_fields_or_their_short_forms(source, tmp_path):
+    short, long = tmp_path / "short", tmp_path / "long"
+    how = ("--source", source, "--tokenizer=none")
+    run(import_hf, *how, "--out", short, "--block_size=8", "--fam_length=3", "--fam_init=prefix")
+    memory = "--config.model.memory"
+    fields = (
+        "--config.model.block_size=8",
+        f"{memory}.kind=fam",
+        f"{memory}.length=3",
+        f"{memory}.init=prefix",
+    )
+    run(import_hf, *how, "--out", long, *fields)
+    assert model_of(short) == model_of(long)
+    assert model_of(short).memory == FamConfig(length=3, segments=7, init="prefix")
+    run(import_hf, *how, "--out", tmp_path / "full", "--block_size=8", f"{memory}.kind=full")
+    assert model_of(tmp_path / "full").memory == FullConfig(context=64)
+
+
+def test_a_stored_fam_can_be_left_out(source, tmp_path):
+    how = ("--tokenizer=none", "--source")
+    run(import_hf, *how, source, "--out", tmp_path / "a", "--block_size=8", "--fam_length=3")
+    run(export_hf, "--checkpoint", tmp_path / "a", "--out", tmp_path / "out")
+    run(import_hf, *how, tmp_path / "out", "--out", tmp_path / "b", "--fam_length=0")
+    assert model_of(tmp_path / "b").memory == BlockSlidingWindowConfig(segments=7)
+    assert "memory" not in load_params(tmp_path / "b")[0]
+
+
+def test_a_window_of_all_layers_stays(source, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(DATA / "mistral" / name, source / name)
+    run(import_hf, "--source", source, "--out", tmp_path / "out", "--tokenizer=none", "--block_size=4")
+    assert model_of(tmp_path / "out").memory == BlockSlidingWindowConfig(segments=15, window=7)
+
+
+def test_a_run_s_own_vocabulary_goes_with_its_export(source, tmp_path):
     own, ckpt, out, again = (tmp_path / name for name in ("own", "ckpt", "out", "again"))
     own.mkdir()
     vocabulary = own / "mine.json"
     shutil.move(source / "tokenizer.json", vocabulary)
     how = ("--source", source, "--out", ckpt, "--block_size=8")
-    run(monkeypatch, import_hf, *how, "--tokenizer", vocabulary)
+    run(import_hf, *how, "--tokenizer", vocabulary)
     shutil.rmtree(ckpt / "huggingface")  # as if it had been trained here
-    run(monkeypatch, export_hf, "--checkpoint", ckpt, "--out", out)
+    run(export_hf, "--checkpoint", ckpt, "--out", out)
     assert (out / "tokenizer.json").read_bytes() == vocabulary.read_bytes()
-    run(monkeypatch, import_hf, "--source", out, "--out", again, "--block_size=8")
+    run(import_hf, "--source", out, "--out", again, "--block_size=8")
 
 
-def test_mistakes(monkeypatch, capsys, source, tmp_path):
+def test_mistakes(source, tmp_path):
     out = tmp_path / "ckpt"
     (tmp_path / "file").touch()
 
     def error(*arguments, entry=import_hf):
-        return error_of(monkeypatch, capsys, entry, *arguments)
+        return error_of(entry, *arguments)
 
     assert "no such folder" in error("--source", tmp_path / "nothing", "--out", out)
     assert "is not empty" in error("--source", source, "--out", tmp_path)
@@ -123,15 +159,24 @@ def test_mistakes(monkeypatch, capsys, source, tmp_path):
         "--source", source, "--out", out, "--block_size=2", "--memory_segments=2"
     )
     assert "no such file" in error("--source", source, "--out", out, "--tokenizer", tmp_path / "other.json")
+    assert "config.model.memory.init: is a field of fam, but the kind is bswa" in error(
+        "--source", source, "--out", out, "--fam_init=prefix"
+    )
+    assert "config.model.num_layers: the model's config.json decides this field" in error(
+        "--source", source, "--out", out, "--config.model.num_layers=2"
+    )
+    assert "config.train.steps: is not a field of the model" in error(
+        "--source", source, "--out", out, "--config.train.steps=2"
+    )
     assert "argument --fam_length" in error("--source", source, "--out", out, "--fam_length=many")
     assert f"{tmp_path / 'file'}: is a file; give a new folder as --out" in error(
         "--source", source, "--out", tmp_path / "file"
     )
-    assert "cannot be made (Not a directory); give another --out" in error(
+    assert "cannot be created (Not a directory); give another --out" in error(
         "--source", source, "--out", tmp_path / "file" / "under", "--block_size=8"
     )
     (source / "tokenizer_config.json").write_text("{bad")
-    assert "tokenizer_config.json: is not readable as JSON" in error(
+    assert "tokenizer_config.json: cannot be read as JSON" in error(
         "--source", source, "--out", out, "--block_size=8"
     )
     (source / "tokenizer.json").unlink()
@@ -141,7 +186,7 @@ def test_mistakes(monkeypatch, capsys, source, tmp_path):
     ways = {
         "is a file; give a new folder as --out": ("--out", tmp_path / "file"),
         "is not empty; give a new folder as --out": ("--out", tmp_path),
-        "is where a file system is mounted": ("--out", "/"),
+        "is the root of a mounted file system": ("--out", "/"),
         "argument --shard_gb: expected a number above 0, got '0'": ("--out", out, "--shard_gb=0"),
         "argument --shard_gb: expected a number above 0, got '-1'": ("--out", out, "--shard_gb=-1"),
         "argument --shard_gb: expected a number above 0, got 'inf'": ("--out", out, "--shard_gb=inf"),
@@ -151,40 +196,37 @@ def test_mistakes(monkeypatch, capsys, source, tmp_path):
         assert says in error("--checkpoint", tmp_path / "nothing", *arguments, entry=export_hf)
 
 
-def test_a_folder_in_hugging_face_format_is_no_checkpoint(monkeypatch, capsys, source, tmp_path):
+def test_a_folder_in_hugging_face_format_is_not_a_checkpoint(source, tmp_path):
     says = (
         f"{source}: is a folder in Hugging Face format; import it first: "
         f"python -m launch.import_hf --source={source} --out=CKPT"
     )
-    assert says in error_of(monkeypatch, capsys, export_hf, "--checkpoint", source, "--out", tmp_path / "out")
+    assert says in error_of(export_hf, "--checkpoint", source, "--out", tmp_path / "out")
     for use in (load_params, load_model, base_config):
         with pytest.raises(CheckpointError, match=re.escape(says)):
             use(str(source))
 
 
-def test_companions_are_files_and_one_that_cannot_be_read_leaves_nothing(
-    monkeypatch, capsys, source, tmp_path
-):
+def test_companions_are_files_and_one_that_cannot_be_read_leaves_nothing(monkeypatch, source, tmp_path):
     out = tmp_path / "ckpt"
     (source / "tokenizer_extra").mkdir()
     how = ("--source", source, "--out", out, "--block_size=8")
-    run(monkeypatch, import_hf, *how)
+    run(import_hf, *how)
     assert {path.name for path in (out / "huggingface").iterdir()} == {
         "config.json", "tokenizer.json", "chat_template.jinja",
     }  # fmt: skip
     shutil.rmtree(out)
-    capsys.readouterr()
 
     def deny(path):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(type(epath.Path(source)), "read_bytes", deny)
-    assert "cannot be copied to" in error_of(monkeypatch, capsys, import_hf, *how)
+    assert "cannot be copied to" in error_of(import_hf, *how)
     assert not out.exists()
 
 
 @pytest.mark.parametrize("at", ["import_parameters", "Checkpoints"])
-def test_an_import_that_is_interrupted_can_be_run_again(monkeypatch, capsys, source, tmp_path, at):
+def test_an_interrupted_import_can_be_run_again(monkeypatch, source, tmp_path, at):
     out = tmp_path / "ckpt"
     how = ("--source", source, "--out", out, "--block_size=8")
 
@@ -198,44 +240,42 @@ def test_an_import_that_is_interrupted_can_be_run_again(monkeypatch, capsys, sou
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(import_hf, at, {"import_parameters": interrupted, "Checkpoints": Interrupted}[at])
-        with pytest.raises(SystemExit) as caught:
-            run(monkeypatch, import_hf, *how)
-    assert caught.value.code == 130
+        patched.setattr(importing, at, {"import_parameters": interrupted, "Checkpoints": Interrupted}[at])
+        with pytest.raises(KeyboardInterrupt):
+            run(import_hf, *how)
     assert not out.exists()
-    run(monkeypatch, import_hf, *how)
+    run(import_hf, *how)
     assert load_params(out)[2] == 0
 
 
-def test_what_a_killed_import_left_is_taken_anew(monkeypatch, capsys, source, tmp_path):
+def test_an_import_replaces_what_a_killed_one_left(source, tmp_path):
     out = tmp_path / "ckpt"
     how = ("--source", source, "--out", out, "--block_size=8")
     (out / "0.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     (out / "config.json").write_text('{"model": {"num_layers": 77}}')
-    assert "is not empty" in error_of(monkeypatch, capsys, import_hf, *how)  # no companions: a run's workdir
+    assert "is not empty" in error_of(import_hf, *how)  # no companions: a run's workdir
     (out / "huggingface").mkdir()
     (out / "notes.txt").touch()
-    assert "is not empty" in error_of(monkeypatch, capsys, import_hf, *how)
+    assert "is not empty" in error_of(import_hf, *how)
     (out / "notes.txt").unlink()
-    run(monkeypatch, import_hf, *how)
+    run(import_hf, *how)
     assert {path.name for path in out.iterdir()} == {"0", "config.json", "huggingface"}
     assert load_params(out)[1]["model"]["num_layers"] == 3
-    capsys.readouterr()
-    assert "is not empty" in error_of(monkeypatch, capsys, import_hf, *how)  # finished
+    assert "is not empty" in error_of(import_hf, *how)  # finished
 
 
-def test_the_text_part_of_a_model_with_vision(monkeypatch, capsys, source, tmp_path):
+def test_the_text_part_of_a_model_with_vision(capsys, source, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(DATA / "gemma3_vision" / name, source / name)
     ckpt, out = tmp_path / "ckpt", tmp_path / "out"
-    run(monkeypatch, import_hf, "--source", source, "--out", ckpt, "--block_size=8")
+    run(import_hf, "--source", source, "--out", ckpt, "--block_size=8")
     count = Folder(source).left_out
-    said = f"the text part alone: {count} tensors of the vision tower and its projector are left out"
+    said = f"imported the text part only; left out {count} tensors of the vision tower and its projector"
     assert said in capsys.readouterr().err
-    run(monkeypatch, export_hf, "--checkpoint", ckpt, "--out", out)
+    run(export_hf, "--checkpoint", ckpt, "--out", out)
     said = capsys.readouterr()
     assert "for Gemma3ForCausalLM" in said.out
-    assert "the text part of Gemma3ForConditionalGeneration, without its vision tower" in said.err
+    assert "exported the text part of Gemma3ForConditionalGeneration, without its vision tower" in said.err
     assert Folder(out).config["model_type"] == "gemma3_text"
     assert Folder(out).left_out == 0
     config, params, _ = load_params(ckpt)[1], *load_params(ckpt)[::2]
@@ -252,19 +292,18 @@ def test_the_text_part_of_a_model_with_vision(monkeypatch, capsys, source, tmp_p
 
 
 @pytest.mark.parametrize("at", ["copy_companions", "export_folder"])
-def test_an_export_that_is_interrupted_leaves_nothing(monkeypatch, source, tmp_path, at):
+def test_an_interrupted_export_leaves_nothing(monkeypatch, source, tmp_path, at):
     ckpt, out = tmp_path / "ckpt", tmp_path / "out"
-    run(monkeypatch, import_hf, "--source", source, "--out", ckpt, "--block_size=8")
+    run(import_hf, "--source", source, "--out", ckpt, "--block_size=8")
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     before = {*tmp_path.iterdir()}
     with monkeypatch.context() as patched:
-        patched.setattr(export_hf, at, interrupted)
-        with pytest.raises(SystemExit) as caught:
-            run(monkeypatch, export_hf, "--checkpoint", ckpt, "--out", out)
-    assert caught.value.code == 130
+        patched.setattr(exporting, at, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(export_hf, "--checkpoint", ckpt, "--out", out)
     assert {*tmp_path.iterdir()} == before
-    run(monkeypatch, export_hf, "--checkpoint", ckpt, "--out", out)
+    run(export_hf, "--checkpoint", ckpt, "--out", out)
     assert (out / "tokenizer.json").exists()

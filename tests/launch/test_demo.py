@@ -10,6 +10,7 @@ import pytest
 
 from fam_jax.config import ConfigError
 from fam_jax.config.overrides import Override
+from fam_jax.evaluate import Evaluation
 from launch import demo
 from tests.launch.running import ROOT, TINY, command, environment
 
@@ -74,13 +75,18 @@ def settings(workdir: pathlib.Path, **changes: Any) -> demo.Demo:
 def test_results_for_other_settings_are_not_reused(other: dict[str, Any], tmp_path: pathlib.Path) -> None:
     config = demo.wanted_config(settings(tmp_path), "fam")
     rows = {"2": {"exact_match": 0.5}, "4": {"exact_match": 0.5}}
-    (tmp_path / "fam").mkdir()
-    record = {"config": config, "details": {"groups": rows}, "step": 4}
-    (tmp_path / "fam" / "result.json").write_text(json.dumps(record))
+    path = str(tmp_path / "fam" / "result.json")
+    Evaluation("passkey", 4, "", config, {}, "", {}, {}, {"groups": rows}, path).write()
     assert demo.commands(settings(tmp_path), "fam") == []
     assert demo.commands(settings(tmp_path, lengths=(2,)), "fam") == []
     train, evaluate = demo.commands(settings(tmp_path, **other), "fam")
     assert "launch.train" in train and "launch.evaluate" in evaluate
+
+
+def test_results_of_another_version_are_not_reused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "fam").mkdir()
+    (tmp_path / "fam" / "result.json").write_text('{"lengths": {}}')
+    assert len(demo.commands(settings(tmp_path), "fam")) == 2
 
 
 def test_the_command_line(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,13 @@ def test_a_process_that_never_joined() -> None:
 
 
 def test_other_processes_are_marked_and_only_their_errors_are_shown() -> None:
-    text = "fam_jax-process 3/16\nW1121 08:44:38.8 8803 preemption_notifier.cc:90] SIGTERM caught\nTraceback\n  line\n"
+    minor = (
+        "W1121 08:44:38.8 8803 preemption_notifier.cc:90] SIGTERM caught\n"
+        "WARNING:absl:[process=3] Reached preemption sync point, step=3\n"
+    )
+    text = f"fam_jax-process 3/16\n{minor}Traceback\n  line\n"
     assert passed_on(text)[1] == "[3/16] Traceback\n[3/16]   line\n"
+    assert passed_on(text.replace("3/16", "0/16"))[1] == f"{minor}Traceback\n  line\n"
 
 
 def test_lines_that_were_held_back_are_shown_if_the_process_goes_on() -> None:

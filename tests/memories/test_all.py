@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -196,6 +196,12 @@ def test_padding_leaves_no_trace(name: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+def filled(create: Callable[[nnx.Rngs], Any], values: Any) -> Any:
+    """Return a module with given parameters."""
+    graphdef, like = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+    return nnx.merge(graphdef, from_dict(like, values))
+
+
 FASTER = [
     name for name, case in CASES.items() if type(memory_of(case.model)).read_blocks is not Memory.read_blocks
 ]
@@ -209,16 +215,16 @@ def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
     starts with one row fresh and ends within a block.
     """
     model = CASES[name].model
-    memory, tree = memory_of(model), parameters(name)["layers"]
-    one_layer = jax.tree.map(lambda x: x[0], tree)
-    graphdef, like = nnx.split(nnx.eval_shape(lambda: _layer(model)))
+    memory, params = memory_of(model), parameters(name)
+    one_layer = jax.tree.map(lambda x: x[0], params["layers"])
+    own = filled(memory.model_parameters, params["memory"]) if "memory" in params else None
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(ROWS, 3 * SIZE - 1, model.model_dim)))
     fresh = jnp.asarray([False, True])
 
     def read(tree: Any, x: jax.Array, *, default: bool) -> Any:
-        layer = nnx.merge(graphdef, from_dict(like, tree))
-        stream = memory.enter_stream(_own(memory), None)
+        layer = filled(lambda rngs: DecoderLayer(model, rngs=rngs, memory=memory.layer_parameters), tree)
+        stream = memory.enter_stream(own, None)
         start, _ = memory.enter(layer, memory.empty(ROWS), stream, memory.enter_at(memory.rope))
         state, position, out = start, start_position(ROWS, SIZE), []
         for chunk in (x[:, :SIZE], x[:, SIZE:]):
@@ -246,14 +252,6 @@ def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
     fast, slow = both(one_layer, x)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(slow[1])) > 1e-2
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), fast, slow)
-
-
-def _layer(model: Any) -> DecoderLayer:
-    return DecoderLayer(model, rngs=nnx.Rngs(0), memory=memory_of(model).layer_parameters)
-
-
-def _own(memory: Memory) -> Any:
-    return memory.model_parameters(nnx.Rngs(1))
 
 
 @every_memory

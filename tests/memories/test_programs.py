@@ -42,7 +42,7 @@ def test_training_learns_and_trains_every_parameter(memory: Any) -> None:
     for _ in range(12):
         state, (found,) = run(config, 1, state)  # the same batch every time
         metrics.append(found)
-    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+    assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
     assert max(found["from_saved_state"] for found in metrics) > 0
     assert metrics[0]["from_saved_state"] == 0
     moved = jax.tree.map(lambda old, new: bool((old != new).any()), start(config).params, state.params)
@@ -125,3 +125,10 @@ def _read(model: Any) -> Any:
     built = Transformer(model, rngs=nnx.Rngs(0))
     _, state = built(jnp.zeros((1, 9), jnp.int32), built.init_state(1), aligned=True)
     return built(jnp.zeros((1, 4), jnp.int32), state)[1]
+
+
+def test_the_guide_shows_the_example_as_it_is() -> None:
+    root = pathlib.Path(__file__).resolve().parents[2]
+    source = (root / "examples" / "running_mean.py").read_text()
+    assert len(source.splitlines()) <= 80
+    assert f"```python\n{source}```\n" in (root / "docs" / "add_a_memory.md").read_text()

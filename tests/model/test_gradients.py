@@ -29,7 +29,7 @@ def score(logits):
 
 @functools.cache
 def gradients(config, *, aligned=True, length=LENGTH):
-    """Of the score to every parameter, nested dict, through a call from an empty memory."""
+    """Return the gradient of the score by every parameter, for a call from an initial state."""
     tokens = TOKENS[:, :length]
 
     def loss(params):
@@ -84,7 +84,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-10}
     ],
 )
 def test_every_parameter_against_finite_differences_of_the_oracle(changes):
-    """Along a random direction of each parameter, central differences of the token-by-token forward."""
+    """Compare slopes along a random direction of each parameter with central differences of the oracle."""
     config = variant(dtype="float64", **changes)
     params = random_params(config, 0)
     with jax.enable_x64(True):
@@ -108,7 +108,7 @@ def test_every_parameter_against_finite_differences_of_the_oracle(changes):
 
 
 def plain_scan(chain, frozen, weights, rest, start, inputs):
-    """`scan_updates` as `lax.scan` differentiates it."""
+    """Compute `scan_updates` with the backward pass of `lax.scan`."""
     layer, attention = chain.merge(frozen, weights, rest), chain.attention
     blocks, size = len(inputs.keep), attention.block_size
 
@@ -190,7 +190,7 @@ BLOCKS, LAYERS = 5, 2
 
 
 def influence_of_first_block(config):
-    """(N,) largest gradient of each block's logits, squared, to the embeddings of the first block's tokens.
+    """Return (N,) largest gradients of each block's squared logits by the first block's embeddings.
 
     The first block's tokens occur nowhere else, and embeddings are not tied, so their rows of the table are theirs.
     """

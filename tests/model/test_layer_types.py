@@ -1,4 +1,4 @@
-"""Decoders whose layers are of two kinds."""
+"""Decoders with two types of layers."""
 
 import jax
 import jax.numpy as jnp

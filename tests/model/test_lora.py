@@ -31,7 +31,7 @@ def structure(model: ModelConfig, config: LoraConfig = LORA) -> tuple[Any, Any]:
 
 
 def adapted_params(model: ModelConfig, config: LoraConfig = LORA, *, trained: bool = True) -> dict[str, Any]:
-    """The oracle's random parameters, with updates as at the start, or random ones."""
+    """Return the oracle's random parameters, with initial or random low-rank updates."""
     rng = np.random.default_rng(3)
     leaves = lora.flatten(to_dict(structure(model, config)[1]))
 
@@ -84,7 +84,7 @@ def test_at_the_start_it_is_the_base_bit_for_bit(dtype: str) -> None:
 
 
 def loss_of(model: ModelConfig, config: LoraConfig) -> Any:
-    """Of trained and frozen parameters."""
+    """Return gradients by trained and by frozen parameters."""
     graphdef, abstract = structure(model, config)
 
     def loss(trained: Any, frozen: Any) -> jax.Array:
@@ -101,7 +101,7 @@ def gradients(model: ModelConfig) -> Any:
 
 @pytest.mark.parametrize("changes", [{"remat": "full"}, OTHER_LAYERS], ids=["remat", "other layers"])
 def test_gradients_through_the_chain(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the updates and the initial FAM, as a plain scan over blocks differentiates them, and no others."""
+    """Updates and the initial FAM get the gradients of a plain scan over blocks; nothing else gets one."""
     model = variant(dtype="float64", **changes)
     with jax.enable_x64(True):
         deferred = gradients(model)
@@ -123,7 +123,7 @@ def projections(model: ModelConfig) -> list[str]:
 
 
 def products(jaxpr: Any) -> set[tuple[int, ...]]:
-    """Shapes of the results of all matrix products, inner jaxprs included."""
+    """Return the shapes of the results of all matrix products, including those of inner jaxprs."""
     found = set()
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -136,7 +136,7 @@ def products(jaxpr: Any) -> set[tuple[int, ...]]:
 
 
 def test_no_gradient_of_a_frozen_kernel_is_formed() -> None:
-    """Neither for the tokens nor in the FAM chain: no product has a kernel's shape."""
+    """No product has the shape of a kernel, neither for tokens nor in the chain of updates."""
     model = variant(head_dim=6, num_kv_heads=4, ff_dim=20)  # no number of rows is a kernel's size
     kernels = {
         shape
@@ -167,9 +167,9 @@ def test_targets_choose_the_projections() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": ("layers/qery/kernel",)}, "config.lora.targets: 'layers/qery/kernel' names none of layers/q"),
-        ({"targets": ("embedding/table",)}, "config.lora.targets: 'embedding/table' names none of layers/"),
-        ({"train": ("final_norm/scael",)}, "config.lora.train: 'final_norm/scael' names none of "),
+        ({"targets": ("layers/qery/kernel",)}, "config.lora.targets: 'layers/qery/kernel' matches none of layers/q"),
+        ({"targets": ("embedding/table",)}, "config.lora.targets: 'embedding/table' matches none of layers/"),
+        ({"train": ("final_norm/scael",)}, "config.lora.train: 'final_norm/scael' matches none of "),
         ({"train": ("layers/*",)}, "config.lora.train: 'layers/*' names layers/down/kernel, which config.lora.targets"),
     ],
 )  # fmt: skip

@@ -72,7 +72,7 @@ def agrees(reader: Reader, logits, want):
 
 
 def check_both_ways(config: ModelConfig, seed: int = 0):
-    """The parallel path and the piecewise path, from an empty memory."""
+    """Whole blocks at once, and piece by piece, from an initial state."""
     tokens = some_tokens(2, LENGTH, seed=seed)
     want = naive_forward(random_params(config, seed), config, tokens)
     with jax.enable_x64(True):
@@ -132,7 +132,7 @@ STREAMS = {
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 @hypothesis.given(data=st.data())
 def test_any_chunks_with_every_row_at_its_own_place(changes, data):
-    """Rows of different lengths, each cut into pieces of its own, some of them empty."""
+    """Rows of different lengths, each divided into its own pieces, some of them empty."""
     config = wide(**changes)
     streams = [some_tokens(n, seed=n) for n in (22, 17, 9)]
     counts = data.draw(st.lists(st.tuples(*[st.integers(0, WIDTH)] * ROWS), max_size=9))
@@ -180,7 +180,7 @@ def test_parallel_and_piecewise_calls_may_follow_each_other(strides):
 
 @pytest.mark.parametrize("init", ["prompt", "prefix"])
 def test_starting_from_a_saved_fam(init):
-    """Random state passing (appendix B.2.3): some rows start from it, and keep its residual; others afresh."""
+    """Random state passing (appendix B.2.3): some rows start from it, with its residual, the others do not."""
     config = wide(init=init, previous_blocks=2)
     tokens = some_tokens(3, LENGTH)
     saved = np.random.default_rng(5).normal(size=(config.num_layers, config.memory.length, config.model_dim))
@@ -196,7 +196,7 @@ def test_starting_from_a_saved_fam(init):
 
 
 def test_first_update_keeps_the_residual_of_a_saved_fam_only():
-    """A saved FAM that equals the initial one reads alike, and differs after the first update."""
+    """A saved FAM equal to the initial one gives the same logits until the first update."""
     config = wide()
     tokens = some_tokens(2, 4)
     start = np.array(initial_fams(random_params(config, 0), config))
@@ -235,7 +235,7 @@ def test_random_position_offset(positions):
 
 
 def test_positions_of_a_stream_that_has_run_for_long():
-    """`zero` is the one ablation in which the absolute position counts: FAM is left ever further behind."""
+    """With `zero` the absolute position matters: the distance to FAM grows with the stream."""
     config = wide(positions="zero", segments=0)
     tokens, position = some_tokens(2, LENGTH), 10**9
     want = naive_forward(random_params(config, 0), config, tokens, position=position)

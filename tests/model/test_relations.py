@@ -1,4 +1,4 @@
-"""What must equal what, in float32 as it is used, and what must differ."""
+"""Which computations must agree in float32, and which must differ."""
 
 import dataclasses
 import itertools
@@ -70,7 +70,7 @@ MASKS = {
 
 @pytest.mark.parametrize(("changes", "see"), MASKS.values(), ids=MASKS)
 def test_without_fam_it_is_dense_attention_under_a_mask(changes, see):
-    """The options of FAM are left on: with M = 0 they mean nothing."""
+    """FAM's other options are set, but have no effect with M = 0."""
     config = variant(length=0, previous_blocks=3, init="prefix", positions="zero", **changes)
     tokens, steps = some_tokens(2, 14), np.arange(14)
     want = dense_forward(random_params(config, 0), config, tokens, see(steps[:, None], steps[None, :]))
@@ -103,7 +103,7 @@ def test_an_offset_shows_where_a_fam_stands_at_zero():
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("positions", ["last", "zero"])
 def test_a_stream_may_run_for_ever(positions, aligned):
-    """10^9 tokens later the same text over the same memory reads the same; `zero` positions stay finite."""
+    """The same text over the same state reads the same 10^9 tokens later; `zero` positions stay finite."""
     config = variant(positions=positions, segments=2, previous_blocks=2)
     tokens = some_tokens(2, 20)
     near, far = (Reader(config, params_of(config), 2) for _ in range(2))

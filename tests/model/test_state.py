@@ -1,4 +1,4 @@
-"""The memory as a value: its shapes, its constancy, and what may be done with it."""
+"""The state of streams as a value: its shapes, its constant size, and its methods."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_memory_never_changes_its_shape_or_dtype(changes):
 
 
 def test_memory_does_not_grow_with_what_is_read():
-    """By definition of the shapes: C, m, M, R and the batch, never T."""
+    """The size follows from C, m, M, R and the batch, never from T."""
     config = variant(segments=3, previous_blocks=2)
     kv = config.num_kv_heads * config.head_dim
     per_row = config.num_layers * (
@@ -75,7 +75,7 @@ def test_memory_is_a_pytree():
 
 
 def test_an_old_memory_can_be_read_on_from_again():
-    """Reading changes nothing in the memory that went in: streams can fork."""
+    """Reading does not change the state that goes in, so streams can fork."""
     config = variant()
     reader = Reader(config, params_of(config), 2)
     reader.read(some_tokens(2, 6))
@@ -229,7 +229,7 @@ SIZES = {
 
 @pytest.mark.parametrize(("config", "parameters"), SIZES.values(), ids=SIZES)
 def test_the_paper_s_models(config, parameters):
-    """Table 3, which leaves out the embedding table, traced at 8k tokens; nothing is computed."""
+    """Sizes of table 3, without the embedding table. Traced at 8k tokens; nothing is computed."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     count = count_parameters(state) - config.vocab_size * config.model_dim
     assert count == pytest.approx(parameters, rel=0.01)

@@ -1,4 +1,4 @@
-"""A model small enough to be compiled dozens of times in a test run, and compiled ways to call it."""
+"""A model small enough to compile dozens of times in a test run, and compiled ways to call it."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ TINY = ModelConfig(
 
 
 def variant(config: ModelConfig = TINY, **changes: Any) -> ModelConfig:
-    """Return `config` with fields changed, those of its memory too: no name is in both groups."""
+    """Return `config` with fields changed. Names of its memory's fields are changed there, such as `length=0`."""
     own = {field.name for field in dataclasses.fields(config.memory)}
     memory = {name: changes.pop(name) for name in own & changes.keys()}
     if memory:
@@ -41,7 +41,7 @@ def some_tokens(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def params_of(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
-    """The oracle's random parameters as the package takes them: float32, or float64 where the config is that."""
+    """Return the oracle's random parameters, in float64 if the config is, else in float32."""
     dtype = "float64" if config.dtype == "float64" else "float32"
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), random_params(config, seed))
 
@@ -52,7 +52,7 @@ def _structure(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def build(config: ModelConfig, params: Any) -> Transformer:
-    """A model with given parameters."""
+    """Return a model with given parameters."""
     graphdef, state = _structure(config)
     return nnx.merge(graphdef, from_dict(state, params))
 
@@ -76,26 +76,26 @@ def _compiled_start(config: ModelConfig) -> Callable[[Any, int], StreamState]:
 
 
 class Reader:
-    """Streams being read by a model: keeps their state between calls. Compiled once per config and shape."""
+    """Reads streams and keeps their state between calls. Compiled once per config and shape."""
 
     def __init__(self, config: ModelConfig, params: Any, batch_size: int, state: StreamState | None = None):
         self.config, self.params = config, params
         self.state = _compiled_start(config)(params, batch_size) if state is None else state
 
     def read(self, tokens: np.ndarray, **how: Any) -> np.ndarray:
-        """Logits (B, T, V)."""
+        """Read tokens (B, T); return logits (B, T, V)."""
         if "lengths" in how:
             how["lengths"] = jnp.asarray(how["lengths"], jnp.int32)
         logits, self.state = _compiled(self.config)(self.params, jnp.asarray(tokens), self.state, **how)
         return np.asarray(logits)
 
     def read_ragged(self, rows: list[np.ndarray], width: int) -> list[np.ndarray]:
-        """Each row's own next tokens, of any number up to `width`; logits (its number, V) of each."""
+        """Read each row's next tokens, up to `width`; return logits (number of tokens, V) of each row."""
         tokens = np.stack([np.pad(row, (0, width - len(row)), constant_values=10) for row in rows])
         logits = self.read(tokens, lengths=[len(row) for row in rows])
         return [logits[b, : len(row)] for b, row in enumerate(rows)]
 
     @property
     def fam(self) -> np.ndarray:
-        """(L, B, M, D)."""
+        """Return (L, B, M, D)."""
         return np.asarray(self.state.layers.fam)
