@@ -99,7 +99,9 @@ def test_an_import_sets_add_bos(tmp_path: pathlib.Path) -> None:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(template, None, [("w1", 1)])
         tokenizer.save(str(source / "tokenizer.json"))
         out = tmp_path / f"imported{begins}"
-        import_hf.main([f"--source={source}", f"--out={out}", "--block_size=8"])
+        argv = ["import_hf", f"--source={source}", f"--out={out}", "--block_size=8"]
+        monkeypatch.setattr(sys, "argv", argv)
+        import_hf.main()
         assert resolve(read_config(out)).data.add_bos == begins
 
 
@@ -163,7 +165,8 @@ def test_evaluated_documents_begin_with_bos(monkeypatch: pytest.MonkeyPatch) -> 
 
     def loss(vocabulary: Any, add_bos: bool) -> float:
         monkeypatch.setattr(build, "heldout_examples", lambda *_: build.Heldout(examples, vocabulary))
-        setting = Setting(CONFIG, DataConfig(add_bos=add_bos), EvaluateConfig())
+        data = DataConfig(task="text", vocabulary="bytes", train_files=("some.txt",), add_bos=add_bos)
+        setting = Setting(CONFIG, data, EvaluateConfig())
         documents = text_documents(setting)
         return measure_documents(Streamer(CONFIG, params_of(CONFIG)), documents, setting).scalars["loss"]
 
