@@ -84,9 +84,15 @@ def compare_attention(work: Workload, size: int, seconds: float) -> dict[str, An
     extra_count = jnp.full((work.batch, blocks), model.memory.extra_keys)
 
     def step(implementation: str) -> Callable[..., Any]:
-        def loss(*arrays: jax.Array) -> jax.Array:
+        def loss(
+            q: jax.Array, k: jax.Array, v: jax.Array, extra_k: jax.Array, extra_v: jax.Array
+        ) -> jax.Array:
             out = block_attention(
-                *arrays,
+                q,
+                k,
+                v,
+                extra_k,
+                extra_v,
                 past_length,
                 extra_count,
                 block_size=size,

@@ -5,7 +5,7 @@
         --config.data.train_files=books/ --config.data.heldout_files=heldout/
 
 The argument names the base: the folder of a checkpoint (or FOLDER/STEP). Its model keeps everything but its attention,
-which becomes blocks of 1,024 tokens, with the last three blocks visible, and 64 feedback vectors. Other sizes are set by
+which becomes blocks of 1,024 tokens, with the last three blocks visible, and 64 feedback vectors. To change these, set
 `--config.model.block_size`, `--config.model.memory.segments` and `--config.model.memory.length`. Local layers, as in
 Gemma 2 and 3, keep their window. A base that was imported or trained with a memory keeps it.
 
@@ -16,8 +16,7 @@ Or the argument names a public model, to plan without its weights:
 Words may follow, with commas between them:
 
     bswa    the same without FAM, as a control
-    smoke   three steps of a model small enough for a laptop: a small one like the public model, or the model in the folder
-            with short blocks and rows
+    smoke   three steps with short blocks and rows, for a laptop; a public model becomes a tiny one of the same kind
 
 Full fine-tuning is `--config.lora.rank=0`. docs/retrofit.md is the guide.
 """

@@ -192,8 +192,8 @@ def state_shardings(shapes: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
 
     A leaf belongs to a parameter if its path ends with the parameter's path. If it has the same shape, it is placed
     like the parameter. `v_row` and `v_col` of a factored second moment (optax) are placed like the parameter without
-    its largest, or second largest, dimension. State of the stacked layers may be made by `vmap` over L, below a `layers`
-    of its own; then the largest dimension is that of one layer. Everything else is replicated.
+    its largest, or second largest, dimension. State of the stacked layers may be made by `vmap` over L, below a
+    `layers` of its own; then the largest dimension is that of one layer. Everything else is replicated.
 
     Args:
       shapes: the state; leaves have a `shape`.

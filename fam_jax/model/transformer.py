@@ -189,7 +189,11 @@ class Transformer(nnx.Module):
         return self.final_norm(x), dataclasses.replace(state, layers=layers, position=after)
 
     def _read_in_turn(self, tokens: jax.Array, state: StreamState) -> tuple[jax.Array, StreamState]:
-        """Read a chunk block after block, each through all layers: for memories whose top feeds the bottom."""
+        """Read a chunk block by block, each through all layers, for memories whose top feeds the bottom.
+
+        The backward pass recomputes each block, whatever `config.remat` says: otherwise the activations of all blocks
+        would be kept.
+        """
         size, batch = self.config.block_size, tokens.shape[0]
         full, rest = divmod(tokens.shape[1], size)
         state = self._with_initial(state)

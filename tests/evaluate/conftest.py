@@ -17,7 +17,7 @@ VOCABULARY_SIZE = 51  # of the vocabulary that ships with the package
 
 @pytest.fixture(autouse=True, scope="package")
 def quick_compilation() -> Iterator[None]:
-    """Most of these tests' time is compilation."""
+    """Compile with few optimizations: compilation takes most of the time of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", quick_jit)
         yield
@@ -33,7 +33,7 @@ def config() -> Config:
 
 @pytest.fixture(scope="session")
 def parrot(config: Config) -> dict[str, Any]:
-    """Parameters of a model that predicts the token that it has just read: no layer adds anything to the embedding."""
+    """Return parameters of a model that predicts the token it has just read: layers add nothing to the embedding."""
     params = jax.tree.map(np.array, params_of(config.model))
     for name in ("output", "down"):
         params["layers"][name]["kernel"][:] = 0
@@ -45,7 +45,7 @@ def parrot(config: Config) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def parrot_accuracy(config: Config) -> float:
-    """Fraction of the answers' tokens that equal the one before, which the parrot gets right; filler of one block."""
+    """Return the fraction of answer tokens that equal the token before them, which the parrot gets right (1 block)."""
     from fam_jax.data.passkey import passkey_examples
     from fam_jax.data.vocabulary import load_vocabulary
 

@@ -1,4 +1,4 @@
-"""Quick compilation of what the tests of generation run."""
+"""Quick compilation for the tests of generation."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from tests.model.tiny import quick_jit
 
 @pytest.fixture(autouse=True, scope="package")
 def quick_compilation() -> Iterator[None]:
-    """Most of these tests' time is compilation."""
+    """Compile with few optimizations: compilation takes most of the time of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", quick_jit)
         yield

@@ -1,4 +1,4 @@
-"""Models restored to read and write: weights in the dtype of their use, outputs unchanged."""
+"""Loading a model rounds its weights to the dtype of their use and does not change its outputs."""
 
 import dataclasses
 import pathlib
@@ -20,8 +20,8 @@ def save(folder: pathlib.Path, config: Config) -> None:
         checkpoints.save(1, {"params": params_of(config.model)}, {}, wait=True)
 
 
-def test_the_vocabulary_is_found_where_the_checkpoint_was_moved_to(tmp_path: pathlib.Path) -> None:
-    """Its own, or that of the base that it began with."""
+def test_the_vocabulary_of_a_moved_checkpoint_is_found(tmp_path: pathlib.Path) -> None:
+    """The vocabulary of the run, or of the base that it began with."""
     imported, run = tmp_path / "imported", tmp_path / "run"
     config = Config(
         model=CONFIG, data=DataConfig(vocabulary=str(imported / "huggingface" / "tokenizer.json"))
@@ -41,7 +41,7 @@ def test_the_vocabulary_is_found_where_the_checkpoint_was_moved_to(tmp_path: pat
     assert load_model(moved)[0] == config
 
 
-def test_weights_are_rounded_once_and_outputs_stay(tmp_path: pathlib.Path) -> None:
+def test_rounded_weights_give_the_same_outputs(tmp_path: pathlib.Path) -> None:
     model = dataclasses.replace(CONFIG, dtype="bfloat16", norm="layernorm")
     params = params_of(model)
     save(tmp_path / "run", Config(model=model))

@@ -35,14 +35,14 @@ def normalised(*weights: float) -> np.ndarray:
         ({"temperature": 0.5}, normalised(0.05**2, 0.4**2, 0.1**2, 0.25**2, 0.2**2)),
         ({"top_k": 2}, normalised(0, 0.4, 0, 0.25, 0)),
         ({"top_k": 1}, normalised(0, 1, 0, 0, 0)),
-        ({"top_k": 9}, normalised(0.05, 0.4, 0.1, 0.25, 0.2)),  # more than there are: all
+        ({"top_k": 9}, normalised(0.05, 0.4, 0.1, 0.25, 0.2)),  # more than the vocabulary has
         ({"top_p": 0.5}, normalised(0, 0.4, 0, 0.25, 0)),  # 0.4 is not enough, 0.65 is
         ({"top_p": 0.3}, normalised(0, 1, 0, 0, 0)),
-        ({"top_p": 1e-9}, normalised(0, 1, 0, 0, 0)),  # one always stays
-        # Probabilities of top_p are those after top_k: 0.4 / 0.65 is enough for 0.6, and 0.4 alone is not.
+        ({"top_p": 1e-9}, normalised(0, 1, 0, 0, 0)),  # one token always stays
+        # top_p applies to the probabilities after top_k: 0.4 / 0.65 is enough for 0.6, 0.4 alone is not.
         ({"top_k": 2, "top_p": 0.6}, normalised(0, 1, 0, 0, 0)),
         ({"top_p": 0.6}, normalised(0, 0.4, 0, 0.25, 0)),
-        # ... and those after the temperature: 0.16 / 0.275 of the squares.
+        # It also applies after the temperature: 0.16 / 0.275 of the squares.
         ({"temperature": 0.5, "top_p": 0.55}, normalised(0, 1, 0, 0, 0)),
     ],
     ids=str,

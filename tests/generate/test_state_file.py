@@ -1,4 +1,4 @@
-"""A memory from a file is the one that was saved, or there is an error that says why not."""
+"""A loaded state equals the saved one, or an error says why it cannot be loaded."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ PARAMS = params_of(CONFIG)
 
 
 def random_state(dtype: str, seed: int = 0) -> Any:
-    """A memory whose arrays hold random bits, as any might."""
+    """Return a config and a state whose arrays hold random bits."""
     config = dataclasses.replace(CONFIG, dtype=dtype)
     random = np.random.default_rng(seed)
 
@@ -52,40 +52,40 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip(tmp_path: pathlib.Path, dtype: str) -> None:
-    config, memory = random_state(dtype)
+    config, state = random_state(dtype)
     path = tmp_path / "some.memory"
     for _ in range(2):  # a second time over the first
-        save_state(path, memory, config, PARAMS)
-        assert_same_bits(load_state(path, config, PARAMS), memory)
+        save_state(path, state, config, PARAMS)
+        assert_same_bits(load_state(path, config, PARAMS), state)
     assert [*tmp_path.iterdir()] == [path]
 
 
 def test_layout_is_that_of_safetensors(saved: pathlib.Path) -> None:
-    """So that other programs can read it."""
-    content, (_, memory) = saved.read_bytes(), random_state("float32")
+    """Other programs can read the file."""
+    content, (_, state) = saved.read_bytes(), random_state("float32")
     size = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
     metadata = header.pop("__metadata__")
     assert all(isinstance(value, str) for value in metadata.values()) and size % 8 == 0
     keys, filled = header["layers.keys"], header["position.filled"]
     assert (keys["dtype"], filled["dtype"]) == ("F32", "I32")
-    assert tuple(keys["shape"]) == memory.layers.keys.shape
-    assert data[slice(*filled["data_offsets"])] == np.asarray(memory.position.filled).tobytes()
+    assert tuple(keys["shape"]) == state.layers.keys.shape
+    assert data[slice(*filled["data_offsets"])] == np.asarray(state.position.filled).tobytes()
     spans = sorted(entry["data_offsets"] for entry in header.values())
     assert [0, *(end for _, end in spans)] == [*(begin for begin, _ in spans), len(data)]
 
 
 def test_branches_continue_as_if_never_saved(tmp_path: pathlib.Path) -> None:
-    """Two continuations of one file, each the same as from the memory in hand."""
+    """Two continuations of one file equal those of the state that was saved."""
     model = streamer()
-    _, memory = model.read(texts(9, 33, 21), chunk_blocks=2)
-    save_state(tmp_path / "memory", memory, CONFIG, model.params)
+    _, state = model.read(texts(9, 33, 21), chunk_blocks=2)
+    save_state(tmp_path / "memory", state, CONFIG, model.params)
     for seed in (3, 4):
         more = texts(2, 3, 4, seed=seed)
-        found, found_memory = model.read(more, load_state(tmp_path / "memory", CONFIG, model.params))
-        expected, expected_memory = model.read(more, memory)
+        found, found_state = model.read(more, load_state(tmp_path / "memory", CONFIG, model.params))
+        expected, expected_state = model.read(more, state)
         np.testing.assert_array_equal(found, expected)
-        assert_same_bits(found_memory, expected_memory)
+        assert_same_bits(found_state, expected_state)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_other_files_are_refused(tmp_path: pathlib.Path, content: bytes) -> None
         load_state(tmp_path / "other", CONFIG, PARAMS)
 
 
-def test_folders_that_are_not_there(tmp_path: pathlib.Path) -> None:
+def test_missing_folders(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         load_state(tmp_path / "missing", CONFIG, PARAMS)
     with pytest.raises(UserError, match="cannot be written"):

@@ -1,4 +1,4 @@
-"""Reading and generating through memory equal one forward pass over everything."""
+"""Reading and generating through a state equal one forward pass over all tokens."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ SAMPLED = Sampling(temperature=1.0, top_k=8, top_p=0.9)
 
 @pytest.fixture(scope="module")
 def ragged():
-    """Prompts of different lengths, the logits that follow them and the memory."""
+    """Return prompts of different lengths, the logits that follow them and the state."""
     prompts = texts(*RAGGED)
     return prompts, *streamer().read(prompts, chunk_blocks=2)
 
@@ -46,7 +46,7 @@ def assert_same_memory(found, expected, exact: bool = False) -> None:
 
 
 def clean(memory):
-    """The memory without the unused slots of unfinished blocks, in which anything may stand."""
+    """Return the state with zeros in the unused slots of unfinished blocks, which may hold anything."""
     used = np.arange(CONFIG.block_size) < np.asarray(memory.position.filled)[:, None]
     layers = memory.layers
     keys, values = (
@@ -62,7 +62,7 @@ def test_prompts_of_different_lengths(ragged) -> None:
     np.testing.assert_array_equal(memory.tokens_read, RAGGED)
 
 
-def test_a_row_is_as_it_is_alone(ragged) -> None:
+def test_a_row_does_not_depend_on_the_others(ragged) -> None:
     prompts, logits, memory = ragged
     alone, alone_memory = streamer().read([prompts[1]], chunk_blocks=2)
     np.testing.assert_allclose(logits[1:2], alone, **CLOSE)
@@ -77,7 +77,7 @@ def test_chunks_do_not_matter(ragged) -> None:
 
 
 def test_reading_in_parts(ragged) -> None:
-    """Rows that stand anywhere in their blocks go on from there; the memory passed in stays as it was."""
+    """Rows continue from any place in their blocks; the state passed in does not change."""
     prompts, logits, memory = ragged
     cuts = (1, 6, 3)
     _, first = streamer().read([p[:cut] for p, cut in zip(prompts, cuts, strict=True)])
@@ -173,7 +173,7 @@ def test_stop_tokens(ragged, greedy) -> None:
         np.testing.assert_array_equal(found.tokens[row, :length], tokens[:length])
         assert not found.tokens[row, length:].any() and not found.logprobs[row, length:].any()
     np.testing.assert_array_equal(found.state.tokens_read, RAGGED + found.lengths)
-    # A row that has stopped rests while others go on: its memory is the one that it stopped with.
+    # A row that has stopped keeps its state while others go on.
     assert found.lengths[0] <= 3 and found.stopped[0]
     length = int(found.lengths[0])
     short = streamer().generate(logits, memory, max_tokens=length, tokens_per_call=4)
@@ -189,7 +189,7 @@ def test_generation_ends_when_all_rows_have_stopped(ragged) -> None:
 
 
 def test_sampled_tokens_depend_on_the_key_alone(ragged) -> None:
-    """Not on how many leave the device together."""
+    """They do not depend on how many leave the device together."""
     _, logits, memory = ragged
     told = []
 
@@ -238,7 +238,7 @@ def test_branches_of_a_memory(ragged) -> None:
 
 
 def test_spread_over_a_mesh(ragged) -> None:
-    """Rows that divide over the devices and rows that do not."""
+    """Numbers of rows that the devices divide, and that they do not."""
     prompts, logits, _ = ragged
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices())
     params = params_of(CONFIG)
@@ -246,7 +246,7 @@ def test_spread_over_a_mesh(ragged) -> None:
     for rows in ([0, 1, 2, 1], [0, 1, 2]):
         found, memory = sharded.read([prompts[row] for row in rows], chunk_blocks=2)
         np.testing.assert_allclose(found, logits[np.array(rows)], **CLOSE)
-        assert memory.position.filled.is_fully_replicated  # to be read from any process
+        assert memory.position.filled.is_fully_replicated  # any process can read it
         spread = P(None, ("data", "fsdp")) if len(rows) == 4 else P(None)
         assert memory.layers.keys.sharding.is_equivalent_to(NamedSharding(mesh, spread), 6)
     tokens = sharded.generate(found, memory, max_tokens=3, tokens_per_call=4).tokens
@@ -255,7 +255,7 @@ def test_spread_over_a_mesh(ragged) -> None:
 
 
 def test_heads_spread_over_a_mesh() -> None:
-    """The memory's key heads lie where the parameters' do."""
+    """Key heads of the state are on the devices of the parameters' key heads."""
     config = dataclasses.replace(CONFIG, num_kv_heads=2)
     params, prompts = params_of(config), texts(9, 21)
     mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])

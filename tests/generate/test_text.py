@@ -87,7 +87,7 @@ def test_generation_is_what_the_streamer_generates(model: TextModel, state: Text
     assert found.state.tokens_read == len(TEXT) + len(ids)
 
 
-def test_what_is_drawn_depends_on_the_seed_alone(model: TextModel, state: TextState) -> None:
+def test_sampling_depends_on_the_seed_alone(model: TextModel, state: TextState) -> None:
     first, again, other = (
         model.generate(state, max_tokens=40, sampling=DRAWN, seed=seed).text for seed in (1, 1, 2)
     )
@@ -95,7 +95,7 @@ def test_what_is_drawn_depends_on_the_seed_alone(model: TextModel, state: TextSt
 
 
 def longest(model: TextModel, state: TextState) -> tuple[str, int]:
-    """A drawn text of some length, and its seed."""
+    """Return the longest of a few sampled texts, and its seed."""
     drawn = [
         (model.generate(state, max_tokens=60, sampling=DRAWN, seed=seed).text, seed) for seed in range(4)
     ]
@@ -103,7 +103,7 @@ def longest(model: TextModel, state: TextState) -> tuple[str, int]:
 
 
 def test_a_stop_ends_the_text_and_leaves_nothing_behind(model: TextModel, state: TextState) -> None:
-    """Nothing of it is told, and the state is that after its last token."""
+    """None of it is passed on, and the state is that after its last token."""
     text, seed = longest(model, state)
     assert len(text) > 20
     stop, told = text[15:18], []
@@ -117,7 +117,7 @@ def test_a_stop_ends_the_text_and_leaves_nothing_behind(model: TextModel, state:
     assert on.tokens == 1
 
 
-def test_a_stop_that_only_begins_is_told_in_the_end(model: TextModel, state: TextState) -> None:
+def test_the_start_of_a_stop_is_passed_on_at_the_end(model: TextModel, state: TextState) -> None:
     text, seed = longest(model, state)
     told: list[str] = []
     stops = [text[-1] + "\0never"]

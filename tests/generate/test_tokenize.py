@@ -1,4 +1,4 @@
-"""Text is encoded in pieces as it is encoded whole, and decoded as it comes."""
+"""Text encoded in pieces has the ids of the whole text, and ids are decoded as they come."""
 
 import io
 import itertools
@@ -55,8 +55,8 @@ def test_pieces_are_encoded_as_the_whole(vocabulary, piece: int) -> None:
     assert [*itertools.chain(*found)] == vocabulary.encode(text)
 
 
-def test_a_text_without_borders_is_read_all_the_same() -> None:
-    """Nothing is lost, and no piece grows with the text."""
+def test_a_text_without_borders() -> None:
+    """No text is lost, and pieces do not grow with the text."""
     vocabulary = load_vocabulary("bytes")
     text = "x" * 1000
     found = [*encode_pieces(vocabulary.encode, [text], piece=50, context=10)]
@@ -65,7 +65,7 @@ def test_a_text_without_borders_is_read_all_the_same() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_letters_of_several_bytes_may_straddle_reads(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_may_straddle_reads(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize, "BYTES", size)
     text = some_text(50)
     assert "".join(read_text(io.BytesIO(text.encode()), "some")) == text
@@ -81,7 +81,9 @@ def test_letters_of_several_bytes_may_straddle_reads(size: int, monkeypatch: pyt
         (b"", "book.txt: is empty"),
     ],
 )  # fmt: skip
-def test_what_is_no_text(size: int, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_text(
+    size: int, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenize, "BYTES", size)
     with pytest.raises(UserError) as caught:
         [*read_text(io.BytesIO(content), "book.txt")]
@@ -96,7 +98,7 @@ def test_text_comes_as_its_ids_do(vocabulary) -> None:
     assert sum(map(bool, parts)) > 50
 
 
-def test_a_letter_waits_until_it_is_whole() -> None:
+def test_a_character_waits_until_it_is_complete() -> None:
     def decode(ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
 

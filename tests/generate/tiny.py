@@ -1,4 +1,4 @@
-"""A model small enough for every test of generation, and what is computed from it without streaming."""
+"""A tiny model for the tests of generation, and its outputs computed without streaming."""
 
 import functools
 
@@ -23,7 +23,7 @@ def streamer() -> Streamer:
 
 
 def texts(*lengths: int, seed: int = 0) -> list[np.ndarray]:
-    """A row of random token ids of each length."""
+    """Return a row of random token ids for each length."""
     random = np.random.default_rng(seed)
     return [random.integers(0, CONFIG.vocab_size, length).astype(np.int32) for length in lengths]
 
@@ -34,7 +34,7 @@ def _forward(params: dict, tokens: jax.Array) -> jax.Array:
 
 
 def forward(text: np.ndarray) -> np.ndarray:
-    """Logits (T, V) of one row in a single aligned call, from an empty memory."""
-    padded = np.zeros((1, 64), np.int32)  # one shape for all: what follows a token does not change its logits
+    """Return logits (T, V) of one row, computed in a single aligned call from an empty state."""
+    padded = np.zeros((1, 64), np.int32)  # one shape to compile; later tokens do not change logits
     padded[0, : len(text)] = text
     return np.asarray(_forward(params_of(CONFIG), padded))[0, : len(text)]

@@ -87,11 +87,7 @@ def test_evaluation_of_a_checkpoint(workdir: pathlib.Path, capsys: pytest.Captur
     ("arguments", "message"),
     [
         (["--files=missing"], "--files: missing: no such file or folder"),
-<<<<<<< HEAD
-        (["--files=configs", "--suffixes=.cfg"], "no files that end in .cfg; set --suffixes"),
-=======
         (["--files=configs", "--suffixes=.cfg"], "has no files that end in .cfg; set --suffixes"),
->>>>>>> refs/heads/evaluate
         (["--ablations=zero"], "config.evaluate.ablations: expected one of zeroed, shuffled, frozen"),
         (["--min_tokens=1000"], "no held-out document has 1000 tokens"),
         (["--documents=-1"], "config.evaluate.documents: must be at least 0"),

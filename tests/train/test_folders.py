@@ -106,11 +106,13 @@ def test_a_run_in_a_bucket(bucket: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(loop, "Checkpoints", NoCheckpoints)
     NoCheckpoints.folders = []
     before = set(os.listdir())
-    train(RUN, "gs://bucket/run", evaluate=lambda *_: {"score": 1}, profile_steps=(2, 3), quiet=True)
+    train(
+        RUN, "gs://bucket/run", evaluate=lambda *_: {"some": {"score": 1}}, profile_steps=(2, 3), quiet=True
+    )
     assert [os.fspath(folder) for folder in NoCheckpoints.folders] == ["gs://bucket/run"]
     lines = (bucket / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 4, 5]
-    assert json.loads(lines[4]) == {"step": 4, "evaluation": {"score": 1}}
+    assert json.loads(lines[4]) == {"step": 4, "evaluation": {"some": {"score": 1}}}
     assert list((bucket / "run" / "tensorboard").iterdir()) and traces(bucket / "run")
     assert set(os.listdir()) == before, "a folder called gs:"
 

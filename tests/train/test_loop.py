@@ -58,7 +58,7 @@ def one_device() -> Iterator[None]:
 
 
 def evaluate(params: Any, step: int) -> dict[str, Any]:
-    return {"step": step, "nested": {"sum": float(sum(leaf.sum() for leaf in jax.tree.leaves(params)))}}
+    return {"some": {"step": step, "sum": float(sum(leaf.sum() for leaf in jax.tree.leaves(params)))}}
 
 
 def stopping_at(step: int, number: int) -> type[PasskeyCurriculum]:
@@ -156,8 +156,8 @@ def test_what_a_run_writes(uninterrupted: pathlib.Path) -> None:
 
 def test_evaluation_is_called_with_the_parameters_of_its_step(uninterrupted: pathlib.Path) -> None:
     written = {line["step"]: line["evaluation"] for line in lines(uninterrupted) if "evaluation" in line}
-    assert {step: result["step"] for step, result in written.items()} == {3: 3, 6: 6}
-    assert written[3]["nested"]["sum"] != written[6]["nested"]["sum"]
+    assert {step: result["some"]["step"] for step, result in written.items()} == {3: 3, 6: 6}
+    assert written[3]["some"]["sum"] != written[6]["some"]["sum"]
 
 
 def test_a_run_stopped_again_and_again_is_the_uninterrupted_one(
