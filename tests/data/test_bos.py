@@ -99,9 +99,7 @@ def test_an_import_sets_add_bos(tmp_path: pathlib.Path) -> None:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(template, None, [("w1", 1)])
         tokenizer.save(str(source / "tokenizer.json"))
         out = tmp_path / f"imported{begins}"
-        argv = ["import_hf", f"--source={source}", f"--out={out}", "--block_size=8"]
-        monkeypatch.setattr(sys, "argv", argv)
-        import_hf.main()
+        assert import_hf.main([f"--source={source}", f"--out={out}", "--block_size=8"]) == 0
         assert resolve(read_config(out)).data.add_bos == begins
 
 

@@ -17,6 +17,7 @@ import pytest
 from fam_jax import sharding
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params
 from fam_jax.config import Config, ConfigError, DataConfig, UserError
+from fam_jax.config.format1 import FORMAT
 from fam_jax.data import build
 from fam_jax.data.curriculum import PasskeyCurriculum
 from fam_jax.train import loop
@@ -124,7 +125,9 @@ def lines(folder: pathlib.Path) -> list[dict[str, Any]]:
 def assert_same_run(folder: pathlib.Path, other: pathlib.Path) -> None:
     (arrays, position), (wanted, wanted_position) = saved(folder, STEPS), saved(other, STEPS)
     assert arrays.keys() == wanted.keys()
-    assert any("carried/fam" in name for name in arrays) and any("optimizer" in name for name in arrays)
+    assert any("['carried']['fam']" in name for name in arrays) and any(
+        "optimizer" in name for name in arrays
+    )
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, wanted[name], err_msg=name)
     assert position == wanted_position
@@ -147,9 +150,10 @@ def test_what_a_run_writes(uninterrupted: pathlib.Path) -> None:
             "learning_rate",
             "gradient_norm",
         } <= line.keys()
-    assert json.loads((uninterrupted / "config.json").read_text()) == json.loads(
-        json.dumps(dataclasses.asdict(RUN))
-    )
+    assert json.loads((uninterrupted / "config.json").read_text()) == {
+        "format": FORMAT,
+        **json.loads(json.dumps(dataclasses.asdict(RUN))),
+    }
     assert list((uninterrupted / "tensorboard").iterdir())
     assert {path.name for path in uninterrupted.iterdir() if path.name.isdigit()} == {"4", "8"}
 
@@ -168,7 +172,7 @@ def test_a_run_stopped_again_and_again_is_the_uninterrupted_one(
         handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
         stopped = run_until(tmp_path / "run", step, number, monkeypatch)
         assert stopped.exit_code == 128 + number
-        assert f"stopped at step {step};" in str(stopped) and "the same command resumes" in str(stopped)
+        assert f"stopped at step {step};" in str(stopped) and "run the same command to resume" in str(stopped)
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
         assert (tmp_path / "run" / str(step)).is_dir()
     run(tmp_path / "run")
@@ -293,7 +297,7 @@ def test_a_run_on_text_resumes_exactly(text: Config, tmp_path: pathlib.Path) -> 
     assert found == expected
     assert [line["step"] for line in found if "evaluation" not in line] == [2, 4, 6, 8]
     last = found[-1]
-    assert last["epoch"] == 0 and 0 <= last["answer_accuracy"] <= 1 and "stage_blocks" not in last
+    assert last["epoch"] == 0 and 0 <= last["accuracy"] <= 1 and "stage_blocks" not in last
     assert last["loss"] < found[0]["loss"]
 
 
