@@ -63,9 +63,15 @@ def with_settings(folder: pathlib.Path, tmp_path: pathlib.Path, **settings: Any)
 def sentencepiece_model(path: pathlib.Path, bos: int) -> pathlib.Path:
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([TEXT]), model_writer=file, vocab_size=60, bos_id=bos, unk_id=0, eos_id=2,
-            model_type="char", minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter([TEXT]),
+            model_writer=file,
+            vocab_size=60,
+            bos_id=bos,
+            unk_id=0,
+            eos_id=2,
+            model_type="char",
+            minloglevel=2,
+        )
     return path
 
 

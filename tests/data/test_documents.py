@@ -17,8 +17,12 @@ FIELD = "config.data.train_files"
 def corpus(tmp_path: pathlib.Path) -> pathlib.Path:
     """Make folders with files, not all of which have the usual ending or a text."""
     for name, text in {
-        "a.txt": "alpha\n", "b.md": "beta", "empty.txt": "", "deep/er/c.txt": "gämma 😀", "other/d.txt": "delta",
-    }.items():  # fmt: skip
+        "a.txt": "alpha\n",
+        "b.md": "beta",
+        "empty.txt": "",
+        "deep/er/c.txt": "gämma 😀",
+        "other/d.txt": "delta",
+    }.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -66,8 +70,13 @@ def test_documents_of_files_and_lines(corpus: pathlib.Path) -> None:
     (corpus / "lines.jsonl").write_text("\n".join([*lines[:2], "  ", *lines[2:]]))
     documents = read(corpus, corpus / "lines.jsonl")
     assert [documents[i] for i in range(len(documents))] == [
-        "alpha\n", "gämma 😀", "one\nline two", "zwölf", "three", "delta",
-    ]  # fmt: skip
+        "alpha\n",
+        "gämma 😀",
+        "one\nline two",
+        "zwölf",
+        "three",
+        "delta",
+    ]
 
 
 def test_the_fingerprint_depends_on_contents_not_on_paths(

@@ -29,9 +29,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def config_of(corpus: pathlib.Path, **data: Any) -> Config:
     values = {
-        "task": "text+passkey", "vocabulary": "bytes", "train_files": (str(corpus),), "sequence_length": ROW,
-        "stage_blocks": (2, 3), "digits": 1,
-    }  # fmt: skip
+        "task": "text+passkey",
+        "vocabulary": "bytes",
+        "train_files": (str(corpus),),
+        "sequence_length": ROW,
+        "stage_blocks": (2, 3),
+        "digits": 1,
+    }
     return resolve({"data": values | data, "model": {"block_size": 8}, "train": {"batch_size": 2}})
 
 

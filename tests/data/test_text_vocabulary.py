@@ -11,9 +11,17 @@ from launch import train_vocabulary
 
 TEXT = "def read(path):\n    return path.read_text()  # 1234 times\n" * 20
 STRANGE = [
-    TEXT, "  two  spaces, \ttabs\n\n\n", "ünseen 😀 \u3000 ﬁ ①", " begins and ends ", "\n", "▁", "no\0null", "\r\n",
-    "x" * 20_000, "é" * 9_000,
-]  # fmt: skip
+    TEXT,
+    "  two  spaces, \ttabs\n\n\n",
+    "ünseen 😀 \u3000 ﬁ ①",
+    " begins and ends ",
+    "\n",
+    "▁",
+    "no\0null",
+    "\r\n",
+    "x" * 20_000,
+    "é" * 9_000,
+]
 
 
 def test_all_text_decodes_to_itself(tmp_path: pathlib.Path) -> None:
@@ -38,10 +46,14 @@ def test_the_same_text_gives_the_same_model() -> None:
     [
         (TEXT, 259, "size: expected more than 259"),
         (TEXT, 9000, "size: SentencePiece cannot make 9000 pieces of this text (Vocabulary size too high"),
-        ("".join(map(chr, range(0x4E00, 0x4F00))), 260, "cannot make 260 pieces of this text (Vocabulary size is sm"),
+        (
+            "".join(map(chr, range(0x4E00, 0x4F00))),
+            260,
+            "cannot make 260 pieces of this text (Vocabulary size is sm",
+        ),
         ("", 300, "cannot make 300 pieces of this text"),
     ],
-)  # fmt: skip
+)
 def test_sizes_that_cannot_be(text: str, size: int, says: str) -> None:
     with pytest.raises(UserError) as caught:
         train_text_vocabulary([text], size)
