@@ -1,6 +1,7 @@
 """Training batches of PassKey, whose fillers grow as the model learns; resumable at any step."""
 
 import dataclasses
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -98,6 +99,10 @@ class PasskeyCurriculum:
             for low, high in zip(lower, data.stage_blocks, strict=False)
         ]
         self.stage_tokens = stage_tokens(data, self.vocabulary, block_size)
+        # By stage. Threads make batches ahead and call Python for it; TensorFlow waits for them when it frees the
+        # iterators. So free them before the interpreter shuts down, or the program can hang at its end.
+        self._batches: dict[int, Iterator[Batch]] = {}
+        weakref.finalize(self, self._batches.clear)
         self._start(CurriculumState(examples=[0] * len(data.stage_blocks)))
 
     @property
@@ -213,7 +218,7 @@ class PasskeyCurriculum:
     def _start(self, position: CurriculumState) -> None:
         self._position = position
         self.batch_stage = position.stage
-        self._batches: dict[int, Iterator[Batch]] = {}
+        self._batches.clear()
 
     def _advance(self) -> None:
         if self.on_last_stage:
