@@ -15,26 +15,18 @@ import sentencepiece
 import tokenizers
 
 from fam_jax.checkpoint import read_config
-<<<<<<< HEAD
-from fam_jax.config import Config, ConfigError, DataConfig, UserError, resolve
-=======
 from fam_jax.config import Config, ConfigError, DataConfig, EvaluateConfig, UserError, resolve
 from fam_jax.data import build
->>>>>>> refs/heads/evaluate
 from fam_jax.data.curriculum import PasskeyCurriculum
 from fam_jax.data.interface import Example
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.passkey import passkey_examples
 from fam_jax.data.passkey_text import example_text
 from fam_jax.data.vocabulary import bos_ids, first_input, load_vocabulary
-<<<<<<< HEAD
-from fam_jax.evaluate.text import evaluate_text
-=======
 from fam_jax.evaluate.task import Setting
 from fam_jax.evaluate.tasks import text_documents
 from fam_jax.evaluate.text import measure_documents
 from fam_jax.generate.streaming import Streamer
->>>>>>> refs/heads/evaluate
 from fam_jax.generate.text import TextModel
 from fam_jax.hf import ConvertError, adds_bos
 from launch import import_hf
@@ -108,7 +100,9 @@ def test_an_import_sets_add_bos(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(template, None, [("w1", 1)])
         tokenizer.save(str(source / "tokenizer.json"))
         out = tmp_path / f"imported{begins}"
-        import_hf.main([f"--source={source}", f"--out={out}", "--block_size=8"])
+        argv = ["import_hf", f"--source={source}", f"--out={out}", "--block_size=8"]
+        monkeypatch.setattr(sys, "argv", argv)
+        import_hf.main()
         assert resolve(read_config(out)).data.add_bos == begins
 
 
@@ -161,11 +155,7 @@ def test_training_documents_begin_with_bos(data: DataConfig) -> None:
     assert rows(False) == ([EOS, 10, 11, 12, 13, EOS, 20, 21], targets)
 
 
-<<<<<<< HEAD
-def test_evaluated_documents_begin_with_bos() -> None:
-=======
 def test_evaluated_documents_begin_with_bos(monkeypatch: pytest.MonkeyPatch) -> None:
->>>>>>> refs/heads/evaluate
     class Both:
         vocab_size, bos_id, eos_id = 16, 3, 1
 
@@ -176,7 +166,8 @@ def test_evaluated_documents_begin_with_bos(monkeypatch: pytest.MonkeyPatch) -> 
 
     def loss(vocabulary: Any, add_bos: bool) -> float:
         monkeypatch.setattr(build, "heldout_examples", lambda *_: build.Heldout(examples, vocabulary))
-        setting = Setting(CONFIG, DataConfig(add_bos=add_bos), EvaluateConfig())
+        data = DataConfig(task="text", vocabulary="bytes", train_files=("some.txt",), add_bos=add_bos)
+        setting = Setting(CONFIG, data, EvaluateConfig())
         documents = text_documents(setting)
         return measure_documents(Streamer(CONFIG, params_of(CONFIG)), documents, setting).scalars["loss"]
 
