@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import shutil
+import sys
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_two_tokens_before_a_text_are_rejected(folder: pathlib.Path, tmp_path: p
         adds_bos(tmp_path / "tokenizer.json")
 
 
-def test_an_import_sets_add_bos(tmp_path: pathlib.Path) -> None:
+def test_an_import_sets_add_bos(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source"
     shutil.copytree(DATA / "llama3", source)
     pieces = {f"w{number}": number for number in range(VOCABULARY)}
