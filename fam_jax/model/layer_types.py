@@ -88,6 +88,13 @@ def layer_types(model: ModelConfig) -> LayerTypes:
     return LayerTypes(main, memories, np.resize(pattern, model.num_layers).astype(np.int32))
 
 
+def models_of_types(model: ModelConfig) -> list[tuple[ModelConfig, int]]:
+    """Return the config and the number of layers of each layer type, in the order of the branches in programs."""
+    types = layer_types(model)
+    counts = np.bincount(types.of_layers, minlength=len(types.memories)).tolist()
+    return [(memory.model, count) for memory, count in zip(types.memories, counts, strict=True)]
+
+
 def _only_attends(memory: Memory) -> bool:
     """Return whether all that a memory does to tokens lies between a layer's projections and its output."""
     kind = type(memory)

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from fam_jax.plan.chips import Chip, chip_of
 from fam_jax.plan.compile import compile_on, topology_devices
 from fam_jax.plan.profile import kernel_cycles
 from fam_jax.sharding import make_mesh, replicated
+from fam_jax.train.flops import visible_keys
 
 # Query heads per key head that are profiled.
 GROUP = 4
@@ -38,37 +38,6 @@ STREAMED = {
     "forward": {"streamed_forward": 2},
     "backward": {"streamed_dq": 3, "streamed_dkv": 4, "streamed_dextra": 4},
 }
-
-
-def visible_keys(
-    tokens: int,
-    *,
-    block_size: int,
-    segments: int,
-    extra: Callable[[int], int] = lambda _: 0,
-    window: int = 0,
-    past: int = 0,
-) -> float:
-    """Return the number of keys that a query sees, summed over `tokens` queries.
-
-    Args:
-      tokens: T, counted from a block border.
-      block_size: C.
-      segments: m.
-      extra: returns the number of extra keys that the tokens of a block see, given the block's number.
-      window: distance in tokens from which keys are hidden; 0 sets no limit.
-      past: blocks of the stream before the first token.
-    """
-    total = 0.0
-    for block in range(ceil_div(tokens, block_size)):
-        count = min(block_size, tokens - block * block_size)
-        before = min(past + block, segments) * block_size
-        if window:
-            total += sum(min(window, before + place) for place in range(1, count + 1))
-        else:
-            total += count * (before + (count + 1) / 2)
-        total += count * extra(past + block)
-    return total
 
 
 @dataclasses.dataclass(frozen=True)

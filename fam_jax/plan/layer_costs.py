@@ -6,44 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fam_jax.config import ModelConfig
 from fam_jax.kernels import BlockOptions, can_update, why_not_pallas
-from fam_jax.model.layer_types import layer_types
-from fam_jax.plan.attention import LocalShare, kernel_seconds, visible_keys
+from fam_jax.model.layer_types import models_of_types
+from fam_jax.plan.attention import LocalShare, kernel_seconds
 from fam_jax.plan.hlo import Op, Shares
 from fam_jax.plan.update_kernels import update_seconds
 from fam_jax.sharding import ROW_AXES
-
-
-def models_of_types(model: ModelConfig) -> list[tuple[ModelConfig, int]]:
-    """Return the config and the number of layers of each layer type, in the order of the branches in programs."""
-    types = layer_types(model)
-    counts = np.bincount(types.of_layers, minlength=len(types.memories)).tolist()
-    return [(memory.model, count) for memory, count in zip(types.memories, counts, strict=True)]
-
-
-def keys_of_layers(model: ModelConfig, tokens: int, past: int = 0) -> float:
-    """Return the number of keys that a token of a row sees, summed over tokens and layers.
-
-    Args:
-      model: the model's config.
-      tokens: T, counted from a block border.
-      past: blocks of the row before the first token.
-    """
-    return sum(
-        layers
-        * visible_keys(
-            tokens,
-            block_size=own.block_size,
-            segments=own.memory_segments,
-            extra=own.memory.extra_keys_of_block,
-            window=own.memory.window,
-            past=past,
-        )
-        for own, layers in models_of_types(model)
-    )
 
 
 def shares_of_types(model: ModelConfig) -> Shares:

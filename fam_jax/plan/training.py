@@ -8,19 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fam_jax.config import Config, MeshConfig
 from fam_jax.plan.chips import GIB, Chip, chip_of
 from fam_jax.plan.compile import compile_or_miss, local_bytes, peak_bytes, topology_devices
 from fam_jax.plan.cost import Estimate, estimate
 from fam_jax.plan.hlo import parse
-from fam_jax.plan.layer_costs import kernels_of_types, keys_of_layers, local_share, shares_of_types
+from fam_jax.plan.layer_costs import kernels_of_types, local_share, shares_of_types
 from fam_jax.sharding import batch_sharding
+from fam_jax.train.flops import step_flops
 from fam_jax.train.loop import Trainer, make_trainer
-
-# Arrays (B, T) of a batch, with their types.
-BATCH = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "answer": jnp.bool_}
+from fam_jax.train.step import BATCH_TYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +128,7 @@ def plan_training(config: Config, topology: str, tokens: int, mesh: MeshConfig |
         tokens=config.train.batch_size * tokens,
         memory=_memory(trainer, executable, chip),
         cost=cost,
-        model_flops=model_flops(config, trainer, tokens),
+        model_flops=step_flops(config, trainer.state_shapes.params, tokens),
         compile_seconds=seconds,
     )
 
@@ -139,7 +137,8 @@ def _compile(trainer: Trainer, batch: int, tokens: int) -> jax.stages.Compiled |
     """Return the executable or, if the program does not fit, the missing bytes."""
     rows = batch_sharding(trainer.mesh)
     arrays = {
-        name: jax.ShapeDtypeStruct((batch, tokens), dtype, sharding=rows) for name, dtype in BATCH.items()
+        name: jax.ShapeDtypeStruct((batch, tokens), dtype, sharding=rows)
+        for name, dtype in BATCH_TYPES.items()
     }
     lowered = trainer.step.trace(trainer.state_shapes, arrays).lower(lowering_platforms=("tpu",))  # type: ignore[attr-defined]
     return compile_or_miss(lowered)
@@ -150,27 +149,6 @@ def _memory(trainer: Trainer, executable: jax.stages.Compiled | int, chip: Chip)
     parameters, optimizer = (local_bytes(tree) for tree in (state.params, state.optimizer))
     peak = peak_bytes(executable, chip)
     return HbmUse(peak, chip.hbm_bytes, parameters, optimizer, max(peak - parameters - optimizer, 0))
-
-
-def model_flops(config: Config, trainer: Trainer, tokens: int) -> float:
-    """Return the model FLOPs of a step (Chowdhery et al. 2022, appendix B), without recomputation and memory updates.
-
-    They are 6 per parameter and token, with the output product and without the embedding lookup, plus 12 per visible
-    key, head feature, layer and token for attention. Frozen weights of LoRA get no gradient and count 4.
-    """
-    model, batch = config.model, config.train.batch_size
-    params = trainer.state_shapes.params
-    frozen = config.lora.rank > 0
-    total = 0.0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = [str(key.key) for key in path]
-        is_product = names[-1] in ("kernel", "lora_a", "lora_b") or (
-            names[-1] == "table" and model.tie_embeddings
-        )
-        if is_product:
-            per_token = 4 if frozen and names[-1] in ("kernel", "table") else 6
-            total += per_token * leaf.size * batch * tokens
-    return total + 12 * model.head_dim * model.num_heads * batch * keys_of_layers(model, tokens)
 
 
 def sensible_meshes(config: Config, topology: str) -> list[MeshConfig]:

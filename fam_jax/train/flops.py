@@ -1,11 +1,12 @@
-"""FLOPs of a train step and model FLOPs utilization (MFU), where the chip's peak is known."""
+"""FLOPs of a training step, and model FLOPs utilization (MFU), where the chip's peak is known."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from fam_jax.config import LoraConfig, ModelConfig, ceil_div
-from fam_jax.model.layer_types import layer_types
+from fam_jax.config import Config, ModelConfig, ceil_div
+from fam_jax.model.layer_types import models_of_types
 
 # Peak FLOP/s of one device in bfloat16 with dense matrices, by the start of JAX's name of the device: Cloud TPU
 # documentation and NVIDIA's data sheets. Longer names come first.
@@ -26,45 +27,75 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if device_kind.startswith(name)), None)
 
 
-def visible_keys(model: ModelConfig, tokens: int) -> float:
-    """Return the keys that the tokens of one row see, summed over tokens, for one layer.
+def visible_keys(
+    tokens: int,
+    *,
+    block_size: int,
+    segments: int,
+    extra: Callable[[int], int] = lambda _: 0,
+    window: int = 0,
+    past: int = 0,
+) -> float:
+    """Return the number of keys that a query sees, summed over `tokens` queries.
 
     Args:
-      model: config by which the layer goes.
-      tokens: T, from the beginning of a stream.
+      tokens: T, counted from a block border.
+      block_size: C.
+      segments: m.
+      extra: returns the number of extra keys that the tokens of a block see, given the block's number.
+      window: distance in tokens from which keys are hidden; 0 sets no limit.
+      past: blocks of the stream before the first token.
     """
-    size, window, total = model.block_size, model.memory.window, 0.0
-    for block in range(ceil_div(tokens, size)):
-        count = min(size, tokens - block * size)
-        before = min(block, model.memory_segments) * size
+    total = 0.0
+    for block in range(ceil_div(tokens, block_size)):
+        count = min(block_size, tokens - block * block_size)
+        before = min(past + block, segments) * block_size
         if window:
             total += sum(min(window, before + place) for place in range(1, count + 1))
         else:
             total += count * (before + (count + 1) / 2)
-        total += count * model.memory.extra_keys_of_block(block)
+        total += count * extra(past + block)
     return total
 
 
-def step_flops(model: ModelConfig, lora: LoraConfig, params: Any, rows: int, tokens: int) -> float:
-    """Return the FLOPs of a train step as MFU counts them (Chowdhery et al. 2022, appendix B).
-
-    6 per parameter and token, including the output product but not the embedding's lookup, and 12 per visible key, head
-    feature, layer and token for attention. With LoRA the frozen weights have no gradient: 4 per parameter. What
-    rematerialization and the memory's own updates take is left out.
+def keys_of_layers(model: ModelConfig, tokens: int, past: int = 0) -> float:
+    """Return the number of keys that a token of a row sees, summed over tokens and layers.
 
     Args:
-      model: config of the model.
-      lora: config of its low-rank adaptation.
-      params: nested dict of parameters, or of their shapes.
-      rows: of the batch.
-      tokens: of a row.
+      model: the model's config.
+      tokens: T, counted from a block border.
+      past: blocks of the row before the first token.
     """
-    total = 0.0
+    return sum(
+        layers
+        * visible_keys(
+            tokens,
+            block_size=own.block_size,
+            segments=own.memory_segments,
+            extra=own.memory.extra_keys_of_block,
+            window=own.memory.window,
+            past=past,
+        )
+        for own, layers in models_of_types(model)
+    )
+
+
+def step_flops(config: Config, params: Any, tokens: int) -> float:
+    """Return the FLOPs of a training step as MFU counts them (Chowdhery et al. 2022, appendix B).
+
+    They are 6 per parameter and token, with the output product and without the embedding lookup, plus 12 per visible
+    key, head feature, layer and token for attention. Frozen weights of LoRA get no gradient and count 4. Recomputation
+    and the updates of the memory are left out.
+
+    Args:
+      config: the experiment.
+      params: nested dict of parameters, or of their shapes.
+      tokens: T, length of the rows.
+    """
+    model, rows, total = config.model, config.train.batch_size, 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = str(path[-1].key)
         if name in ("kernel", "lora_a", "lora_b") or (name == "table" and model.tie_embeddings):
-            per_token = 4 if lora.rank and name in ("kernel", "table") else 6
+            per_token = 4 if config.lora.rank and name in ("kernel", "table") else 6
             total += per_token * leaf.size * rows * tokens
-    types = layer_types(model)
-    keys = sum(visible_keys(types.memories[index].model, tokens) for index in types.of_layers.tolist())
-    return total + 12 * model.head_dim * model.num_heads * rows * keys
+    return total + 12 * model.head_dim * model.num_heads * rows * keys_of_layers(model, tokens)

@@ -25,7 +25,7 @@ from fam_jax.train.metrics import MetricsWriter
 from fam_jax.train.optimizer import make_optimizer
 from fam_jax.train.progress import ProgressReport
 from fam_jax.train.state import TrainState, init_state
-from fam_jax.train.step import make_train_step
+from fam_jax.train.step import BATCH_TYPES, make_train_step
 from fam_jax.train.trace import StepTrace
 
 # (parameters, step) -> figures by name, for the metrics; called every config.evaluate.every steps.
@@ -109,15 +109,7 @@ def train(
       Interrupted: a signal came; a checkpoint of the last step was saved.
     """
     check_named(config)
-    trainer = make_trainer(config)
-    batches = make_batches(
-        config.data,
-        block_size=config.model.block_size,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        shard=(jax.process_index(), jax.process_count()),
-    )
-    check_vocabulary_size(batches.vocabulary, config.model, config.data)
+    trainer, batches = make_trainer(config), _checked_batches(config)
     folder, first = absolute(workdir), jax.process_index() == 0
     state = None
     if restore_step is None and not saved_steps(folder):
@@ -143,6 +135,18 @@ def train(
                 progress.say(line)
             run = _Run(trainer, batches, checkpoints, writer, progress, trace, evaluate, folder)
             return run(state, remaining)
+
+
+def _checked_batches(config: Config) -> Batches:
+    batches = make_batches(
+        config.data,
+        block_size=config.model.block_size,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+    check_vocabulary_size(batches.vocabulary, config.model, config.data)
+    return batches
 
 
 def _header(
@@ -192,8 +196,8 @@ class _Run:
     trace: StepTrace
     evaluate: Evaluate | None
     folder: epath.Path
-    # Shapes of batches for which the step is compiled.
-    compiled: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    # FLOPs of a step by row length, for the lengths for which the step is compiled.
+    flops: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self, state: TrainState, remaining: range) -> dict[str, Any]:
         config = self.trainer.config
@@ -207,8 +211,7 @@ class _Run:
                 if self.batches.needs_metrics:
                     self.batches.observe(metrics)  # waits for the device
                 rows, tokens = arrays["inputs"].shape
-                flops = step_flops(config.model, config.lora, state.params, rows, tokens)
-                clock.add(rows * tokens, flops, compiling)
+                clock.add(rows * tokens, self.flops[tokens], compiling)
                 self.progress.advance(step, compiled=compiling > 0)
                 signal_number, ending = stop(step), step == config.train.steps
                 saving = bool(signal_number) or ending or step % config.train.checkpoint_every == 0
@@ -239,13 +242,13 @@ class _Run:
         self, step: int, state: TrainState, arrays: dict[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array], float]:
         """Dispatch a step; return its results, and the seconds that it took to compile or 0."""
-        shape, began = arrays["inputs"].shape, time.perf_counter()
+        tokens, began = arrays["inputs"].shape[1], time.perf_counter()
         with self.trace.step(step):
             state, metrics = self.trainer.step(state, arrays)
         self.trace.end(step, metrics)
-        if shape in self.compiled:
+        if tokens in self.flops:
             return state, metrics, 0.0
-        self.compiled.add(shape)
+        self.flops[tokens] = step_flops(self.trainer.config, state.params, tokens)
         return state, metrics, time.perf_counter() - began
 
     def _not_finite(self, step: int, metrics: dict[str, jax.Array]) -> str:
@@ -296,7 +299,7 @@ class _Run:
 
 def _for_step(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arrays of a batch that the train step takes."""
-    return {name: batch[name] for name in ("inputs", "targets", "weights", "answer")}
+    return {name: batch[name] for name in BATCH_TYPES}
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from fam_jax.train.losses import token_loss
 from fam_jax.train.optimizer import learning_rate
 from fam_jax.train.state import TrainState, model_structure
 
+# The arrays (B, T) of a batch that a step takes, and their types.
+BATCH_TYPES = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "answer": jnp.bool_}
+
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 

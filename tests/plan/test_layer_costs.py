@@ -8,10 +8,12 @@ import pytest
 from configs import fam_1b
 from fam_jax.config import Config, MeshConfig, ModelConfig, resolve
 from fam_jax.memories.window import BlockSlidingWindowConfig
+from fam_jax.model.layer_types import models_of_types
 from fam_jax.plan.attention import LocalShare, kernel_seconds
 from fam_jax.plan.hlo import Op, parse
-from fam_jax.plan.layer_costs import keys_of_layers, models_of_types, shares_of_types, takes_kernels
+from fam_jax.plan.layer_costs import shares_of_types, takes_kernels
 from fam_jax.plan.training import plan_training
+from fam_jax.train.flops import keys_of_layers
 from tests.model.tiny import variant
 from tests.plan.programs import needs_compiler
 

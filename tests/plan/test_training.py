@@ -9,8 +9,8 @@ import pytest
 from configs import fam_1b, fam_8b, fam_24b
 from fam_jax.config import ConfigError, MeshConfig, UserError, resolve
 from fam_jax.plan.compile import bytes_missing
-from fam_jax.plan.layer_costs import keys_of_layers
-from fam_jax.plan.training import model_flops, plan_training, sensible_meshes
+from fam_jax.plan.training import plan_training, sensible_meshes
+from fam_jax.train.flops import keys_of_layers, step_flops
 from fam_jax.train.loop import make_trainer
 from tests.plan.programs import needs_compiler
 
@@ -24,12 +24,14 @@ def test_flops_are_six_per_parameter_and_token() -> None:
     weights = model.num_layers * layer + model.vocab_size * model.model_dim
     scores = model.num_heads * rows * keys_of_layers(model, tokens)
     expected = 6 * weights * rows * tokens + 12 * model.head_dim * scores
-    assert model_flops(SMOKE, trainer, tokens) == expected
+    assert step_flops(SMOKE, trainer.state_shapes.params, tokens) == expected
 
 
 def test_lora_leaves_out_gradients_of_frozen_weights() -> None:
     lora = resolve(fam_1b.get_config("smoke"))
-    full, less = (model_flops(config, make_trainer(config), 64) for config in (SMOKE, lora))
+    full, less = (
+        step_flops(config, make_trainer(config).state_shapes.params, 64) for config in (SMOKE, lora)
+    )
     assert 0.6 * full < less < full
 
 
