@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from fam_jax.checkpoint.folder import CheckpointError
 from fam_jax.config.format1 import EMPTIED, FORMAT, upgrade_array_name
@@ -38,14 +39,7 @@ def by_name(tree: PyTree) -> Arrays:
 
 def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """The nested dict whose paths are the names of `arrays`."""
-    tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *groups, last = name.split("/")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = array
-    return tree
+    return traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def raw(arrays: Arrays) -> Arrays:

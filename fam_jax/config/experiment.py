@@ -12,7 +12,7 @@ from fam_jax.config.data import DataConfig
 from fam_jax.config.errors import ConfigError, require
 from fam_jax.config.fields import check_type, field_types
 from fam_jax.config.format1 import moved_field
-from fam_jax.config.memory import MemoryConfig, check_memory_field, memory_config_type
+from fam_jax.config.memory import MemoryConfig, check_memory_field, kinds_with_field, memory_config_type
 from fam_jax.config.model import ModelConfig
 from fam_jax.config.training import EvaluateConfig, LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
 
@@ -113,9 +113,7 @@ def _memory_field_type(kind: str | None, name: str, path: str) -> Any:
     from fam_jax.memories.registry import memory_kinds
 
     if kind is None:
-        kind = next(
-            (k for k in memory_kinds() if name in field_types(memory_config_type(k))), memory_kinds()[0]
-        )
+        kind = [*kinds_with_field(name), *memory_kinds()][0]
     check_memory_field(kind, name, path)
     return field_types(memory_config_type(kind))[name]
 

@@ -122,7 +122,7 @@ def fields_with_effect(cls: Any, *effects: Effect, prefix: str = "") -> set[str]
 
 def field_types(cls: Any) -> dict[str, Any]:
     """Return the resolved type of every field of a group."""
-    return _field_types(cls)
+    return _field_types(cls)  # mypy takes no dataclass for a hashable argument of the cached function
 
 
 @functools.lru_cache
@@ -142,7 +142,7 @@ def check_values(values: Any) -> None:
 
 
 def check_type(kind: Any, value: Any, path: str) -> None:
-    """Raise :class:`ConfigError` unless `value` is of the type of a field; an int will do for a float."""
+    """Raise :class:`ConfigError` unless `value` is of the type of a field; an int is accepted for a float."""
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if not isinstance(value, tuple):

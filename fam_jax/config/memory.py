@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import ml_collections
 
 from fam_jax.config.errors import ConfigError
-from fam_jax.config.fields import group, setting
+from fam_jax.config.fields import field_types, group, setting
 
 if TYPE_CHECKING:
     from fam_jax.config.model import ModelConfig
@@ -84,11 +84,7 @@ def kinds_with_field(name: str) -> list[str]:
     """Return the kinds of memory that have a field of this name."""
     from fam_jax.memories.registry import memory_kinds
 
-    return [
-        kind
-        for kind in memory_kinds()
-        if name in {field.name for field in dataclasses.fields(typing.cast(Any, memory_config_type(kind)))}
-    ]
+    return [kind for kind in memory_kinds() if name in field_types(memory_config_type(kind))]
 
 
 def memory_config(kind: str, **fields: Any) -> ml_collections.ConfigDict:
@@ -107,7 +103,7 @@ def memory_config(kind: str, **fields: Any) -> ml_collections.ConfigDict:
 
 def check_memory_field(kind: str, name: str, path: str = "config.model.memory") -> None:
     """Raise :class:`ConfigError` if a kind of memory has no field of this name."""
-    own = [field.name for field in dataclasses.fields(typing.cast(Any, memory_config_type(kind)))]
+    own = field_types(memory_config_type(kind))
     if name in own:
         return
     others = kinds_with_field(name)

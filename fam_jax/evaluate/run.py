@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from fam_jax.config import Config, MeshConfig, resolve
+from fam_jax.data.vocabulary import check_vocabulary_size
 from fam_jax.evaluate.record import Evaluation, check_writable, evaluation_path, make_evaluation
 from fam_jax.evaluate.task import OnProgress, Setting
 from fam_jax.evaluate.tasks import default_task, find_task
@@ -105,9 +106,5 @@ def _prepare(name: str, setting: Setting, on_progress: OnProgress | None = None)
     """Make the items of a task; return what measures given parameters on them."""
     task = find_task(name)
     items = task.items(setting)
-    from fam_jax.data.vocabulary import (
-        check_vocabulary_size,  # imports TensorFlow, as the items of most tasks do
-    )
-
     check_vocabulary_size(items.vocabulary, setting.model, setting.data)
     return lambda params: task.measure(Streamer(setting.model, params), items, setting, on_progress)

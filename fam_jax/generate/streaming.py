@@ -172,15 +172,7 @@ class Streamer:
                 on_tokens(part[0], part[2])
             if np.asarray(stopped).all():
                 break
-        tokens, logprobs, counts = zip(*parts, strict=True)
-        return Generated(
-            tokens=np.concatenate(tokens, axis=1),
-            lengths=np.asarray(counts).sum(axis=0, dtype=np.int32),
-            logprobs=np.concatenate(logprobs, axis=1),
-            stopped=np.asarray(stopped),
-            logits=logits,
-            state=state,
-        )
+        return _joined(parts, np.asarray(stopped), logits, state)
 
     def score(
         self, continuations: Sequence[np.ndarray], logits: jax.Array, state: StreamState
@@ -290,6 +282,21 @@ class Streamer:
                     "was it tokenized with another vocabulary?"
                 )
         return [row.astype(np.int32) for row in rows]
+
+
+def _joined(
+    parts: Sequence[list[np.ndarray]], stopped: np.ndarray, logits: jax.Array, state: StreamState
+) -> Generated:
+    """Return the result of consecutive calls, each of which gave tokens, log probabilities and counts."""
+    tokens, logprobs, counts = zip(*parts, strict=True)
+    return Generated(
+        tokens=np.concatenate(tokens, axis=1),
+        lengths=np.asarray(counts).sum(axis=0, dtype=np.int32),
+        logprobs=np.concatenate(logprobs, axis=1),
+        stopped=stopped,
+        logits=logits,
+        state=state,
+    )
 
 
 def plan_reads(

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import nnx, traverse_util
 
 
 def to_dict(state: nnx.State) -> dict[str, Any]:
@@ -46,11 +46,4 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
 
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
     """Return the nested dict of leaves by path; the inverse of :func:`flatten`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *groups, name = path.split("/")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = leaf
-    return tree
+    return traverse_util.unflatten_dict(leaves, sep="/")

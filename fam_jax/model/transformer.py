@@ -214,20 +214,17 @@ class Transformer(nnx.Module):
         return jnp.concatenate(parts, axis=1), state
 
     def _with_initial(self, state: StreamState) -> StreamState:
-        """Give rows that carry no context the state that the weights decide, and all rows room for past blocks."""
+        """Give all rows room for past blocks, and compute the layers' states from the shared one.
+
+        Rows that carry no context start from the shared state that the weights decide.
+        """
         types, position = layer_types(self.config), state.position
         batch = state.batch_size
         padded = jax.vmap(lambda layer: with_past_slots(layer, self.config.memory_segments))(state.layers)
         start = types.main.start_shared(self.memory, batch)
         shared = start if state.shared is None else choose_rows(position.carries_context, state.shared, start)
         state = dataclasses.replace(state, layers=padded, shared=shared)
-        entered = self._enter(types, state)
-        if types.main.order == "segment":
-            return entered  # computed from the shared state in every row
-        layers = jax.vmap(lambda old, new: choose_rows(position.carries_context, old, new))(
-            state.layers, entered.layers
-        )
-        return dataclasses.replace(state, layers=layers)
+        return self._enter(types, state)
 
     def _read_anywhere(
         self, tokens: jax.Array, state: StreamState, lengths: jax.Array
