@@ -12,7 +12,7 @@ from flax import nnx
 from examples.running_mean import RunningMean, RunningMeanConfig
 from fam_jax.config import MemoryConfig, ModelConfig
 from fam_jax.memories.fam import FamConfig
-from fam_jax.memories.registry import memory_kinds, register_memory
+from fam_jax.memories.registry import memory_class, memory_kinds
 from fam_jax.memories.window import (
     BlockSlidingWindowConfig,
     FullConfig,
@@ -68,9 +68,12 @@ def own_block(loss: int, embedding: int) -> bool:
     return loss == embedding
 
 
-register_memory("running_mean", RunningMean)
-register_memory("toy_read_write", toys.ReadWriteRows)
-register_memory("toy_associative", toys.AssociativeRows)
+# Memories of the tests. `conftest.py` registers them for the tests of this folder alone.
+OWN = {
+    "running_mean": RunningMean,
+    "toy_read_write": toys.ReadWriteRows,
+    "toy_associative": toys.AssociativeRows,
+}
 
 CASES = {
     "full": Case(FullConfig(context=SIZE * BLOCKS), everything),
@@ -91,7 +94,14 @@ CASES = {
     "read_write, window": Case(toys.ReadWriteConfig(segments=1, window=3), everything),
     "associative": Case(toys.AssociativeConfig(segments=0), everything),
 }
-assert {case.memory.kind for case in CASES.values()} == {*memory_kinds()}, "a registered memory has no case"
+assert {case.memory.kind for case in CASES.values()} == {*memory_kinds(), *OWN}, (
+    "a registered memory has no case"
+)
+
+
+def class_of(kind: str) -> Any:
+    """Return the class of a memory, whether or not those of the tests are registered."""
+    return OWN[kind] if kind in OWN else memory_class(kind)
 
 
 def random_parameters(model: ModelConfig, seed: int = 0) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fam_jax.memories.window_cache import start_position
 from fam_jax.model import StreamState, ablated, empty_state, from_dict, passed_on, with_passed_on
 from fam_jax.model.layer_types import memory_of
 from fam_jax.model.parameters import flatten
-from tests.memories.cases import BLOCKS, CASES, SIZE, random_parameters
+from tests.memories.cases import BLOCKS, CASES, SIZE, class_of, random_parameters
 from tests.memories.reference import associative_forward, read_write_forward
 from tests.model.tiny import Reader, build, quick_jit
 
@@ -203,7 +203,7 @@ def filled(create: Callable[[nnx.Rngs], Any], values: Any) -> Any:
 
 
 FASTER = [
-    name for name, case in CASES.items() if type(memory_of(case.model)).read_blocks is not Memory.read_blocks
+    name for name, case in CASES.items() if class_of(case.memory.kind).read_blocks is not Memory.read_blocks
 ]
 
 

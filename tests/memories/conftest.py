@@ -1,0 +1,17 @@
+"""Register the memories of the tests, and remove them afterwards, so that no other test sees them."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from fam_jax.memories import registry
+from tests.memories.cases import OWN
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_memories() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "MEMORIES", dict(registry.MEMORIES))
+        for kind, memory in OWN.items():
+            registry.register_memory(kind, memory)
+        yield
