@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params, read_config
 from fam_jax.checkpoint.manifest import checksums
 from fam_jax.config import UserError
+from fam_jax.config.format1 import FORMAT
 
 CONFIG = {"model": {"model_dim": 96, "attention": "xla"}, "train": {"steps": 10}, "mesh": {"fsdp": 2}}
 
@@ -321,7 +322,7 @@ def test_config_may_change_in_execution(run: pathlib.Path) -> None:
     }  # fmt: skip
     open_run(run, **changes).close()
     assert read_config(run) == changes
-    assert json.loads((run / "config.json").read_text()) == changes
+    assert json.loads((run / "config.json").read_text()) == {"format": FORMAT, **changes}
 
 
 def test_nothing_there(tmp_path: pathlib.Path) -> None:

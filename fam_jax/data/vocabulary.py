@@ -79,7 +79,7 @@ def _load_tokenizer(name: str) -> "seqio.Vocabulary":
         raise UserError(_unreadable(name, error)) from error
     except ValueError as error:
         raise UserError(
-            f"vocabulary {name!r}: is not a tokenizer.json, or is damaged; name another file"
+            f"vocabulary {name!r}: is not a tokenizer.json, or is a damaged one; name another file"
         ) from error
 
 

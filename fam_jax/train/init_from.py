@@ -1,5 +1,6 @@
 """Start a run from the parameters of another run's checkpoint."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -34,8 +35,8 @@ def check_named(config: Config) -> None:
     """Raise :class:`ConfigError` if LoRA would adapt random weights although the config does not ask for it."""
     if config.lora.rank and not config.train.init_from and not config.lora.random_base:
         raise ConfigError(
-            "config.train.init_from: is empty, but LoRA adapts a trained model; name a checkpoint, or set lora.rank=0 "
-            "to train all parameters, or lora.random_base=true to adapt random ones"
+            "config.train.init_from: names no checkpoint, but LoRA adapts a trained model; name one, or set "
+            "lora.rank=0 to train all parameters, or lora.random_base=true to adapt random ones"
         )
 
 
@@ -73,10 +74,11 @@ def _check_same_model(config: Config, base: Config) -> None:
     if _same_memory(config.model, base.model):
         groups.append((config.model.memory, base.model.memory, "model.memory"))
     differing = [
-        f"{path}.{name} is {getattr(there, name)} there, {getattr(here, name)} here"
+        f"{path}.{field.name} is {getattr(there, field.name)} there, {getattr(here, field.name)} here"
         for here, there, path in groups
-        for name in sorted(fields_with_effect(type(here), "parameters"))
-        if "." not in name and getattr(here, name) != getattr(there, name)
+        for field in dataclasses.fields(here)
+        if field.name in fields_with_effect(type(here), "parameters")
+        and getattr(here, field.name) != getattr(there, field.name)
     ]
     if differing:
         raise ConfigError(

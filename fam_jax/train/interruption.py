@@ -13,7 +13,7 @@ class Interrupted(Exception):
     """Training was asked to stop (Ctrl-C, or SIGTERM on preemption) and saved everything."""
 
     def __init__(self, step: int, signal_number: int):
-        super().__init__(f"stopped at step {step}; everything is saved, run the same command to resume")
+        super().__init__(f"stopped at step {step}; all is saved: the same command resumes")
         self.exit_code = 128 + signal_number
 
 

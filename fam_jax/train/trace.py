@@ -33,8 +33,8 @@ class StepTrace:
         """
         if steps is not None and not 1 <= steps[0] <= steps[1] < remaining.stop:
             raise UserError(
-                f"--profile_steps={steps[0]},{steps[1]}: expected FIRST,LAST within the run's steps, 1 to "
-                f"{remaining.stop - 1}"
+                f"--profile_steps={steps[0]},{steps[1]}: expected FIRST,LAST, from 1 to the {remaining.stop - 1} "
+                "steps of the run"
             )
         self._steps = steps
         self._mirror: Mirror | None = None

@@ -6,7 +6,6 @@ import itertools
 import json
 import pathlib
 import shutil
-import sys
 from typing import Any
 
 import numpy as np

@@ -170,7 +170,10 @@ def test_targets_choose_the_projections() -> None:
         ({"targets": ("layers/qery/kernel",)}, "config.lora.targets: 'layers/qery/kernel' matches none of layers/q"),
         ({"targets": ("embedding/table",)}, "config.lora.targets: 'embedding/table' matches none of layers/"),
         ({"train": ("final_norm/scael",)}, "config.lora.train: 'final_norm/scael' matches none of "),
-        ({"train": ("layers/*",)}, "config.lora.train: 'layers/*' matches layers/down/kernel, which config.lora.targets"),
+        (
+            {"train": ("layers/*",)},
+            "config.lora.train: 'layers/*' matches layers/down/kernel, which config.lora.targets",
+        ),
     ],
 )  # fmt: skip
 def test_a_pattern_that_cannot_be_meant_is_refused(changes: dict[str, Any], message: str) -> None:

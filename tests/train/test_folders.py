@@ -91,6 +91,9 @@ class NoCheckpoints:
     def save(self, *_: Any) -> None:
         pass
 
+    def wait(self) -> None:
+        pass
+
 
 def traces(folder: pathlib.Path) -> list[pathlib.Path]:
     return list((folder / "profile").rglob("*.xplane.pb"))

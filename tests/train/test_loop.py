@@ -172,7 +172,7 @@ def test_a_run_stopped_again_and_again_is_the_uninterrupted_one(
         handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
         stopped = run_until(tmp_path / "run", step, number, monkeypatch)
         assert stopped.exit_code == 128 + number
-        assert f"stopped at step {step};" in str(stopped) and "run the same command to resume" in str(stopped)
+        assert f"stopped at step {step};" in str(stopped) and "the same command resumes" in str(stopped)
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
         assert (tmp_path / "run" / str(step)).is_dir()
     run(tmp_path / "run")
