@@ -216,7 +216,7 @@ def test_a_base_without_fam_gets_one(tmp_path: pathlib.Path) -> None:
     )
     train(adapting(tmp_path / "base", train__steps=1), str(tmp_path / "run"), quiet=True)
     found = params_at(tmp_path / "run")
-    assert found["memory"]["initial_fam"].shape == (2, BASE.model.model_dim)
+    assert found["memory/initial_fam"].shape == (2, BASE.model.model_dim)
     np.testing.assert_array_equal(found["layers/up/kernel"], params_at(tmp_path / "base")["layers/up/kernel"])
 
 
