@@ -18,7 +18,7 @@ from fam_jax.config import MeshConfig
 from fam_jax.kernels import block_attention
 from fam_jax.plan import Chip, chip_of, compile_on, topology_devices
 from fam_jax.sharding import make_mesh, replicated
-from fam_jax.train.flops import visible_keys
+from fam_jax.training.flops import visible_keys
 
 
 @dataclasses.dataclass(frozen=True)

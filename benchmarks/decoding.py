@@ -20,7 +20,7 @@ from benchmarks.report import print_decoding
 from benchmarks.timing import interleave
 from benchmarks.workload import random_parameters
 from fam_jax.config import ModelConfig
-from fam_jax.generate.streaming import Streamer
+from fam_jax.generation.streaming import Streamer
 from fam_jax.memories.fam import FamConfig
 from fam_jax.model import StreamState
 from launch.cli import ArgumentParser

@@ -22,7 +22,7 @@ from fam_jax.checkpoint import load_params
 from fam_jax.config import Config, MeshConfig, UserError, resolve
 from fam_jax.data.passkey import passkey_examples
 from fam_jax.data.vocabulary import load_vocabulary
-from fam_jax.generate.streaming import Streamer
+from fam_jax.generation.streaming import Streamer
 from fam_jax.model import StreamState
 from fam_jax.sharding import make_mesh, param_shardings
 from launch.cli import ArgumentParser

@@ -21,9 +21,9 @@ from benchmarks.workload import Workload, random_batch
 from fam_jax.config import Config, LoraConfig, ModelConfig, TrainConfig
 from fam_jax.memories.fam import FamConfig
 from fam_jax.model import count_parameters, lora
-from fam_jax.train.optimizer import make_optimizer
-from fam_jax.train.state import init_state
-from fam_jax.train.step import make_train_step
+from fam_jax.training.optimizer import make_optimizer
+from fam_jax.training.state import init_state
+from fam_jax.training.step import make_train_step
 from launch.cli import ArgumentParser
 from launch.errors import user_errors
 

@@ -36,8 +36,8 @@ from benchmarks.retrofit_settings import (
     retrofit_flags,
 )
 from fam_jax.config import ABLATIONS, UserError
-from fam_jax.evaluate import evaluate, read_evaluation
-from fam_jax.generate.streaming import Streamer
+from fam_jax.evaluation import evaluate, read_evaluation
+from fam_jax.generation.streaming import Streamer
 from fam_jax.model import ablated
 from fam_jax.restore import load_model
 from launch.cli import ArgumentParser

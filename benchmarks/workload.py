@@ -13,10 +13,10 @@ from fam_jax.config import Config, ModelConfig
 from fam_jax.memories.fam import FamConfig
 from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import Transformer, empty_state, from_dict
-from fam_jax.train.losses import token_loss
-from fam_jax.train.optimizer import make_optimizer
-from fam_jax.train.state import TrainState, init_state, model_structure, nothing_carried
-from fam_jax.train.step import Batch, make_train_step
+from fam_jax.training.losses import token_loss
+from fam_jax.training.optimizer import make_optimizer
+from fam_jax.training.state import TrainState, init_state, model_structure, nothing_carried
+from fam_jax.training.step import Batch, make_train_step
 
 Hidden = Callable[[Transformer, jax.Array], jax.Array]
 # C / M, as in the paper: 64 vectors for blocks of 1024 tokens.

@@ -39,7 +39,7 @@ from fam_jax.config import (
 )
 from fam_jax.hf import describe_model
 from fam_jax.memories.window import BlockSlidingWindowConfig
-from fam_jax.train.init_from import base_config, locate
+from fam_jax.training.init_from import base_config, locate
 
 WORDS = ("bswa", "smoke")
 # The paper's.

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from fam_jax.config import UserError, to_json
 from fam_jax.config.overrides import Override
-from fam_jax.evaluate import read_evaluation
+from fam_jax.evaluation import read_evaluation
 from launch import cli
 
 VARIANTS = ("fam", "bswa_m1", "bswa_m1_sg")
@@ -235,7 +235,7 @@ def show(results: dict[str, Any]) -> None:
 
 def draw(workdir: Path, models: dict[str, dict[str, float]]) -> None:
     """Draw the results into WORKDIR/passkey.png."""
-    from fam_jax.evaluate.plot import plot_passkey  # matplotlib, which takes a second to import
+    from fam_jax.evaluation.plot import plot_passkey  # matplotlib, which takes a second to import
 
     config = json.loads((workdir / VARIANTS[0] / "config.json").read_text())
     model = config["model"]

@@ -63,7 +63,7 @@ class _ListTasks(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from fam_jax.evaluate import TASKS
+        from fam_jax.evaluation import TASKS
 
         for name, task in TASKS.items():
             print(f"{name:12}{task.doc}")
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
     import rich.console
 
-    from fam_jax.evaluate import evaluate
+    from fam_jax.evaluation import evaluate
 
     given = {field: getattr(arguments, flag) for flag, field in FIELDS.items()}
     with cli.progress_bars() as show:

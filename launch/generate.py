@@ -20,9 +20,9 @@ import rich.console
 import rich.progress
 
 from fam_jax.config import UserError
-from fam_jax.generate.batch import complete_lines, open_text
-from fam_jax.generate.sampling import Sampling
-from fam_jax.generate.text import Completion, TextModel, TextState
+from fam_jax.generation.batch import complete_lines, open_text
+from fam_jax.generation.sampling import Sampling
+from fam_jax.generation.text import Completion, TextModel, TextState
 from fam_jax.sharding import make_mesh
 from launch import cli
 

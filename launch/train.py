@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported once the config is known to be right, as TensorFlow takes seconds.
     import jax
 
-    from fam_jax.evaluate import evaluate_in_training
-    from fam_jax.train.loop import Interrupted, train
+    from fam_jax.evaluation import evaluate_in_training
+    from fam_jax.training.loop import Interrupted, train
 
     evaluate = evaluate_in_training(config, arguments.workdir) if config.evaluate.every else None
     try:

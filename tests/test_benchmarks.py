@@ -31,7 +31,7 @@ from configs.passkey import get_config
 from fam_jax.config import Config, UserError, resolve
 from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import Transformer, from_dict, to_dict
-from fam_jax.train.state import model_structure
+from fam_jax.training.state import model_structure
 from tests.model.tiny import variant
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

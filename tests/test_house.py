@@ -30,10 +30,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"config", "sharding", "kernels", "layers", "memories"},
     "restore": {"config", "sharding", "checkpoint", "model"},
     "hf": {"config", "model", "sharding", "checkpoint"},
-    "generate": BASE,
-    "evaluate": BASE | {"generate"},
-    "train": BASE | {"generate", "evaluate"},
-    "plan": BASE | {"generate", "train"},
+    "generation": BASE,
+    "evaluation": BASE | {"generation"},
+    "training": BASE | {"generation", "evaluation"},
+    "plan": BASE | {"generation", "training"},
 }
 
 
@@ -43,9 +43,9 @@ REGISTRY = "fam_jax.memories.registry"
 # Parts that work with every memory and must not name one. A memory is named in its own file and in the registry.
 KNOW_NO_MEMORY = (
     "model",
-    "train",
-    "generate",
-    "evaluate",
+    "training",
+    "generation",
+    "evaluation",
     "plan",
     "checkpoint",
     "layers",

@@ -16,8 +16,8 @@ from jax.sharding import AbstractMesh, AxisType
 from configs import fam_1b, fam_8b, fam_24b
 from fam_jax import sharding
 from fam_jax.config import Config, ConfigError, resolve
-from fam_jax.train.optimizer import make_optimizer
-from fam_jax.train.state import init_state
+from fam_jax.training.optimizer import make_optimizer
+from fam_jax.training.state import init_state
 
 SNAPSHOTS = pathlib.Path(__file__).parent / "snapshots"
 # Config, number of parameters without embeddings (table 3), chips.

@@ -16,16 +16,16 @@ from configs.public_models import PUBLIC_MODELS
 from fam_jax.checkpoint import CheckpointError
 from fam_jax.config import Config, ConfigError, DataConfig, memory_config, resolve
 from fam_jax.config.overrides import Override
-from fam_jax.generate.streaming import Streamer
+from fam_jax.generation.streaming import Streamer
 from fam_jax.hf import import_model
 from fam_jax.memories.fam import FamConfig
 from fam_jax.memories.window_cache import visible_blocks
 from fam_jax.model import from_dict, lora
 from fam_jax.model.layer_types import layer_types
-from fam_jax.train.init_from import base_config
-from fam_jax.train.loop import make_trainer
-from fam_jax.train.optimizer import make_optimizer
-from fam_jax.train.state import TrainState, init_state, model_structure
+from fam_jax.training.init_from import base_config
+from fam_jax.training.loop import make_trainer
+from fam_jax.training.optimizer import make_optimizer
+from fam_jax.training.state import TrainState, init_state, model_structure
 from tests.hf.recorded import DATA, LENGTH, recorded_logits, recorded_tokens
 from tests.model.tiny import quick_jit
 

@@ -13,7 +13,7 @@ from benchmarks.retrofit_settings import BLOCK, CONTEXT, FULL, base_flags, retro
 from fam_jax.config import Config, to_json
 from fam_jax.config.format1 import FORMAT
 from fam_jax.data.documents import find_files
-from fam_jax.evaluate.text import FIRST_EDGE
+from fam_jax.evaluation.text import FIRST_EDGE
 from fam_jax.memories.fam import FamConfig
 from fam_jax.memories.window import BlockSlidingWindowConfig, FullConfig
 from launch.cli import Parser, load_config

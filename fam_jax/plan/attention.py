@@ -23,7 +23,7 @@ from fam_jax.plan.chips import Chip, chip_of
 from fam_jax.plan.compile import compile_on, topology_devices
 from fam_jax.plan.profile import kernel_cycles
 from fam_jax.sharding import make_mesh, replicated
-from fam_jax.train.flops import visible_keys
+from fam_jax.training.flops import visible_keys
 
 # Query heads per key head that are profiled.
 GROUP = 4

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fam_jax.config import Config, MeshConfig, ModelConfig
-from fam_jax.generate.compiled import compiled_calls, rows_sharding, state_sharding, structure
-from fam_jax.generate.sampling import GREEDY
-from fam_jax.generate.text import TOKENS_PER_CALL
+from fam_jax.generation.compiled import compiled_calls, rows_sharding, state_sharding, structure
+from fam_jax.generation.sampling import GREEDY
+from fam_jax.generation.text import TOKENS_PER_CALL
 from fam_jax.model import StreamState, create_model, lora, to_dict
 from fam_jax.plan.chips import GIB, chip_of
 from fam_jax.plan.compile import compile_or_miss, local_bytes, peak_bytes, topology_devices
@@ -129,7 +129,7 @@ def plan_serving(
     mesh: MeshConfig | None = None,
     chunk_blocks: int | None = None,
 ) -> ServingPlan:
-    """Compile programs of :class:`fam_jax.generate.streaming.Streamer` for a slice and count them.
+    """Compile programs of :class:`fam_jax.generation.streaming.Streamer` for a slice and count them.
 
     Args:
       config: the run's config.
@@ -247,7 +247,7 @@ class _Programs:
         return call.trace(self.params, state=self.state, tokens=self._rows())
 
     def measure(self) -> Any:
-        """Trace the program of `Streamer.measure`, as `fam_jax.evaluate.text` calls it."""
+        """Trace the program of `Streamer.measure`, as `fam_jax.evaluation.text` calls it."""
         call: Any = self.calls.measure_blocks
         width = min(max(1, self.config.train.loss_chunk // self.streams), self.tokens)
         return call.trace(

@@ -16,9 +16,9 @@ from fam_jax.plan.cost import Estimate, estimate
 from fam_jax.plan.hlo import parse
 from fam_jax.plan.layer_costs import kernels_of_types, local_share, shares_of_types
 from fam_jax.sharding import batch_sharding
-from fam_jax.train.flops import step_flops
-from fam_jax.train.loop import Trainer, make_trainer
-from fam_jax.train.step import BATCH_TYPES
+from fam_jax.training.flops import step_flops
+from fam_jax.training.loop import Trainer, make_trainer
+from fam_jax.training.step import BATCH_TYPES
 
 
 @dataclasses.dataclass(frozen=True)

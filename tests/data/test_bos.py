@@ -22,14 +22,14 @@ from fam_jax.data.packing import PackedBatches
 from fam_jax.data.passkey import passkey_examples
 from fam_jax.data.passkey_text import example_text
 from fam_jax.data.vocabulary import bos_ids, first_input, load_vocabulary
-from fam_jax.evaluate.task import Setting
-from fam_jax.evaluate.tasks import text_documents
-from fam_jax.evaluate.text import measure_documents
-from fam_jax.generate.streaming import Streamer
-from fam_jax.generate.text import TextModel
+from fam_jax.evaluation.task import Setting
+from fam_jax.evaluation.tasks import text_documents
+from fam_jax.evaluation.text import measure_documents
+from fam_jax.generation.streaming import Streamer
+from fam_jax.generation.text import TextModel
 from fam_jax.hf import ConvertError, adds_bos
 from launch import import_hf
-from tests.generate.tiny import CONFIG
+from tests.generation.tiny import CONFIG
 from tests.hf.recorded import DATA, VOCABULARY
 from tests.model.tiny import params_of
 

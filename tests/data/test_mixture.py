@@ -14,7 +14,7 @@ from fam_jax.data.build import BatchSpec, PasskeyTask, TextTask, find_task, make
 from fam_jax.data.curriculum import MIN_REPORTS
 from fam_jax.data.interface import Batch, Batches
 from fam_jax.memories.fam import FamConfig
-from fam_jax.train.loop import train
+from fam_jax.training.loop import train
 
 ROW = 24
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from fam_jax.checkpoint import read_config
 from fam_jax.config import resolve
-from fam_jax.generate.sampling import Sampling
-from fam_jax.generate.text import TextModel
-from fam_jax.train.loop import train
+from fam_jax.generation.sampling import Sampling
+from fam_jax.generation.text import TextModel
+from fam_jax.training.loop import train
 
 
 def answer(model: TextModel, state: Any) -> str:

@@ -10,12 +10,12 @@ from etils import epath
 
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params, read_config
 from fam_jax.config import UserError, resolve
-from fam_jax.generate.streaming import Streamer
+from fam_jax.generation.streaming import Streamer
 from fam_jax.hf import Folder, exporting, importing
 from fam_jax.memories.fam import FamConfig
 from fam_jax.memories.window import BlockSlidingWindowConfig, FullConfig
 from fam_jax.restore import load_model
-from fam_jax.train.init_from import base_config
+from fam_jax.training.init_from import base_config
 from launch import export_hf, import_hf
 from tests.hf.recorded import DATA, LENGTH, VOCABULARY, recorded_logits, recorded_tokens
 

@@ -10,7 +10,7 @@ import pytest
 
 from fam_jax.config import ConfigError
 from fam_jax.config.overrides import Override
-from fam_jax.evaluate import Evaluation
+from fam_jax.evaluation import Evaluation
 from launch import demo
 from tests.launch.running import ROOT, TINY, command, environment
 

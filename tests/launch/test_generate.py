@@ -16,10 +16,10 @@ import pytest
 
 from fam_jax.checkpoint import Checkpoints
 from fam_jax.config import Config, DataConfig
-from fam_jax.generate.text import TextModel
+from fam_jax.generation.text import TextModel
 from launch import generate
 from launch.errors import user_errors
-from tests.generate.tiny import CONFIG
+from tests.generation.tiny import CONFIG
 from tests.launch.running import ROOT, command, environment
 from tests.model.tiny import params_of, quick_jit
 

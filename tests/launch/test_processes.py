@@ -17,8 +17,8 @@ import pytest
 
 from fam_jax.checkpoint import Checkpoints, read_config
 from fam_jax.config import Config, MeshConfig, resolve
-from fam_jax.evaluate import evaluate, evaluate_in_training, read_evaluation
-from fam_jax.train import loop
+from fam_jax.evaluation import evaluate, evaluate_in_training, read_evaluation
+from fam_jax.training import loop
 from launch import processes
 from tests.launch.group import Group, finish, free_port, group
 from tests.launch.running import ROOT, TINY, command, environment

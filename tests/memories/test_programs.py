@@ -13,14 +13,14 @@ from flax import nnx
 from examples.running_mean import RunningMeanConfig
 from fam_jax import sharding
 from fam_jax.config import Config, ConfigError
-from fam_jax.generate.state_file import StateFileError, load_state, save_state
-from fam_jax.generate.streaming import Streamer
+from fam_jax.generation.state_file import StateFileError, load_state, save_state
+from fam_jax.generation.streaming import Streamer
 from fam_jax.model import Transformer
-from fam_jax.train.loop import make_trainer
+from fam_jax.training.loop import make_trainer
 from tests.memories import toys
 from tests.memories.cases import CASES, random_parameters
 from tests.model.tiny import Reader
-from tests.train.tiny import assert_close, changed, quick_trainer, run, some_batch, start
+from tests.training.tiny import assert_close, changed, quick_trainer, run, some_batch, start
 
 NEW = {
     "running_mean": RunningMeanConfig(segments=1, rate=0.5),

@@ -13,7 +13,7 @@ from fam_jax.plan.attention import LocalShare, kernel_seconds
 from fam_jax.plan.hlo import Op, parse
 from fam_jax.plan.layer_costs import shares_of_types, takes_kernels
 from fam_jax.plan.training import plan_training
-from fam_jax.train.flops import keys_of_layers
+from fam_jax.training.flops import keys_of_layers
 from tests.model.tiny import variant
 from tests.plan.programs import needs_compiler
 

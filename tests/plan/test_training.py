@@ -10,8 +10,8 @@ from configs import fam_1b, fam_8b, fam_24b
 from fam_jax.config import ConfigError, MeshConfig, UserError, resolve
 from fam_jax.plan.compile import bytes_missing
 from fam_jax.plan.training import plan_training, sensible_meshes
-from fam_jax.train.flops import keys_of_layers, step_flops
-from fam_jax.train.loop import make_trainer
+from fam_jax.training.flops import keys_of_layers, step_flops
+from fam_jax.training.loop import make_trainer
 from tests.plan.programs import needs_compiler
 
 SMOKE = resolve(fam_1b.get_config("smoke,pretrain"))

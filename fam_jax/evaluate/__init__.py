@@ -1,7 +1,0 @@
-"""Evaluation of checkpoints from streamed states: tasks, one runner, records of results and their plots."""
-
-from fam_jax.evaluate.record import Evaluation, read_evaluation
-from fam_jax.evaluate.run import evaluate, evaluate_in_training
-from fam_jax.evaluate.tasks import TASKS
-
-__all__ = ["TASKS", "Evaluation", "evaluate", "evaluate_in_training", "read_evaluation"]

@@ -1,0 +1,7 @@
+"""Evaluation of checkpoints from streamed states: tasks, one runner, records of results and their plots."""
+
+from fam_jax.evaluation.record import Evaluation, read_evaluation
+from fam_jax.evaluation.run import evaluate, evaluate_in_training
+from fam_jax.evaluation.tasks import TASKS
+
+__all__ = ["TASKS", "Evaluation", "evaluate", "evaluate_in_training", "read_evaluation"]

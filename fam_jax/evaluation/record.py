@@ -1,0 +1,158 @@
+"""The record of an evaluation: what was measured, what made it, and its files."""
+
+import contextlib
+import dataclasses
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import jax
+import rich.table
+from etils import epath
+
+from fam_jax.config import Config, UserError
+from fam_jax.evaluation.task import Measured
+from fam_jax.evaluation.tasks import find_task
+
+FOLDER = "evaluations"
+VERSIONS = ("fam-jax", "jax", "flax", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The results of one task on one step of a run."""
+
+    task: str
+    step: int
+    # The command line or the function that evaluated.
+    command: str
+    # The whole config of the run, with the settings of this evaluation.
+    config: dict[str, Any]
+    versions: dict[str, str]
+    # Such as "4 x TPU v5e".
+    devices: str
+    # The task's headline figures by name.
+    metrics: dict[str, float]
+    # All figures by names that do not change between runs.
+    scalars: dict[str, float]
+    # What the task's tables and plot show.
+    details: dict[str, Any]
+    # The JSON file that holds the record. It is not in the file itself.
+    path: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def files(self) -> list[epath.Path]:
+        """Return the JSON file, and the PNG beside it if the task has a plot."""
+        path = epath.Path(self.path)
+        return [path] if find_task(self.task).plot is None else [path, path.with_suffix(".png")]
+
+    def line(self) -> str:
+        """Return the headline figures in one line."""
+        known = find_task(self.task).metrics
+        return f"{self.task}: " + ", ".join(known[name].show(value) for name, value in self.metrics.items())
+
+    def tables(self, run: str = "") -> list[rich.table.Table]:
+        """Return tables of the results; `run` names the run in their titles."""
+        return find_task(self.task).tables(self.details, self._title(run))
+
+    def _title(self, run: str) -> str:
+        return f"{find_task(self.task).title}, step {self.step}" + (f" of {run}" if run else "")
+
+    def write(self, run: str = "") -> None:
+        """Write the record to `path` as JSON and the plot, if the task has one, as a PNG beside it.
+
+        The folder is created if needed. Each file appears only when it is complete.
+
+        Args:
+          run: names the run in the title of the plot.
+
+        Raises:
+          UserError: a file cannot be written.
+        """
+        values = dataclasses.asdict(self)
+        del values["path"]
+        plot, (path, *beside) = find_task(self.task).plot, self.files
+        with _writing(path) as file:
+            file.write(f"{json.dumps(values, indent=2)}\n".encode())
+        if plot is not None:
+            with _writing(beside[0]) as file:
+                plot(self.details, file, self._title(run))
+
+
+def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
+    """Read a record that :meth:`Evaluation.write` wrote.
+
+    Raises:
+      UserError: the file is missing, or is not such a record.
+    """
+    try:
+        return Evaluation(**json.loads(epath.Path(path).read_text()), path=os.fspath(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); evaluate the run first") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: is not the record of an evaluation; evaluate the run again") from error
+
+
+def make_evaluation(
+    config: Config, task: str, step: int, measured: Measured, *, command: str, path: str | os.PathLike[str]
+) -> Evaluation:
+    """Return the record of what a task measured in this process, to be written to `path`."""
+    devices = jax.devices()
+    headline = find_task(task).metrics
+    return Evaluation(
+        task=task,
+        step=step,
+        command=command,
+        config=json.loads(json.dumps(dataclasses.asdict(config))),
+        versions={"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
+        devices=f"{len(devices)} x {devices[0].device_kind}",
+        metrics={name: measured.scalars[name] for name in headline if name in measured.scalars},
+        scalars=measured.scalars,
+        details=measured.details,
+        path=os.fspath(path),
+    )
+
+
+def evaluation_path(workdir: str | os.PathLike[str], step: int, task: str) -> epath.Path:
+    """Return the file for the results of a task: WORKDIR/evaluations/STEP/TASK.json."""
+    return epath.Path(workdir).expanduser() / FOLDER / str(step) / f"{task}.json"
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise :class:`UserError` if the results could not be written to `path`. Call it before hours of evaluation."""
+    with contextlib.suppress(_NotWritten), _writing(path):
+        raise _NotWritten
+
+
+class _NotWritten(Exception):
+    """Nothing is to be written after all."""
+
+
+@contextlib.contextmanager
+def _writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file that appears when the block ends, and not if it raises; folders are created."""
+    whole = epath.Path(path)
+    unfinished = whole.parent / f".{whole.name}.unfinished"
+    try:
+        if whole.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with unfinished.open("wb") as file:
+                yield file
+            unfinished.replace(whole)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "not installed"

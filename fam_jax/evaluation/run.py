@@ -1,0 +1,110 @@
+"""The runner of all evaluation tasks, for checkpoints and while training."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from fam_jax.config import Config, MeshConfig, resolve
+from fam_jax.data.vocabulary import check_vocabulary_size
+from fam_jax.evaluation.record import Evaluation, check_writable, evaluation_path, make_evaluation
+from fam_jax.evaluation.task import OnProgress, Setting
+from fam_jax.evaluation.tasks import default_task, find_task
+from fam_jax.generation.streaming import Streamer
+from fam_jax.model import lora
+from fam_jax.restore import load_model
+from fam_jax.sharding import make_mesh
+
+
+def evaluate(
+    checkpoint: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    step: int | None = None,
+    mesh: MeshConfig | None = None,
+    files: Sequence[str] = (),
+    suffixes: Sequence[str] = (),
+    out: str | os.PathLike[str] | None = None,
+    command: str = "fam_jax.evaluation.evaluate",
+    on_progress: OnProgress | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Evaluate a checkpoint and write the results.
+
+        found = evaluate("runs/passkey", filler_blocks=(4, 36), keys=16)
+        found.metrics["exact_match"]
+
+    In a job of several processes, all of them call it and get the results, and the first one writes them.
+
+    Args:
+      checkpoint: workdir of a training run.
+      task: a name in `fam_jax.evaluation.tasks.TASKS`; None: that of the run's data.
+      step: a saved step; None: the latest.
+      mesh: devices to spread the model over; None: all devices along the data axis.
+      files: files, folders or patterns to evaluate on, in place of config.data.heldout_files.
+      suffixes: endings of the files that count in a folder, in place of config.data.file_suffixes.
+      out: JSON file to write, with the plot beside it; None: CHECKPOINT/evaluations/STEP/TASK.json.
+      command: what to record as the caller.
+      on_progress: called with the name of a pass, the tokens read and the tokens to read.
+      **settings: fields of config.evaluate to change, such as `batch_size=8`.
+
+    Raises:
+      UserError: the checkpoint or the data cannot be read, the results cannot be written, or a setting is not allowed.
+    """
+    if task is not None:
+        find_task(task)
+    if out is not None and jax.process_index() == 0:
+        check_writable(os.path.expanduser(out))
+    mesh = mesh or MeshConfig()
+    config, params, step = load_model(checkpoint, step, make_mesh(mesh))
+    values = dataclasses.asdict(config)
+    values["evaluate"] |= settings
+    config = resolve({**values, "mesh": dataclasses.asdict(mesh)})
+    name = task or default_task(config.data)
+    path = evaluation_path(checkpoint, step, name) if out is None else os.path.expanduser(out)
+    if jax.process_index() == 0:
+        check_writable(path)
+    measure = _prepare(name, _setting(config, files, suffixes), on_progress)
+    found = make_evaluation(config, name, step, measure(params), command=command, path=path)
+    if jax.process_index() == 0:
+        found.write(os.fspath(checkpoint))
+    return found
+
+
+def evaluate_in_training(
+    config: Config, workdir: str | os.PathLike[str]
+) -> Callable[[Any, int], dict[str, dict[str, float]]]:
+    """Return the evaluation for the training loop. The data is loaded now.
+
+    Returns:
+      A function of (parameters as they are trained, step). It measures the task of config.data, writes the results
+      below the workdir as :func:`evaluate` does, and returns the figures by name under the name of the task.
+    """
+    name = default_task(config.data)
+    measure = _prepare(name, _setting(config))
+    merge = (
+        jax.jit(lambda params: lora.merge(params, config.lora)) if config.lora.rank else lambda params: params
+    )
+
+    def evaluate_step(params: Any, step: int) -> dict[str, dict[str, float]]:
+        measured, path = measure(merge(params)), evaluation_path(workdir, step, name)
+        found = make_evaluation(config, name, step, measured, command="training", path=path)
+        if jax.process_index() == 0:
+            found.write(os.fspath(workdir))
+        return {name: found.scalars}
+
+    return evaluate_step
+
+
+def _setting(config: Config, files: Sequence[str] = (), suffixes: Sequence[str] = ()) -> Setting:
+    return Setting(config.model, config.data, config.evaluate, config.train.loss_chunk, files, suffixes)
+
+
+def _prepare(name: str, setting: Setting, on_progress: OnProgress | None = None) -> Callable[[Any], Any]:
+    """Make the items of a task; return what measures given parameters on them."""
+    task = find_task(name)
+    items = task.items(setting)
+    check_vocabulary_size(items.vocabulary, setting.model, setting.data)
+    return lambda params: task.measure(Streamer(setting.model, params), items, setting, on_progress)

@@ -1,0 +1,81 @@
+"""The registry of evaluation tasks: a function that makes the items, and an entry of `TASKS`, for each.
+
+docs/evaluation.md adds a task step by step. TensorFlow is imported when items are made, not before.
+"""
+
+import functools
+
+from fam_jax.config import DataConfig, UserError
+from fam_jax.evaluation import answers, text
+from fam_jax.evaluation.answers import Question, Questions, answer_tables, measure_answers
+from fam_jax.evaluation.task import Setting, Task
+from fam_jax.evaluation.text import Documents, document_tables, measure_documents, plot_documents
+
+
+def passkey_questions(setting: Setting) -> Questions:
+    """Make PassKey examples (section 3.2 of the paper), with exactly blocks * C tokens of filler in each group."""
+    from fam_jax.data.build import task_vocabulary
+    from fam_jax.data.passkey import passkey_examples
+
+    data, evaluate, size = setting.data, setting.evaluate, setting.model.block_size
+    vocabulary = task_vocabulary(setting.data)
+
+    def make(blocks: int) -> list[Question]:
+        return passkey_examples(data, vocabulary, blocks * size, evaluate.keys, evaluate.seed)
+
+    groups = {str(blocks): functools.partial(make, blocks) for blocks in evaluate.filler_blocks}
+    facts = {"block_size": size, "digits": data.digits, "seed": evaluate.seed}
+    return Questions(groups, "blocks", vocabulary, facts)
+
+
+def text_documents(setting: Setting) -> Documents:
+    """Load the held-out documents that `setting.files` or the config names."""
+    from fam_jax.data.build import heldout_examples, longest_row
+    from fam_jax.data.vocabulary import first_input
+
+    data = setting.data
+    examples, vocabulary = heldout_examples(data, setting.evaluate, setting.files, setting.suffixes)
+    trained_tokens = longest_row(data, block_size=setting.model.block_size)
+    return Documents(examples, vocabulary, first_input(vocabulary, data), trained_tokens)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "passkey",
+            "PassKey retrieval",
+            "PassKey retrieval by length of the filler, by generation",
+            passkey_questions,
+            measure_answers,
+            answers.METRICS,
+            answer_tables,
+        ),
+        Task(
+            "text",
+            "Held-out text",
+            "loss on held-out documents, by position, with the memory ablated on request",
+            text_documents,
+            measure_documents,
+            text.METRICS,
+            document_tables,
+            plot_documents,
+        ),
+    )
+}
+
+
+def default_task(data: DataConfig) -> str:
+    """Return the task that evaluates what a run is trained on: the one named like its data, or "text"."""
+    return data.task if data.task in TASKS else "text"
+
+
+def find_task(name: str) -> Task:
+    """Return the task called `name`.
+
+    Raises:
+      UserError: there is no such task.
+    """
+    if name not in TASKS:
+        raise UserError(f"task {name!r}: is unknown; choose one of {', '.join(TASKS)}")
+    return TASKS[name]

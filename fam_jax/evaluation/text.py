@@ -1,0 +1,277 @@
+"""Loss on held-out documents of any length, streamed through a state of constant size without truncation.
+
+Each document is read in full, by blocks, from an empty state. Ablation shows whether the memory is used: the same
+documents are read again, and after each block what the memory has written is zeroed, shuffled or frozen. If the loss
+does not rise, the model ignores its memory.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+import rich.table
+
+from fam_jax.config import UserError, ceil_div
+from fam_jax.evaluation.task import Measured, Metric, OnProgress, Setting, make_table
+from fam_jax.generation.streaming import Streamer
+from fam_jax.model import StreamState, ablated
+
+if TYPE_CHECKING:
+    from fam_jax.data.interface import Example  # imports TensorFlow, which takes seconds
+
+# Positions before this one are a bucket; the next bucket ends at twice as many tokens, and so on.
+FIRST_EDGE = 16
+
+METRICS = {
+    "loss": Metric("loss (nats per token)"),
+    "perplexity": Metric("perplexity", ".2f"),
+    "bits_per_byte": Metric("bits per byte"),
+    "next_token_accuracy": Metric("next-token accuracy", ".1%"),
+    "loss_after_first_block": Metric("loss after the first block"),
+}
+
+
+class Documents(NamedTuple):
+    """Texts to measure a model on."""
+
+    # Tokens of weight 0 are read but not counted.
+    examples: "Sequence[Example]"
+    vocabulary: Any
+    # The token read before the first one of each document.
+    start_id: int
+    # Longest row in training, for the plot; 0: unknown.
+    trained_tokens: int = 0
+
+
+class Scores(NamedTuple):
+    """Scores of one document's tokens (n,)."""
+
+    nats: np.ndarray
+    correct: np.ndarray
+    # bool: tokens with a loss weight.
+    counted: np.ndarray
+
+
+def measure_documents(
+    streamer: Streamer, documents: Documents, setting: Setting, on_progress: OnProgress | None = None
+) -> Measured:
+    """Measure the loss per token, also by position and with the memory ablated.
+
+    Args:
+      streamer: the model.
+      documents: at least one.
+      setting: `setting.evaluate` has the batch size, the blocks read at a time, and the ablations.
+      on_progress: called with the name of a pass ("loss", or an ablation), its tokens read and its tokens to read.
+
+    Returns:
+      Scalars, unless there is no token to measure one on:
+        loss: nats per token, ends of documents included; perplexity: its exponential.
+        bits_per_byte: of the text in UTF-8.
+        next_token_accuracy: fraction of tokens whose logit is above all others; a tie counts as wrong.
+        loss_after_first_block: of the tokens that a memory could help with.
+        loss_by_position/END: of the bucket of positions that ends there.
+        zeroed/loss and so on: the same with the memory ablated.
+      Details: documents, tokens, tokens_read (counted while reading, equal to tokens), longest_document (tokens),
+      text_bytes, seconds, the figures above (or None), and
+        by_position: buckets of positions in the document, each twice as long as the one before: begin, end, documents
+          that reach it, tokens, loss, next_token_accuracy.
+        ablations: for each of evaluate.ablations, its loss, loss_after_first_block and by_position.
+
+    Raises:
+      UserError: no token has a loss weight, or there is only one document in a batch to shuffle states in.
+    """
+    evaluate, examples = setting.evaluate, documents.examples
+    if "shuffled" in evaluate.ablations and min(len(examples), evaluate.batch_size) < 2:
+        raise UserError(
+            "config.evaluate.ablations: shuffled needs two documents in a batch, to swap their states; "
+            "add documents or raise evaluate.batch_size"
+        )
+    began = time.perf_counter()
+    reader = _Reader(streamer, documents, setting, on_progress)
+    scores = reader.read(None)
+    details = {**_totals(scores, examples), **_summary(scores, streamer.config.block_size)}
+    details["perplexity"] = math.exp(min(details["loss"], 700.0))
+    ablations = {name: _summary(reader.read(name), streamer.config.block_size) for name in evaluate.ablations}
+    kept = ("loss", "loss_after_first_block", "by_position")
+    details |= {
+        "ablations": {name: {key: found[key] for key in kept} for name, found in ablations.items()},
+        "block_size": streamer.config.block_size,
+        "trained_tokens": documents.trained_tokens,
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+    return Measured(_scalars(details), details)
+
+
+def _totals(scores: list[Scores], examples: "Sequence[Example]") -> dict[str, Any]:
+    text_bytes = sum(each.text_bytes for each in examples)
+    nats = sum(float(each.nats[each.counted].sum(dtype=np.float64)) for each in scores)
+    return {
+        "documents": len(examples),
+        "tokens": sum(len(each.ids) for each in examples),
+        "tokens_read": sum(len(each.nats) for each in scores),
+        "longest_document": max(len(each.ids) for each in examples),
+        "text_bytes": text_bytes,
+        "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None,
+    }
+
+
+def _scalars(details: dict[str, Any]) -> dict[str, float]:
+    """Return all figures that have a value, by names such as loss, loss_by_position/1024 and zeroed/loss."""
+    found = {name: details[name] for name in METRICS}
+    for prefix, part in [("", details), *((f"{name}/", part) for name, part in details["ablations"].items())]:
+        found |= {f"{prefix}{name}": part[name] for name in ("loss", "loss_after_first_block")}
+        found |= {f"{prefix}loss_by_position/{each['end']}": each["loss"] for each in part["by_position"]}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclasses.dataclass
+class _Reader:
+    streamer: Streamer
+    documents: Documents
+    setting: Setting
+    on_progress: OnProgress | None
+
+    def read(self, ablation: str | None) -> list[Scores]:
+        """Return the scores of every document, in order."""
+        examples, evaluate = self.documents.examples, self.setting.evaluate
+        total, done = sum(len(each.ids) for each in examples), 0
+        by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
+        size = min(evaluate.batch_size, len(examples))
+        scores: dict[int, Scores] = {}
+        for begin in range(0, len(examples), size):
+            # The last batch is as large as the others: documents of the one before are read again.
+            batch = by_length[min(begin, len(examples) - size) :][:size]
+
+            new = [len(examples[index].ids) for index in batch if index not in scores]
+
+            def report(read: int, new: list[int] = new, done: int = done) -> None:
+                if self.on_progress is not None:
+                    self.on_progress(ablation or "loss", done + sum(min(read, n) for n in new), total)
+
+            found = self._read_batch([examples[index] for index in batch], ablation, report)
+            done += sum(new)
+            scores |= dict(zip(batch, found, strict=True))
+        return [scores[index] for index in range(len(examples))]
+
+    def _read_batch(
+        self, batch: "list[Example]", ablation: str | None, report: Callable[[int], None]
+    ) -> list[Scores]:
+        size, lengths = self.streamer.config.block_size, np.array([len(each.ids) for each in batch])
+        blocks = ceil_div(int(lengths.max()), size)
+        # An ablation replaces what the memory has written after every block.
+        chunk = 1 if ablation else self.setting.evaluate.chunk_blocks
+        state = start = self.streamer.start(len(batch))
+        nats: list[list[np.ndarray]] = [[] for _ in batch]
+        correct: list[list[np.ndarray]] = [[] for _ in batch]
+        for first, count in _chunks(blocks, chunk):
+            begin, end = first * size, (first + count) * size
+            inputs, targets = self._window(batch, begin, end)
+            likeliest, logprobs, state = self.streamer.measure(
+                inputs, targets, state, tokens_at_once=self.setting.tokens_at_once
+            )
+            if ablation:
+                state = ablated(self.streamer.config, state, start, ablation)
+            for row, length in enumerate(lengths):
+                real = slice(0, max(0, int(length) - begin))
+                nats[row].append(-logprobs[row, real])
+                correct[row].append(likeliest[row, real] == targets[row, real])
+            report(end)
+        _check_all_read(state, blocks * size, lengths, [sum(map(len, parts)) for parts in nats])
+        return [
+            Scores(np.concatenate(nats[row]), np.concatenate(correct[row]), example.weights > 0)
+            for row, example in enumerate(batch)
+        ]
+
+    def _window(self, batch: "list[Example]", begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return inputs and targets (B, end - begin); zeros after the end of a document."""
+        targets = np.zeros((len(batch), end - begin), np.int32)
+        inputs = np.zeros_like(targets)
+        for row, example in enumerate(batch):
+            part = example.ids[begin:end]
+            targets[row, : len(part)] = part
+            before = example.ids[max(0, begin - 1) : end - 1]
+            before = np.append(np.int32(self.documents.start_id), before) if begin == 0 else before
+            inputs[row, : len(part)] = before[: len(part)]
+        return inputs, targets
+
+
+def _chunks(blocks: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Yield first block and number of blocks of every call; at the end fewer blocks, in few sizes."""
+    first = 0
+    while first < blocks:
+        while chunk > blocks - first:
+            chunk = max(chunk // 4, 1)  # every size is a program to compile
+        yield first, chunk
+        first += chunk
+
+
+def _check_all_read(state: StreamState, tokens: int, lengths: np.ndarray, scored: list[int]) -> None:
+    read = state.tokens_read
+    if (read != tokens).any() or scored != lengths.tolist():
+        raise RuntimeError(
+            f"documents of {lengths.tolist()} tokens were read as {read.tolist()}, and {scored} tokens were scored: "
+            "results would mislead"
+        )
+
+
+def _summary(scores: list[Scores], block_size: int) -> dict[str, Any]:
+    """Return loss, next_token_accuracy, loss_after_first_block and by_position of all counted tokens."""
+    nats, correct = (np.concatenate([part[i][part.counted] for part in scores]) for i in (0, 1))
+    places = [np.flatnonzero(part.counted) for part in scores]
+    position, document = np.concatenate(places), np.repeat(np.arange(len(places)), [*map(len, places)])
+    if not len(nats):
+        raise UserError(
+            "held-out examples: no token has a loss weight, so there is nothing to measure; name other files"
+        )
+
+    def mean(chosen: np.ndarray, of: np.ndarray = nats) -> float | None:
+        return float(of[chosen].mean(dtype=np.float64)) if chosen.any() else None
+
+    buckets, begin, end = [], 0, FIRST_EDGE
+    while begin <= position.max():
+        chosen = (position >= begin) & (position < end)
+        bucket = {"begin": begin, "end": end, "documents": len(np.unique(document[chosen]))}
+        figures = {"loss": mean(chosen), "next_token_accuracy": mean(chosen, correct)}
+        buckets.append({**bucket, "tokens": int(chosen.sum()), **figures})
+        begin, end = end, 2 * end
+    everything = np.ones(len(nats), bool)
+    return {
+        "loss": mean(everything),
+        "next_token_accuracy": mean(everything, correct),
+        "loss_after_first_block": mean(position >= block_size),
+        "by_position": buckets,
+    }
+
+
+def document_tables(details: dict[str, Any], title: str) -> list[rich.table.Table]:
+    """Return a table of totals, and one with a row per bucket of positions."""
+    total = rich.table.Table(title=title, show_header=False)
+    total.add_row("documents", f"{details['documents']:,}, longest {details['longest_document']:,} tokens")
+    total.add_row("tokens read", f"{details['tokens_read']:,} of {details['tokens']:,}")
+    for name, metric in METRICS.items():
+        if details[name] is not None:
+            total.add_row(metric.label, f"{details[name]:{metric.form}}")
+    for name, found in details["ablations"].items():
+        if found["loss_after_first_block"] is not None:
+            label = f"{METRICS['loss_after_first_block'].label}, memory {name}"
+            total.add_row(label, f"{found['loss_after_first_block']:.4f}")
+    ablations = [f"memory {name}" for name in details["ablations"]]
+    headings = ("from", "to", "documents", "tokens", "loss", *ablations)
+    places = make_table("Loss by position in the document", headings)
+    others = [found["by_position"] for found in details["ablations"].values()]
+    for bucket, *rest in zip(details["by_position"], *others, strict=True):
+        counts = (f"{bucket[name]:,}" for name in ("begin", "end", "documents", "tokens"))
+        places.add_row(*counts, *("" if b["loss"] is None else f"{b['loss']:.4f}" for b in (bucket, *rest)))
+    return [total, places]
+
+
+def plot_documents(details: dict[str, Any], file: BinaryIO, title: str) -> None:
+    """Write a PNG of the loss by position, with a curve per ablation."""
+    from fam_jax.evaluation.plot import plot_loss_by_position  # imports matplotlib
+
+    curves = {"memory intact" if details["ablations"] else "loss": details["by_position"]}
+    curves |= {f"memory {name}": found["by_position"] for name, found in details["ablations"].items()}
+    plot_loss_by_position(curves, file, trained_tokens=details["trained_tokens"], title=title)

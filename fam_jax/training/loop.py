@@ -1,0 +1,306 @@
+"""The training loop. It resumes where the run's folder left off, and can be stopped after any step without loss."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from fam_jax import sharding
+from fam_jax.checkpoint import Checkpoints, absolute, saved_steps
+from fam_jax.config import Config, UserError
+from fam_jax.data.build import make_batches
+from fam_jax.data.interface import Batches
+from fam_jax.data.vocabulary import check_vocabulary_size
+from fam_jax.model import count_parameters, lora
+from fam_jax.training.compiler import compiler_options
+from fam_jax.training.flops import peak_flops, step_flops
+from fam_jax.training.init_from import check_named, load_base
+from fam_jax.training.interruption import Interrupted, stop_requests
+from fam_jax.training.metrics import MetricsWriter
+from fam_jax.training.optimizer import make_optimizer
+from fam_jax.training.progress import ProgressReport
+from fam_jax.training.state import TrainState, init_state
+from fam_jax.training.step import BATCH_TYPES, make_train_step
+from fam_jax.training.trace import StepTrace
+
+# (parameters, step) -> figures by name, for the metrics; called every config.evaluate.every steps.
+Evaluate = Callable[[Any, int], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What one job compiles and holds."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    # ShapeDtypeStructs with shardings.
+    state_shapes: TrainState
+    step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+    # Returns the state before the first step, from config.train.init_from if it is set.
+    create: Callable[[], TrainState]
+
+
+def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) -> Trainer:
+    """Make the mesh over `devices` (by default all), the shardings and the jitted step, but no arrays.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, or does not divide the batch or a parameter.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_batch(mesh, config.train.batch_size // config.train.accumulation, "train.batch_size")
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+
+    def initial(base: Any) -> TrainState:
+        return init_state(config, optimizer, config.train.seed, base)
+
+    shapes = jax.eval_shape(initial, None)
+    shardings = sharding.state_shardings(shapes, shapes.params, mesh)
+    step = jax.jit(
+        sharding.traced_for(mesh, make_train_step(config, optimizer)),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh),
+    )
+    placed = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+    )
+
+    def create() -> TrainState:
+        base = load_base(config, mesh) if config.train.init_from else None
+        return jax.jit(initial, out_shardings=shardings)(base)
+
+    return Trainer(config, mesh, placed, step, create)
+
+
+def train(
+    config: Config,
+    workdir: str,
+    *,
+    evaluate: Evaluate | None = None,
+    restore_step: int | None = None,
+    profile_steps: tuple[int, int] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train until config.train.steps, from the latest checkpoint of `workdir` if there is one.
+
+    Writes below `workdir`: `config.json`, a folder per checkpoint, `metrics.jsonl`, `tensorboard/`, `profile/`. In a
+    job of several processes all of them call this, and the first one reports.
+
+    Args:
+      config: the experiment.
+      workdir: folder of the run: local, or in a bucket (`gs://...`) that all processes reach.
+      evaluate: called with the parameters every config.evaluate.every steps; its figures go to the metrics. See
+        :func:`fam_jax.evaluation.evaluate_in_training`.
+      restore_step: checkpoint to go back to, in place of the latest; later ones are deleted.
+      profile_steps: first and last step of a profiler trace.
+      quiet: show nothing on the terminal.
+
+    Returns:
+      The last metrics.
+
+    Raises:
+      UserError: LoRA has no base, the folder belongs to another config, the loss is not finite, ...
+      Interrupted: a signal came; a checkpoint of the last step was saved.
+    """
+    check_named(config)
+    trainer, batches = make_trainer(config), _checked_batches(config)
+    folder, first = absolute(workdir), jax.process_index() == 0
+    state = None
+    if restore_step is None and not saved_steps(folder):
+        state = trainer.create()  # before the folder is made, so that a missing base leaves no trace
+    with Checkpoints(
+        folder, config=dataclasses.asdict(config), keep=config.train.keep_checkpoints
+    ) as checkpoints:
+        if state is None:
+            values, position = checkpoints.restore(restore_step, _as_dict(trainer.state_shapes))
+            state = TrainState(**values)
+            batches.restore(position)
+        done = int(state.step)
+        remaining = range(done + 1, config.train.steps + 1)
+        writing: contextlib.AbstractContextManager[MetricsWriter | None] = (
+            MetricsWriter(folder, resume_step=done) if first else contextlib.nullcontext()
+        )
+        with (
+            writing as writer,
+            ProgressReport(config.train.steps, done, quiet=quiet or not first) as progress,
+            StepTrace(folder, profile_steps, remaining=remaining) as trace,
+        ):
+            for line in _header(config, trainer, state, batches.longest_row, folder):
+                progress.say(line)
+            run = _Run(trainer, batches, checkpoints, writer, progress, trace, evaluate, folder)
+            return run(state, remaining)
+
+
+def _checked_batches(config: Config) -> Batches:
+    batches = make_batches(
+        config.data,
+        block_size=config.model.block_size,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+    check_vocabulary_size(batches.vocabulary, config.model, config.data)
+    return batches
+
+
+def _header(
+    config: Config, trainer: Trainer, state: TrainState, longest_row: int, folder: epath.Path
+) -> list[str]:
+    """Return what a run says at its start."""
+    devices, done = list(trainer.mesh.devices.flat), int(state.step)
+    mesh = " ".join(f"{axis}={size}" for axis, size in trainer.mesh.shape.items())
+    trained, frozen = (count_parameters(part) for part in lora.divide(state.params, config.lora))
+    rows = config.train.batch_size
+    return [
+        f"devices: {len(devices)} x {devices[0].device_kind}, mesh {mesh}",
+        f"parameters: {trained:,} trained, {frozen:,} frozen",
+        f"batch: {rows} rows of up to {longest_row:,} tokens, {rows * longest_row:,} tokens per step",
+        f"resuming {folder} after step {done}" if done else f"starting {folder}",
+    ]
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Tokens and seconds since the last log line; compilation does not count."""
+
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    tokens: int = 0
+    flops: float = 0.0
+
+    def add(self, tokens: int, flops: float, compiling: float) -> None:
+        """Count a step, of which `compiling` seconds were not its own."""
+        self.tokens, self.flops, self.began = self.tokens + tokens, self.flops + flops, self.began + compiling
+
+    def rates(self) -> tuple[float, float]:
+        """Return tokens/s and FLOP/s."""
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        return self.tokens / seconds, self.flops / seconds
+
+
+@dataclasses.dataclass
+class _Run:
+    """One call of :func:`train`, once everything is open."""
+
+    trainer: Trainer
+    batches: Batches
+    checkpoints: Checkpoints
+    # Of the first process; None in the others.
+    writer: MetricsWriter | None
+    progress: ProgressReport
+    trace: StepTrace
+    evaluate: Evaluate | None
+    folder: epath.Path
+    # FLOPs of a step by row length, for the lengths for which the step is compiled.
+    flops: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, state: TrainState, remaining: range) -> dict[str, Any]:
+        config = self.trainer.config
+        batch_sharding = sharding.batch_sharding(self.trainer.mesh)
+        last: dict[str, Any] = {"parameters": count_parameters(state.params)}
+        clock = _Clock()
+        with stop_requests() as stop:
+            for step in remaining:
+                arrays = sharding.global_batch(batch_sharding, _for_step(self.batches.next()))
+                state, metrics, compiling = self._step(step, state, arrays)
+                if self.batches.needs_metrics:
+                    self.batches.observe(metrics)  # waits for the device
+                rows, tokens = arrays["inputs"].shape
+                clock.add(rows * tokens, self.flops[tokens], compiling)
+                self.progress.advance(step, compiled=compiling > 0)
+                signal_number, ending = stop(step), step == config.train.steps
+                saving = bool(signal_number) or ending or step % config.train.checkpoint_every == 0
+                logging = ending or step % config.train.log_every == 0
+                problem = ""
+                if saving or logging:
+                    jax.block_until_ready(metrics)  # steps are queued: the clock would run ahead of them
+                    problem = self._not_finite(step, metrics)
+                if logging or problem:
+                    last |= self._log(step, metrics, *clock.rates())
+                    clock = _Clock()
+                if problem:  # before a broken state can replace a sound checkpoint
+                    raise UserError(problem)
+                if saving:
+                    self._save(step, state)
+                if self.evaluate is not None and config.evaluate.every and step % config.evaluate.every == 0:
+                    self._evaluate(step, state)
+                    clock = _Clock()
+                if signal_number:
+                    self.checkpoints.wait()
+                    raise Interrupted(step, signal_number)
+        if remaining:
+            self.checkpoints.wait()
+        self.progress.say(f"finished: {config.train.steps} steps, results in {self.folder}")
+        return last
+
+    def _step(
+        self, step: int, state: TrainState, arrays: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array], float]:
+        """Dispatch a step; return its results, and the seconds that it took to compile or 0."""
+        tokens, began = arrays["inputs"].shape[1], time.perf_counter()
+        with self.trace.step(step):
+            state, metrics = self.trainer.step(state, arrays)
+        self.trace.end(step, metrics)
+        if tokens in self.flops:
+            return state, metrics, 0.0
+        self.flops[tokens] = step_flops(self.trainer.config, state.params, tokens)
+        return state, metrics, time.perf_counter() - began
+
+    def _not_finite(self, step: int, metrics: dict[str, jax.Array]) -> str:
+        """Return a message about a loss or an update that is not finite; empty if both are."""
+        for name in ("loss", "update_norm"):
+            value = float(metrics[name])
+            if not math.isfinite(value):
+                return (
+                    f"the {name.replace('_', ' ')} is {value} at step {step}: lower config.optimizer.learning_rate "
+                    f"or clip_norm; checkpoints before it are in {self.folder}"
+                )
+        return ""
+
+    def _log(
+        self, step: int, metrics: dict[str, jax.Array], tokens_per_second: float, flops: float
+    ) -> dict[str, Any]:
+        values = self.batches.name_scores({name: float(value) for name, value in metrics.items()})
+        values |= {"tokens_per_second": tokens_per_second, **self.batches.metrics()}
+        devices = list(self.trainer.mesh.devices.flat)
+        peak = peak_flops(devices[0].device_kind)
+        if peak is not None:
+            values["mfu"] = flops / peak / len(devices)
+        if self.writer is not None:
+            self.writer.write(step, values)
+        utilization = f"  MFU {values['mfu']:.0%}" if peak is not None else ""
+        self.progress.note(
+            step,
+            f"loss {values['loss']:.3f}  {self.batches.describe(values)}  {tokens_per_second:,.0f} tokens/s"
+            f"{utilization}",
+        )
+        return values
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self.checkpoints.save(step, _as_dict(state), self.batches.state())
+        if self.writer is not None:
+            self.writer.flush()
+        self.progress.say(f"checkpoint: step {step} in {self.folder}")
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        assert self.evaluate is not None
+        figures = self.evaluate(state.params, step)
+        if self.writer is not None:
+            self.writer.write(step, {"evaluation": figures})
+        for task, scalars in figures.items():
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items() if "/" not in name)
+            self.progress.say(f"evaluation at step {step}: {task}  {shown}")
+
+
+def _for_step(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arrays of a batch that the train step takes."""
+    return {name: batch[name] for name in BATCH_TYPES}
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}

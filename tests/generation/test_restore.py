@@ -1,0 +1,61 @@
+"""Loading a model rounds its weights to the dtype of their use and does not change its outputs."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+
+from fam_jax.checkpoint import Checkpoints
+from fam_jax.config import Config, DataConfig, TrainConfig
+from fam_jax.generation.streaming import Streamer
+from fam_jax.restore import load_model
+from fam_jax.training.init_from import base_config
+from tests.generation.tiny import CONFIG, texts
+from tests.model.tiny import params_of
+
+
+def save(folder: pathlib.Path, config: Config) -> None:
+    with Checkpoints(folder, config=dataclasses.asdict(config), keep=1) as checkpoints:
+        checkpoints.save(1, {"params": params_of(config.model)}, {}, wait=True)
+
+
+def test_the_vocabulary_of_a_moved_checkpoint_is_found(tmp_path: pathlib.Path) -> None:
+    """The vocabulary of the run, or of the base that it began with."""
+    imported, run = tmp_path / "imported", tmp_path / "run"
+    config = Config(
+        model=CONFIG, data=DataConfig(vocabulary=str(imported / "huggingface" / "tokenizer.json"))
+    )
+    save(imported, config)
+    file = imported / "huggingface" / "tokenizer.json"
+    file.parent.mkdir()
+    file.touch()
+    save(run, dataclasses.replace(config, train=TrainConfig(init_from=str(tmp_path / "moved" / "1"))))
+    assert load_model(imported)[0] == config
+    moved = imported.rename(tmp_path / "moved")
+    for folder in (moved, run):
+        found = load_model(folder)[0].data.vocabulary
+        assert found == str(moved / "huggingface" / "tokenizer.json")
+    assert base_config(str(moved)).data.vocabulary == found
+    (moved / "huggingface" / "tokenizer.json").unlink()
+    assert load_model(moved)[0] == config
+
+
+def test_rounded_weights_give_the_same_outputs(tmp_path: pathlib.Path) -> None:
+    model = dataclasses.replace(CONFIG, dtype="bfloat16", norm="layernorm")
+    params = params_of(model)
+    save(tmp_path / "run", Config(model=model))
+    _, loaded, _ = load_model(tmp_path / "run")
+    dtypes = {jax.tree_util.keystr(path): str(x.dtype) for path, x in jax.tree.leaves_with_path(loaded)}
+    for name, dtype in dtypes.items():
+        assert dtype == ("bfloat16" if "kernel" in name or "table" in name else "float32"), name
+    prompts = texts(9, 21)
+    for given in (params, loaded):
+        streamer = Streamer(model, given)
+        logits, memory = streamer.read(prompts)
+        out = streamer.generate(logits, memory, max_tokens=6)
+        if given is params:
+            expected = logits, out
+    np.testing.assert_array_equal(logits, expected[0])
+    np.testing.assert_array_equal(out.tokens, expected[1].tokens)
+    np.testing.assert_array_equal(out.logprobs, expected[1].logprobs)

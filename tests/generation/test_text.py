@@ -1,0 +1,138 @@
+"""Text models: a file is read as its ids are, states branch, stops end a text exactly."""
+
+import io
+import pathlib
+
+import numpy as np
+import pytest
+
+from fam_jax.config import Config, ConfigError, UserError
+from fam_jax.data.vocabulary import load_vocabulary
+from fam_jax.generation.sampling import Sampling
+from fam_jax.generation.state_file import StateFileError, save_state
+from fam_jax.generation.text import TextModel, TextState
+from tests.generation.tiny import CONFIG
+from tests.model.tiny import params_of, variant
+
+TEXT = "".join(chr(65 + i * i % 26) for i in range(101))
+DRAWN = Sampling(temperature=1.0)
+
+
+def model_of(vocab_size: int = 259, **changes: int) -> TextModel:
+    config = Config(model=variant(CONFIG, vocab_size=vocab_size, **changes))
+    return TextModel(config, params_of(config.model), load_vocabulary("bytes"))
+
+
+@pytest.fixture(scope="module")
+def model() -> TextModel:
+    return model_of()
+
+
+@pytest.fixture(scope="module")
+def state(model: TextModel) -> TextState:
+    return model.read(io.BytesIO(TEXT.encode()), chunk_blocks=3)
+
+
+def assert_same(one: TextState, other: TextState) -> None:
+    np.testing.assert_allclose(one.logits, other.logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(one.streams.position.filled, other.streams.position.filled)
+    np.testing.assert_allclose(one.streams.layers.fam, other.streams.layers.fam, rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_is_read_as_its_ids_are(model: TextModel, state: TextState) -> None:
+    ids = np.asarray(model.vocabulary.encode(TEXT))
+    logits, memory = model.streamer.read([ids])
+    assert_same(state, TextState(memory, logits))
+    assert state.tokens_read == len(TEXT)
+
+
+@pytest.mark.parametrize("cut", [1, 50, 100])
+def test_any_division_of_a_text_is_the_same(model: TextModel, state: TextState, cut: int) -> None:
+    told: list[int] = []
+    first = model.read(TEXT[:cut], chunk_blocks=3, on_progress=told.append)
+    assert told[-1] == cut
+    assert_same(model.read(TEXT[cut:], first), state)
+    assert_same(model.read(TEXT[cut:], first), state)  # a state may be continued again
+
+
+def test_a_memory_file_continues_the_text(model: TextModel, state: TextState, tmp_path: pathlib.Path) -> None:
+    first = model.read(TEXT[:50])
+    model.save(tmp_path / "some.memory", first)
+    loaded = model.load(tmp_path / "some.memory")
+    assert loaded.tokens_read == 50
+    assert_same(model.read(TEXT[50:], loaded), state)
+    with pytest.raises(UserError, match="does not say what comes next"):
+        model.generate(loaded, max_tokens=1)
+    with pytest.raises(StateFileError, match="another model"):
+        model_of(segments=2).load(tmp_path / "some.memory")
+
+
+def test_a_memory_of_several_streams_is_refused(
+    model: TextModel, state: TextState, tmp_path: pathlib.Path
+) -> None:
+    both = state.streams.select([0, 0])
+    save_state(tmp_path / "two.memory", both, model.config.model, model.streamer.params)
+    with pytest.raises(UserError, match="holds 2 streams"):
+        model.load(tmp_path / "two.memory")
+
+
+def test_generation_is_what_the_streamer_generates(model: TextModel, state: TextState) -> None:
+    told: list[str] = []
+    found = model.generate(state, max_tokens=40, on_text=told.append)
+    expected = model.streamer.generate(state.logits, state.streams, max_tokens=40, stop_tokens=[1])
+    ids = expected.tokens[0, : expected.lengths[0]].tolist()
+    ended = bool(expected.stopped[0])
+    assert found.text == model.vocabulary.decode(ids[: len(ids) - ended]) == "".join(told)
+    assert (found.tokens, found.ended_by) == (len(ids), "end" if ended else "length")
+    assert found.state.tokens_read == len(TEXT) + len(ids)
+
+
+def test_sampling_depends_on_the_seed_alone(model: TextModel, state: TextState) -> None:
+    first, again, other = (
+        model.generate(state, max_tokens=40, sampling=DRAWN, seed=seed).text for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def longest(model: TextModel, state: TextState) -> tuple[str, int]:
+    """Return the longest of a few sampled texts, and its seed."""
+    drawn = [
+        (model.generate(state, max_tokens=60, sampling=DRAWN, seed=seed).text, seed) for seed in range(4)
+    ]
+    return max(drawn, key=lambda one: len(one[0]))
+
+
+def test_a_stop_ends_the_text_and_leaves_nothing_behind(model: TextModel, state: TextState) -> None:
+    """None of it is passed on, and the state is that after its last token."""
+    text, seed = longest(model, state)
+    assert len(text) > 20
+    stop, told = text[15:18], []
+    found = model.generate(
+        state, max_tokens=60, sampling=DRAWN, seed=seed, stop=["not there", stop], on_text=told.append
+    )
+    assert found.text == text[: text.index(stop)] == "".join(told)
+    assert found.ended_by == stop
+    assert found.state.tokens_read == state.tokens_read + found.tokens
+    on = model.generate(found.state, max_tokens=1)
+    assert on.tokens == 1
+
+
+def test_the_start_of_a_stop_is_passed_on_at_the_end(model: TextModel, state: TextState) -> None:
+    text, seed = longest(model, state)
+    told: list[str] = []
+    stops = [text[-1] + "\0never"]
+    found = model.generate(state, max_tokens=60, sampling=DRAWN, seed=seed, stop=stops, on_text=told.append)
+    assert found.text == text == "".join(told)
+
+
+def test_mistakes(model: TextModel, state: TextState) -> None:
+    with pytest.raises(ConfigError, match=r"vocab_size: 200 is smaller than the vocabulary .* 259 pieces"):
+        model_of(vocab_size=200)
+    with pytest.raises(UserError, match="holds no tokens"):
+        model.read("")
+    with pytest.raises(UserError, match="is empty"):
+        model.read(io.BytesIO(b""))
+    with pytest.raises(UserError, match="max_tokens: must be at least 1, got 0"):
+        model.generate(state, max_tokens=0)
+    with pytest.raises(UserError, match="stop: must not be an empty string"):
+        model.generate(state, max_tokens=1, stop=[""])

@@ -1,0 +1,318 @@
+"""The loop: a run that is stopped and resumed is the run that was not, bit for bit; folders; what is written."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from fam_jax import sharding
+from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params
+from fam_jax.config import Config, ConfigError, DataConfig, UserError
+from fam_jax.config.format1 import FORMAT
+from fam_jax.data import build
+from fam_jax.data.curriculum import PasskeyCurriculum
+from fam_jax.training import loop
+from fam_jax.training.loop import Interrupted, train
+from tests.training.tiny import changed, quick_trainer
+
+STEPS = 8
+# The second stage begins after step 3; steps that are checkpoints, reports and evaluations do not coincide.
+RUN = changed(
+    model__vocab_size=64, model__block_size=8, model__num_layers=1, data__digits=1, data__stage_blocks=(2, 3),
+    data__max_stage_steps=3, train__steps=STEPS, train__batch_size=4, train__random_state_passing=0.5,
+    train__random_position_offset=True, train__log_every=2, train__checkpoint_every=4, train__keep_checkpoints=3,
+    evaluate__every=3,
+)  # fmt: skip
+
+make_mesh, make_trainer = sharding.make_mesh, loop.make_trainer  # both are replaced below
+
+
+@functools.cache
+def shared_trainer(config: Config) -> loop.Trainer:
+    return quick_trainer(config, make_trainer)
+
+
+def trainer_of(config: Config) -> loop.Trainer:
+    """`make_trainer`, but compiled once for configs that differ in nothing that is computed."""
+    same = changed(
+        config, train__log_every=1, train__checkpoint_every=1, train__keep_checkpoints=1, evaluate__every=0
+    )
+    return dataclasses.replace(shared_trainer(same), config=config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device() -> Iterator[None]:
+    """All runs on the first of the simulated devices, with shared compilations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda mesh, _=None: make_mesh(mesh, jax.devices()[:1]))
+        patch.setattr(loop, "make_trainer", trainer_of)
+        yield
+
+
+def evaluate(params: Any, step: int) -> dict[str, Any]:
+    return {"some": {"step": step, "sum": float(sum(leaf.sum() for leaf in jax.tree.leaves(params)))}}
+
+
+def stopping_at(step: int, number: int) -> type[PasskeyCurriculum]:
+    """A curriculum that sends the process a signal while it makes the batch of `step`."""
+
+    class Stopping(PasskeyCurriculum):
+        def next(self) -> Any:
+            batch = super().next()
+            if self.state()["step"] == step:
+                os.kill(os.getpid(), number)
+            return batch
+
+    return Stopping
+
+
+def run(folder: pathlib.Path, config: Config = RUN, **how: Any) -> dict[str, Any]:
+    return train(config, str(folder), evaluate=evaluate, quiet=True, **how)
+
+
+def run_until(folder: pathlib.Path, step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> Interrupted:
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "PasskeyCurriculum", stopping_at(step, number))
+        with pytest.raises(Interrupted) as caught:
+            run(folder)
+    return caught.value
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def finished(uninterrupted: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of it, to be changed."""
+    return pathlib.Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
+
+
+def saved(folder: pathlib.Path, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Everything in a checkpoint: arrays by name, position of the data."""
+    shapes = loop._as_dict(trainer_of(RUN).state_shapes)
+    with Checkpoints(folder, config=dataclasses.asdict(RUN), keep=3) as checkpoints:
+        state, position = checkpoints.restore(step, shapes)
+    state["key"] = jax.random.key_data(state["key"])
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, position
+
+
+def lines(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Of metrics.jsonl, without what the clock decides; every line must be JSON as the standard has it."""
+
+    def no_json(text: str) -> Any:
+        raise AssertionError(f"{text} is not JSON")
+
+    text = (folder / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    found = [json.loads(line, parse_constant=no_json) for line in text.splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in found]
+
+
+def assert_same_run(folder: pathlib.Path, other: pathlib.Path) -> None:
+    (arrays, position), (wanted, wanted_position) = saved(folder, STEPS), saved(other, STEPS)
+    assert arrays.keys() == wanted.keys()
+    assert any("['carried']['fam']" in name for name in arrays) and any(
+        "optimizer" in name for name in arrays
+    )
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+    assert position == wanted_position
+    assert lines(folder) == lines(other)
+
+
+def test_what_a_run_writes(uninterrupted: pathlib.Path) -> None:
+    found = lines(uninterrupted)
+    metrics = [line for line in found if "evaluation" not in line]
+    assert [line["step"] for line in found] == [2, 3, 4, 6, 6, 8]
+    assert [line["step"] for line in metrics] == [2, 4, 6, 8]
+    assert [line["stage_blocks"] for line in metrics] == [2, 3, 3, 3]
+    for line in metrics:
+        assert all(isinstance(value, int | float) for value in line.values())
+        assert {
+            "loss",
+            "objective",
+            "exact_match",
+            "answer_accuracy",
+            "learning_rate",
+            "gradient_norm",
+        } <= line.keys()
+    assert json.loads((uninterrupted / "config.json").read_text()) == {
+        "format": FORMAT,
+        **json.loads(json.dumps(dataclasses.asdict(RUN))),
+    }
+    assert list((uninterrupted / "tensorboard").iterdir())
+    assert {path.name for path in uninterrupted.iterdir() if path.name.isdigit()} == {"4", "8"}
+
+
+def test_evaluation_is_called_with_the_parameters_of_its_step(uninterrupted: pathlib.Path) -> None:
+    written = {line["step"]: line["evaluation"] for line in lines(uninterrupted) if "evaluation" in line}
+    assert {step: result["some"]["step"] for step, result in written.items()} == {3: 3, 6: 6}
+    assert written[3]["some"]["sum"] != written[6]["some"]["sum"]
+
+
+def test_a_run_stopped_again_and_again_is_the_uninterrupted_one(
+    uninterrupted: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, at and after the change of the curriculum's stage, by Ctrl-C and by preemption."""
+    for step, number in [(2, signal.SIGINT), (4, signal.SIGTERM), (5, signal.SIGINT)]:
+        handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+        stopped = run_until(tmp_path / "run", step, number, monkeypatch)
+        assert stopped.exit_code == 128 + number
+        assert f"stopped at step {step};" in str(stopped) and "the same command resumes" in str(stopped)
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+        assert (tmp_path / "run" / str(step)).is_dir()
+    run(tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_stopped_when_an_evaluation_is_due_makes_it_all_the_same(
+    uninterrupted: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_until(tmp_path / "run", 3, signal.SIGINT, monkeypatch)
+    run(tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted)
+    assert 3 in [line["step"] for line in lines(tmp_path / "run") if "evaluation" in line]
+
+
+def test_the_line_that_a_killed_job_left_unfinished_is_dropped(
+    uninterrupted: pathlib.Path, finished: pathlib.Path
+) -> None:
+    """Killed between steps 4 and 8: what it wrote of the steps since is written again."""
+    shutil.rmtree(finished / "8")
+    with (finished / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    run(finished)
+    assert_same_run(finished, uninterrupted)
+
+
+def test_a_finished_run_stays_as_it_is(uninterrupted: pathlib.Path, finished: pathlib.Path) -> None:
+    result = run(finished)
+    assert result["parameters"] == sum(
+        array.size for name, array in saved(finished, 8)[0].items() if "params" in name
+    )
+    assert lines(finished) == lines(uninterrupted)
+
+
+def test_restore_step_goes_back(uninterrupted: pathlib.Path, finished: pathlib.Path) -> None:
+    before = (finished / "8" / "_CHECKPOINT_METADATA").stat().st_mtime_ns
+    run(finished, restore_step=4)
+    assert_same_run(finished, uninterrupted)
+    assert (finished / "8" / "_CHECKPOINT_METADATA").stat().st_mtime_ns > before, "step 8 is the old one"
+    with pytest.raises(CheckpointError, match="has no step 5; saved are 4, 8"):
+        run(finished, restore_step=5)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_advice_works(
+    uninterrupted: pathlib.Path, finished: pathlib.Path
+) -> None:
+    """Truncated files; the earlier step that the message names leads to a sound end."""
+    files = [
+        path for path in (finished / "8" / "params").rglob("*") if path.is_file() and path.stat().st_size > 0
+    ]
+    for path in sorted(files, key=lambda path: path.stat().st_size)[-3:]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError) as caught:
+        run(finished)
+    assert "step 8 is damaged" in str(caught.value) and "--restore_step=4" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    run(finished, restore_step=4)
+    load_params(finished, 8)
+    assert_same_run(finished, uninterrupted)
+
+
+def test_the_folder_of_another_config_is_refused(finished: pathlib.Path) -> None:
+    other = changed(RUN, optimizer__beta1=0.5, data__prompt_weight=0.5, train__log_every=3)
+    with pytest.raises(UserError) as caught:
+        run(finished, other)
+    message = str(caught.value)
+    assert "optimizer.beta1 was 0.9, is 0.5" in message and "data.prompt_weight was 0.01, is 0.5" in message
+    assert "log_every" not in message and "\n" not in message
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=r"^config\.model\.vocab_size: 40 is smaller than the vocabulary"):
+        run(tmp_path / "run", changed(RUN, model__vocab_size=40))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_vocabulary_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"missing\.model'?: no such file"):
+        run(tmp_path / "run", changed(RUN, data__vocabulary="missing.model"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("log_every", "checkpoint_every"), [(2, 4), (4, 1)])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    log_every: int, checkpoint_every: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a line; and no checkpoint is written of a state from which no loss would ever be finite."""
+    config = changed(RUN, train__log_every=log_every, train__checkpoint_every=checkpoint_every)
+    trainer = trainer_of(config)
+
+    def broken() -> Any:
+        state = trainer.create()
+        return dataclasses.replace(state, params=jax.tree.map(lambda x: x * np.nan, state.params))
+
+    monkeypatch.setattr(loop, "make_trainer", lambda _: dataclasses.replace(trainer, create=broken))
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "run", config)
+    assert str(caught.value).startswith("the loss is nan at step ")
+    assert "config.optimizer.learning_rate" in str(caught.value) and "\n" not in str(caught.value)
+    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit()]
+    assert [line["loss"] for line in lines(tmp_path / "run")] == [None]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The same run on text: rows whose last block is short, a segment of each repeated."""
+    file = tmp_path_factory.mktemp("text") / "x.txt"
+    file.write_text("".join(f"line {i}, and a few words more\n" for i in range(300)))
+    data = DataConfig(
+        task="text", vocabulary="bytes", train_files=(str(file),), sequence_length=52, shuffle_batches=3,
+        repeat_segment=6,
+    )  # fmt: skip
+    return changed(dataclasses.replace(RUN, data=data), model__vocab_size=264)
+
+
+def test_a_run_on_text_resumes_exactly(text: Config, tmp_path: pathlib.Path) -> None:
+    run(tmp_path / "whole", text)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "8")
+    run(tmp_path / "again", text)
+    found, expected = (lines(tmp_path / name) for name in ("again", "whole"))
+    assert found == expected
+    assert [line["step"] for line in found if "evaluation" not in line] == [2, 4, 6, 8]
+    last = found[-1]
+    assert last["epoch"] == 0 and 0 <= last["accuracy"] <= 1 and "stage_blocks" not in last
+    assert last["loss"] < found[0]["loss"]
+
+
+def test_a_run_on_text_tells_of_other_text(text: Config, tmp_path: pathlib.Path) -> None:
+    """Moved files are the same text; changed ones are not."""
+    run(tmp_path / "run", text)
+    shutil.rmtree(tmp_path / "run" / "8")
+    old = pathlib.Path(text.data.train_files[0])
+    moved = tmp_path / "moved.txt"
+    moved.write_text(old.read_text())
+    run(tmp_path / "run", changed(text, data__train_files=(str(moved),)))
+    moved.write_text(old.read_text() + ".")
+    with pytest.raises(UserError, match=r"data state: contents was .* when it was saved and is "):
+        run(tmp_path / "run", changed(text, data__train_files=(str(moved),)), restore_step=4)
+    with pytest.raises(
+        ConfigError, match=r"vocab_size: 64 is smaller than the vocabulary 'bytes', which has 259"
+    ):
+        run(tmp_path / "run", changed(text, model__vocab_size=64))
