@@ -31,7 +31,7 @@ class RunningMeanConfig(BlockWindowConfig):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RunningMeanState(WindowState):
     """The window's cache and the mean of one layer."""
 

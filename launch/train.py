@@ -68,15 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported once the config is known to be right, as TensorFlow takes seconds.
     import jax
 
-    from fam_jax.evaluation import evaluate_in_training
     from fam_jax.training.loop import Interrupted, train
 
-    evaluate = evaluate_in_training(config, arguments.workdir) if config.evaluate.every else None
     try:
         train(
             config,
             arguments.workdir,
-            evaluate=evaluate,
             restore_step=arguments.restore_step,
             profile_steps=arguments.profile_steps,
             quiet=arguments.quiet,

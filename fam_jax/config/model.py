@@ -3,7 +3,7 @@
 import dataclasses
 
 from fam_jax.config.errors import require
-from fam_jax.config.fields import group, setting
+from fam_jax.config.fields import Constraint, group, setting
 from fam_jax.config.memory import MemoryConfig, memory_config_type
 
 
@@ -88,7 +88,14 @@ class ModelConfig:
     block_size: int = setting(
         default=32, doc="C, tokens of a block: memory changes at block borders.", minimum=1, effect="state"
     )
-    memory: MemoryConfig = dataclasses.field(default_factory=_default_memory)
+    memory: MemoryConfig = dataclasses.field(
+        default_factory=_default_memory,
+        metadata={
+            "constraint": Constraint(
+                "The memory of global layers; `kind` names it and decides its other fields."
+            )
+        },
+    )
     attention: str = setting(
         default="auto",
         doc="Attention implementation; pallas needs a TPU. The table in docs/architecture.md says which runs where.",

@@ -22,6 +22,7 @@ from fam_jax.generation.sampling import GREEDY, Sampling
 from fam_jax.generation.state_file import load_state, save_state
 from fam_jax.generation.streaming import Streamer
 from fam_jax.generation.tokenize import Detokenizer, encode_pieces, read_text
+from fam_jax.memories.window_cache import ShownByShape
 from fam_jax.model import StreamState
 from fam_jax.restore import load_model
 
@@ -29,8 +30,9 @@ from fam_jax.restore import load_model
 TOKENS_PER_CALL = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class TextState:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class TextState(ShownByShape):
     """The state of one stream of text: a value that can be continued in several ways."""
 
     streams: StreamState

@@ -84,7 +84,7 @@ class FamConfig(BlockWindowConfig):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FamState(WindowState):
     """The window's cache and FAM of one layer."""
 

@@ -40,9 +40,21 @@ class BlockWindowConfig(SegmentsConfig):
     )
 
 
+class ShownByShape:
+    """Base of dataclasses of arrays whose `repr` has dtypes and shapes instead of numbers; for `repr=False`."""
+
+    def __repr__(self) -> str:
+        """Show the arrays as `name: dtype[shape]`."""
+        arrays = (
+            f"{jax.tree_util.keystr(path, simple=True, separator='.')}: {leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in jax.tree.leaves_with_path(self)
+        )
+        return f"{type(self).__name__}({', '.join(arrays)})"
+
+
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WindowState:
+@dataclasses.dataclass(frozen=True, repr=False)
+class WindowState(ShownByShape):
     """The cache of one layer. In a :class:`fam_jax.model.StreamState` every array has a leading L axis."""
 
     # (B, m, C, K, hd) keys and values of the last m complete blocks, oldest first.
@@ -64,8 +76,8 @@ WINDOW_AXES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Position:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Position(ShownByShape):
     """Where the streams of a batch are; rows may be at different positions."""
 
     # (B,) int32: complete blocks read.

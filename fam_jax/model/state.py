@@ -13,13 +13,13 @@ import numpy as np
 
 from fam_jax.config import ModelConfig, UserError
 from fam_jax.memories.interface import Memory, ablate_array
-from fam_jax.memories.window_cache import Position, start_position
+from fam_jax.memories.window_cache import Position, ShownByShape, start_position
 from fam_jax.model.layer_types import memory_of
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class StreamState:
+class StreamState(ShownByShape):
     """The state of a batch of streams; rows may be at different positions."""
 
     # The memory's `State` with a leading L axis: arrays (L, B, ...).
@@ -57,14 +57,6 @@ class StreamState:
     def join(states: Sequence["StreamState"]) -> "StreamState":
         """Return one state of the streams of all `states`, which belong to one model."""
         return _by_rows(states, jnp.concatenate)
-
-    def __repr__(self) -> str:
-        """Show names and shapes, not numbers."""
-        arrays = (
-            f"{jax.tree_util.keystr(path, simple=True, separator='.')}: {leaf.dtype}{list(leaf.shape)}"
-            for path, leaf in jax.tree.leaves_with_path(self)
-        )
-        return f"StreamState({', '.join(arrays)})"
 
 
 def _by_rows(

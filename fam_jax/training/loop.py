@@ -16,6 +16,7 @@ from fam_jax.config import Config, UserError
 from fam_jax.data.build import make_batches
 from fam_jax.data.interface import Batches
 from fam_jax.data.vocabulary import check_vocabulary_size
+from fam_jax.evaluation import evaluate_in_training
 from fam_jax.model import count_parameters, lora
 from fam_jax.training.compiler import compiler_options
 from fam_jax.training.flops import peak_flops, step_flops
@@ -95,8 +96,8 @@ def train(
     Args:
       config: the experiment.
       workdir: folder of the run: local, or in a bucket (`gs://...`) that all processes reach.
-      evaluate: called with the parameters every config.evaluate.every steps; its figures go to the metrics. See
-        :func:`fam_jax.evaluation.evaluate_in_training`.
+      evaluate: called with the parameters every config.evaluate.every steps; its figures go to the metrics. None: the
+        evaluation task of the run's data, by :func:`fam_jax.evaluation.evaluate_in_training`.
       restore_step: checkpoint to go back to, in place of the latest; later ones are deleted.
       profile_steps: first and last step of a profiler trace.
       quiet: show nothing on the terminal.
@@ -109,6 +110,8 @@ def train(
       Interrupted: a signal came; a checkpoint of the last step was saved.
     """
     check_named(config)
+    if evaluate is None and config.evaluate.every:
+        evaluate = evaluate_in_training(config, workdir)
     trainer, batches = make_trainer(config), _checked_batches(config)
     folder, first = absolute(workdir), jax.process_index() == 0
     state = None
