@@ -41,7 +41,9 @@ def run(books: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathli
     """Return the run that train_on_folder.py makes, stopped after two steps and resumed for two more."""
     workdir = tmp_path_factory.mktemp("runs") / "book"
     for steps in ("2", "4"):
-        example("train_on_folder").main([f"{books}/train", f"{books}/heldout", str(workdir), "--steps", steps])
+        example("train_on_folder").main(
+            [f"{books}/train", f"{books}/heldout", str(workdir), "--steps", steps]
+        )
     return workdir
 
 
