@@ -1,7 +1,8 @@
-"""The scripts of examples/ run. The fourth, running_mean.py, is tested with the other memories (tests/memories)."""
+"""The scripts of examples/ and the decoder example of the README run. The fourth, running_mean.py, is tested with the other memories (tests/memories)."""
 
 import json
 import pathlib
+import re
 import types
 from importlib import util
 
@@ -86,3 +87,13 @@ def test_add_a_memory_to_an_open_model(
     assert f"exported with its memory to {out / 'exported'}" in capsys.readouterr().out
     assert (out / "exported" / "memory.safetensors").exists()
     assert Folder(out / "exported").names == Folder(source).names
+
+
+def test_the_decoder_example_of_the_readme(tmp_path: pathlib.Path) -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(blocks) == 2
+    values: dict = {}
+    exec(blocks[1], values)
+    assert values["logits"].shape == (2, 1, values["model"].config.vocab_size)
+    assert values["state"].tokens_read.tolist() == [101, 101]

@@ -27,7 +27,7 @@ def evaluate(
     files: Sequence[str] = (),
     suffixes: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
-    command: str = "fam_jax.evaluation.evaluate",
+    command: str = "fam_jax.evaluate",
     on_progress: OnProgress | None = None,
     **settings: Any,
 ) -> Evaluation:

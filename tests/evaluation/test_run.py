@@ -49,7 +49,7 @@ def test_an_evaluation_of_a_run(passkey_run: pathlib.Path, config: Config, parro
     found = evaluate(
         passkey_run, filler_blocks=[1], batch_size=4, on_progress=lambda name, *_: told.append(name)
     )
-    assert (found.task, found.step, found.command) == ("passkey", 10, "fam_jax.evaluation.evaluate")
+    assert (found.task, found.step, found.command) == ("passkey", 10, "fam_jax.evaluate")
     assert found.metrics == {
         "exact_match": 0, "teacher_forced_exact_match": 0, "answer_token_accuracy": parrot_accuracy,
     }  # fmt: skip

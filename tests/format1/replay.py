@@ -9,6 +9,7 @@ from typing import Any
 
 from fam_jax.checkpoint import read_config
 from fam_jax.config import resolve
+from fam_jax.evaluation import evaluate
 from fam_jax.generation.sampling import Sampling
 from fam_jax.generation.text import TextModel
 from fam_jax.training.loop import train
@@ -21,14 +22,19 @@ def answer(model: TextModel, state: Any) -> str:
 
 
 def main() -> None:
-    """Generate from steps that format 1 saved, then resume each run."""
-    found: dict[str, Any] = {"answers": {}, "metrics": {}}
+    """Generate from steps that format 1 saved, evaluate them, then resume each run."""
+    found: dict[str, Any] = {"answers": {}, "metrics": {}, "scalars": {}}
     document = Path("heldout.txt").read_text()
     for run, step in (("text", 4), ("lora", 2)):
         model = TextModel.restore(run, step)
         found["answers"][run] = answer(model, model.read(document))
         if run == "text":
             found["answers"]["memory"] = answer(model, model.load("heldout.memory"))
+    results = (
+        evaluate("text", step=4, files=["heldout.txt"], ablations=("zeroed", "frozen")),
+        evaluate("passkey", step=4, filler_blocks=(2, 4), keys=4),
+    )
+    found["scalars"] = {result.task: result.scalars for result in results}
     for run in ("text", "lora", "passkey"):
         train(resolve(read_config(run)), run, quiet=True)
         lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]

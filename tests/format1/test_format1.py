@@ -2,7 +2,7 @@
 
 `data/` was made by version 0.1: three runs of two layers (text with FAM and random state passing; LoRA of it; PassKey
 with one initial FAM per layer), each cut back to the middle, with the metrics that they went on to have, the answers
-that they gave, and a memory of heldout.txt.
+that they gave, their evaluations, and a memory of heldout.txt.
 """
 
 import json
@@ -86,3 +86,24 @@ def test_a_run_goes_on_as_it_did(run: str, recorded: Any, replayed: Any) -> None
 def test_a_model_and_a_memory_file_answer_as_they_did(answer: str, file: str, replayed: Any) -> None:
     written = (DATA / f"{file}_answer.txt").read_bytes().decode()
     assert replayed["answers"][answer] == written.removesuffix("\n")
+
+
+def test_text_evaluates_as_it_did(replayed: Any) -> None:
+    written = json.loads((DATA / "text_step4_evaluation.json").read_text())
+    scalars = replayed["scalars"]["text"]
+    for name in ("loss", "bits_per_byte", "perplexity", "loss_after_first_block"):
+        assert scalars[name] == pytest.approx(written[name], rel=1e-5), name
+    assert scalars["next_token_accuracy"] == pytest.approx(written["accuracy"], rel=1e-6)
+    for how, ablated in written["ablations"].items():
+        assert scalars[f"{how}/loss"] == pytest.approx(ablated["loss"], rel=1e-5), how
+    for bucket in written["by_position"]:
+        assert scalars[f"loss_by_position/{bucket['end']}"] == pytest.approx(bucket["loss"], rel=1e-5)
+
+
+def test_passkey_evaluates_as_it_did(replayed: Any) -> None:
+    written = json.loads((DATA / "passkey_step4_evaluation.json").read_text())
+    for blocks, found in written["lengths"].items():
+        for name, value in found.items():
+            if name in ("exact_match", "teacher_forced_exact_match", "answer_token_accuracy"):
+                known = replayed["scalars"]["passkey"][f"{name}/{blocks}_blocks"]
+                assert known == pytest.approx(value, abs=1e-6), f"{name} at {blocks} blocks"
