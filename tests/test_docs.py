@@ -174,6 +174,18 @@ def test_flags_are_those_of_the_program(
             check_field(flag.removeprefix("__"))
 
 
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_flags_of_benchmarks_exist(page: pathlib.Path) -> None:
+    """Their parsers are made in `main`, so the flags are looked up in the source."""
+    text = page.read_text()
+    lines = [*code_lines(text), *INLINE.findall(without_code(text))]
+    for name, rest in re.findall(r"python -m (benchmarks\.\w+)(.*)", "\n".join(lines)):
+        source = ROOT.joinpath(*name.split(".")).with_suffix(".py").read_text()
+        assert not [
+            flag for flag in re.findall(r"--\w+", rest.partition("#")[0]) if f'"{flag}"' not in source
+        ]
+
+
 def loaded(command: Command) -> bool:
     """Return whether a command names a config file of this repository, and no folder of the reader."""
     file, _, argument = next((w for w in command.words if w.startswith("--config=")), "")[9:].partition(":")
