@@ -7,14 +7,20 @@ import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import pytest
 import yaml
+from flax import nnx
 
-from fam_jax.config import UserError, check_field, default_config, field_type
+from fam_jax.checkpoint.folder import MAY_CHANGE
+from fam_jax.config import EvaluateConfig, ModelConfig, UserError, check_field, default_config, field_type
 from fam_jax.config.fields import field_types
 from fam_jax.config.memory import memory_config_type
 from fam_jax.config.overrides import parse_value
+from fam_jax.kernels import IMPLEMENTATIONS
+from fam_jax.memories.fam import FamConfig
 from fam_jax.memories.registry import MEMORIES
+from fam_jax.model import Transformer
 from launch.config_file import load_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -219,17 +225,62 @@ def test_config_flags_in_the_text_are_fields(page: pathlib.Path) -> None:
                 parse_value(field_type(path), value, path)
 
 
+def table_of(page: str, head: str) -> list[tuple[str, ...]]:
+    """Return the rows of the table of a page whose first line begins with `head`, cell by cell."""
+    body = (ROOT / "docs" / page).read_text().partition(head)[2].partition("\n\n")[0]
+    return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in body.splitlines()[2:]]
+
+
 def test_memories_of_the_tables_are_those_of_the_registry() -> None:
     ours = {
         kind for kind, memory in MEMORIES.items() if isinstance(memory, str) or "fam_jax" in memory.__module__
     }
     kinds = README.read_text().partition("`config.model.memory.kind` |")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)`", kinds, re.MULTILINE)) == ours
-    table = (ROOT / "docs" / "configs.md").read_text().partition("| kind | fields")[2].partition("\n\n")[0]
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE)
+    rows = [(kind.strip("`"), fields) for kind, fields in table_of("configs.md", "| kind | fields")]
     assert {kind: {"kind", *re.findall(r"`(\w+)`", fields)} for kind, fields in rows} == {
         kind: {*field_types(memory_config_type(kind))} for kind in ours
     }
+
+
+def test_fields_that_may_change_are_those_of_the_guide() -> None:
+    guide = (ROOT / "docs" / "configs.md").read_text()
+    resume = guide.partition("- **Resume.**")[2].partition("- **")[0]
+    whole = {"mesh", "evaluate"} & {*re.findall(r"`(\w+)`", resume)}
+    assert whole == {"mesh", "evaluate"}
+    single = {*re.findall(r"`(\w+\.\w+)`", resume)}
+    assert single == {path for path in MAY_CHANGE if path.partition(".")[0] not in whole}
+    assert {path for path in MAY_CHANGE if path.startswith("evaluate.")} == {
+        f"evaluate.{name}" for name in field_types(EvaluateConfig)
+    }
+
+
+def test_shapes_of_a_state_are_those_of_the_table() -> None:
+    sizes = {"L": 2, "B": 3, "m": 4, "C": 16, "K": 2, "hd": 8, "M": 6, "D": 32, "R": 5}
+    model = ModelConfig(
+        num_layers=sizes["L"],
+        model_dim=sizes["D"],
+        num_kv_heads=sizes["K"],
+        head_dim=sizes["hd"],
+        block_size=sizes["C"],
+        memory=FamConfig(length=sizes["M"], segments=sizes["m"], previous_blocks=sizes["R"]),
+    )
+    state = jax.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)).init_state(sizes["B"]))
+    leaves = jax.tree.leaves_with_path(state)
+    found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+    told = {}
+    for names, shape, _ in table_of("architecture.md", "| field | shape |"):
+        if shape:
+            group = names.strip("`").partition(".")[0]
+            letters = re.findall(r"\w+", shape.partition(")")[0])
+            for name in re.findall(r"`(?:\w+)?\.(\w+)`", names):
+                told[f"{group}.{name}"] = tuple(sizes[letter] for letter in letters)
+    assert told == found
+
+
+def test_implementations_of_attention_are_those_of_the_table() -> None:
+    names = [row[0].strip("`") for row in table_of("architecture.md", "| name | runs on |")]
+    assert sorted(names) == sorted(["auto", *IMPLEMENTATIONS])
 
 
 def test_code_of_the_guide_to_configs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
