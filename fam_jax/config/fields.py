@@ -58,7 +58,7 @@ def setting(
 
     Args:
       default: its value unless set otherwise.
-      doc: its meaning, shown by `help` and by `--help`.
+      doc: its meaning, shown by `help` and by `--help-config`.
       minimum: lowest allowed value.
       maximum: highest allowed value.
       below: the value must be smaller than this.
