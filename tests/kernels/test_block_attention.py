@@ -262,7 +262,7 @@ def test_kernels_reject_float64() -> None:
 def test_kernels_reject_a_soft_cap(implementation: str) -> None:
     case = dataclasses.replace(Case(), softcap=1.0).wider()
     call = draw(case)
-    with pytest.raises(ValueError, match="no soft cap"):
+    with pytest.raises(ValueError, match="do not support a soft cap"):
         attend(case, call, single(call.inputs), implementation)
 
 
