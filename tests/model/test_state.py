@@ -114,8 +114,8 @@ def test_state_passing_touches_the_chosen_rows_only():
     ("length", "how", "message"),
     [
         (0, {}, "there are none"),
-        (4, {"aligned": True, "lengths": jnp.array([1, 2])}, "an aligned call takes none"),
-        (4, {"position_offset": jnp.array([1, 2])}, "only training uses it"),
+        (4, {"aligned": True, "lengths": jnp.array([1, 2])}, "an aligned call does not take it"),
+        (4, {"position_offset": jnp.array([1, 2])}, "only aligned calls take it"),
     ],
 )
 def test_calls_that_make_no_sense_are_refused(length, how, message):
