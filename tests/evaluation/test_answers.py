@@ -112,5 +112,5 @@ def test_truncation_does_not_go_unnoticed(rigged: list[Question], monkeypatch: p
         return whole(self, [prompt[-20:] for prompt in prompts], *args, **kwargs)
 
     monkeypatch.setattr(Streamer, "read", truncated)
-    with pytest.raises(RuntimeError, match=r"prompts of \[30, 9, 21\] tokens were read as \[20, 9, 20\]"):
+    with pytest.raises(RuntimeError, match=r"the model read \[20, 9, 20\] tokens of prompts with \[30, 9, 21\]"):
         measure(rigged)

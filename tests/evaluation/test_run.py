@@ -246,5 +246,5 @@ def test_files_that_are_no_records(tmp_path: pathlib.Path) -> None:
         read_evaluation(tmp_path / "missing.json")
     for text in ("{", "[]", '{"task": "passkey"}'):
         (tmp_path / "other.json").write_text(text)
-        with pytest.raises(UserError, match="is not the record of an evaluation"):
+        with pytest.raises(UserError, match="not the record of an evaluation"):
             read_evaluation(tmp_path / "other.json")

@@ -199,7 +199,7 @@ def test_truncation_does_not_go_unnoticed(monkeypatch: pytest.MonkeyPatch) -> No
         return *(np.pad(part, rest) for part in scores), state
 
     monkeypatch.setattr(Streamer, "measure", truncated)
-    with pytest.raises(RuntimeError, match="results would mislead"):
+    with pytest.raises(RuntimeError, match="results would be misleading"):
         run()
 
 
