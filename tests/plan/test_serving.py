@@ -1,4 +1,4 @@
-"""Plans for generation and evaluation: sizes by hand, phases of a real compilation, meshes, advice."""
+"""Plans for generation and evaluation: sizes computed by hand, phases of a real compilation, meshes, advice."""
 
 import dataclasses
 import json
