@@ -113,9 +113,8 @@ def initial_fams(params: Params, config: ModelConfig, origin: float = 0.0) -> li
         layer, own = parameters_of_layer(params, index), _layer_config(config, index)
         q, k, v = _fam_qkv(layer, own, stream, positions)
         new = []
-        for i in range(
-            config.memory.length
-        ):  # every vector attends to all vectors of the prompt, to nothing else
+        # Every vector attends to all vectors of the prompt, and to nothing else.
+        for i in range(config.memory.length):
             a = project_output(layer, own, attend(own, q[i], k, v)) + stream[i]
             new.append(feed_forward(layer, own, a) + a)
         stream = np.array(new)
