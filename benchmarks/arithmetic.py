@@ -1,8 +1,8 @@
 """Count the floating-point operations of a forward pass from shapes, to predict the cost of FAM.
 
 The backward pass of a matrix product consists of two products of the same size. So if all operations ran equally fast,
-the ratio of two counts would also be the ratio of two training steps. FAM's products have few rows and depend on each
-other, which makes the measured ratio higher.
+the ratio of two counts would also be the ratio of the times of two training steps. The measured ratio is higher,
+because FAM's products have few rows and depend on each other.
 """
 
 import dataclasses
@@ -45,8 +45,10 @@ def count_flops(config: ModelConfig, batch: int, length: int) -> Flops:
     reach = (config.memory_segments + 1) * config.block_size
     kernels = 2 if config.activation == "gelu" else 3
     key_value = 4 * width * kv_heads * config.head_dim
-    dense = key_value + 4 * width * heads * config.head_dim + 2 * kernels * width * config.ff_dim  # per row
-    pair = 4 * heads * config.head_dim  # score and weighted value of a query and a key
+    # Per row of activations.
+    dense = key_value + 4 * width * heads * config.head_dim + 2 * kernels * width * config.ff_dim
+    # Per pair of query and key: the score and the weighted value.
+    pair = 4 * heads * config.head_dim
     prompt = vectors if getattr(config.memory, "init", "") == "prompt" else 0
     updates = batch * blocks * vectors
     return Flops(

@@ -2,10 +2,10 @@
 
     python -m benchmarks.attention --topology v5p:2x2x1 --json out.json
 
-All cases are training (no past) in bfloat16 on one chip. For each case it reports the time of the kernels by the TPU
-compiler's static profile, the rest of the program by the compiler's cost model, temporary memory, and the roofline:
-visible scores at the matrix units' peak. Our kernels and splash attention take their operands in the layout that suits
-each best. All figures are estimates; nothing runs on a TPU.
+All cases are training (no past) in bfloat16 on one chip. For each case the benchmark reports the time of the kernels
+from the TPU compiler's static profile, the time of the rest of the program from the compiler's cost model, temporary
+memory, and the roofline: visible scores at the matrix units' peak. Our kernels and splash attention each get their
+operands in their best layout. All figures are estimates; nothing runs on a TPU.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ SPLASH_BACKWARD = ((1024, 1024, 512), (1024, 1024, 256), (512, 1024, 512), (1024
 
 
 class Profiler:
-    """Measure seconds of kernels by static profiles; each program is profiled once."""
+    """Measure the time of kernels in static profiles. Each program is profiled once."""
 
     def __init__(self) -> None:
         self.known: dict[str, dict[str, int]] = {}
@@ -98,7 +98,7 @@ def measure(case: Case, profiler: Profiler) -> dict[str, Any]:
         names = kernel_names(case)
         found = profiler.seconds(case, names)
         kernels = {name: found[name] for name in names}
-        # Checks all kernels together, which reveals one that the simulator skipped.
+        # Check the sum over all kernels: it is too low if the simulator skipped one.
         check_floor(
             "+".join(names), sum(kernels.values()) * case.chip.clock, case.macs() / case.chip.cores, case.chip
         )
@@ -123,7 +123,7 @@ def measure(case: Case, profiler: Profiler) -> dict[str, Any]:
 
 
 def best_splash(case: Case, profiler: Profiler, show: Callable[[str], None]) -> tuple[SplashTiles, list[Any]]:
-    """Return the fastest tiles for forward and backward, and the figures of all that were tried."""
+    """Return the fastest tiles for forward and backward, and the figures of all tiles tried."""
     forward: dict[tuple[int, int, int], float] = {}
     backward: dict[tuple[tuple[int, int, int], bool], float] = {}
     for fused in (False, True):
@@ -138,7 +138,7 @@ def best_splash(case: Case, profiler: Profiler, show: Callable[[str], None]) -> 
                 continue
             first, *rest = (found[name] for name in kernel_names(tried))
             forward[ahead] = first
-            # The fused kernel writes one partial gradient of the queries per column of tiles, to be summed later.
+            # The fused kernel writes a partial gradient of the queries per column of tiles. These are summed later.
             parts = tried.tokens / back[1] if fused else 0
             values = parts * case.batch * case.heads * case.tokens * case.head_dim
             # Each bfloat16 value is written and read.

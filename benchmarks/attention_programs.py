@@ -28,7 +28,7 @@ class Case:
     topology: str
     # pallas, splash or xla
     implementation: str
-    # Forward and backward if true, otherwise forward only
+    # True for forward and backward, False for forward only
     gradient: bool
     # B
     batch: int = 4
@@ -65,7 +65,7 @@ class Case:
         return dataclasses.replace(self, batch=cores, heads=kv_heads * min(group, 4), kv_heads=kv_heads)
 
     def scores(self, *, whole_tiles: bool) -> float:
-        """Return the number of visible scores; with `whole_tiles` also the masked half of each block's own square."""
+        """Return the number of visible scores. With `whole_tiles`, add the masked half of each block's own square."""
         size = self.block_size
         keys = visible_keys(self.tokens, block_size=size, segments=self.segments, extra=lambda _: self.extra)
         if whole_tiles:
@@ -73,7 +73,7 @@ class Case:
         return self.batch * self.heads * keys
 
     def macs(self, *, whole_tiles: bool = False) -> float:
-        """Return the multiplications that every implementation needs: 2 products per score forward, 5 backward."""
+        """Return the multiply-adds that every implementation needs: 2 products per score forward, 5 backward."""
         return (7 if self.gradient else 2) * self.head_dim * self.scores(whole_tiles=whole_tiles)
 
 
@@ -133,7 +133,7 @@ def build(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], A
 
 
 def compile_case(case: Case, *, static: bool = False) -> jax.stages.Compiled:
-    """Compile for one chip; `static` moves a schedule held in data into predicates, for a profile."""
+    """Compile for one chip. For a profile, `static` turns a schedule that is stored as data into predicates."""
     mesh = make_mesh(MeshConfig(), topology_devices(case.topology)[:1])
     function, arguments, context = build(case)
     placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)) for x in arguments]
@@ -142,7 +142,7 @@ def compile_case(case: Case, *, static: bool = False) -> jax.stages.Compiled:
 
 
 def to_json(case: Case) -> str:
-    """Return a case as JSON, for the command line."""
+    """Return a case as JSON text, for the command line."""
     return json.dumps(dataclasses.asdict(case))
 
 

@@ -26,7 +26,7 @@ def layer_structure(model: ModelConfig) -> tuple[Any, Any]:
 
 
 def plain_chain(layer: DecoderLayer, fam: jax.Array, inputs: ChainInputs, attention: ChainAttention) -> Any:
-    """Compute `run_chain` by a plain scan, whose backward pass adds to every gradient at every block."""
+    """Compute `run_chain` with a plain scan, whose backward pass adds to every gradient at every block."""
 
     def body(fam: jax.Array, step: Any) -> Any:
         block, rotation, keep = step
@@ -53,7 +53,7 @@ def chain_loss(model: ModelConfig, chain: Chain) -> Callable[..., jax.Array]:
     def loss(parameters: Any, fam: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         layer = nnx.merge(graphdef, parameters)
         batch, blocks = keys.shape[0], keys.shape[1] // model.block_size
-        # The keys of every block are in the block's own frame, so one rotation serves all blocks.
+        # The keys of every block are in the block's own frame, so all blocks have the same rotation.
         rotation = own.map(lambda r: jnp.broadcast_to(r, (blocks, 1, *r.shape)))
         keep = jnp.broadcast_to(np.arange(blocks)[:, None] > 0, (blocks, batch))
         attention = ChainAttention(model.block_size, 0.0, "auto")

@@ -1,7 +1,7 @@
-"""Measure decoding after a thousand and after a million tokens, and the process memory of reading them.
+"""Measure decoding after a thousand and after a million tokens, and the process memory while reading them.
 
-A new process reads one stream in chunks of whole blocks, and samples the peak of its memory and the bytes of all live
-arrays. Then it decodes by turns from two states: one saved near the start of the stream, and the one at its end.
+A new process reads one stream in chunks of whole blocks, and samples its peak memory and the bytes of all live arrays.
+Then it decodes alternately from two states: one saved near the start of the stream, and the one at its end.
 """
 
 import gc
@@ -43,7 +43,7 @@ CHUNK = CHUNK_BLOCKS * MODEL.block_size
 # Numbers of chunks after which memory is sampled.
 MARKS = (10, 30, 100, 300, 1000)
 QUICK_MARKS = (2, 4, 8)
-# Memory counts as flat if its peak grows by at most this factor from the first mark to the last.
+# Memory counts as flat if its peak at the last mark is at most this many times that at the first.
 FLAT = 1.02
 
 
@@ -101,7 +101,7 @@ def _stream_result(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare_positions(streamer: Streamer, kept: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Time greedy decoding of two blocks from each state, which includes two updates of FAM."""
+    """Time greedy decoding of two blocks, including two updates of FAM, from each state."""
     size = streamer.config.block_size
     count = 2 * size
 
@@ -129,7 +129,7 @@ def peak_rss() -> int:
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
-    # On Linux, ru_maxrss includes the peak of the process that started this one.
+    # On Linux, ru_maxrss would include the peak of the parent process.
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 

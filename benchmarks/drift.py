@@ -3,7 +3,7 @@
     python -m benchmarks.drift --checkpoint=runs/demo/fam --json runs/drift.json
 
 Every block adds to FAM (the "FAM copy" of section 2.2 of the paper), so its norm grows along the stream. Layers
-normalize FAM before they read it, so only its direction matters, and that turns more and more slowly.
+normalize FAM before they read it, so only its direction matters, and its direction turns more and more slowly.
 """
 
 import sys
@@ -35,7 +35,7 @@ def measure(config: Config, params: Any, blocks: int, keys: int) -> dict[str, An
     Returns:
       Values for JSON. "course": after 1, 2, 4, ... blocks, for each layer the mean norm of FAM's vectors, and the root
       mean square distance of their directions (unit vectors) from the mean over keys. "misread": for each token of the
-      answer, the fraction of wrong tokens, and the number of times each token was taken for another.
+      answer, the fraction of wrong predictions, and the number of times that each token was mistaken for each other.
 
     Raises:
       UserError: the model has no FAM.
@@ -64,7 +64,7 @@ def measure(config: Config, params: Any, blocks: int, keys: int) -> dict[str, An
 
 
 def _directions(fam: np.ndarray) -> dict[str, list[float]]:
-    """Return norm and spread of fam (L, B, M, D), two numbers per layer."""
+    """Return the norm of fam (L, B, M, D) and the spread of its direction, for each layer."""
     norm = np.linalg.norm(fam, axis=-1, keepdims=True)
     unit = fam / norm
     off = np.square(unit - unit.mean(axis=1, keepdims=True)).sum(axis=-1)

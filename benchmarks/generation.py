@@ -35,7 +35,7 @@ PROGRAM = (
 
 
 def make_checkpoint(folder: Path, seed: int) -> None:
-    """Write a run whose vocabulary is bytes, so that a text has as many tokens as letters."""
+    """Write a run whose vocabulary is bytes: a text then has as many tokens as letters."""
     model = dataclasses.replace(MODEL, vocab_size=259)
     config = Config(model=model, data=DataConfig(vocabulary="bytes"))
     with Checkpoints(folder, config=dataclasses.asdict(config), keep=1) as checkpoints:
@@ -43,7 +43,7 @@ def make_checkpoint(folder: Path, seed: int) -> None:
 
 
 def write_prompt(path: Path, length: int, seed: int) -> None:
-    """Write random words of `length` ASCII characters in all."""
+    """Write `length` ASCII characters of random words."""
     rng = random.Random(seed)
     with path.open("w") as file:
         for begin in range(0, length, 8):

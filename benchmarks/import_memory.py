@@ -3,8 +3,8 @@
     python -m benchmarks.import_memory --json docs/results/import.json
 
 Writes random models with the proportions of Llama 3 8B at a fraction of its width, in four safetensors files each, and
-imports each in a process of its own. On a CPU the imported parameters lie in host memory, so an import needs at least
-one file and the result. The slope of the peak over their sum shows what a large model needs.
+imports each in a new process. On a CPU the imported parameters are in host memory, so an import needs at least one file
+and the result. The slope of the peak over their sum shows how much memory a large model needs.
 """
 
 import dataclasses
@@ -32,18 +32,26 @@ from launch.cli import ArgumentParser, integers
 from launch.errors import user_errors
 
 FILES = 4
-# That of Llama 3 8B is 4096.
+# Widths of the models; that of Llama 3 8B is 4096.
 WIDTHS = (512, 1024, 1536, 2048)
 MIB = 2**20
 
 
 def llama(width: int, num_layers: int = 32) -> ModelConfig:
-    """Return the proportions of Llama 3 8B: head width 128, four queries per key, V = 31.3 D."""
+    """Return a model with the proportions of Llama 3 8B: head width 128, four queries per key, V = 31.3 D."""
     return ModelConfig(
-        vocab_size=width * 128256 // 4096, num_layers=num_layers, model_dim=width, num_heads=max(width // 128, 1),
-        num_kv_heads=max(width // 512, 1), head_dim=128, ff_dim=width * 7 // 2, tie_embeddings=False, rope_base=5e5,
-        block_size=1024, memory=BlockSlidingWindowConfig(segments=7),
-    )  # fmt: skip
+        vocab_size=width * 128256 // 4096,
+        num_layers=num_layers,
+        model_dim=width,
+        num_heads=max(width // 128, 1),
+        num_kv_heads=max(width // 512, 1),
+        head_dim=128,
+        ff_dim=width * 7 // 2,
+        tie_embeddings=False,
+        rope_base=5e5,
+        block_size=1024,
+        memory=BlockSlidingWindowConfig(segments=7),
+    )
 
 
 def write_model(folder: Path, model: ModelConfig, seed: int) -> list[int]:
@@ -72,7 +80,7 @@ def write_model(folder: Path, model: ModelConfig, seed: int) -> list[int]:
 
 
 def import_once(source: Path, out: Path) -> tuple[int, float]:
-    """Import a model in a process of its own; return its peak resident bytes and its CPU seconds."""
+    """Import a model in a new process; return the peak resident bytes and the CPU seconds of the process."""
     command = [
         sys.executable,
         "-m",
@@ -92,16 +100,21 @@ def import_once(source: Path, out: Path) -> tuple[int, float]:
 
 
 def measure(widths: Sequence[int], num_layers: int, seed: int, scratch: Path) -> dict[str, Any]:
-    """Return a row of results per width, and the line through them by least squares."""
+    """Return a row of results per width, and a least-squares line through them."""
     rows = []
     for width in widths:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             sizes = write_model(Path(folder) / "source", llama(width, num_layers), seed)
             peak, seconds = import_once(Path(folder) / "source", Path(folder) / "out")
-        rows.append({
-            "width": width, "result_bytes": sum(sizes), "largest_file_bytes": max(sizes), "peak_rss_bytes": peak,
-            "cpu_seconds": seconds,
-        })  # fmt: skip
+        rows.append(
+            {
+                "width": width,
+                "result_bytes": sum(sizes),
+                "largest_file_bytes": max(sizes),
+                "peak_rss_bytes": peak,
+                "cpu_seconds": seconds,
+            }
+        )
     bound = [row["result_bytes"] + row["largest_file_bytes"] for row in rows]
     slope, start = np.polyfit(bound, [row["peak_rss_bytes"] for row in rows], 1)
     return {"rows": rows, "slope": float(slope), "intercept_bytes": float(start)}

@@ -1,8 +1,8 @@
 """Compare a training step with LoRA to one with all parameters: time, and memory as planned by the compiler.
 
-Both train the same model with FAM by Adafactor on the same rows. One trains all parameters, the other low-rank updates
-of all projections and the initial FAM. The frozen base is stored in float32, or in bfloat16 and converted at every use.
-The steps take turns in one process, and ratios are taken within a round.
+Both train the same model with FAM on the same rows, with Adafactor. One trains all parameters, the other low-rank
+updates of all projections and the initial FAM. The frozen base is stored in float32, or in bfloat16 and converted at
+every use. The steps run alternately in one process, and ratios are taken within a round.
 """
 
 import dataclasses
@@ -72,8 +72,8 @@ def compile_step(work: Workload, adaptation: LoraConfig) -> tuple[Callable[[], A
     """Compile a training step.
 
     Returns:
-      A function whose every call takes the next step, and the sizes parameters, trained_parameters, state_bytes
-      (parameters and optimizer state) and step_bytes (what a step needs in addition to state and batch).
+      A function that takes the next step at every call, and the sizes: parameters, trained_parameters, state_bytes
+      (parameters and optimizer state) and step_bytes (memory of a step beside state and batch).
     """
     config = Config(model=work.model, lora=adaptation, train=TrainConfig(loss_chunk=work.tokens))
     optimizer = make_optimizer(config.optimizer, config.train.steps)

@@ -1,7 +1,7 @@
 """A straightforward implementation of the model, in which each layer scans over blocks of tokens and FAM.
 
 It follows algorithm 2 of the paper line by line, with FAM as M more rows of each block: projections, attention and
-feed-forward of a block wait for those of the previous block. Its results are those of `Transformer.hidden`; only the
+feed-forward of a block wait for those of the previous block. Its results equal those of `Transformer.hidden`; only the
 time differs.
 """
 
@@ -25,7 +25,7 @@ def naive_hidden(model: Transformer, tokens: jax.Array) -> jax.Array:
     """Return the normalized activations (B, T, D) of rows that start at position 0; T is a multiple of C.
 
     Raises:
-      ValueError: this implementation lacks an option of the config, or T is not a multiple of C.
+      ValueError: the config uses an option that this implementation lacks, or T is not a multiple of C.
     """
     config = model.config
     _check(config, tokens.shape[1])
@@ -97,8 +97,8 @@ def _check(config: ModelConfig, length: int) -> None:
         remat="none",
     )
     if config != plain or not config.memory.has_state:
-        raise ValueError("config.model: the naive form takes FAM with the paper's defaults only")
+        raise ValueError("config.model: the naive form supports only FAM with the paper's defaults")
     if length % config.block_size:
         raise ValueError(
-            f"tokens: the naive form takes whole blocks of {config.block_size} tokens, got {length} tokens"
+            f"tokens: the naive form needs whole blocks of {config.block_size} tokens, got {length} tokens"
         )

@@ -1,4 +1,4 @@
-"""Write the record of a benchmark: its results, and what is needed to judge and repeat them."""
+"""Write the record of a benchmark: its results, and the facts needed to judge and repeat them."""
 
 import dataclasses
 import datetime
@@ -25,8 +25,8 @@ def write_record(path: Path, benchmark: str, argv: Sequence[str], settings: Any,
       path: the file. Its folder is created.
       benchmark: name of the module in benchmarks/.
       argv: command line of the module.
-      settings: what was measured, with seeds: dataclasses, dicts, lists and plain values.
-      results: values of the same types.
+      settings: settings of the measurement, with seeds: dataclasses, dicts, lists and plain values.
+      results: results, in values of the same types.
     """
     record = {
         "benchmark": benchmark,
@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        # Far above the benchmark's own load, it shows that other programs were running.
+        # A value far above the benchmark's own load shows that other programs were running.
         "load_average": list(os.getloadavg()),
         "device": f"{len(jax.devices())} x {device.platform} ({device.device_kind})",
     }

@@ -2,13 +2,13 @@
 
     python -m benchmarks.retrofit --workdir=runs/retrofit --json=docs/results/retrofit.json
 
-Trains a small Llama with full attention over 512 tokens on the sources of Python's standard library, exports it, and
-imports it again. Then trains FAM, and Block Sliding Window Attention as the control, by LoRA alone, on the same text
-mixed with PassKey examples. Measures the loss within the base's own context before and after, the loss by position far
-beyond it, and PassKey retrieval by length. A hash of its name decides whether a file is held out. FAM is trained with
-three seeds; only the first reads the long documents.
+The benchmark trains a small Llama with full attention over 512 tokens on the sources of Python's standard library,
+exports it, and imports it again. Then it trains FAM, and Block Sliding Window Attention as the control, with LoRA on
+the same text mixed with PassKey examples. It measures the loss within the base's own context before and after, the loss
+by position far beyond it, and PassKey retrieval by length. A hash of a file's name decides whether the file is held
+out. FAM is trained with three seeds; only the first is evaluated on long documents.
 
-Everything goes below the workdir. A step whose result is there is not repeated.
+All files go below the workdir. Rerun the same command after an interruption: steps whose results exist are skipped.
 """
 
 import hashlib
@@ -46,8 +46,8 @@ from launch.errors import user_errors
 # One of this many files is held out.
 HELDOUT = 10
 VARIANTS = ("fam", "bswa")
-# Imports of the base, with the number of past blocks that a token sees: as the base was trained, all blocks, and as
-# after retrofitting.
+# Imports of the base, with the number of past blocks that a token sees: as in the base's training, all blocks, and as
+# after the retrofit.
 IMPORTS = {"imported": CONTEXT // BLOCK - 1, "full": 127, "window": 1}
 # Imports that are measured beside the variants: on documents of all lengths, and on long documents.
 TEXT = ("imported",)
@@ -80,10 +80,10 @@ def patterns(folder: Path) -> list[str]:
 
 
 def run(module: str, *arguments: str) -> None:
-    """Run a program in a process of its own, so that none holds the devices that the next one needs.
+    """Run a program in a new process, because a program would hold the devices that the next one needs.
 
     Raises:
-      UserError: it failed.
+      UserError: the program failed.
     """
     print(f"$ python -m {module} {' '.join(arguments)}", file=sys.stderr, flush=True)
     code = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
@@ -163,11 +163,11 @@ def ablate_passkey(checkpoint: Path, blocks: int, keys: int) -> dict[str, float]
     Each token is predicted after the true tokens before it.
 
     Args:
-      checkpoint: of a model with FAM.
-      blocks: length of the filler.
-      keys: number of examples, the same as in the evaluation of PassKey.
+      checkpoint: checkpoint of a model with FAM.
+      blocks: length of the filler in blocks.
+      keys: number of examples; they are those of the PassKey evaluation.
     """
-    # Imported here, as TensorFlow takes seconds.
+    # Imported here, because TensorFlow takes seconds to import.
     from fam_jax.data.build import task_vocabulary
     from fam_jax.data.passkey import passkey_examples
 

@@ -20,7 +20,7 @@ LINES = {
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Draw what :func:`benchmarks.retrofit.collect` returns into a file; its suffix selects the format."""
+    """Plot the results of :func:`benchmarks.retrofit.collect` to a file; its suffix selects the format."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained")
     for name, (label, color, marker) in LINES.items():
         if name not in results["by_position"]:

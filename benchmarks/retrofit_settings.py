@@ -23,7 +23,7 @@ class Settings:
     keys: int
     # Documents of any length.
     documents: int
-    # Long documents, and the fewest tokens that they have.
+    # Number of long documents, and the fewest tokens of one.
     long_documents: int
     long_tokens: int
     # FAM is trained again with each of these seeds.
@@ -59,37 +59,73 @@ QUICK = Settings(
 def base_flags(place: Path, settings: Settings) -> list[str]:
     """Return the flags that train the base: a Llama of 2.8M parameters with full attention over its rows."""
     config = {
-        "data.vocabulary": place / "stdlib.model", "data.train_files": place / "text/train",
-        "data.heldout_files": place / "text/heldout", "data.file_suffixes": ".py", "data.sequence_length": CONTEXT,
-        "model.vocab_size": VOCABULARY, "model.num_layers": 4, "model.model_dim": 192, "model.num_heads": 6,
-        "model.num_kv_heads": 6, "model.head_dim": 32, "model.ff_dim": 768, "model.block_size": BLOCK,
-        "model.memory.context": CONTEXT, "model.remat": "none", "optimizer.learning_rate": 3e-3,
-        "train.batch_size": 8, "train.accumulation": 4, "train.loss_chunk": 1024, "train.checkpoint_every": 300,
-        "train.steps": settings.base_steps, "evaluate.every": 0,
-    }  # fmt: skip
+        "data.vocabulary": place / "stdlib.model",
+        "data.train_files": place / "text/train",
+        "data.heldout_files": place / "text/heldout",
+        "data.file_suffixes": ".py",
+        "data.sequence_length": CONTEXT,
+        "model.vocab_size": VOCABULARY,
+        "model.num_layers": 4,
+        "model.model_dim": 192,
+        "model.num_heads": 6,
+        "model.num_kv_heads": 6,
+        "model.head_dim": 32,
+        "model.ff_dim": 768,
+        "model.block_size": BLOCK,
+        "model.memory.context": CONTEXT,
+        "model.remat": "none",
+        "optimizer.learning_rate": 3e-3,
+        "train.batch_size": 8,
+        "train.accumulation": 4,
+        "train.loss_chunk": 1024,
+        "train.checkpoint_every": 300,
+        "train.steps": settings.base_steps,
+        "evaluate.every": 0,
+    }
     return ["--config=configs/text.py:full", *_overrides(config)]
 
 
 def retrofit_flags(place: Path, variant: str, settings: Settings, seed: int = 1) -> list[str]:
     """Return the flags that train LoRA and the initial FAM on the imported base, on text mixed with PassKey."""
     words = ",bswa" if variant == "bswa" else ""
-    # Without FAM no stage beyond the window is ever mastered, so stages end as early as they do with FAM.
+    # Without FAM the model masters no stage beyond the window. This limit ends stages about as early as with FAM.
     own = {"data.max_stage_steps": 35} if variant == "bswa" else {"model.memory.length": 16}
     config = {
-        "model.block_size": BLOCK, "model.memory.segments": 1, "model.remat": "none", **own,
-        "lora.alpha": 128.0,  # so small a model needs larger updates than the default
-        "data.task": "text+passkey", "data.train_files": place / "text/train",
-        "data.heldout_files": place / "text/heldout", "data.file_suffixes": ".py",
-        "data.sequence_length": 768, "data.repeat_segment": 0, "data.passkey_fraction": 0.85,
-        "data.last_stage_passkey_fraction": 0.25, "data.min_filler_blocks": 0,
-        "data.filler_step": BLOCK, "data.stage_blocks": "(1,2,3,4,6,8,12,16)", "data.advance_accuracy": 0.7,
-        "data.longest_fraction": 0.8, "data.prompt_weight": 0.001,
-        "optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 30, "optimizer.schedule": "cosine",
-        "optimizer.beta2_schedule": "power", "optimizer.weight_decay": 0.1,
-        "train.seed": seed, "train.random_state_passing": 0.0, "train.batch_size": 16, "train.accumulation": 4,
-        "train.loss_chunk": 1024, "train.checkpoint_every": 50, "train.steps": settings.steps[variant],
-        "mesh.data": 0, "mesh.fsdp": 1,
-    }  # fmt: skip
+        "model.block_size": BLOCK,
+        "model.memory.segments": 1,
+        "model.remat": "none",
+        **own,
+        # A model this small needs larger updates than the default gives.
+        "lora.alpha": 128.0,
+        "data.task": "text+passkey",
+        "data.train_files": place / "text/train",
+        "data.heldout_files": place / "text/heldout",
+        "data.file_suffixes": ".py",
+        "data.sequence_length": 768,
+        "data.repeat_segment": 0,
+        "data.passkey_fraction": 0.85,
+        "data.last_stage_passkey_fraction": 0.25,
+        "data.min_filler_blocks": 0,
+        "data.filler_step": BLOCK,
+        "data.stage_blocks": "(1,2,3,4,6,8,12,16)",
+        "data.advance_accuracy": 0.7,
+        "data.longest_fraction": 0.8,
+        "data.prompt_weight": 0.001,
+        "optimizer.learning_rate": 3e-3,
+        "optimizer.warmup_steps": 30,
+        "optimizer.schedule": "cosine",
+        "optimizer.beta2_schedule": "power",
+        "optimizer.weight_decay": 0.1,
+        "train.seed": seed,
+        "train.random_state_passing": 0.0,
+        "train.batch_size": 16,
+        "train.accumulation": 4,
+        "train.loss_chunk": 1024,
+        "train.checkpoint_every": 50,
+        "train.steps": settings.steps[variant],
+        "mesh.data": 0,
+        "mesh.fsdp": 1,
+    }
     return [f"--config=configs/retrofit.py:{place}/imported{words}", *_overrides(config)]
 
 

@@ -14,7 +14,7 @@ BENCHMARKS = ("training", "decoding")
 
 @user_errors()
 def main(argv: Sequence[str]) -> None:
-    """Run each benchmark in a new process, one after another, so that they do not disturb each other."""
+    """Run the benchmarks one after another, each in a new process."""
     parser = ArgumentParser(prog="benchmarks.run", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="use tiny models, as a test")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """JAX's splash attention with the mask of Block Sliding Window Attention, for comparison.
 
-Its grid skips tiles by tables that are prefetched as data. The TPU compiler's static profile assumes that a branch on
-data is never taken, so for profiles the tables become predicates: ranges of the grid.
+Its grid skips tiles according to tables that are prefetched as data. The TPU compiler's static profile assumes that a
+branch on data is never taken. For profiles, the tables therefore become predicates: ranges of the grid.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ class BlockWindowMask(masks._ComputableMask):
 def make_splash(
     length: int, heads: int, block_size: int, segments: int, tiles: SplashTiles, *, mqa: bool
 ) -> tuple[Callable[..., jax.Array], splash.SplashAttentionKernel]:
-    """Return attention of q (B, H, T, hd) with k and v (B, H, T, hd), or (B, T, hd) with `mqa`; and its kernel."""
+    """Return a function of q (B, H, T, hd), k and v (B, H, T, hd), or (B, T, hd) with `mqa`; and its kernel."""
     mask = masks.MultiHeadMask([BlockWindowMask(length, block_size, segments)] * heads)
     make = splash.make_splash_mqa if mqa else splash.make_splash_mha
     kernel = make(mask, block_sizes=tiles.block_sizes(), head_shards=1, q_seq_shards=1)
@@ -80,7 +80,7 @@ def make_splash(
 
 @contextlib.contextmanager
 def static_schedule(kernel: splash.SplashAttentionKernel) -> Iterator[None]:
-    """Trace `kernel` with its schedule in predicates instead of prefetched tables, inside this context."""
+    """Within this context, trace `kernel` with its schedule in predicates instead of prefetched tables."""
     tables: dict[tuple[bool, tuple[int, ...]], tuple[np.ndarray, np.ndarray]] = {}
     for info, by_columns in (
         (kernel.fwd_mask_info, False),
@@ -100,7 +100,7 @@ def static_schedule(kernel: splash.SplashAttentionKernel) -> Iterator[None]:
         h: Any, i: Any, j: Any, data_next: Any, block_mask: Any, mask_next: Any, next_i: bool = False
     ) -> Any:
         runs, fetched = tables[next_i, tuple(block_mask.shape)]
-        # Each line of the grid covers one range: of columns in the forward kernels, of rows in the dk and dv kernel.
+        # Each line of the grid covers one range: of columns in the forward and dq kernels, of rows in the dkv kernel.
         line, place = (j, i) if next_i else (i, j)
         runs, fetched = (runs.T, fetched.T) if next_i else (runs, fetched)
         ranges = [_one_range(row) for row in runs]

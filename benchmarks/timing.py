@@ -1,4 +1,4 @@
-"""Time calls in alternation, so that a temporary slowdown of the machine affects all of them."""
+"""Time calls alternately: a temporary slowdown of the machine then affects all of them."""
 
 import dataclasses
 import math

@@ -3,7 +3,7 @@
 Each comparison runs its sides alternately in one process and reports median and quartiles of ratios within a round:
 
 - memory: a training step with FAM (M = C / 16) against one with BSWA, both with m = 1. `benchmarks.arithmetic` gives
-  the ratio that follows from the operations alone.
+  the ratio that follows from the number of operations.
 - gradients: loss, and loss with gradients, of the library, of the scan over blocks in `benchmarks.naive` and of BSWA;
   and the FAM chain of one layer, with weight gradients deferred or added up block by block. Before timing, it checks
   that the library and the naive implementation give the same loss and gradients.
@@ -49,7 +49,7 @@ TOLERANCES = {"loss": 1e-4, "gradient": 1e-3}
 
 
 def compare_memory(work: Workload, size: int, seconds: float) -> dict[str, Any]:
-    """Compare training steps with and without FAM, of two separate models."""
+    """Compare training steps of two models, with and without FAM."""
     batch = random_batch(work)
     models = {"fam": with_blocks(work.model, size), "bswa": with_blocks(work.model, size, fam=False)}
     times = interleave({name: training_call(work, model, batch) for name, model in models.items()}, seconds)
@@ -139,7 +139,7 @@ def compare_gradients(work: Workload, size: int, seconds: float) -> dict[str, An
 
 
 def _difference(one: Any, other: Any) -> dict[str, float]:
-    """Return the differences of two (loss, gradients): in nats, and relative to the largest gradient of a parameter."""
+    """Return the differences of two (loss, gradients), in nats and relative to the largest gradient of a parameter."""
 
     def relative(a: jax.Array, b: jax.Array) -> float:
         return float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(a).max(), 1e-12))

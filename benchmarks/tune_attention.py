@@ -1,8 +1,8 @@
-"""Search the best tiles of the attention kernels by simulated cycles.
+"""Search for the tiles of the attention kernels that take the fewest simulated cycles.
 
     python -m benchmarks.tune_attention --topology v5p:2x2x1 --record
 
-The TPU compiler, which needs no TPU, compiles every candidate and gives its static profile. With `--record` the best
+The TPU compiler compiles every candidate and gives its static profile. No TPU is needed. With `--record` the best
 candidates are written to `fam_jax/kernels/pallas/tiles.json`, which the kernels read.
 """
 
@@ -43,8 +43,8 @@ def backward_candidates(problem: Problem) -> Iterator[tiles.Tiles]:
 def search(problem: Problem) -> dict[str, list[dict[str, Any]]]:
     """Return the candidates of both passes with their cycles per head and core.
 
-    Cycles are None where the compiler gives no figure: it rejects kernels that need too much fast memory, and does not
-    profile v4 at all.
+    Cycles are None where the compiler gives no figure: it rejects kernels that need too much fast memory, and cannot
+    profile v4.
     """
     found: dict[str, list[dict[str, Any]]] = {"forward": [], "backward": []}
     plan = [("forward", candidate) for candidate in forward_candidates(problem)]

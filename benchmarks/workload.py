@@ -27,7 +27,7 @@ TOKENS_PER_FAM = 16
 class Workload:
     """Model and batch of a training step. A step has the same number of tokens at all block sizes."""
 
-    # Its block size and memory are replaced for each block size: see :func:`with_blocks`.
+    # :func:`with_blocks` replaces block size and memory.
     model: ModelConfig
     batch: int
     length: int
@@ -73,7 +73,7 @@ def random_batch(work: Workload) -> Batch:
 
 
 def random_parameters(model: ModelConfig, seed: int) -> dict[str, Any]:
-    """Return a new copy of the parameters with which training starts."""
+    """Return a new copy of the parameters that training starts from."""
     return jax.tree.map(jnp.copy, _initial_parameters(model, seed))
 
 
@@ -102,7 +102,7 @@ def make_loss(model: ModelConfig, hidden: Hidden = blockwise_hidden) -> Callable
 
 
 def training_call(work: Workload, model: ModelConfig, batch: Batch) -> Callable[[], Any]:
-    """Return a function that takes the next training step of `model` at every call, with Adafactor."""
+    """Return a function that takes the next training step of `model`, with Adafactor, at every call."""
     config = Config(model=model)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss_chunk=work.tokens))
     optimizer = make_optimizer(config.optimizer, config.train.steps)

@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "ff_dim": 32768,
             "num_heads": 32,
             "num_kv_heads": 1,
-            # A v5p chip has no room for more.
+            # The activations that "dots" keeps do not fit a v5p chip.
             "remat": "wide",
         },
         learning_rate=3e-3,

@@ -1,10 +1,10 @@
-"""What the configs of the paper's models (section 3.1, table 3) share: fam_1b.py, fam_8b.py and fam_24b.py.
+"""The common part of the configs of the paper's models (section 3.1, table 3): fam_1b.py, fam_8b.py and fam_24b.py.
 
 Words of the argument, with commas between them:
 
     bswa      block sliding window attention without FAM
     pretrain  train all parameters from scratch; without this word, train LoRA of rank 64 and the initial FAM, as in the
-              paper, on the checkpoint that --config.train.init_from=FOLDER names
+              paper, starting from the checkpoint that --config.train.init_from=FOLDER names
     smoke     three steps of a model that is small enough for a laptop, on PassKey
 
 The paper's data is not public. These configs use PG-19 from TensorFlow Datasets, in rows of 8.5k tokens that end with
@@ -25,11 +25,11 @@ def paper_config(
     """Return the config of one size.
 
     Args:
-      name: of the config file, for messages.
+      name: name of the config file, for messages.
       arg: words, as above.
-      model: fields of the size (table 3).
-      learning_rate: constant.
-      mesh: for the number of chips that the paper used.
+      model: fields of the model group that depend on the size (table 3).
+      learning_rate: constant learning rate.
+      mesh: mesh for the number of chips that the paper used.
 
     Raises:
       ConfigError: the argument has an unknown word.
@@ -73,7 +73,7 @@ def paper_config(
 
 
 def make_small(config: ConfigDict) -> None:
-    """Make the config a run of three steps on any machine, with the same kind of model."""
+    """Change the config to a run of three steps on any machine, with the same kind of model."""
     group = config.model.num_heads // config.model.num_kv_heads
     config.model.update(
         vocab_size=64,

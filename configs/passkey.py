@@ -4,7 +4,7 @@
 
 The argument names the memory: `configs/passkey.py:fam` (the default), `:bswa_m1` (block sliding window attention with
 one memory segment) or `:bswa_m1_sg` (the same with stop-gradient, as in Transformer-XL). `:smoke` is a run of a few
-seconds, also of another memory, as in `configs/passkey.py:bswa_m1,smoke`.
+seconds. Both can be combined, as in `configs/passkey.py:bswa_m1,smoke`.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ def get_config(arg: str = "fam") -> ConfigDict:
         # A wide feed-forward layer keeps digits from drifting; see docs/results/passkey.md.
         ff_dim=512,
         block_size=32,
-        # With small micro-batches this is faster on a CPU, which is limited by memory bandwidth.
+        # With small micro-batches this is faster on a CPU, where memory bandwidth is the limit.
         remat="dots",
     )
     config.model.memory = memory[variant]
@@ -40,18 +40,18 @@ def get_config(arg: str = "fam") -> ConfigDict:
         warmup_steps=100,
         schedule="cosine",
         beta2_schedule="power",
-        # Keeps the loss from vanishing before the model holds every digit for good.
+        # Without decay the loss vanishes before the model keeps every digit reliably.
         weight_decay=0.1,
     )
     config.data.update(
         vocabulary="passkey",
         stage_blocks=(2, 4, 8, 18),
-        # A model that does not master a length goes on to the next one after this many steps.
+        # A model that does not master a length moves on to the next one after this many steps.
         max_stage_steps=250,
         longest_fraction=0.9,
         # The random digits of the prompt cannot be learned, and their gradient is noise.
         prompt_weight=0.001,
-        # Whole blocks, as in evaluation, so that the question never straddles two blocks.
+        # Whole blocks, as in evaluation: the question then never crosses a block border.
         filler_step=32,
     )
     config.train.update(steps=1200, batch_size=16, accumulation=4)

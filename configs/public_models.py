@@ -1,4 +1,4 @@
-"""Sizes of public models by name, as in their `config.json`. They suffice for planning, without the weights."""
+"""Sizes of public models by name, as in their `config.json`. They are enough to plan without the weights."""
 
 from typing import Any
 

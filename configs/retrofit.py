@@ -1,15 +1,15 @@
-"""Give an open pretrained model a memory: LoRA of rank 64 and an initial FAM are trained, all else is frozen.
+"""Give an open pretrained model a memory: train LoRA of rank 64 and an initial FAM, and freeze all else.
 
     python -m launch.import_hf --source=DIR --out=runs/gemma
     python -m launch.train --config=configs/retrofit.py:runs/gemma --workdir=runs/gemma_fam \
         --config.data.train_files=books/ --config.data.heldout_files=heldout/
 
-The argument names the base: the folder of a checkpoint (or FOLDER/STEP). Its model keeps everything but its attention,
-which becomes blocks of 1,024 tokens, with the last three blocks visible, and 64 feedback vectors. To change these, set
+The argument names the base: the folder of a checkpoint (or FOLDER/STEP). Of its model only attention changes: it uses
+blocks of 1,024 tokens, with the last three blocks visible, and 64 feedback vectors. To change these, set
 `--config.model.block_size`, `--config.model.memory.segments` and `--config.model.memory.length`. Local layers, as in
 Gemma 2 and 3, keep their window. A base that was imported or trained with a memory keeps it.
 
-Or the argument names a public model, to plan without its weights:
+To plan without weights, name a public model instead:
 
     python -m launch.plan --config=configs/retrofit.py:llama3_8b --topology=v5e:4x4
 
@@ -18,7 +18,7 @@ Words may follow, with commas between them:
     bswa    the same without FAM, as a control
     smoke   three steps with short blocks and rows, for a laptop; a public model becomes a tiny one of the same kind
 
-Full fine-tuning is `--config.lora.rank=0`. docs/retrofit.md is the guide.
+For full fine-tuning set `--config.lora.rank=0`. See docs/retrofit.md.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.training.init_from import base_config, locate
 
 WORDS = ("bswa", "smoke")
-# The paper's.
+# The paper's values.
 BLOCK, SEGMENTS, LENGTH = 1024, 3, 64
 
 
@@ -71,7 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
         add_bos=base.data.add_bos,
         train_files=("tfds:pg19:train",),
         heldout_files=("tfds:pg19:test",),
-        # The paper's. The repetition at the end of a row is part of it.
+        # The paper's row length, which includes the repetition at the end.
         sequence_length=8704,
         repeat_segment=256,
     )
@@ -115,7 +115,7 @@ def _read(arg: str) -> tuple[str, list[str]]:
 
 
 def _public_base(name: str) -> Config:
-    """Return the config that an import of a public model would have. Its vocabulary is not known."""
+    """Return the config that an import of a public model would have, with the vocabulary unknown."""
     model = ModelConfig(
         **describe_model(PUBLIC_MODELS[name]).fields,
         dtype="bfloat16",
@@ -126,11 +126,11 @@ def _public_base(name: str) -> Config:
 
 
 def _retrofitted(model: ModelConfig, block_size: int) -> dict[str, Any]:
-    """Return the fields of a model that change. A base that has a memory beyond its window keeps it."""
+    """Return the fields of a model that a retrofit changes. A base that has a memory beyond its window keeps it."""
     fields: dict[str, Any] = {"remat": "full"}  # rows are long
     if model.memory.has_state:
         return fields
-    # A window of all layers, as in Mistral, is replaced by the blocks. Local layers need all of theirs.
+    # The blocks replace a window of all layers, as in Mistral. Local layers keep theirs, so it has to fit the cache.
     segments = max(SEGMENTS, ceil_div(model.local_window - 1, block_size))
     memory = memory_config("fam", segments=segments, length=min(LENGTH, block_size))
     return fields | {"block_size": block_size, "memory": memory.to_dict()}
@@ -141,17 +141,31 @@ def _small(model: ModelConfig) -> ModelConfig:
     layers = min(len(model.layer_pattern) + 1, model.num_layers)
     window = min(model.local_window, 12)
     return dataclasses.replace(
-        model, vocab_size=264, num_layers=layers, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ff_dim=64,
-        query_pre_attn_scalar=0.0, local_window=window, dtype="float32",
-    )  # fmt: skip
+        model,
+        vocab_size=264,
+        num_layers=layers,
+        model_dim=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        ff_dim=64,
+        query_pre_attn_scalar=0.0,
+        local_window=window,
+        dtype="float32",
+    )
 
 
 def _shorten(config: ConfigDict) -> None:
-    """Change a config to three steps on the sources of this repository."""
+    """Change a config to a run of three steps on the sources of this repository."""
     config.data.update(
-        train_files=("fam_jax",), heldout_files=("launch",), file_suffixes=(".py",), sequence_length=80,
-        repeat_segment=0, shuffle_batches=1, vocabulary=config.data.vocabulary or "bytes",
-    )  # fmt: skip
+        train_files=("fam_jax",),
+        heldout_files=("launch",),
+        file_suffixes=(".py",),
+        sequence_length=80,
+        repeat_segment=0,
+        shuffle_batches=1,
+        vocabulary=config.data.vocabulary or "bytes",
+    )
     config.train.update(steps=3, batch_size=8, loss_chunk=1024, log_every=1, checkpoint_every=3)
     config.optimizer.update(warmup_steps=0)
     config.evaluate.update(documents=4, batch_size=4)

@@ -1,14 +1,14 @@
-"""A small language model of your own text, byte by byte. Its FAM carries what lies beyond the window.
+"""A small byte-level language model of your own text. Its FAM carries information from beyond the window.
 
     python -m launch.train --config=configs/text.py --workdir=runs/text \
         --config.data.train_files=books/train --config.data.heldout_files=books/heldout
 
-Give files, folders or patterns, with commas between them. Of a folder, the .txt files count; change this with
---config.data.file_suffixes. launch.train_vocabulary makes a SentencePiece model of the same text.
+Give files, folders or patterns, with commas between them. In a folder, the .txt files are read; change this with
+--config.data.file_suffixes. To make a SentencePiece model of the same text, use launch.train_vocabulary.
 
 The argument names the memory: `configs/text.py:fam` (the default), `:bswa` (one memory segment and no FAM) or `:full`
 (full attention over the row, as a base model without memory). `:smoke` is a run of a few seconds on the sources of this
-repository, also of another memory, as in `configs/text.py:bswa,smoke`.
+repository. Both can be combined, as in `configs/text.py:bswa,smoke`.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +28,7 @@ def get_config(arg: str = "fam") -> ConfigDict:
     variant, words = parse_argument("configs/text.py", arg, variants=tuple(memory))
     config = default_config()
     config.model.update(
-        # 256 bytes and 3 special ids, up to a multiple of 8 for a tensor axis.
+        # 256 bytes and 3 special ids, rounded up to a multiple of 8 for a tensor axis.
         vocab_size=264,
         num_layers=6,
         model_dim=256,

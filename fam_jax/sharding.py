@@ -1,8 +1,8 @@
-"""Where arrays live: the mesh, and the two tables that place every array on it.
+"""The mesh, and the two tables that place every array on it.
 
 `PARAMETERS` lists the logical axes of each parameter, `AXES` the mesh axes over which each logical axis is divided.
 Batches are divided over data and fsdp, parameters and optimizer state over fsdp (their width) and tensor (their heads,
-feed-forward and vocabulary). The compiler decides everything else (Auto axes).
+feed-forward and vocabulary). The compiler places all other arrays (Auto axes).
 """
 
 import fnmatch
@@ -40,7 +40,7 @@ AXES: dict[str, tuple[MeshAxes, str]] = {
     "ff": ("tensor", "model.ff_dim"),
     "slots": (None, "model.memory.length"),
     "rank": (None, "lora.rank"),
-    # Of a factor without a width.
+    # The rank of a LoRA factor that has no width to divide.
     "spread_rank": ("fsdp", "lora.rank"),
 }
 
@@ -111,11 +111,11 @@ def global_batch(sharding: NamedSharding, rows: Mapping[str, np.ndarray]) -> dic
     """Combine the rows that each process made into one batch, placed by `sharding`.
 
     Process i of n makes the i-th of n equal shares of the rows, so row r of the batch does not depend on the number of
-    processes. Processes exchange rows if their devices hold other rows than they made: the mesh of a TPU slice follows
-    its wiring, and the tensor axis may span hosts.
+    processes. The devices of a process may need rows that another process made, because the mesh of a TPU slice follows
+    its wiring and the tensor axis may span hosts. Processes then exchange rows.
 
     Args:
-      sharding: of the batch.
+      sharding: sharding of the batch.
       rows: arrays (B / n, ...) of this process.
 
     Returns:
@@ -133,7 +133,7 @@ def global_batch(sharding: NamedSharding, rows: Mapping[str, np.ndarray]) -> dic
 
 @functools.lru_cache(maxsize=32)
 def _holds_what_it_made(sharding: NamedSharding, size: int) -> bool:
-    """Return whether every process already holds its rows. Either all processes exchange rows, or none."""
+    """Return whether every process made the rows that its devices need. Either all processes exchange rows, or none."""
     held: dict[int, set[int]] = {}
     indices: Mapping[Any, Any] = sharding.devices_indices_map((size,))
     for device, (rows, *_) in indices.items():
@@ -150,7 +150,7 @@ def _by_process(mesh: Mesh) -> NamedSharding:
 
 
 def traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function`, traced with `mesh` in use, by which the attention kernels divide their work."""
+    """Return `function`, traced with `mesh` in use: the attention kernels divide their work by it."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -192,8 +192,8 @@ def state_shardings(shapes: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
 
     A leaf belongs to a parameter if its path ends with the parameter's path. If it has the same shape, it is placed
     like the parameter. `v_row` and `v_col` of a factored second moment (optax) are placed like the parameter without
-    its largest, or second largest, dimension. State of the stacked layers may be made by `vmap` over L, below a
-    `layers` of its own; then the largest dimension is that of one layer. Everything else is replicated.
+    its largest, or second largest, dimension. If the state of the stacked layers was made by `vmap` over L, below its
+    own `layers`, the largest dimension of one layer counts. All other leaves are replicated.
 
     Args:
       shapes: the state; leaves have a `shape`.
@@ -234,7 +234,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
 def logical_axes(path: str, ndim: int) -> tuple[str, ...] | None:
     """Return the logical axes of a parameter of `ndim` dimensions; None if the tables do not list it.
 
-    The factors of a low-rank update take those of its kernel: `lora_a` is (layers, *in, rank), `lora_b` (layers, rank,
+    The factors of a low-rank update have the axes of its kernel: `lora_a` (layers, *in, rank), `lora_b` (layers, rank,
     *out).
     """
     group, _, name = path.rpartition("/")
@@ -273,7 +273,7 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def _owners(names: tuple[str, ...], known: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Return the parameters whose path ends `names`, longest first; `layers` may stand further up in `names`."""
+    """Return the parameters whose path ends `names`, longest first; `layers` may be further up in `names`."""
 
     def owns(owner: tuple[str, ...]) -> bool:
         if names[-len(owner) :] == owner:

@@ -112,9 +112,8 @@ def test_training_record(records: dict[str, Any]) -> None:
     for name in ("naive_ratio", "deferral_ratio", "forward_ratio", "gradient_ratio"):
         assert_spread(gradients[name])
     for part in ("forward", "backward"):
-        assert_spread(
-            gradients[f"{part}_overhead"], positive=False
-        )  # differences of short times may be negative
+        # Differences of short times may be negative.
+        assert_spread(gradients[f"{part}_overhead"], positive=False)
         assert_spread(gradients[f"all_chains_{part}"], positive=False)
 
 
@@ -162,7 +161,7 @@ def test_naive_form_rejects_options_that_it_lacks() -> None:
 
 
 def test_operations_are_those_of_the_compiled_products() -> None:
-    """XLA counts the body of a scan once, hence one layer and one block, and also counts element-wise operations."""
+    """XLA counts the body of a scan once, so the model has one layer and one block. It also counts element-wise ops."""
     memory = BlockSlidingWindowConfig()
     sizes = {"model_dim": 64, "head_dim": 32, "ff_dim": 256, "block_size": 64, "vocab_size": 64}
     config = variant(TINY, num_layers=1, memory=memory, **sizes)
@@ -209,11 +208,14 @@ def test_block_sizes_that_cannot_be_measured(text: str) -> None:
 
 
 def some_demo(folder: pathlib.Path, seed: int) -> pathlib.Path:
-    """Write the files of a finished demo that are read here."""
+    """Write the files of a finished demo that `benchmarks.passkey` reads."""
     row = {
-        "exact_match": 0.5, "teacher_forced_exact_match": 0.5, "answer_token_accuracy": 0.75, "questions": 4,
+        "exact_match": 0.5,
+        "teacher_forced_exact_match": 0.5,
+        "answer_token_accuracy": 0.75,
+        "questions": 4,
         "tokens_read": 119,
-    }  # fmt: skip
+    }
     for name in passkey.VARIANTS:
         (folder / name).mkdir(parents=True)
         result = {"command": "c", "versions": {}, "config": {}, "details": {"groups": {"2": row, "4": row}}}

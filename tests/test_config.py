@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-# Several command lines, each in a fork of one process that has everything imported and TensorFlow forbidden.
+# Runs each command line in a fork of one process, which has imported everything and rejects TensorFlow.
 FORKS = """
 import contextlib, io, json, os, runpy, sys, warnings
 warnings.simplefilter("ignore")
@@ -66,12 +66,16 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, tuple[int, str]]:
-    """Exit code and output of `python -m launch.train` with each of MISTAKES."""
+    """Return exit code and output of `python -m launch.train` with each of MISTAKES."""
     result = subprocess.run(
         [sys.executable, "-c", FORKS],
         input=json.dumps([argv for argv, *_ in MISTAKES.values()]),
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     return dict(zip(MISTAKES, json.loads(result.stdout), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Rules of the house that a reader relies on: where imports point, how long things are."""
+"""Rules of the repository that readers rely on: the direction of imports, the length of files and functions."""
 
 import ast
 import dataclasses
@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 
-# Names memories in strings and imports nothing, so anything may import it: a config depends on the kind of its memory.
+# The registry names memories in strings and imports nothing of the package, so every part may import it: a config
+# depends on the kind of its memory.
 REGISTRY = "fam_jax.memories.registry"
 
 # Parts that work with every memory and must not name one. A memory is named in its own file and in the registry.
@@ -56,7 +57,7 @@ OF_FAM = re.compile(r"\bfam\b(?!-jax)|fam_(?!jax\b)|_fam\b|Fam[A-Z]")
 
 
 def tracked() -> list[pathlib.Path]:
-    """Files that are, or would be, in the repository."""
+    """Return the files that git tracks, or would track after `git add`."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     return [ROOT / name for name in names if name and (ROOT / name).is_file()]
@@ -69,7 +70,7 @@ def sources(*folders: str) -> list[pathlib.Path]:
 
 
 def imports(path: pathlib.Path) -> set[str]:
-    """Full names of the modules that a file imports, wherever in it the import stands."""
+    """Return the full names of the modules that a file imports, at any level of its code."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -116,7 +117,7 @@ def test_the_registry_imports_nothing_of_the_package() -> None:
 
 
 def test_only_a_memory_knows_its_names() -> None:
-    """Neither FAM, nor a field of the state of any memory, is named where every memory is handled alike."""
+    """Code that works with every memory names neither FAM nor a field of any memory's state."""
     memories = [memory_class(kind) for kind in memory_kinds()]
     own = {
         field.name
@@ -196,7 +197,7 @@ def test_no_path_of_somebodys_machine() -> None:
 
 @pytest.mark.parametrize("module", ["fam_jax.model", "fam_jax.sharding", "fam_jax.checkpoint", "fam_jax.hf"])
 def test_import_does_not_load_tensorflow(module: str) -> None:
-    """TensorFlow takes seconds and a gigabyte; only the data pipeline is to pay for it."""
+    """TensorFlow takes seconds and a gigabyte; only the data pipeline may import it."""
     code = f"import sys, {module}; print([m for m in ('tensorflow', 'seqio', 'torch') if m in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -80,7 +80,8 @@ def test_shardings_match_the_snapshot(name: str, argument: str) -> None:
 def test_no_large_array_is_replicated(name: str, argument: str) -> None:
     for path, (shape, _, axes) in placed(name, argument).items():
         spread = any(axis != "None" for axis in axes)
-        assert spread or math.prod(shape) <= 2**24, path  # the state carried between steps: 28 MiB at 24B
+        # The state that is carried between steps is replicated; it has 28 MiB at 24B.
+        assert spread or math.prod(shape) <= 2**24, path
 
 
 @pytest.mark.parametrize("name", MODELS)

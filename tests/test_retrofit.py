@@ -29,7 +29,7 @@ from fam_jax.training.state import TrainState, init_state, model_structure
 from tests.hf.recorded import DATA, LENGTH, recorded_logits, recorded_tokens
 from tests.model.tiny import quick_jit
 
-# As the publishers count them; for Gemma 3 27B, those of its text model.
+# Parameters as the publishers count them; for Gemma 3 27B, those of its text model.
 PARAMETERS = {
     "gemma2_2b": 2_614_341_888,
     "gemma2_27b": 27_227_128_320,
@@ -81,7 +81,7 @@ def test_frozen_weights_take_two_bytes_each(name: str) -> None:
     assert all(path.rpartition("/")[2] in ("kernel", "table") for path in frozen.keys() - wide.keys())
     assert sum(leaf.size for leaf in wide.values()) < 1e-3 * sum(leaf.size for leaf in frozen.values())
     optimizer = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer))
-    # Momentum, and second moments, which are factored where both dimensions are 128 at least: the rank is 64.
+    # Momentum and second moments. Factored moments would need 128 in both dimensions, but the rank is 64.
     assert optimizer < 2.01 * sum(leaf.size for leaf in trained.values())
 
 
@@ -174,7 +174,7 @@ def test_at_the_start_with_all_visible_it_is_the_original(imported: Any, name: s
 
 
 def with_random_updates(params: Any) -> Any:
-    """Return parameters with LoRA updates as large as after long training."""
+    """Return parameters with LoRA updates of the size that long training gives."""
     rng = np.random.default_rng(0)
     flat = lora.flatten(params)
     updates = {path: leaf for path, leaf in flat.items() if path.endswith("lora_b")}
@@ -184,7 +184,7 @@ def with_random_updates(params: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["gemma2", "mistral"])
 def test_merged_is_applied(imported: Any, name: str) -> None:
-    """With FAM, on tokens beyond every window, to float32 rounding."""
+    """The model has FAM, the tokens reach beyond every window, and the results agree to float32 rounding."""
     config = config_for(imported(name), segments=2)
     fresh = start(config).params
     params = with_random_updates(fresh)

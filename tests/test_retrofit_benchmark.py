@@ -20,7 +20,7 @@ from launch.cli import Parser, load_config
 
 
 def buckets(losses: list[float]) -> list[dict[str, float]]:
-    """Return buckets like those of an evaluation; the bucket of loss x has 10 x tokens."""
+    """Return buckets like those of an evaluation; a bucket with loss x has 10 x tokens."""
     edges = [0, *(FIRST_EDGE * 2**i for i in range(len(losses)))]
     spans = zip(edges[:-1], edges[1:], losses, strict=True)
     return [{"begin": a, "end": b, "loss": loss, "tokens": 10 * loss} for a, b, loss in spans]
@@ -85,9 +85,8 @@ def test_steps_of_lora_and_of_full_fine_tuning(tmp_path: pathlib.Path) -> None:
     assert results.keys() == lora_step.SIDES.keys()
     full, adapted, narrow = results.values()
     assert full["trained_parameters"] == full["parameters"]
-    assert (
-        adapted["parameters"] - adapted["trained_parameters"] < full["parameters"]
-    )  # of which the initial FAM
+    # The initial FAM is trained, so the frozen parameters are fewer than all of the model's.
+    assert adapted["parameters"] - adapted["trained_parameters"] < full["parameters"]
     assert narrow["state_bytes"] < adapted["state_bytes"]
     assert all(row["step_bytes"] > 0 and row["seconds"]["median"] > 0 for row in results.values())
     assert full["ratio"]["median"] == 1

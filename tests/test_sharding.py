@@ -162,7 +162,7 @@ def optimizer() -> optax.GradientTransformation:
 
 
 def init_by_layer(params: dict) -> dict:
-    """Create state as training does: that of the layers by `vmap` over L, the rest separately."""
+    """Create state as training does: by `vmap` over L for the layers, and separately for the rest."""
     rest = {name: value for name, value in params.items() if name != "layers"}
     return {"layers": jax.vmap(optimizer().init)(params["layers"]), "rest": optimizer().init(rest)}
 

@@ -1,9 +1,9 @@
 """Experiment configuration: frozen dataclasses, built from an ml-collections ConfigDict.
 
 A config file (`configs/*.py`) edits the ConfigDict that :func:`default_config` returns; flags edit it further
-(`--config.model.num_layers=4`). :func:`resolve` then builds the frozen :class:`Config` that the library takes. An
-unknown field, a wrong type or an impossible combination raises :class:`ConfigError`, whose message is one line that
-names the field.
+(`--config.model.num_layers=4`). :func:`resolve` then builds the frozen :class:`Config` that the library uses. An
+unknown field, a wrong type or an impossible combination raises :class:`ConfigError` with a one-line message that names
+the field.
 """
 
 from fam_jax.config.arithmetic import ceil_div

@@ -2,5 +2,5 @@
 
 
 def ceil_div(a: int, b: int) -> int:
-    """Return a / b rounded up, for whole numbers with b > 0."""
+    """Return a / b rounded up, for integers with b > 0."""
     return -(-a // b)

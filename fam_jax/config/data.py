@@ -1,4 +1,4 @@
-"""The data group: what a model is trained on."""
+"""The data group: training data and held-out data."""
 
 from fam_jax.config.errors import ConfigError, require
 from fam_jax.config.fields import constraint_of, group, setting
@@ -13,7 +13,7 @@ class DataConfig:
 
     task: str = setting(
         default="passkey",
-        doc="passkey, text, text+passkey (batches of either), or seqio:NAME, a task or mixture that imports register.",
+        doc="passkey, text, text+passkey (batches of either), or seqio:NAME (a task or mixture; see imports).",
     )
     vocabulary: str = setting(
         default="passkey",
@@ -34,7 +34,7 @@ class DataConfig:
     )
     min_filler_blocks: int = setting(
         default=1,
-        doc="Fillers of the first stage are longer than this; those of a later stage, than the stage before.",
+        doc="Fillers of the first stage are longer than this; those of a later stage are longer than the stage before.",
         minimum=0,
         tasks=(PASSKEY,),
     )
@@ -79,7 +79,7 @@ class DataConfig:
     )
     repeat_segment: int = setting(
         default=0,
-        doc="Tokens of a row that it has to repeat at its end (section 3.1); 0: off.",
+        doc="Length of the segment that a row repeats at its end, in tokens (section 3.1); 0: off.",
         minimum=0,
         tasks=PACKED,
     )
@@ -88,14 +88,15 @@ class DataConfig:
     train_files: tuple[str, ...] = setting(
         default=(),
         doc='Files, folders or patterns to train on (*.jsonl: a document per line, under "text"), or tfds:NAME:SPLIT.',
-        effect="execution",  # where the files are; the data state checks their contents
+        # Files may move; the state of the data checks their contents.
+        effect="execution",
         tasks=(TEXT,),
     )
     heldout_files: tuple[str, ...] = setting(
-        default=(), doc="Files to evaluate on, likewise.", effect="execution", tasks=(TEXT,)
+        default=(), doc="Files to evaluate on, as in train_files.", effect="execution", tasks=(TEXT,)
     )
     file_suffixes: tuple[str, ...] = setting(
-        default=(".txt",), doc="Endings of the files that count in a folder.", tasks=(TEXT,)
+        default=(".txt",), doc="Endings of the files to read in a folder.", tasks=(TEXT,)
     )
     # seqio.
     imports: tuple[str, ...] = setting(
@@ -148,6 +149,6 @@ class DataConfig:
         )
         require(
             TEXT not in parts or self.vocabulary != "passkey",
-            "config.data.vocabulary: passkey covers the words of its own task only; for text set bytes or the path "
+            "config.data.vocabulary: passkey has the words of its own task only; for text set bytes, or the path "
             "of a SentencePiece model",
         )

@@ -1,8 +1,8 @@
-"""Errors that are the user's to fix."""
+"""Errors that the user can fix."""
 
 
 class UserError(Exception):
-    """A mistake of the user. Its message is one line; programs print it and exit with code 2."""
+    """A mistake of the user. The message is one line; programs print it and exit with code 2."""
 
 
 class ConfigError(UserError):

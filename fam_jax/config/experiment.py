@@ -1,4 +1,4 @@
-"""A whole experiment: all groups together, built from the nested dict or ConfigDict of a config file."""
+"""The config of an experiment: all groups, built from the nested dict or ConfigDict of a config file."""
 
 import dataclasses
 import difflib
@@ -19,7 +19,7 @@ from fam_jax.config.training import EvaluateConfig, LoraConfig, MeshConfig, Opti
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole experiment. `help()` of each group lists its fields."""
+    """The config of an experiment. `help()` of each group lists its fields."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009 (it is frozen)
@@ -48,7 +48,7 @@ class Config:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Return all fields at their defaults, to be edited by a config file."""
+    """Return all fields at their defaults, for a config file to edit."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
@@ -64,12 +64,12 @@ def resolve(values: Any) -> Config:
 
 
 def to_json(config: Config) -> str:
-    """Return the config as indented JSON; :func:`resolve` of its parse gives the config back."""
+    """Return the config as indented JSON. :func:`resolve` restores it from the parsed JSON."""
     return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
 
 
 def changed(config: Config, **groups: dict[str, Any]) -> Config:
-    """Return `config` with fields replaced by group: `changed(config, train={"steps": 5})`.
+    """Return `config` with some fields of its groups replaced, as in `changed(config, train={"steps": 5})`.
 
     Raises:
       ConfigError: a value is not allowed.
@@ -82,8 +82,8 @@ def field_type(path: str, kind: str | None = None) -> Any:
     """Return the type of the field at `path`, such as "config.model.num_layers".
 
     Args:
-      path: with dots.
-      kind: of memory, whose fields config.model.memory has; None accepts the fields of any kind.
+      path: path with dots.
+      kind: kind of memory, which decides the fields of config.model.memory; None accepts the fields of any kind.
 
     Raises:
       ConfigError: there is no such field, or it is a group of fields.

@@ -1,7 +1,7 @@
-"""Declaration of config fields: default, meaning, range and effect, said once, where the field stands.
+"""Declaration of config fields: a field states its default, meaning, range and effect in one place.
 
-A group of fields is a frozen dataclass made by :func:`group`. It checks its own values whenever it is built, from a
-config file, from the command line or in Python.
+A group of fields is a frozen dataclass made by :func:`group`. It checks its values whenever it is built: from a config
+file, from the command line or in Python.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Constraint:
     above: float | None = None
     choices: tuple[str, ...] = ()
     effect: Effect | None = None
-    # The data tasks that read the field; empty: all.
+    # The data tasks that use the field; empty: all.
     tasks: tuple[str, ...] = ()
 
 
@@ -57,15 +57,15 @@ def setting(
     """Declare a field of a group.
 
     Args:
-      default: its value unless set otherwise.
-      doc: its meaning, shown by `help` and by `--help-config`.
+      default: the default value.
+      doc: the meaning, shown by `help` and by `--help-config`.
       minimum: lowest allowed value.
       maximum: highest allowed value.
       below: the value must be smaller than this.
       above: the value must be larger than this.
-      choices: allowed words; for a tuple, of each entry.
-      effect: what a change of it changes; default: that of its group.
-      tasks: the data tasks that read it; default: all.
+      choices: allowed words; for a tuple, those of each entry.
+      effect: what changes with the field; by default the effect of its group.
+      tasks: the data tasks that use the field; by default all.
     """
     constraint = Constraint(doc, minimum, maximum, below, above, choices, effect, tasks)
     return dataclasses.field(default=default, metadata={"constraint": constraint})
@@ -75,11 +75,11 @@ def setting(
 def group(path: str, *, effect: Effect = "training") -> Callable[[type[T]], type[T]]:
     """Make a class a group of fields: a frozen dataclass that checks its values when it is built.
 
-    Args:
-      path: where its fields are in a config, such as "model"; used in error messages.
-      effect: what a change of its fields changes, unless a field says otherwise.
-
     A class may define `check(self)`, which raises :class:`ConfigError` if fields contradict each other.
+
+    Args:
+      path: path of the group in a config, such as "model"; used in error messages.
+      effect: what changes with a field, unless the field declares its own effect.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -104,12 +104,12 @@ def constraint_of(field: dataclasses.Field) -> Constraint:
 
 
 def effect_of(cls: Any, field: dataclasses.Field) -> Effect:
-    """Return what a change of a field of the group `cls` changes."""
+    """Return the effect of a field of the group `cls`."""
     return constraint_of(field).effect or cls.default_effect
 
 
 def fields_with_effect(cls: Any, *effects: Effect, prefix: str = "") -> set[str]:
-    """Return the paths of all fields of a group, and of the groups in it, whose change has one of `effects`."""
+    """Return the paths of all fields of a group, and of the groups in it, that have one of `effects`."""
     found = set()
     for field in dataclasses.fields(cls):
         kind = field_types(cls)[field.name]
@@ -122,7 +122,7 @@ def fields_with_effect(cls: Any, *effects: Effect, prefix: str = "") -> set[str]
 
 def field_types(cls: Any) -> dict[str, Any]:
     """Return the resolved type of every field of a group."""
-    return _field_types(cls)  # mypy takes no dataclass for a hashable argument of the cached function
+    return _field_types(cls)  # mypy rejects a dataclass as the hashable argument of a cached function
 
 
 @functools.lru_cache
@@ -142,7 +142,7 @@ def check_values(values: Any) -> None:
 
 
 def check_type(kind: Any, value: Any, path: str) -> None:
-    """Raise :class:`ConfigError` unless `value` is of the type of a field; an int is accepted for a float."""
+    """Raise :class:`ConfigError` unless `value` has the type `kind`; an int is accepted for a float."""
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if not isinstance(value, tuple):

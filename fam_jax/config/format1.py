@@ -1,4 +1,4 @@
-"""Configs and arrays as version 0.1 of the package wrote them (format 1), under their names of today (format 2)."""
+"""Translate configs and array names of version 0.1 of the package (format 1) to those of today (format 2)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,18 +19,18 @@ MOVED = {
 OF_WINDOWS = ("memory_segments", "window", "stop_gradient")
 
 
-# Arrays that are empty in a checkpoint of format 1 if there was nothing to save.
+# Arrays that a checkpoint of format 1 stores empty if there was nothing to save.
 EMPTIED = ("saved_fam",)
 
 
 def moved_field(path: str) -> str | None:
-    """Return where a config field of format 1 is today, or None if it did not move."""
+    """Return the path in format 2 of a config field that moved, or None if it did not move."""
     group, _, name = path.rpartition(".")
     return f"{group}.memory.{MOVED[name]}" if group.endswith("model") and name in MOVED else None
 
 
 def upgrade_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model group of format 2 for one of format 1: FAM, or BSWA where `fam_length` was 0."""
+    """Convert a model group from format 1 to format 2: the memory is FAM, or BSWA if `fam_length` was 0."""
     has_fam = model.get("fam_length", 0) > 0
     names = MOVED if has_fam else OF_WINDOWS
     memory = {"kind": "fam" if has_fam else "bswa"}
@@ -39,7 +39,7 @@ def upgrade_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a nested dict of format 2 for one of format 1."""
+    """Convert a config, as nested dict, from format 1 to format 2."""
     new = dict(config)
     if isinstance(model := config.get("model"), Mapping):
         new["model"] = upgrade_model(model)
@@ -49,7 +49,7 @@ def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_array_name(name: str) -> str:
-    """Return the name of an array of a checkpoint or memory file, such as layers/initial_fam, in format 2."""
+    """Return the name in format 2 of an array of a checkpoint or memory file, such as layers/initial_fam."""
     if name in STATE_NAMES:
         return STATE_NAMES[name]
     head, slash, last = name.rpartition("/")
@@ -59,7 +59,7 @@ def upgrade_array_name(name: str) -> str:
 
 
 def former_array_name(key: str) -> str:
-    """Return the key path of a parameter, such as ['layers']['memory']['initial_fam'], as it was in format 1."""
+    """Return the key path in format 1 of a parameter such as ['layers']['memory']['initial_fam']."""
     return key.replace("['memory']['initial_fam']", "['initial_fam']")
 
 

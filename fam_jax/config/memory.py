@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 @group("model.memory", effect="state")
 class MemoryConfig:
-    """What the groups of all kinds of memory have in common."""
+    """The base of the config groups of all kinds of memory."""
 
     kind: str = setting(default="", doc="The architecture, a name in fam_jax/memories/registry.py.")
 
     # Logical axes (`fam_jax.sharding.AXES`) of the memory's own parameters by name, without that of the layers.
     parameter_axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
-    if TYPE_CHECKING:  # fields of some kinds, constants of others
+    if TYPE_CHECKING:  # fields in some kinds of memory, constants in others
 
         @property
         def window(self) -> int:
-            """Keys `window` tokens or more behind a query are hidden; 0: no limit but the cached blocks."""
+            """Distance in tokens from which keys are hidden; 0 sets no limit beside the cached blocks."""
 
         @property
         def stop_gradient(self) -> bool:
@@ -46,7 +46,7 @@ class MemoryConfig:
 
     @property
     def has_state(self) -> bool:
-        """Return whether there is a state beyond the window, which can be passed on and ablated."""
+        """Return whether there is a state beyond the window that can be passed on and ablated."""
         return True
 
     @property
@@ -60,7 +60,7 @@ class MemoryConfig:
 
     @property
     def chained_rows(self) -> int:
-        """Return M, the rows that a chain of updates passes from block to block; 0: there is no such chain."""
+        """Return M, the rows that a chain of updates passes from block to block; 0 if there is no such chain."""
         return 0
 
     def check_model(self, model: "ModelConfig") -> None:
@@ -90,10 +90,10 @@ def kinds_with_field(name: str) -> list[str]:
 def memory_config(kind: str, **fields: Any) -> ml_collections.ConfigDict:
     """Return a memory group for a config file.
 
-    Assign it, as `update` would merge it: `config.model.memory = memory_config("bswa", segments=2)`.
+    Assign the result, `config.model.memory = memory_config("bswa", segments=2)`: `update` would merge the fields.
 
     Raises:
-      ConfigError: there is no such kind, or a field is not one of that kind.
+      ConfigError: there is no such kind, or the kind has no such field.
     """
     values = dataclasses.asdict(typing.cast(Any, memory_config_type(kind)()))
     for name in fields:

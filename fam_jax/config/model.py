@@ -55,7 +55,7 @@ class ModelConfig:
     rope_base: float = setting(default=10_000.0, doc="Base of RoPE's wavelengths.", above=1)
     rope_scaling: str = setting(
         default="none",
-        doc="How RoPE's frequencies are lowered for longer contexts.",
+        doc="Scaling of RoPE's frequencies for longer contexts.",
         choices=("none", "linear", "llama3"),
     )
     rope_factor: float = setting(
@@ -72,8 +72,8 @@ class ModelConfig:
     )
     layer_pattern: tuple[str, ...] = setting(
         default=("global",),
-        doc="Layer types, repeated over the depth. Global layers have the memory of model.memory; local layers have "
-        "sliding window attention.",
+        doc="Layer types, repeated over the depth. Global layers use model.memory; local layers use sliding window "
+        "attention.",
     )
     local_window: int = setting(default=0, doc="Window of local layers, in tokens.", minimum=0)
     local_rope_base: float = setting(

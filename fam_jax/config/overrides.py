@@ -1,4 +1,4 @@
-"""Parse what a command line says about a config: the argument of its file, and the values of fields."""
+"""Parse the parts of a command line that concern a config: the argument of its file, and the values of fields."""
 
 import ast
 import dataclasses
@@ -28,12 +28,12 @@ class Override(NamedTuple):
 def apply_overrides(values: dict[str, Any], overrides: Sequence[Override]) -> None:
     """Set fields of a nested dict in place; a later override of the same field wins.
 
-    `config.model.memory.kind` is set first, wherever it stands. A new kind replaces the memory group by the fields of
-    that kind. Fields that both kinds have keep their values; the others start at their defaults.
+    `config.model.memory.kind` is set first, whatever its place in the list. A new kind replaces the memory group by the
+    fields of that kind. Fields that both kinds have keep their values; the others start at their defaults.
 
     Args:
       values: the config, as in `default_config().to_dict()`.
-      overrides: what to set.
+      overrides: the fields to set.
 
     Raises:
       ConfigError: a field is unknown, or a text is not a value of the field's type.
@@ -68,7 +68,7 @@ def parse_value(kind: Any, text: str, path: str) -> Any:
       kind: type of the field: str, bool, int, float, or a tuple of one of these. A tuple is written with commas, as in
         `a.txt,b.txt`, or as in Python, `("a.txt", "b.txt")` or `[1, 2]`.
       text: the value.
-      path: of the field, for messages.
+      path: path of the field, for messages.
 
     Raises:
       ConfigError: the text is not a value of the type.
@@ -107,7 +107,7 @@ def _parse_tuple(item: Any, text: str, path: str) -> tuple[Any, ...]:
             f"{path}: expected a list of {item.__name__}, such as a,b or ('a', 'b'), got {text!r}"
         ) from None
     entries = found if isinstance(found, list | tuple) else (found,)
-    if item is str:  # the config checks that they are
+    if item is str:  # the config checks the types of the entries
         return tuple(entries)
     return tuple(parse_value(item, str(entry), path) for entry in entries)
 

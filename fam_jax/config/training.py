@@ -60,7 +60,9 @@ class TrainConfig:
         minimum=0,
         maximum=1,
     )
-    random_state_passing_from: int = setting(default=0, doc="Step from which on it is active.", minimum=0)
+    random_state_passing_from: int = setting(
+        default=0, doc="First step with random state passing.", minimum=0
+    )
     random_position_offset: bool = setting(
         default=False, doc="Add a random offset to positions (appendix B.2.2)."
     )
@@ -74,7 +76,7 @@ class TrainConfig:
         default=2, doc="Newest checkpoints to keep.", minimum=1, effect="execution"
     )
     init_from: str = setting(
-        default="", doc="Workdir (or WORKDIR/STEP) of a run whose parameters this one begins with."
+        default="", doc="Workdir (or WORKDIR/STEP) of a run whose parameters this one starts from."
     )
 
     def check(self) -> None:
@@ -87,9 +89,9 @@ class TrainConfig:
 
 @group("lora")
 class LoraConfig:
-    """Low-rank adaptation of a frozen base, which train.init_from names. The other fields count if rank > 0.
+    """Low-rank adaptation of a frozen base, which train.init_from names. The other fields apply if rank > 0.
 
-    Patterns are those of `fnmatch`, over parameter paths such as layers/query/kernel.
+    Patterns are those of `fnmatch`; they match parameter paths such as layers/query/kernel.
     """
 
     rank: int = setting(
@@ -104,7 +106,7 @@ class LoraConfig:
     )
     base_dtype: str = setting(
         default="model",
-        doc="Dtype of frozen matrices; model: that of model.dtype.",
+        doc="Dtype of frozen matrices; model means model.dtype.",
         choices=("model", "float32", "bfloat16"),
     )
     random_base: bool = setting(
@@ -156,15 +158,15 @@ class EvaluateConfig:
 
 @group("mesh", effect="execution")
 class MeshConfig:
-    """Devices along each mesh axis; data or fsdp, if 0, takes the devices that the other axes leave."""
+    """Devices along each mesh axis. One of data and fsdp may be 0; it then takes the devices that remain."""
 
     data: int = setting(default=0, doc="Devices along the data axis: copies of the weights.", minimum=0)
     # An fsdp axis over a whole TPU slice makes the compiler use all-reduce in place of reduce-scatter.
     fsdp: int = setting(
-        default=1, doc="Devices over which weights and optimizer state are spread.", minimum=0
+        default=1, doc="Devices over which weights and optimizer state are divided.", minimum=0
     )
     tensor: int = setting(
-        default=1, doc="Devices over which heads, feed-forward and vocabulary are spread.", minimum=1
+        default=1, doc="Devices over which heads, feed-forward and vocabulary are divided.", minimum=1
     )
 
     def check(self) -> None:

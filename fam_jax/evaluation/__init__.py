@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints from streamed states: tasks, one runner, records of results and their plots."""
+"""Evaluation of checkpoints that read their input as a stream: tasks, one runner, records of results and plots."""
 
 from fam_jax.evaluation.record import Evaluation, read_evaluation
 from fam_jax.evaluation.run import evaluate, evaluate_in_training

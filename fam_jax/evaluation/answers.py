@@ -1,7 +1,7 @@
 """Answers to questions, generated from a streamed state and compared with the right ones token by token.
 
-A prompt is read chunk by chunk, so what the answer depends on can only come through the state of constant size. The
-state itself counts the tokens that were read.
+A prompt is read chunk by chunk, so its contents can reach the answer only through the state of constant size. The state
+itself counts the tokens that were read.
 """
 
 import functools
@@ -30,9 +30,9 @@ METRICS = {
 class Questions(NamedTuple):
     """Questions in groups, such as one per length of the prompt."""
 
-    # Functions that make a group's questions, by its name. Long prompts are made when they are needed.
+    # Functions that make a group's questions, by name of the group. Long prompts are made when they are needed.
     groups: Mapping[str, Callable[[], Sequence[Question]]]
-    # What the names of the groups count or name, such as "blocks".
+    # What a group's name stands for, such as "blocks" for a number of blocks.
     grouped_by: str
     vocabulary: Any
     # How the questions were made, for the record.
@@ -48,18 +48,18 @@ def measure_answers(
 
     Args:
       streamer: the model.
-      questions: in groups.
-      setting: `setting.evaluate` has the batch size and the blocks read at a time.
-      on_progress: called with a group ("4 blocks"), and of its prompts the tokens read and to read.
+      questions: the questions in groups.
+      setting: `setting.evaluate` sets the batch size and the blocks read at a time.
+      on_progress: called with a group ("4 blocks") and, for its prompts, the tokens read and the tokens to read.
 
     Returns:
       Scalars: each metric as the mean of all groups, and for each group, such as exact_match/4_blocks. Details: the
       facts, `grouped_by`, and `groups` with for each group
-        exact_match: fraction of answers that were generated right in every token.
-        teacher_forced_exact_match: the same with each token predicted after the true tokens before it. As generation is
-          greedy, it differs from exact_match only if generating and reading disagree.
+        exact_match: fraction of answers of which every generated token is right.
+        teacher_forced_exact_match: the same with each token predicted after the true tokens before it. Because
+          generation is greedy, it differs from exact_match only if generating and reading disagree.
         answer_token_accuracy: fraction of the answers' tokens that are right, teacher-forced.
-        questions: their number.
+        questions: number of questions.
         tokens_read, tokens_read_most: fewest and most tokens of a prompt, as counted by the state.
         seconds: for reading and generating, with compilation.
     """
@@ -116,7 +116,7 @@ def _measure_group(
 
 
 def _batches(questions: Sequence[Question], size: int) -> Iterator[tuple[list[Question], int]]:
-    """Yield batches of one size, and how many rows of each are real; the last batch is padded with its last row."""
+    """Yield batches of equal size, and how many rows of each are real; the last batch is padded with its last row."""
     size = min(size, len(questions))
     for begin in range(0, len(questions), size):
         batch = [*questions[begin : begin + size]]
@@ -127,7 +127,7 @@ def _checked_counts(counts: np.ndarray, prompts: Sequence[np.ndarray]) -> list[i
     expected = [len(prompt) for prompt in prompts]
     if counts.tolist() != expected:
         raise RuntimeError(
-            f"prompts of {expected} tokens were read as {counts.tolist()}: results would mislead"
+            f"the model read {counts.tolist()} tokens of prompts with {expected}; the results would be misleading"
         )
     return counts.tolist()
 

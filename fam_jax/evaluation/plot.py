@@ -1,4 +1,4 @@
-"""Plots of evaluation results. They need no display, and leave the settings of an interactive session alone."""
+"""Plots of evaluation results. They need no display and do not change matplotlib's global settings."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ def plot_passkey(
 
     Args:
       curves: filler length in blocks -> accuracy between 0 and 1, by the label of each curve.
-      path: of the picture, whose suffix chooses the format; or an open file, which becomes a PNG.
-      trained_blocks: longest filler in training, up to which the background is gray.
-      title: above the axes.
+      path: path of the picture, whose suffix selects the format; or an open file, which becomes a PNG.
+      trained_blocks: longest filler in training; the background is gray up to there.
+      title: title above the axes.
     """
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = _axes(figure)
@@ -61,9 +61,9 @@ def plot_loss_by_position(
 
     Args:
       curves: buckets of positions (`by_position` of the task "text"), by the label of each curve.
-      path: of the picture, whose suffix chooses the format; or an open file, which becomes a PNG.
-      trained_tokens: longest row in training, up to which the background is gray; 0: not shown.
-      title: above the axes.
+      path: path of the picture, whose suffix selects the format; or an open file, which becomes a PNG.
+      trained_tokens: longest row in training; the background is gray up to there. 0 shows no gray area.
+      title: title above the axes.
     """
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = _axes(figure)

@@ -1,4 +1,4 @@
-"""The record of an evaluation: what was measured, what made it, and its files."""
+"""The record of an evaluation: its results, how they were made, and its files."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ class Evaluation:
     metrics: dict[str, float]
     # All figures by names that do not change between runs.
     scalars: dict[str, float]
-    # What the task's tables and plot show.
+    # The data of the task's tables and plot.
     details: dict[str, Any]
     # The JSON file that holds the record. It is not in the file itself.
     path: str = dataclasses.field(default="", compare=False)
@@ -94,13 +94,13 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); evaluate the run first") from error
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: is not the record of an evaluation; evaluate the run again") from error
+        raise UserError(f"{path}: not the record of an evaluation; evaluate the run again") from error
 
 
 def make_evaluation(
     config: Config, task: str, step: int, measured: Measured, *, command: str, path: str | os.PathLike[str]
 ) -> Evaluation:
-    """Return the record of what a task measured in this process, to be written to `path`."""
+    """Return the record of a task's results, measured in this process, with `path` as the file to write."""
     devices = jax.devices()
     headline = find_task(task).metrics
     return Evaluation(
@@ -123,18 +123,18 @@ def evaluation_path(workdir: str | os.PathLike[str], step: int, task: str) -> ep
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise :class:`UserError` if the results could not be written to `path`. Call it before hours of evaluation."""
+    """Raise :class:`UserError` if `path` cannot be written. Call it before a long evaluation."""
     with contextlib.suppress(_NotWritten), _writing(path):
         raise _NotWritten
 
 
 class _NotWritten(Exception):
-    """Nothing is to be written after all."""
+    """Leave :func:`_writing` without writing the file."""
 
 
 @contextlib.contextmanager
 def _writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file that appears when the block ends, and not if it raises; folders are created."""
+    """Open a file that appears only if the block ends without an error; folders are created."""
     whole = epath.Path(path)
     unfinished = whole.parent / f".{whole.name}.unfinished"
     try:

@@ -1,4 +1,4 @@
-"""The runner of all evaluation tasks, for checkpoints and while training."""
+"""The runner of all evaluation tasks, for checkpoints and during training."""
 
 import dataclasses
 import os
@@ -36,17 +36,17 @@ def evaluate(
         found = evaluate("runs/passkey", filler_blocks=(4, 36), keys=16)
         found.metrics["exact_match"]
 
-    In a job of several processes, all of them call it and get the results, and the first one writes them.
+    In a job of several processes, call it in all of them. All get the results, and the first one writes them.
 
     Args:
       checkpoint: workdir of a training run.
       task: a name in `fam_jax.evaluation.tasks.TASKS`; None: that of the run's data.
       step: a saved step; None: the latest.
-      mesh: devices to spread the model over; None: all devices along the data axis.
+      mesh: mesh to divide the model over; None: all devices along the data axis.
       files: files, folders or patterns to evaluate on, in place of config.data.heldout_files.
-      suffixes: endings of the files that count in a folder, in place of config.data.file_suffixes.
+      suffixes: endings of the files to read in a folder, in place of config.data.file_suffixes.
       out: JSON file to write, with the plot beside it; None: CHECKPOINT/evaluations/STEP/TASK.json.
-      command: what to record as the caller.
+      command: the command or function to record as the caller.
       on_progress: called with the name of a pass, the tokens read and the tokens to read.
       **settings: fields of config.evaluate to change, such as `batch_size=8`.
 
@@ -76,11 +76,11 @@ def evaluate(
 def evaluate_in_training(
     config: Config, workdir: str | os.PathLike[str]
 ) -> Callable[[Any, int], dict[str, dict[str, float]]]:
-    """Return the evaluation for the training loop. The data is loaded now.
+    """Load the data, and return the evaluation for the training loop.
 
     Returns:
-      A function of (parameters as they are trained, step). It measures the task of config.data, writes the results
-      below the workdir as :func:`evaluate` does, and returns the figures by name under the name of the task.
+      A function of (the parameters in training, step). It measures the task of config.data, writes the results below
+      the workdir as :func:`evaluate` does, and returns {name of the task: {name: figure}}.
     """
     name = default_task(config.data)
     measure = _prepare(name, _setting(config))
@@ -103,7 +103,7 @@ def _setting(config: Config, files: Sequence[str] = (), suffixes: Sequence[str] 
 
 
 def _prepare(name: str, setting: Setting, on_progress: OnProgress | None = None) -> Callable[[Any], Any]:
-    """Make the items of a task; return what measures given parameters on them."""
+    """Make the items of a task; return a function that measures parameters on them."""
     task = find_task(name)
     items = task.items(setting)
     check_vocabulary_size(items.vocabulary, setting.model, setting.data)

@@ -1,4 +1,4 @@
-"""What an evaluation task consists of: its items, how a model is measured on them, and how the results are shown."""
+"""The parts of an evaluation task: its items, how a model is measured on them, and how results are shown."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ OnProgress = Callable[[str, int, int], None]
 
 
 class Setting(NamedTuple):
-    """What a task may depend on: groups of the run's config, and texts named by the user."""
+    """The settings that a task may depend on: groups of the run's config, and texts named by the user."""
 
     model: ModelConfig
     data: DataConfig
@@ -23,12 +23,12 @@ class Setting(NamedTuple):
     tokens_at_once: int = 4096
     # Files, folders or patterns in place of data.heldout_files; empty: those of the config.
     files: Sequence[str] = ()
-    # Endings of the files that count in a folder; empty: data.file_suffixes.
+    # Endings of the files to read in a folder; empty: data.file_suffixes.
     suffixes: Sequence[str] = ()
 
 
 class Items(Protocol):
-    """What a model is measured on; `measure` of the task knows the rest."""
+    """The inputs that a model is measured on. Tasks add attributes that their `measure` uses."""
 
     @property
     def vocabulary(self) -> Any:
@@ -40,7 +40,7 @@ class Measured(NamedTuple):
 
     # Figures under names that do not change between runs, such as loss and loss_by_position/1024.
     scalars: dict[str, float]
-    # Whatever the task's tables and plot show, and how the items were made.
+    # The data of the task's tables and plot, and how the items were made.
     details: dict[str, Any]
 
 

@@ -1,6 +1,6 @@
-"""The registry of evaluation tasks: a function that makes the items, and an entry of `TASKS`, for each.
+"""The registry of evaluation tasks: for each, a function that makes its items, and an entry of `TASKS`.
 
-docs/evaluation.md adds a task step by step. TensorFlow is imported when items are made, not before.
+docs/evaluation.md shows step by step how to add a task. TensorFlow is imported only when items are made.
 """
 
 import functools
@@ -66,7 +66,7 @@ TASKS = {
 
 
 def default_task(data: DataConfig) -> str:
-    """Return the task that evaluates what a run is trained on: the one named like its data, or "text"."""
+    """Return the task that fits the data of a run: the one of the same name, or "text"."""
     return data.task if data.task in TASKS else "text"
 
 

@@ -1,8 +1,8 @@
 """Loss on held-out documents of any length, streamed through a state of constant size without truncation.
 
 Each document is read in full, by blocks, from an empty state. Ablation shows whether the memory is used: the same
-documents are read again, and after each block what the memory has written is zeroed, shuffled or frozen. If the loss
-does not rise, the model ignores its memory.
+documents are read again, and the memory is zeroed, shuffled or frozen after each block. If the loss does not rise, the
+model ignores its memory.
 """
 
 import dataclasses
@@ -62,17 +62,17 @@ def measure_documents(
 
     Args:
       streamer: the model.
-      documents: at least one.
-      setting: `setting.evaluate` has the batch size, the blocks read at a time, and the ablations.
+      documents: the documents, at least one.
+      setting: `setting.evaluate` sets the batch size, the blocks read at a time, and the ablations.
       on_progress: called with the name of a pass ("loss", or an ablation), its tokens read and its tokens to read.
 
     Returns:
-      Scalars, unless there is no token to measure one on:
+      Scalars; those without any token to measure are left out:
         loss: nats per token, ends of documents included; perplexity: its exponential.
-        bits_per_byte: of the text in UTF-8.
+        bits_per_byte: bits per byte of the text in UTF-8.
         next_token_accuracy: fraction of tokens whose logit is above all others; a tie counts as wrong.
-        loss_after_first_block: of the tokens that a memory could help with.
-        loss_by_position/END: of the bucket of positions that ends there.
+        loss_after_first_block: loss of the tokens that a memory could help with.
+        loss_by_position/END: loss in the bucket of positions that ends at END.
         zeroed/loss and so on: the same with the memory ablated.
       Details: documents, tokens, tokens_read (counted while reading, equal to tokens), longest_document (tokens),
       text_bytes, seconds, the figures above (or None), and
@@ -81,7 +81,7 @@ def measure_documents(
         ablations: for each of evaluate.ablations, its loss, loss_after_first_block and by_position.
 
     Raises:
-      UserError: no token has a loss weight, or there is only one document in a batch to shuffle states in.
+      UserError: no token has a loss weight, or a batch has only one document and states cannot be shuffled.
     """
     evaluate, examples = setting.evaluate, documents.examples
     if "shuffled" in evaluate.ablations and min(len(examples), evaluate.batch_size) < 2:
@@ -142,9 +142,8 @@ class _Reader:
         size = min(evaluate.batch_size, len(examples))
         scores: dict[int, Scores] = {}
         for begin in range(0, len(examples), size):
-            # The last batch is as large as the others: documents of the one before are read again.
+            # Fill the last batch with documents of the one before: another batch size means another compilation.
             batch = by_length[min(begin, len(examples) - size) :][:size]
-
             new = [len(examples[index].ids) for index in batch if index not in scores]
 
             def report(read: int, new: list[int] = new, done: int = done) -> None:
@@ -161,7 +160,7 @@ class _Reader:
     ) -> list[Scores]:
         size, lengths = self.streamer.config.block_size, np.array([len(each.ids) for each in batch])
         blocks = ceil_div(int(lengths.max()), size)
-        # An ablation replaces what the memory has written after every block.
+        # An ablation replaces the memory after every block.
         chunk = 1 if ablation else self.setting.evaluate.chunk_blocks
         state = start = self.streamer.start(len(batch))
         nats: list[list[np.ndarray]] = [[] for _ in batch]
@@ -199,11 +198,11 @@ class _Reader:
 
 
 def _chunks(blocks: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Yield first block and number of blocks of every call; at the end fewer blocks, in few sizes."""
+    """Yield the first block and the number of blocks of every call. The last calls are shorter, in few sizes."""
     first = 0
     while first < blocks:
         while chunk > blocks - first:
-            chunk = max(chunk // 4, 1)  # every size is a program to compile
+            chunk = max(chunk // 4, 1)  # few sizes, because each is compiled
         yield first, chunk
         first += chunk
 
@@ -212,8 +211,8 @@ def _check_all_read(state: StreamState, tokens: int, lengths: np.ndarray, scored
     read = state.tokens_read
     if (read != tokens).any() or scored != lengths.tolist():
         raise RuntimeError(
-            f"documents of {lengths.tolist()} tokens were read as {read.tolist()}, and {scored} tokens were scored: "
-            "results would mislead"
+            f"the model read {read.tolist()} and scored {scored} tokens of documents with {lengths.tolist()}; the "
+            "results would be misleading"
         )
 
 

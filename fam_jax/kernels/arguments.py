@@ -56,8 +56,8 @@ def check_shapes(inputs: BlockInputs, options: BlockOptions) -> None:
     room = options.memory_segments * options.block_size
     if past % options.block_size or not 0 <= past <= room or k.shape != v.shape:
         raise ValueError(
-            f"k {k.shape} and v {v.shape} do not match q {q.shape}; both need {length} tokens behind whole blocks of "
-            f"{options.block_size} past slots, at most {options.memory_segments} blocks"
+            f"k {k.shape} and v {v.shape} do not match q {q.shape}; both need {length} tokens after at most "
+            f"{options.memory_segments} whole blocks of {options.block_size} past slots"
         )
     if extra_k.shape[1] != blocks or extra_k.shape != extra_v.shape:
         raise ValueError(

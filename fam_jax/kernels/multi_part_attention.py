@@ -37,8 +37,8 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
 def multi_part_attention(parts: Sequence[Part], *, softcap: float = 0.0) -> jax.Array:
     """Compute attention with one softmax over the keys of all `parts`.
 
-    Scores are divided by sqrt(hd), then soft-capped. Every query must see at least one key. All scores are held in
-    memory, so use it for few queries (decoding, memory updates).
+    Scores are divided by sqrt(hd), then soft-capped. Every query must see at least one key. All scores are in memory
+    at once, so call it with few queries (decoding, memory updates).
 
     Args:
       parts: groups of keys, all with the same number of queries.

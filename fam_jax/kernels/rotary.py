@@ -1,8 +1,8 @@
-"""Rotary position embedding of queries and keys (Su et al. 2021), by XLA and as a TPU kernel.
+"""Rotary position embedding of queries and keys (Su et al. 2021), in XLA and as a TPU kernel.
 
 The kernel leaves heads side by side in the lanes, where the attention kernels read them. XLA splits every head in
-halves, which moves heads to an axis of their own and back: two copies of all queries and keys, slower than the
-rotation itself.
+halves. To do that, it moves heads to an axis of their own and back: two copies of all queries and keys, which take
+longer than the rotation itself.
 """
 
 import functools
@@ -28,8 +28,8 @@ def rotary(x: jax.Array, cos: jax.Array, sin: jax.Array, *, implementation: str 
       x: (B, T, H, hd).
       cos: (B or 1, T, 1, hd/2) cosines of the angles, float32 or float64. The kernel gives them no gradient.
       sin: sines of the angles, like `cos`.
-      implementation: as in `block_attention`. The kernel needs whole tiles (:func:`can_rotate`); XLA takes other
-        shapes, whatever the name.
+      implementation: as in `block_attention`. The kernel needs whole tiles (:func:`can_rotate`); other shapes always
+        use XLA.
 
     Returns:
       An array like `x`, computed in the dtype of the angles.
@@ -47,14 +47,14 @@ def rotary(x: jax.Array, cos: jax.Array, sin: jax.Array, *, implementation: str 
 
 
 def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Compute :func:`rotary` by XLA; the angles may have any shape that broadcasts against x (..., heads, hd)."""
+    """Compute :func:`rotary` in XLA; the angles may have any shape that broadcasts against x (..., heads, hd)."""
     first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def can_rotate(x: jax.Array) -> bool:
-    """Return whether the kernel takes x (B, T, H, hd) on a TPU."""
+    """Return whether the kernel can rotate x (B, T, H, hd) on a TPU."""
     is_known = x.dtype in (jnp.bfloat16, jnp.float32)
     return is_known and x.shape[-1] % LANES == 0 and x.shape[1] % SUBLANES == 0
 
@@ -71,7 +71,7 @@ def _rotate(interpret: bool, x: jax.Array, cos: jax.Array, sin: jax.Array) -> ja
     angles = pl.BlockSpec((None, size, head_dim), lambda t, b: (0 if shared else b, t, 0))
     rotated = pl.pallas_call(
         functools.partial(_kernel, heads=heads),
-        # The rows of the batch come last, so that shared angles are fetched once.
+        # The rows of the batch vary fastest: shared angles are fetched once for all of them.
         grid=(pl.cdiv(length, size), batch),
         in_specs=[tokens, angles, angles],
         out_specs=tokens,

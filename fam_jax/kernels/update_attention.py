@@ -1,7 +1,7 @@
-"""Attention of memory rows to themselves and to all keys of one block of a longer sequence, by XLA and as a TPU kernel.
+"""Attention of memory rows to themselves and to all keys of one block of a longer sequence, in XLA and as a TPU kernel.
 
-The work is small, M / C of the tokens' attention. What the kernel saves are copies: XLA cuts the keys of a block out of
-the sequence and moves their heads to an axis of their own, in every step of a chain of updates.
+The work is small, M / C of the tokens' attention. The kernel saves copies: in every step of a chain of updates, XLA
+cuts the keys of a block out of the sequence and moves their heads to an axis of their own.
 """
 
 import functools
@@ -19,7 +19,7 @@ from fam_jax.kernels.pallas.devices import division, over_mesh, wants_kernels
 from fam_jax.kernels.pallas.geometry import LOG2_E
 from fam_jax.kernels.pallas.tiles import LANES, SUBLANES
 
-# The grid: rows of the batch, key heads, and the query heads of each, over which gradients of keys are summed.
+# The grid: rows of the batch, key heads, and the query heads of each. Gradients of keys are summed over the last.
 PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
@@ -50,12 +50,12 @@ def update_attention(
     softcap: float = 0.0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Compute one softmax over the rows' own keys and all keys of block `block`, without a causal mask.
+    """Attend, in one softmax, to the rows' own keys and to all keys of block `block`, without a causal mask.
 
-    This is the memory path of algorithm 2. In a loop over blocks, gradients of whole `k` and `v` would be summed in
-    every step. Here `k` and `v` get no gradient; the cotangents of `taps`, whose values do not matter, are those of the
-    block's keys and values. The heads of `k`, `v` and `taps` lie side by side, as the kernel reads them, so that no
-    step of the loop has to move them.
+    This is the memory path of algorithm 2. In a loop over blocks, every step would add a gradient of all of `k` and
+    `v`. So `k` and `v` get no gradient here. The gradient of the block's keys and values is returned as the cotangent
+    of `taps` instead; the values of `taps` do not matter. The heads of `k`, `v` and `taps` lie side by side, as the
+    kernel reads them: no step of the loop has to move them.
 
     Args:
       q: (B, M, H, hd) queries of the memory rows, RoPE applied.
@@ -66,8 +66,8 @@ def update_attention(
       block: () int32, number of the block, less than T // C.
       taps: two arrays (B, C, K * hd) in the dtype of `k`, for keys and values. Their shape sets C.
       softcap: as in `block_attention`.
-      implementation: as in `block_attention`. The kernel needs whole tiles (:func:`can_update`); XLA takes other
-        shapes, whatever the name.
+      implementation: as in `block_attention`. The kernel needs whole tiles (:func:`can_update`); other shapes always
+        use XLA.
 
     Returns:
       (B, M, H, hd).
@@ -84,7 +84,7 @@ def update_attention(
 
 @jax.custom_vjp
 def _read_block(x: jax.Array, block: jax.Array, tap: jax.Array) -> jax.Array:
-    """Return block number `block` (B, C, W) of x (B, T, W); its cotangent goes to the tap, not to x."""
+    """Return block number `block` (B, C, W) of x (B, T, W); the tap gets its cotangent, x gets none."""
     return jax.lax.dynamic_slice_in_dim(x, block * tap.shape[1], tap.shape[1], axis=1)
 
 
@@ -124,7 +124,7 @@ def _attend(interpret: bool, inputs: UpdateInputs) -> jax.Array:
 
 
 def _grid(inputs: UpdateInputs) -> tuple[int, int, int]:
-    """Return the number of rows, of key heads, and of query heads of each."""
+    """Return the number of rows, of key heads, and of query heads per key head."""
     heads, kv_heads = inputs.q.shape[2], inputs.own.k.shape[2]
     return inputs.q.shape[0], kv_heads, heads // kv_heads
 
@@ -165,7 +165,7 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def kernel_forward(interpret: bool, inputs: UpdateInputs) -> tuple[jax.Array, UpdateInputs]:
-    """Return the attention by the kernel, and what its derivative needs."""
+    """Compute attention with the kernel; also return the residuals of its derivative."""
     specs, _ = _specs(inputs)
     q, own = jax.tree.map(_flat, (inputs.q, inputs.own))
     out = pl.pallas_call(
@@ -202,7 +202,7 @@ def _forward_kernel(block: Any, read: _Blocks, out: Any) -> None:
 
 
 def kernel_backward(interpret: bool, inputs: UpdateInputs, d_out: jax.Array) -> tuple[UpdateInputs]:
-    """Return the cotangent of `inputs` by the kernel: that of the block's keys and values as that of the taps."""
+    """Compute the cotangent of `inputs` with the kernel; that of the block's keys and values belongs to the taps."""
     specs, gradient_specs = _specs(inputs)
     q, own, d_out = jax.tree.map(_flat, (inputs.q, inputs.own, d_out))
     head_dim = inputs.q.shape[3]
@@ -243,7 +243,7 @@ def _backward_kernel(
     ]
     d_q = product(d_scores[0], own.k[...], "nn") + product(d_scores[1], tokens.k[...], "nn")
     gradients.q[...] = d_q.astype(gradients.q.dtype)
-    # Gradients of keys and values, own and the block's, are summed over the query heads of a group.
+    # The query heads of a group share their keys and values, so the gradients of these are summed over the group.
     parts = []
     for p, d in zip(probabilities, d_scores, strict=True):
         parts += [product(d, q[...], "tn"), product(p.astype(q.dtype), d_out[...], "tn")]

@@ -56,12 +56,12 @@ def _blocks_per_group(scores_per_block: int, blocks: int) -> int:
 
 
 def _attend(inputs: BlockInputs, start: jax.Array | int, options: BlockOptions) -> jax.Array:
-    """Attend from N whole blocks.
+    """Compute attention for the queries of N whole blocks.
 
     Args:
       inputs: q (B, N, C, K, G, hd); k and v (B, m + N, C, K, hd); the rest as in the public call.
       start: number of the first of the N blocks within the call.
-      options: of the call.
+      options: options of the call.
 
     Returns:
       (B, N, C, K, G, hd).
@@ -82,13 +82,13 @@ def _attend(inputs: BlockInputs, start: jax.Array | int, options: BlockOptions) 
 
     scores = jnp.einsum("bnckgd,bnskd->bnkgcs", q, keys, preferred_element_type=dtype) * q.shape[-1] ** -0.5
     scores = jnp.where(mask[:, :, None, None], soft_cap(scores, options.softcap), -jnp.inf)
-    # Normalising after the product with the values takes C * hd divisions instead of C * S.
+    # Normalizing after the product with the values takes C * hd divisions instead of C * S.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     out = jnp.einsum(
         "bnkgcs,bnskd->bnckgd", weights.astype(values.dtype), values, preferred_element_type=dtype
     )
-    normaliser = weights.sum(axis=-1).transpose(0, 1, 4, 2, 3)[..., None]  # (B, N, C, K, G, 1)
-    return (out / normaliser).astype(q.dtype)
+    normalizer = weights.sum(axis=-1).transpose(0, 1, 4, 2, 3)[..., None]  # (B, N, C, K, G, 1)
+    return (out / normalizer).astype(q.dtype)
 
 
 def _mask(
@@ -105,7 +105,7 @@ def _mask(
     token_mask = distance >= 0
     if options.window:
         token_mask &= distance < options.window
-    # Position 0 is the first token of the call, so past_length says how far into the negative keys exist.
+    # Position 0 is the first token of the call; keys exist from position -past_length on.
     positions = slots + (start + jnp.arange(blocks)[:, None]) * size  # (N, (m + 1) * C)
     exists = positions >= -past_length[:, None, None]  # (B, N, (m + 1) * C)
     extra_exists = jnp.arange(extra_slots) < extra_count[..., None]  # (B, N, S)

@@ -1,4 +1,4 @@
-"""The parameters of a decoder layer and what each computes, without memory and without positions."""
+"""A decoder layer's parameters and what they compute. Attention, memory and positions are left to the caller."""
 
 import math
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fam_jax.config import ModelConfig
 
-# Names of the projections' results, for rematerialisation policies; not all layers have all of them. The last is the
+# Names of the projections' results, for rematerialization policies. Not every layer has all of them. The last is the
 # product x A of a low-rank update.
 LOW_RANK = "low_rank"
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down", LOW_RANK)
 
 
 class FrozenParam(nnx.Param):
-    """A parameter that is not trained. Custom backward passes form no gradient of it."""
+    """A parameter that is not trained. Custom backward passes compute no gradient for it."""
 
 
 class Linear(nnx.Module):
@@ -39,14 +39,14 @@ class Linear(nnx.Module):
 def contract(x: jax.Array, kernel: jax.Array, in_axes: int, name: str) -> jax.Array:
     """Contract the last `in_axes` axes of x with the first of `kernel`.
 
-    Computed as one product of two matrices; otherwise XLA for CPU transposes the activations to form the gradient of
-    the weights.
+    This is one product of two matrices, because for any other form XLA on CPU transposes the activations to compute the
+    gradient of the weights.
 
     Args:
       x: (..., *in).
       kernel: (*in, *out).
       in_axes: number of axes of `in`.
-      name: of the result, for rematerialisation policies.
+      name: name of the result, for rematerialization policies.
     """
     batch, out = x.shape[: x.ndim - in_axes], kernel.shape[in_axes:]
     width = math.prod(kernel.shape[:in_axes])
@@ -98,8 +98,8 @@ class DecoderLayer(nnx.Module):
         """Create parameters.
 
         Args:
-          config: of the model.
-          rngs: of the initial values.
+          config: the model's config.
+          rngs: random streams for the initial values.
           memory: creates the parameters that the layer has for its memory.
         """
         width, heads, kv_heads, head_dim = (
@@ -116,7 +116,7 @@ class DecoderLayer(nnx.Module):
         self.key = Linear("key", (width,), (kv_heads, head_dim), rngs=rngs)
         self.value = Linear("value", (width,), (kv_heads, head_dim), rngs=rngs)
         self.output = Linear("output", (heads, head_dim), (width,), rngs=rngs)
-        # Beside the projections, not in them: a chain of updates forms the gradients of kernels alone in its own way.
+        # Biases are not part of `Linear`, because a chain of updates treats the gradients of kernels alone specially.
         self.query_bias = nnx.Param(jnp.zeros((heads, head_dim), jnp.float32)) if config.qkv_bias else None
         self.key_bias = nnx.Param(jnp.zeros((kv_heads, head_dim), jnp.float32)) if config.qkv_bias else None
         self.value_bias = nnx.Param(jnp.zeros((kv_heads, head_dim), jnp.float32)) if config.qkv_bias else None
@@ -139,7 +139,7 @@ class DecoderLayer(nnx.Module):
     def project(self, x: jax.Array, apply: Apply = apply_linear) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries (B, T, H, hd), keys and values (B, T, K, hd) of the normalized x (B, T, D), without RoPE.
 
-        Queries are scaled so that attention divides scores by sqrt(hd), whatever the config's scale is.
+        Attention divides scores by sqrt(hd), so the queries absorb any other scale of the config.
         """
         h = self.attention_norm(x)
         q, k, v = apply(self.query, h), apply(self.key, h), apply(self.value, h)
@@ -157,8 +157,8 @@ class DecoderLayer(nnx.Module):
 
         Args:
           attended: (B, T, H, hd) result of attention.
-          residual: (B, T, D) added to the projected attention; None: nothing is added.
-          apply: how projections are applied.
+          residual: (B, T, D) added to the projected attention; None adds nothing.
+          apply: applies a projection to its input.
 
         Returns:
           (B, T, D), the output of the layer.
@@ -180,5 +180,5 @@ class DecoderLayer(nnx.Module):
 
 
 def embedding_stddev(config: ModelConfig) -> float:
-    """Return the initial scale of embeddings: tied to the output, they give logits of unit variance."""
+    """Return the initial scale of embeddings. With tied embeddings it gives logits of unit variance."""
     return config.model_dim**-0.5

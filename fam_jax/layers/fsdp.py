@@ -27,7 +27,7 @@ def is_spread() -> bool:
 
 
 def gather_layer(state: Any, config: ModelConfig) -> Any:
-    """Return the parameters of one layer, taken out of the stack, with whole kernels in the dtype of the model.
+    """Return the parameters of one layer, without the layer axis, with whole kernels in the dtype of the model.
 
     Parameters that are not divided over fsdp keep their own dtype.
     """
@@ -44,15 +44,16 @@ def gather_layer(state: Any, config: ModelConfig) -> Any:
 
 
 def gather_weight(x: jax.Array, spec: P, dtype: str) -> jax.Array:
-    """Return a weight (two or three axes), placed as `spec` says, whole on every device of the fsdp axis.
+    """Gather a weight (two or three axes), divided as `spec` says, onto every device of the fsdp axis.
 
     It is gathered in the form in which it is multiplied: a matrix, with heads and their features on one axis. Otherwise
-    the compiler forms its gradient with an axis of heads, for which it transposes activations.
+    the compiler would compute its gradient with a separate axis of heads and transpose activations for it.
     """
     axes = list(spec)
     matrix = x
     if x.ndim == 3:
-        first = 1 if spec[0] == FSDP else 0  # of the two axes that become one; only it is divided
+        # Of the two axes that become one, only the first is divided.
+        first = 1 if spec[0] == FSDP else 0
         axes.pop(first + 1)
         matrix = x.reshape(*x.shape[:first], -1, *x.shape[first + 2 :])
     whole = [None if axis == FSDP else axis for axis in axes]
@@ -72,7 +73,7 @@ def _gather_forward(spec: P, whole: P, x: jax.Array) -> tuple[jax.Array, None]:
 
 
 def _gather_backward(spec: P, whole: P, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
-    # Without this the transpose of the constraint would sum the whole gradient on every device.
+    # Without this constraint every device would sum the whole gradient.
     return (jax.lax.with_sharding_constraint(cotangent, spec),)
 
 
@@ -82,8 +83,8 @@ _gather.defvjp(_gather_forward, _gather_backward)
 def keep_rows(x: jax.Array) -> jax.Array:
     """Return `x` (B, ...), kept on the devices that have its rows.
 
-    Left alone, the compiler may divide the width of memory rows over the devices, because the gradients of the weights
-    are divided so. It would then gather the weights in every step of the loop over blocks.
+    Left alone, the compiler may divide the width of memory rows over the devices, because that is how the gradients of
+    the weights are divided. It would then gather the weights in every step of the loop over blocks.
     """
     if not divides_rows(x.shape[0]):
         return x

@@ -34,7 +34,7 @@ class Rotation:
         return self.map(lambda x: x[index])
 
     def map(self, function: Callable[[jax.Array], jax.Array]) -> "Rotation":
-        """Apply a change of shape to both arrays."""
+        """Apply `function`, which changes the shape, to both arrays."""
         return Rotation(function(self.cos), function(self.sin))
 
     def after(self, other: "Rotation") -> "Rotation":
@@ -51,11 +51,11 @@ class Rotation:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """RoPE for one head width: features (i, i + hd/2) turn by base ** (-2i / hd) radians per position, scaled."""
+    """RoPE for one head width: features (i, i + hd/2) turn by `scaling`(base ** (-2i / hd)) radians per position."""
 
     head_dim: int
     base: float
-    # Of the cosines and sines.
+    # Dtype of the cosines and sines.
     dtype: str
     # Maps unscaled frequencies to scaled ones.
     scaling: Callable[[np.ndarray], np.ndarray] = lambda frequencies: frequencies
@@ -65,7 +65,7 @@ class Rope:
         return self.scaling(self.base ** (-np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim))
 
     def static(self, positions: np.ndarray) -> Rotation:
-        """Return the rotation (..., 1, hd / 2) at positions (...,) known when tracing, whole or fractional."""
+        """Return the rotation (..., 1, hd / 2) at positions (...,) that are known when tracing, fractions included."""
         angles = np.asarray(positions, np.float64)[..., None, None] * self.frequencies()
         return Rotation(jnp.asarray(np.cos(angles), self.dtype), jnp.asarray(np.sin(angles), self.dtype))
 

@@ -1,7 +1,7 @@
-"""A chain of updates of a few vectors by block after block, for memories whose tokens never enter the recurrence.
+"""A chain of updates: a few vectors that each block updates, for memories whose tokens never enter the recurrence.
 
-The recurrence stays within a layer and passes through M vectors per block, so it is the only sequential part:
-`lax.scan` over blocks, M / C of the tokens' work. The backward pass forms the gradients of the weights once, over all
+The recurrence stays within a layer and passes through M vectors per block. It is the only sequential part: a `lax.scan`
+over blocks with M / C of the tokens' work. The backward pass computes the gradients of the weights once, over all
 blocks, instead of adding them up block by block: see :func:`scan_updates`.
 """
 
@@ -29,27 +29,27 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class ChainInputs(NamedTuple):
-    """What a chain of N updates reads beside the vectors."""
+    """The inputs of a chain of N updates beside the vectors."""
 
-    # (B, T, K * hd) keys of all tokens, rotated, of which N * C are read, and their values.
+    # (B, T, K * hd) keys of all tokens, rotated, and their values. The chain reads the first N * C.
     keys: jax.Array
     values: jax.Array
     # (N, B or 1, M, 1, hd/2) of the vectors before each block, in the frame of the keys.
     rotation: Rotation
-    # (N, B) bool: the vectors carry context, so the update has its residual.
+    # (N, B) bool: True where the vectors carry context; the update then has its residual connection.
     keep: jax.Array
 
 
 class ChainAttention(NamedTuple):
-    """What is static about the attention of a chain."""
+    """Static settings of the attention of a chain."""
 
     block_size: int
     softcap: float
     implementation: str
 
 
-# (layer, vectors (B, M, D), keep (B,) bool, attend, apply) -> (new vectors, what to keep of the step). Applies each
-# projection of the layer at most once. :func:`update_vectors` is FAM's.
+# (layer, vectors (B, M, D), keep (B,) bool, attend, apply) -> (new vectors, outputs of the step). An update applies
+# each projection of the layer at most once. FAM's is :func:`update_vectors`.
 Update = Callable[[DecoderLayer, jax.Array, jax.Array, Attend, Apply], tuple[jax.Array, Any]]
 
 
@@ -59,11 +59,11 @@ def update_vectors(
     """Compute F_tau from F_{tau-1} (B, M, D) and block tau: the FAM path of algorithm 2.
 
     Args:
-      layer: the layer, whose weights serve the vectors as they serve tokens.
+      layer: the layer. Vectors use the same weights as tokens.
       vectors: F_{tau-1}.
-      keep: (B,) bool: the vectors carry context, so the update has its residual.
+      keep: (B,) bool: True where the vectors carry context; the update then has its residual connection.
       attend: attention to F_{tau-1} itself and to all tokens of block tau.
-      apply: how projections are applied.
+      apply: applies a projection to its input.
 
     Returns:
       F_tau, and the unrotated keys and values (B, M, K, hd) of F_{tau-1}, which the tokens of the block see.
@@ -83,7 +83,7 @@ def run_chain(
     """Update vectors (B, M, D) over N blocks.
 
     Returns:
-      The last vectors, and what `update` returned beside them at each block, stacked on a first axis: by default the
+      The last vectors, and the other outputs of `update` at each block, stacked on a first axis: by default the
       unrotated keys and values (N, B, M, K, hd) of the vectors *before* each block.
     """
     linears = layer.linears()
@@ -100,7 +100,7 @@ def run_chain(
 
 
 class Chain(NamedTuple):
-    """What is static about a chain."""
+    """Static settings of a chain."""
 
     merge: Merge
     update: Update
@@ -116,7 +116,7 @@ def scan_updates(
     vectors: jax.Array,
     inputs: ChainInputs,
 ) -> Any:
-    """Scan over blocks with a backward pass that forms each weight gradient once, over all blocks.
+    """Scan over blocks with a backward pass that computes each weight gradient once, over all blocks.
 
     A plain scan adds the gradient of every weight, and of all keys and values, to an accumulator at every step: N
     times the traffic of all the layer's weights. Here the backward scan yields only the cotangents of the projections'
@@ -124,15 +124,15 @@ def scan_updates(
     and cotangents.
 
     Args:
-      chain: what is static.
+      chain: static settings.
       frozen: parameters of projections that are not trained and get no gradient.
       weights: the other parameters of projections.
       rest: the other parameters, differentiated the usual way.
       vectors: (B, M, D), the carry.
-      inputs: keys and values get gradients, positions do not.
+      inputs: keys and values, which get gradients, and positions, which get none.
 
     Returns:
-      (carry, stacked ys), as `lax.scan`.
+      (carry, stacked ys), as from `lax.scan`.
     """
     frozen, weights = _cast((frozen, weights), vectors.dtype)
     layer, attention = chain.merge(frozen, weights, rest), chain.attention
@@ -149,7 +149,7 @@ def scan_updates(
 
 
 def _steps(inputs: ChainInputs) -> tuple[jax.Array, Rotation, jax.Array]:
-    """Return number, rotation and residual of each block."""
+    """Return the number, the rotation and the `keep` flags of each block."""
     return jnp.arange(len(inputs.keep)), inputs.rotation, inputs.keep
 
 
@@ -194,7 +194,10 @@ def _scan_forward(
     def tapped(
         rest: Any, vectors: jax.Array, taps: tuple[jax.Array, jax.Array], nudges: dict[str, jax.Array]
     ) -> tuple[Any, Any]:
-        """Scan with a zero added to every projection's output, to differentiate by, and record its input."""
+        """Scan and record the input of every projection.
+
+        The nudges are zeros that are added to the projections' outputs: their cotangents are those of the outputs.
+        """
         layer = merge(cast_frozen, cast, rest)
 
         def body(vectors: jax.Array, x: Any) -> tuple[jax.Array, Any]:
@@ -210,7 +213,7 @@ def _scan_forward(
             vectors, y = chain.update(layer, keep_rows(vectors), keep, attend, apply)
             return vectors, (y, recorded)
 
-        # Keep products only: what is kept for the backward pass goes through the stacks of all blocks.
+        # Keep products only: every array that is kept for the backward pass is stacked over all blocks.
         body = jax.checkpoint(body, policy=SAVE_PRODUCTS, prevent_cse=False)
         vectors, (ys, recorded) = jax.lax.scan(body, vectors, (_steps(inputs), taps, nudges))
         return (vectors, ys), recorded
@@ -254,7 +257,7 @@ scan_updates.defvjp(_scan_forward, _scan_backward)
 
 
 def _cast(params: Any, dtype: Any) -> Any:
-    """Cast parameters once before the scan, not at every step of it."""
+    """Cast parameters once, before the scan, and not in every step."""
     return jax.tree.map(lambda w: w.astype(dtype), params)
 
 

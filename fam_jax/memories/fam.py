@@ -107,13 +107,13 @@ class FamFrames(NamedTuple):
     """Frames of a chunk with FAM."""
 
     window: ChunkFrames
-    # (B or 1, R + full blocks, 1, 1, hd/2), from the own frame of F_{-R} .. F_last.
+    # (B or 1, R + full blocks, 1, 1, hd/2), from each FAM's own frame; the FAMs are F_{-R} .. F_last.
     fams: Rotation
-    # (M, 1, hd/2), in the own frame of a FAM.
+    # (M, 1, hd/2), in a FAM's own frame.
     own_fam: Rotation
     # (B, N) feedback keys that exist; None: all.
     fam_count: jax.Array | None
-    # (B,) bool.
+    # (B,) bool, as in Position.
     carries_context: jax.Array
 
 
@@ -121,17 +121,17 @@ class FamPieceFrames(NamedTuple):
     """Frames of a piece with FAM."""
 
     window: PieceFrames
-    # R of (B, W, 1, hd/2), into the frame of each FAM, newest first.
+    # R rotations (B, W, 1, hd/2), into the frame of each FAM, newest first.
     fams: list[Rotation]
-    # R of (B, 1, 1).
+    # R masks (B, 1, 1): whether each FAM exists.
     fam_masks: list[jax.Array]
 
 
 class FeedbackAttentionMemory(Window[FamState]):
-    """M vectors per layer that attend to themselves and to a block, and that the next block's tokens attend to.
+    """M vectors per layer that attend to themselves and to a block; the next block's tokens attend to them.
 
     The recurrence stays within a layer and passes through M vectors per block. So each layer projects all tokens at
-    once, updates FAM over the blocks by a scan (M / C of the tokens' work), and then lets all tokens attend at once.
+    once, scans over the blocks to update FAM (M / C of the tokens' work), and then lets all tokens attend at once.
     """
 
     Config: ClassVar[type[MemoryConfig]] = FamConfig
@@ -158,8 +158,8 @@ class FeedbackAttentionMemory(Window[FamState]):
     def initial_parameters(self, table: jax.Array, seed: int) -> Mapping[str, jax.Array]:
         """Return the embeddings of random tokens, as they enter the first layer, for the initial FAM.
 
-        As usual for learned prompts (Lester et al. 2021): the layers know vectors of this kind and norm, whatever
-        scale the base's embeddings have.
+        This is usual for learned prompts (Lester et al. 2021): the layers were trained on vectors of this kind and
+        norm, whatever the scale of the embeddings.
         """
         model, config = self.model, self.config
         if not config.length:
@@ -172,11 +172,11 @@ class FeedbackAttentionMemory(Window[FamState]):
 
     @property
     def passed_fields(self) -> tuple[str, ...]:
-        """Return "fam" alone: reading blocks computes the keys of the FAM that it starts from."""
+        """Return "fam" alone: reading blocks recomputes the keys of the FAM that it starts from."""
         return ("fam",)
 
     def empty_fields(self, batch_size: int) -> dict[str, jax.Array]:
-        """Return zeros in place of FAM."""
+        """Return zeros for FAM and its keys and values."""
         model, config = self.model, self.config
         keys = (batch_size, config.previous_blocks, config.length, model.num_kv_heads, model.head_dim)
         return {
@@ -275,7 +275,7 @@ class FeedbackAttentionMemory(Window[FamState]):
     def _update_by_block(
         self, layer: DecoderLayer, k: jax.Array, v: jax.Array, fam: jax.Array, at: FamFrames
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return FAM after the complete blocks of rotated keys and values, and keys and values of those before."""
+        """Return FAM after the complete blocks of the rotated k and v, and keys and values of the FAM before each."""
         model, previous = self.model, self.config.previous_blocks
         batch, length, kv_heads, head_dim = k.shape
         full = length // model.block_size
@@ -323,13 +323,13 @@ class FeedbackAttentionMemory(Window[FamState]):
     def close_block(
         self, layer: DecoderLayer, state: FamState, stream: Stream, position: Position
     ) -> tuple[FamState, Stream]:
-        """Update FAM from the block and cache the block."""
+        """Update FAM from the block, then cache the block."""
         if not self.config.length:
             return shift_window(state), stream
         own = self._own_rotation(self.rope)
         rotation = own[None]
         if self.config.positions == "zero":
-            # (B, 1, 1, hd/2): all M vectors are at one position.
+            # All M vectors are at one position: (B, 1, 1, hd/2).
             rotation = self.rope.at(-position.blocks, unit=self.model.block_size)[:, None]
             if position.offset is not None:
                 rotation = rotation.after(self.rope.at(-position.offset)[:, None])
@@ -350,7 +350,7 @@ class FeedbackAttentionMemory(Window[FamState]):
         return shift_window(state), stream
 
     def ablate(self, state: FamState, initial: FamState, how: str) -> FamState:
-        """Zero, shuffle or freeze FAM; when frozen, each of several past FAMs is the initial one."""
+        """Zero, shuffle or freeze FAM. Freezing replaces every past FAM by the initial one."""
         state = super().ablate(state, initial, how)
         if how != "frozen":
             return state
@@ -365,7 +365,7 @@ class FeedbackAttentionMemory(Window[FamState]):
         """Return the rotation (M, 1, hd/2) of F_{tau-1} in the frame of block tau (appendix B.2.1).
 
         "last": the positions of the last M tokens before the block. "float": spread evenly between the last token
-        before the block and its first. "zero": none; the frame of such a FAM is the whole stream's.
+        before the block and its first. "zero": no rotation; such a FAM's frame is that of the whole stream.
         """
         length = self.config.length
         index = np.arange(length)
@@ -377,9 +377,9 @@ class FeedbackAttentionMemory(Window[FamState]):
 
 
 def raise_prompt(layer: DecoderLayer, prompt: jax.Array, rotation: Rotation) -> jax.Array:
-    """Pass the prompt (1, M, D) up through a layer, with full attention among itself (appendix B.1).
+    """Pass the prompt (1, M, D) up through a layer, with full attention to itself (appendix B.1).
 
-    It never sees tokens. If it did, the tokens of the first block would see their own future one layer up.
+    The prompt never sees tokens. If it did, tokens of the first block would see their own future one layer up.
     """
     q, k, v = layer.project(prompt)
     itself = Part(rotate(q, rotation), rotate(k, rotation), v)

@@ -1,15 +1,15 @@
-"""What a memory architecture is: config fields, parameters, a state per layer, and how blocks read and write it.
+"""The interface of a memory: config fields, parameters, a state per layer, and how blocks read and write it.
 
-The timeline is the same for all. Tokens of block tau read the state that block tau - 1 left. The state changes once,
-when the last token of the block has been read. Most memories therefore define two things:
+All memories have the same timeline. Tokens of block tau read the state that block tau - 1 left. The state changes once
+per block, after its last token has been read. Most memories therefore define two methods:
 :meth:`Memory.extra_of_piece`, the keys that tokens see beside their window, and :meth:`Memory.close_block`, which
-writes a complete block into the state. Memories that tokens read in another way than by attention override
+writes a complete block into the state. If tokens read the memory by other means than attention, override
 :meth:`Memory.read_piece` instead.
 
-From these, the default :meth:`Memory.read_blocks` reads whole blocks for training and prefill. It is also the reference
-for a faster one.
+The default :meth:`Memory.read_blocks` uses these methods to read whole blocks in training and prefill. Faster versions
+are tested against it.
 
-docs/add_a_memory.md adds a memory step by step.
+docs/add_a_memory.md shows step by step how to add a memory.
 """
 
 import dataclasses
@@ -41,22 +41,22 @@ S = TypeVar("S", bound=WindowState)
 
 # Entries (B, W, ...) that a piece adds to the unfinished block, by the field (B, C, ...) of the state that holds them.
 Tail = dict[str, jax.Array]
-# Rows (B or 1, M, D), or a tree of arrays, that rise through the layers beside the tokens. None: there are none.
+# Rows (B or 1, M, D), or a tree of arrays, that rise through the layers beside the tokens; None if there are none.
 Stream = Any
 
 
 class Memory(Generic[S]):
-    """How the layers of a model remember. One object serves all layers of a type; it holds no arrays.
+    """The memory of a model's layers. One object serves all layers of a type; it holds no arrays.
 
-    As it stands, it is Block Sliding Window Attention, read block by block. Subclasses add a state.
+    The base class is Block Sliding Window Attention, read block by block. Subclasses add a state.
     """
 
     # The group of the memory's config fields.
     Config: ClassVar[type[MemoryConfig]]
     # The state of a layer: a registered dataclass that extends WindowState.
     State: ClassVar[type[WindowState]] = WindowState
-    # layer: the state of a layer comes from that layer alone. segment: what the top layer makes of a block enters the
-    # bottom layer at the next one, so blocks are read one after another through all layers.
+    # layer: the state of a layer comes from that layer alone. segment: the output of the top layer for a block enters
+    # the bottom layer at the next block, so each block passes through all layers before the next one starts.
     order: ClassVar[Literal["layer", "segment"]] = "layer"
 
     def __init__(self, model: ModelConfig):
@@ -78,7 +78,7 @@ class Memory(Generic[S]):
 
         Args:
           table: (V, D) embeddings of the trained model.
-          seed: of random choices.
+          seed: seed of random choices.
 
         Returns:
           Arrays by path, such as memory/start or layers/memory/gate (with a leading L axis).
@@ -88,14 +88,14 @@ class Memory(Generic[S]):
     # The state.
 
     def empty_fields(self, batch_size: int) -> dict[str, jax.Array]:
-        """Return the fields of a layer's state beyond the window (B, ...), of streams that have read nothing.
+        """Return the fields (B, ...) of a layer's state beyond the window, for streams that have read nothing.
 
-        Sums that grow over a stream should be float32 whatever the dtype of the model.
+        Use float32 for sums that grow over a stream, whatever the dtype of the model.
         """
         return {}
 
     def empty(self, batch_size: int, *, past_slots: bool = True) -> S:
-        """Return the state of a layer of streams that have read nothing, before :meth:`enter`.
+        """Return a layer's state for streams that have read nothing, before :meth:`enter`.
 
         Args:
           batch_size: B.
@@ -113,7 +113,7 @@ class Memory(Generic[S]):
     def learned_fields(self) -> tuple[str, ...]:
         """Return the fields of the state that evaluation ablates: by default all beyond the window.
 
-        A memory that keeps more of the unfinished block than keys and values leaves that out.
+        Exclude fields of the unfinished block, if the memory has any beside keys and values.
         """
         fields = dataclasses.fields(self.State)
         return tuple(field.name for field in fields if field.name not in WINDOW_AXES)
@@ -122,7 +122,7 @@ class Memory(Generic[S]):
     def passed_fields(self) -> tuple[str, ...]:
         """Return the fields of the state that random state passing hands to the next step.
 
-        They must suffice for :meth:`read_blocks` to go on from. In "segment" order the shared state does.
+        :meth:`read_blocks` must be able to continue from these alone. In "segment" order the shared state is enough.
         """
         return () if self.order == "segment" else self.learned_fields
 
@@ -136,20 +136,20 @@ class Memory(Generic[S]):
         """Return the rows that enter the bottom layer before the tokens of a block.
 
         Args:
-          parameters: of :meth:`model_parameters`.
+          parameters: from :meth:`model_parameters`.
           shared: the state that the layers share, in "segment" order; else None.
         """
         return None
 
     def enter(self, layer: DecoderLayer, state: S, stream: Stream, at: Any) -> tuple[S, Stream]:
-        """Fill in what does not depend on the layer's tokens.
+        """Fill in the part of a layer's state that does not depend on the layer's tokens.
 
-        In "layer" order that is the initial state, used in rows that carry no context. In "segment" order it is what
-        the shared state makes of the layer, and it is called again after every block.
+        In "layer" order this is the initial state, which rows without context start from. In "segment" order it is the
+        part that follows from the shared state, and this method is called again after every block.
 
         Args:
-          layer: with its parameters for the memory in `layer.memory`.
-          state: of the layer.
+          layer: the layer; `layer.memory` holds its parameters for the memory.
+          state: the layer's state.
           stream: rows from the layer below.
           at: from :meth:`enter_at`.
 
@@ -161,9 +161,10 @@ class Memory(Generic[S]):
     # Reading.
 
     def piece_at(self, position: Position, width: int) -> Any:
-        """Return what reading a piece of `width` tokens needs to know of positions, the same for all layers.
+        """Return the positions that :meth:`read_piece` needs for `width` tokens, the same for all layers.
 
-        By default :class:`PieceFrames`. A subclass that returns something else overrides :meth:`window_piece_frames`.
+        The default is a :class:`PieceFrames`. A subclass that returns another type overrides
+        :meth:`window_piece_frames`.
         """
         return piece_frames(self.model, self.rope, position, width)
 
@@ -172,16 +173,16 @@ class Memory(Generic[S]):
         return at
 
     def read_piece(self, layer: DecoderLayer, x: jax.Array, state: S, at: Any) -> tuple[jax.Array, Tail]:
-        """Read tokens that lie within a block through one layer. Writes nothing.
+        """Read tokens that lie within a block through one layer, without changing its state.
 
         Args:
           layer: the layer.
           x: (B, W, D) its input.
-          state: of the layer.
+          state: the layer's state.
           at: from :meth:`piece_at`.
 
         Returns:
-          (B, W, D) output, and what the state of the unfinished block gains.
+          (B, W, D) output, and the entries to add to the unfinished block.
         """
         q, k, v = layer.project(x)
         attended, tail = self.attend_piece(layer, q, k, v, state, at)
@@ -197,11 +198,11 @@ class Memory(Generic[S]):
           q: (B, W, H, hd) queries, not rotated.
           k: (B, W, K, hd) keys, not rotated.
           v: (B, W, K, hd) values.
-          state: of the layer.
+          state: the layer's state.
           at: from :meth:`piece_at`.
 
         Returns:
-          (B, W, H, hd) attended values, and what the state of the unfinished block gains.
+          (B, W, H, hd) attended values, and the entries to add to the unfinished block.
         """
         frames = self.window_piece_frames(at)
         k = rotate(k, frames.own)
@@ -215,22 +216,22 @@ class Memory(Generic[S]):
     def extra_of_piece(self, layer: DecoderLayer, q: jax.Array, state: S, at: Any) -> Sequence[Part]:
         """Return keys and values (B, S, K, hd) that every token of a piece sees beside its window.
 
-        A part holds the queries as its keys want them: `rotate(q, at.own)` for keys rotated in the frame of the block,
-        in which its first token is at 0, or `q` for keys without a position.
+        Each part holds the queries in the frame of its keys: `rotate(q, at.own)` for keys rotated in the frame of the
+        block, whose first token is at 0, or `q` for keys without a position.
 
         Args:
           layer: the layer.
           q: (B, W, H, hd) queries, not rotated.
-          state: of the layer.
+          state: the layer's state.
           at: from :meth:`piece_at`.
         """
         return ()
 
     def blocks_at(self, position: Position, length: int, cached: int) -> Any:
-        """Return what :meth:`read_blocks` needs to know of the positions of a chunk, the same for all layers.
+        """Return the positions that :meth:`read_blocks` needs for a chunk, the same for all layers.
 
         Args:
-          position: of rows that are all at a block border.
+          position: where the rows are; all are at a block border.
           length: T.
           cached: past blocks that the state has room for.
         """
@@ -239,14 +240,14 @@ class Memory(Generic[S]):
     def read_blocks(
         self, layer: DecoderLayer, x: jax.Array, state: S, streams: Stream, at: Any
     ) -> tuple[jax.Array, S, Stream]:
-        """Read a chunk that starts at a block border through one layer; for "layer" order.
+        """Read a chunk that starts at a block border through one layer. Memories in "layer" order only.
 
-        Override it, and :meth:`blocks_at`, with something faster that computes the same.
+        To make it faster, override this method and :meth:`blocks_at`; the results must stay the same.
 
         Args:
           layer: the layer.
           x: (B, T, D) its input; T need not be a multiple of C.
-          state: of the layer.
+          state: the layer's state.
           streams: (N, B, ...) rows of :meth:`close_stream` from the layer below, one set for each complete block.
           at: from :meth:`blocks_at`.
 
@@ -261,7 +262,7 @@ class Memory(Generic[S]):
         """Return the rows (B, M, D) that enter the bottom layer when a block closes.
 
         Args:
-          parameters: of :meth:`model_parameters`.
+          parameters: from :meth:`model_parameters`.
           shared: the state that the layers share, in "segment" order; else None.
           batch_size: B.
         """
@@ -276,9 +277,9 @@ class Memory(Generic[S]):
 
         Args:
           layer: the layer.
-          state: of the layer, with the whole block in the fields of the unfinished one.
+          state: the layer's state, with the whole block in the fields of the unfinished one.
           stream: rows of :meth:`close_stream` from the layer below.
-          position: before the block is counted.
+          position: where the rows are, this block not yet counted.
 
         Returns:
           The state after the block, and the rows for the layer above.
@@ -296,19 +297,19 @@ class Memory(Generic[S]):
 
         Args:
           norm: the model's final norm.
-          shared: before the block.
-          stream: rows of :meth:`close_stream` above the top layer.
+          shared: the shared state before the block.
+          stream: the rows of :meth:`close_stream` as they leave the top layer.
         """
         return None
 
     # Measuring.
 
     def ablate(self, state: S, initial: S, how: str) -> S:
-        """Make the state useless, to measure whether the model uses it.
+        """Replace the memory by one without information, to measure whether the model uses it.
 
         Args:
-          state: of all layers (L, B, ...).
-          initial: of streams that have read nothing.
+          state: the state of all layers (L, B, ...).
+          initial: the state of streams that have read nothing.
           how: "zeroed", "shuffled" (each stream gets that of another), or "frozen" (the initial one).
         """
         changed = {
@@ -319,7 +320,7 @@ class Memory(Generic[S]):
 
 
 def ablate_array(x: jax.Array, initial: jax.Array, how: str, batch_axis: int) -> jax.Array:
-    """Return one array of a state made useless; see :meth:`Memory.ablate`."""
+    """Return one array of an ablated state; see :meth:`Memory.ablate`."""
     if how == "zeroed":
         return jnp.zeros_like(x)
     return jnp.roll(x, 1, axis=batch_axis) if how == "shuffled" else initial
@@ -330,7 +331,7 @@ def scan_blocks(
 ) -> tuple[jax.Array, Any, Stream]:
     """Read a chunk through one layer block by block: `read_piece` of the whole block, then `close_block`.
 
-    The default of :meth:`Memory.read_blocks`, whose arguments and results these are. The backward pass recomputes
+    This is the default of :meth:`Memory.read_blocks`, with the same arguments and results. The backward pass recomputes
     activations within a block.
     """
     size, writes = memory.model.block_size, memory.model.memory.has_state
@@ -358,13 +359,13 @@ def scan_blocks(
 
 
 def write_tail(state: S, tail: Tail, filled: Any, count: Any, *, stacked: bool = False) -> S:
-    """Write the first `count` (B,) entries of a piece behind the `filled` (B,) ones of the unfinished block.
+    """Append the first `count` (B,) entries of a piece to the `filled` (B,) entries of the unfinished block.
 
     Args:
-      state: of one layer, or of all (L, B, ...) if `stacked`.
+      state: the state of one layer, or of all (L, B, ...) if `stacked`.
       tail: entries (B, W, ...), or (L, B, W, ...), by field of the state.
-      filled: entries that each row has.
-      count: entries to write.
+      filled: number of entries that each row has.
+      count: number of entries to write.
       stacked: whether arrays have a leading L axis.
     """
     changed = {}
@@ -373,14 +374,15 @@ def write_tail(state: S, tail: Tail, filled: Any, count: Any, *, stacked: bool =
         batch, width = fresh.shape[1:3] if stacked else fresh.shape[:2]
         size = cache.shape[2] if stacked else cache.shape[1]
         slot = filled[:, None] + np.arange(width)
-        slot = jnp.where(np.arange(width) < count[:, None], slot, size)  # beyond the end: dropped
+        # Entries to leave out get a slot beyond the end, where `mode="drop"` discards them.
+        slot = jnp.where(np.arange(width) < count[:, None], slot, size)
         where = (np.arange(batch)[:, None], slot)
         changed[name] = cache.at[(slice(None), *where) if stacked else where].set(fresh, mode="drop")
     return dataclasses.replace(state, **changed)
 
 
 def choose_rows(rows: jax.Array, if_true: Any, if_false: Any) -> Any:
-    """Return each row from one of two trees of arrays (B, ...): from `if_true` where `rows` (B,) bool is set."""
+    """Choose each row from one of two trees of arrays (B, ...): from `if_true` where `rows` (B,) bool is True."""
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
         return new if new is old else jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)

@@ -42,4 +42,4 @@ def register_memory(kind: str, memory: Any) -> None:
       ValueError: the name is taken by another memory.
     """
     if MEMORIES.setdefault(kind, memory) != memory:
-        raise ValueError(f"there is a memory called {kind!r} already")
+        raise ValueError(f"memory kind {kind!r} is already registered; choose another name")

@@ -22,7 +22,7 @@ from fam_jax.memories.window_cache import (
 
 
 class WindowConfig(MemoryConfig):
-    """What the groups of all windows have in common: no state beyond the window."""
+    """The base of the windows' config groups: no state beyond the window."""
 
     @property
     def has_state(self) -> bool:
@@ -32,7 +32,7 @@ class WindowConfig(MemoryConfig):
 
 @group("model.memory", effect="state")
 class FullConfig(WindowConfig):
-    """Full causal attention over a context of fixed length; beyond it, a window of blocks."""
+    """Full causal attention over the first `context` tokens; after those, a window of as many blocks."""
 
     kind: str = setting(default="full", doc="The architecture.")
     context: int = setting(
@@ -52,7 +52,7 @@ class SlidingWindowConfig(WindowConfig):
     window: int = setting(default=64, doc="Tokens that a token sees, itself included.", minimum=1)
 
     def cached_blocks(self, block_size: int) -> int:
-        """Return m: as many blocks as the window of a block's first token reaches into."""
+        """Return m: the number of past blocks that the window of a block's first token reaches."""
         return ceil_div(self.window - 1, block_size)
 
 
@@ -78,7 +78,7 @@ class TransformerXLConfig(WindowConfig, SegmentsConfig):
 class ChunkFrames(NamedTuple):
     """Positions and counts of a chunk that starts at a block border: the same for every layer of a type.
 
-    The zero of the chunk's frame is at its first token, or `Position.offset` tokens before it.
+    Position zero of the chunk's frame is its first token, or `Position.offset` tokens before it.
     """
 
     # (B or 1, T, 1, hd/2)
@@ -105,7 +105,7 @@ S = TypeVar("S", bound=WindowState)
 
 
 class Window(Memory[S]):
-    """A memory that reads all tokens of a chunk at once: attention to past blocks, the own block, and extra keys.
+    """A memory that reads all tokens of a chunk at once, by attention to past blocks, the own block and extra keys.
 
     A subclass that adds extra keys overrides both :meth:`extra_of_piece` and :meth:`extra_of_blocks`.
     """
@@ -139,7 +139,7 @@ class Window(Memory[S]):
           q: (B, T, H, hd) queries, not rotated.
           k: (B, T, K, hd) keys, not rotated.
           v: (B, T, K, hd) values.
-          state: of the layer.
+          state: the layer's state.
           at: from :meth:`blocks_at`.
 
         Returns:
@@ -183,7 +183,7 @@ class Window(Memory[S]):
           layer: the layer.
           k: (B, T, K, hd) keys of the chunk, rotated in its frame.
           v: (B, T, K, hd) values.
-          state: before the chunk.
+          state: the layer's state before the chunk.
           at: from :meth:`blocks_at`.
         """
         batch, length, *heads = k.shape
@@ -200,7 +200,8 @@ class Window(Memory[S]):
 
         def complete(cached: jax.Array, fresh: jax.Array) -> jax.Array:
             every = jnp.concatenate([cached, fresh], axis=1)
-            missing = max(segments - every.shape[1], 0)  # where the state had no room for a past
+            # The state of an aligned call may have no room for past blocks.
+            missing = max(segments - every.shape[1], 0)
             every = jnp.pad(every, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
             return every[:, every.shape[1] - segments :]
 
@@ -242,7 +243,7 @@ class TransformerXL(Window[WindowState]):
 
 
 def local_model(model: ModelConfig) -> ModelConfig:
-    """Return the config by which a model's local layers go: a sliding window within the same cache."""
+    """Return the config of a model's local layers: a sliding window within the same cache."""
     window = BlockSlidingWindowConfig(segments=model.memory_segments, window=model.local_window)
     changes: dict[str, Any] = {"memory": window, "layer_pattern": ("global",), "local_window": 0}
     if model.local_rope_base:

@@ -1,7 +1,7 @@
 """The keys and values that every memory caches: those of the last m complete blocks and of the unfinished block.
 
-Keys are cached rotated relative to the first token of their *own* block, so nothing cached refers to an absolute
-position, and a stream may run for ever.
+Cached keys are rotated relative to the first token of their *own* block. So no cached array refers to an absolute
+position, and streams have no maximum length.
 """
 
 import dataclasses
@@ -78,13 +78,13 @@ WINDOW_AXES: dict[str, tuple[str | None, ...]] = {
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Position(ShownByShape):
-    """Where the streams of a batch are; rows may be at different positions."""
+    """The positions of a batch's streams; rows may be at different positions."""
 
     # (B,) int32: complete blocks read.
     blocks: Any
     # (B,) int32: tokens in the unfinished block, below C.
     filled: Any
-    # (B,) bool: the state has been written; False: it is what the weights alone decide.
+    # (B,) bool: True if a block has been written into the state; False if the state follows from the weights alone.
     carries_context: Any
     # (B,) int32 added to all positions in training (random position offset, appendix B.2.2), or None.
     offset: Any = None
@@ -92,7 +92,7 @@ class Position(ShownByShape):
     block_size: int = 0
 
     def next_block(self, *, writes: bool = True) -> "Position":
-        """Return the position after one more complete block, from a block border on."""
+        """Return the position after one more complete block, for rows at a block border."""
         return dataclasses.replace(
             self, blocks=self.blocks + 1, carries_context=self.carries_context | writes
         )
@@ -121,7 +121,7 @@ def empty_window(model: ModelConfig, batch_size: int, *, past_slots: bool = True
 
 
 def visible_blocks(model: ModelConfig) -> int:
-    """Return how many past blocks a token sees keys of: at most m, and no more than the window reaches into."""
+    """Return how many past blocks a token sees keys of: at most m, and only those that the window reaches."""
     window = model.memory.window
     if not window:
         return model.memory_segments
@@ -154,7 +154,7 @@ def shift_window(state: S) -> S:
 
 
 class PieceFrames(NamedTuple):
-    """Rotations of a piece's queries into the frames of what they see, and masks of what exists."""
+    """Rotations of a piece's queries into the frames of the keys that they see, and masks of those keys."""
 
     # (B, W, 1, hd/2), into the frame of the queries' own block.
     own: Rotation
@@ -174,7 +174,8 @@ def piece_frames(model: ModelConfig, rope: Rope, position: Position, width: int)
     place = position.filled[:, None] + np.arange(width)  # (B, W) in the block
     own = rope.at(place)
 
-    def near(age: int) -> jax.Array:  # (B, W, C): keys of the block `age` blocks back that the window reaches
+    def near(age: int) -> jax.Array:
+        """Return (B, W, C): the keys that the window reaches in the block `age` blocks back."""
         distance = place[:, :, None] + age * size - np.arange(size)
         return distance < window if window else jnp.ones_like(distance, bool)
 
@@ -196,8 +197,8 @@ def window_parts(
     """Return the groups of keys that the window shows to a piece.
 
     Args:
-      model: with the memory's window.
-      state: one layer's.
+      model: the model's config, with the memory's window.
+      state: the state of one layer.
       frames: from :func:`piece_frames`.
       q: (B, W, H, hd) queries, not rotated.
       k: (B, W, K, hd) the piece's own keys, rotated in the frame of their block.

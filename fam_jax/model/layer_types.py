@@ -1,8 +1,9 @@
 """The types of layers that a decoder mixes, each with its memory.
 
-Parameters and states of all layers are stacked alike, whatever their type, and one scan goes over all of them. Only
-what differs is chosen per layer by `jax.lax.switch`, so compile time grows with the number of types and not with depth.
-A type is static: a local layer spends no time on a memory that it does not have, or on keys beyond its window.
+Parameters and states of all layers are stacked alike, whatever their type, and one scan goes over all of them.
+`jax.lax.switch` chooses the code that differs between types, so compile time grows with the number of types and not
+with depth. Types are static: a local layer spends no time on a memory that it does not have, or on keys beyond its
+window.
 """
 
 from collections.abc import Sequence
@@ -33,12 +34,12 @@ def is_memory(path: str) -> bool:
 
 
 def start_of_memory(model: ModelConfig, table: jax.Array, seed: int) -> dict[str, jax.Array]:
-    """Return the memory's own parameters by path, for a model that goes on from one with another memory.
+    """Return initial parameters of the memory by path, for a model that continues one with another memory.
 
     Args:
       model: the config, with the new memory.
       table: (V, D) embeddings of the other model.
-      seed: of random values.
+      seed: seed of random values.
     """
     memory, rngs = memory_of(model), nnx.Rngs(seed)
     keys = jax.random.split(rngs.params(), model.num_layers)
@@ -55,7 +56,7 @@ def _arrays(module: nnx.Module | None) -> dict[str, jax.Array]:
 class LayerTypes(NamedTuple):
     """The memories of a model's layers."""
 
-    # Of the global layers; its state is that of all layers.
+    # The memory of the global layers. All layers have its type of state.
     main: Memory
     # One per type, in the order of their first layers.
     memories: tuple[Memory, ...]
@@ -63,7 +64,7 @@ class LayerTypes(NamedTuple):
     of_layers: np.ndarray
 
     def enter_at(self) -> Any:
-        """Return what `Memory.enter` needs in each layer, (L, ...) stacked."""
+        """Return the results of `Memory.enter_at` for each layer, stacked (L, ...)."""
         each = [self.main.enter_at(memory.rope) for memory in self.memories]
         return jax.tree.map(lambda *x: jnp.stack(x)[jnp.asarray(self.of_layers)], *each)
 
@@ -72,7 +73,7 @@ def layer_types(model: ModelConfig) -> LayerTypes:
     """Return the types of a model's layers.
 
     Raises:
-      ConfigError: local layers beside a memory that has to pass through all layers.
+      ConfigError: the model has local layers, but its memory has to pass through all layers.
     """
     names = list(dict.fromkeys(model.layer_pattern))
     main = memory_of(model)
@@ -96,7 +97,7 @@ def models_of_types(model: ModelConfig) -> list[tuple[ModelConfig, int]]:
 
 
 def _only_attends(memory: Memory) -> bool:
-    """Return whether all that a memory does to tokens lies between a layer's projections and its output."""
+    """Return whether a memory differs from others only between a layer's projections and its output."""
     kind = type(memory)
     return isinstance(memory, Window) and (kind.read_blocks, kind.read_piece) == (
         Window.read_blocks,
@@ -117,7 +118,7 @@ def read_blocks(
     if len(memories) == 1:
         return memories[0].read_blocks(layer, x, state, streams, at[0])
     if all(map(_only_attends, memories)):
-        # Only attention stands in the branches: what a branch keeps for the backward pass is kept for every branch.
+        # Put attention alone into the branches: all branches' residuals of the backward pass are kept, used or not.
         branches = [
             lambda *args, memory=memory, at=at: memory.attend_blocks(layer, *args, at)
             for memory, at in zip(cast(Sequence[Window], memories), at, strict=True)

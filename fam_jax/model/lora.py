@@ -1,9 +1,9 @@
-"""Low-rank adaptation (LoRA, Hu et al. 2021) of the layers' projections, and what is trained beside it.
+"""Low-rank adaptation (LoRA, Hu et al. 2021) of the layers' projections, and the choice of parameters to train.
 
 A projection x W becomes x W + s (x A) B, with W frozen, A and B trained, and B zero at the start. Layers do not know
 about it: :func:`add_lora` replaces projections, chosen by path, with ones that hold A and B beside their kernel.
-Parameters therefore keep their paths, those of a base model fit unchanged, and `layers/query` gains `lora_a` and
-`lora_b`.
+Parameters therefore keep their paths, a base model's parameters can be used unchanged, and `layers/query` gains
+`lora_a` and `lora_b`.
 """
 
 import fnmatch
@@ -41,7 +41,7 @@ class LoraLinear(Linear):
         """Return the product (..., *out) of x (..., *in) in one layer."""
         kernel, a, b = (w[...].astype(x.dtype) for w in (self.kernel, self.lora_a, self.lora_b))
         batch, out = x.shape[: x.ndim - self.in_axes], kernel.shape[self.in_axes :]
-        # Add the products as matrices. Otherwise XLA for TPU reshapes each to an axis of heads, and the sum back.
+        # Add the products as matrices. Otherwise XLA on TPU gives each an axis of heads and reshapes the sum back.
         width, rank = math.prod(kernel.shape[: self.in_axes]), b.shape[0]
         rows = x.reshape(-1, width)
         low = checkpoint_name(rows @ a.reshape(width, rank), LOW_RANK)

@@ -1,6 +1,6 @@
-"""What streams carry: an explicit value that goes into the model and comes out.
+"""The state of streams: an explicit value that the model takes and returns.
 
-Its size depends on the config and the batch only, never on how much was read.
+Its size depends on the config and the batch only, never on the number of tokens read.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class StreamState(ShownByShape):
 
     # The memory's `State` with a leading L axis: arrays (L, B, ...).
     layers: Any
-    # What the layers share (B, ...), of memories in "segment" order; else None.
+    # The state (B, ...) that layers share, for memories in "segment" order; else None.
     shared: Any
     position: Position
 
@@ -48,14 +48,14 @@ class StreamState(ShownByShape):
         count = self.batch_size
         if len(rows) == 0 or not all(0 <= row < count for row in rows):
             raise UserError(
-                f"rows: expected some of 0 to {count - 1}, as there are {count} streams, got {[*rows]}"
+                f"rows: expected numbers from 0 to {count - 1}, because there are {count} streams, got {[*rows]}"
             )
         chosen = np.asarray(rows, np.int32)
         return _by_rows([self], lambda parts, axis: jnp.take(parts[0], chosen, axis=axis))
 
     @staticmethod
     def join(states: Sequence["StreamState"]) -> "StreamState":
-        """Return one state of the streams of all `states`, which belong to one model."""
+        """Return one state with the streams of all `states`, which must belong to one model."""
         return _by_rows(states, jnp.concatenate)
 
 
@@ -72,11 +72,11 @@ def _by_rows(
 def empty_state(
     model: ModelConfig, batch_size: int, *, past_slots: bool = True, memory: Memory | None = None
 ) -> StreamState:
-    """Return the state of streams that have read nothing, with zeros in place of what the weights decide.
+    """Return the state of streams that have read nothing, with zeros in place of values that depend on the weights.
 
-    Enough for an aligned call, which forms the initial state itself and so gives it gradients; otherwise use
-    `Transformer.init_state`. Without `past_slots` there is not even room for past blocks, and that call knows when it
-    is compiled that there are none: the way to train.
+    Use it for aligned calls, which compute the initial state themselves and give it gradients. For other calls use
+    `Transformer.init_state`. Without `past_slots` the state has no room for past blocks, so an aligned call is compiled
+    without them, as training needs it.
     """
     memory = memory or memory_of(model)
     one = memory.empty(batch_size, past_slots=past_slots)
@@ -85,7 +85,7 @@ def empty_state(
 
 
 def passed_on(model: ModelConfig, state: StreamState) -> dict[str, Any]:
-    """Return what random state passing hands to the next step: the memory of the first stream (appendix B.2.3).
+    """Return the part of a state that random state passing hands on: the memory of the first stream (appendix B.2.3).
 
     Returns:
       Arrays without a batch axis: the memory's `passed_fields` (L, ...) by name, and "shared" if layers share a state.
@@ -95,14 +95,15 @@ def passed_on(model: ModelConfig, state: StreamState) -> dict[str, Any]:
 
 
 def with_passed_on(state: StreamState, passed: dict[str, Any], rows: jax.Array) -> StreamState:
-    """Start the chosen rows of an empty state from what :func:`passed_on` returned.
+    """Start the chosen rows of an empty state from the arrays that :func:`passed_on` returned.
 
-    For an aligned call, which computes whatever else the memory needs. Such a row carries context.
+    Pass the result to an aligned call, which computes everything else that the memory needs. The chosen rows count as
+    carrying context.
 
     Args:
-      state: of B streams that have read nothing.
+      state: the state of B streams that have read nothing.
       passed: arrays without a batch axis, the same for all chosen rows.
-      rows: (B,) bool.
+      rows: (B,) bool, True for the chosen rows.
     """
 
     def start(saved: jax.Array, fresh: jax.Array) -> jax.Array:
@@ -114,7 +115,7 @@ def with_passed_on(state: StreamState, passed: dict[str, Any], rows: jax.Array) 
     }
     shared = state.shared
     if "shared" in passed:
-        # An aligned call gives rows that carry no context the initial shared state.
+        # An aligned call replaces this in rows that carry no context.
         shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(rows), *x.shape)), passed["shared"])
     return StreamState(
         layers=dataclasses.replace(state.layers, **own),
@@ -124,14 +125,14 @@ def with_passed_on(state: StreamState, passed: dict[str, Any], rows: jax.Array) 
 
 
 def ablated(model: ModelConfig, state: StreamState, start: StreamState, how: str) -> StreamState:
-    """Return `state` with its memory made useless, to measure whether the model uses it.
+    """Return `state` with its memory ablated, to measure whether the model uses it.
 
     Args:
-      model: the config.
-      state: at a block border.
-      start: of streams that have read nothing.
+      model: the model's config.
+      state: a state at a block border.
+      start: the state of streams that have read nothing.
       how: "zeroed", "shuffled" (each stream gets the memory of another), or "frozen" (the initial memory; such streams
-        do not count as having been written).
+        count as carrying no context).
     """
     position = state.position
     if how == "frozen":

@@ -24,17 +24,17 @@ from fam_jax.memories.window_cache import with_past_slots
 from fam_jax.model.layer_types import LayerTypes, close_block, layer_types, read_blocks, read_piece
 from fam_jax.model.state import StreamState, empty_state
 
-# Attention results are kept beside those of products; otherwise the attention kernels would run twice.
+# Results of attention are kept too; otherwise the attention kernels would run twice.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(*PROJECTIONS, "block_attention"),
-    # Queries, keys, values and the output are computed again.
+    # Queries, keys, values and the output projection are recomputed.
     "wide": jax.checkpoint_policies.save_only_these_names("gate", "up", LOW_RANK, "block_attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 class Embedding(nnx.Module):
-    """Table (V, D) of token vectors, which also gives the logits where embeddings are tied."""
+    """Table (V, D) of token vectors. With tied embeddings it also gives the logits."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.model_dim)
@@ -86,49 +86,49 @@ class Transformer(nnx.Module):
         aligned: bool = False,
         position_offset: jax.Array | None = None,
     ) -> tuple[jax.Array, StreamState]:
-        """Return the normalized activations (B, T, D) that logits are a linear function of, and the state after.
+        """Return the normalized activations (B, T, D) from which logits are computed, and the state after the tokens.
 
         Args:
           tokens: (B, T) int32, T > 0.
           state: from :meth:`init_state` or an earlier call.
-          lengths: (B,) int32, how many of each row's tokens are real: the first ones, at most T. The others leave no
-            trace in the state, and their activations mean nothing. None: all of them.
-          aligned: promise that every row is at a block border. All blocks then go through each layer at once; the way
+          lengths: (B,) int32, how many of each row's tokens are real: the first ones, at most T. The others do not
+            affect the state, and their activations are meaningless. None: all of them.
+          aligned: promise that every row is at a block border. All blocks then go through each layer at once. Use it
             to train and to prefill.
           position_offset: (B,) int32 added to all positions (random position offset, appendix B.2.2).
 
         Raises:
-          ValueError: no tokens, or `lengths` with `aligned`, or `position_offset` without it.
+          ValueError: there are no tokens, or `lengths` is given with `aligned`, or `position_offset` without it.
         """
         if tokens.shape[1] == 0:
-            raise ValueError("tokens: there are none; the model reads at least one")
+            raise ValueError("tokens: there are none; give at least one")
         if aligned:
             if lengths is not None:
-                raise ValueError("lengths: an aligned call takes none, as all its tokens are real")
+                raise ValueError("lengths: an aligned call does not take it, because all its tokens are real")
             position = dataclasses.replace(state.position, offset=position_offset)
             state = dataclasses.replace(state, position=position)
             in_turn = layer_types(self.config).main.order == "segment"
             out, state = self._read_in_turn(tokens, state) if in_turn else self._read_aligned(tokens, state)
             return out, dataclasses.replace(state, position=dataclasses.replace(state.position, offset=None))
         if position_offset is not None:
-            raise ValueError("position_offset: only training uses it, by aligned calls")
+            raise ValueError("position_offset: only aligned calls take it; set aligned=True")
         if lengths is None:
             lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
         return self._read_anywhere(tokens, state, jnp.minimum(lengths, tokens.shape[1]))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Return logits (..., V) of activations (..., D) from :meth:`hidden`, in float32 (float64 for float64)."""
+        """Return logits (..., V) of activations (..., D) from :meth:`hidden`, in float32, or float64 for float64."""
         return self.logits_from(self.output_table, hidden)
 
     @property
     def output_table(self) -> jax.Array:
-        """Return the array that forms logits: the embedding table (V, D) if tied, else the unembedding (D, V)."""
+        """Return the weights of the logits: the embedding table (V, D) if tied, else the unembedding (D, V)."""
         if self.unembedding is not None:
             return self.unembedding.kernel[...]
         return self.embedding.table[...]
 
     def logits_from(self, table: jax.Array, hidden: jax.Array) -> jax.Array:
-        """Return :meth:`logits` formed with another array in place of :attr:`output_table`."""
+        """Compute :meth:`logits` with `table` in place of :attr:`output_table`."""
         product = "...d,vd->...v" if self.unembedding is None else "...d,dv->...v"
         dtype = jnp.promote_types(hidden.dtype, jnp.float32)
         logits = jnp.einsum(product, hidden, table.astype(hidden.dtype), preferred_element_type=dtype)
@@ -142,7 +142,7 @@ class Transformer(nnx.Module):
         return self._enter(types, dataclasses.replace(state, shared=shared))
 
     def _enter(self, types: LayerTypes, state: StreamState) -> StreamState:
-        """Fill in what does not depend on tokens, in all layers."""
+        """Fill in the part of the state that does not depend on tokens, in all layers."""
         graphdef, parameters = nnx.split(self.layers)
 
         def body(stream: Stream, xs: Any) -> tuple[Stream, Any]:
@@ -189,9 +189,9 @@ class Transformer(nnx.Module):
         return self.final_norm(x), dataclasses.replace(state, layers=layers, position=after)
 
     def _read_in_turn(self, tokens: jax.Array, state: StreamState) -> tuple[jax.Array, StreamState]:
-        """Read a chunk block by block, each through all layers, for memories whose top feeds the bottom.
+        """Read a chunk block by block, each through all layers, for memories whose top layer feeds the bottom one.
 
-        The backward pass recomputes each block, whatever `config.remat` says: otherwise the activations of all blocks
+        The backward pass recomputes each block, whatever `config.remat` says. Otherwise the activations of all blocks
         would be kept.
         """
         size, batch = self.config.block_size, tokens.shape[0]
@@ -214,9 +214,9 @@ class Transformer(nnx.Module):
         return jnp.concatenate(parts, axis=1), state
 
     def _with_initial(self, state: StreamState) -> StreamState:
-        """Give all rows room for past blocks, and compute the layers' states from the shared one.
+        """Make room for past blocks, and compute the layers' states from the shared one.
 
-        Rows that carry no context start from the shared state that the weights decide.
+        Rows that carry no context start from the initial shared state, which depends on the weights alone.
         """
         types, position = layer_types(self.config), state.position
         batch = state.batch_size
@@ -229,7 +229,7 @@ class Transformer(nnx.Module):
     def _read_anywhere(
         self, tokens: jax.Array, state: StreamState, lengths: jax.Array
     ) -> tuple[jax.Array, StreamState]:
-        """Read up to `lengths` (B,) tokens of each row from wherever it is, piece by piece."""
+        """Read up to `lengths` (B,) tokens of each row, at any position, piece by piece."""
         batch, length = tokens.shape
         size = self.config.block_size
         width = min(length, size)
@@ -243,7 +243,8 @@ class Transformer(nnx.Module):
             source = read[:, None] + index
             piece = tokens[rows, jnp.minimum(source, length - 1)]
             hidden, state = self._read_piece(piece, state, count)
-            target = jnp.where(index < count[:, None], source, length)  # beyond the end: dropped
+            # Entries to leave out get a place beyond the end, where `mode="drop"` discards them.
+            target = jnp.where(index < count[:, None], source, length)
             return (state, read + count, out.at[rows, target].set(hidden, mode="drop")), None
 
         # The first piece may take one token only, to the end of its block; each later one takes up to a block.
@@ -255,7 +256,7 @@ class Transformer(nnx.Module):
     def _read_piece(
         self, tokens: jax.Array, state: StreamState, count: jax.Array
     ) -> tuple[jax.Array, StreamState]:
-        """Read the first `count` (B,) tokens of each row of (B, W), none across a block border; close full blocks."""
+        """Read the first `count` (B,) tokens of each row of (B, W), at most to its block's end; close full blocks."""
         hidden, state = self._read_tokens(tokens, state, count)
         full = state.position.filled == self.config.block_size
 
@@ -268,7 +269,7 @@ class Transformer(nnx.Module):
                 position=choose_rows(full, closed.position, state.position),
             )
 
-        # Costs nothing beyond the test while no row's block is full.
+        # While no row's block is full, this costs only the test.
         return hidden, jax.lax.cond(full.any(), close, lambda state: state, state)
 
     def _read_tokens(
@@ -292,7 +293,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x), dataclasses.replace(state, layers=layers, position=position)
 
     def _close(self, state: StreamState) -> StreamState:
-        """Write the unfinished block, taken to be full in every row, into the state."""
+        """Write the unfinished block, which must be full in every row, into the state."""
         config, types = self.config, layer_types(self.config)
         graphdef, parameters = nnx.split(self.layers)
 

@@ -1,7 +1,7 @@
-"""Estimate the time of the block attention kernels, by the TPU compiler's static profile where it has a figure.
+"""Estimate the time of the block attention kernels, from the TPU compiler's static profile where it gives a figure.
 
-The cycles are linear in heads, so only as many heads are profiled as keep every core busy. `python -m
-fam_jax.plan.attention JSON` compiles one kernel, because the simulator crashes on a program that has both.
+The cycles are linear in heads, so the profile has only as many heads as keep every core busy. `python -m
+fam_jax.plan.attention JSON` compiles one kernel, because the simulator crashes on a program with both.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ GROUP = 4
 # Share of the matrix units' peak that kernels without a figure reach, at best and at worst.
 UNKNOWN_SHARE = (0.8, 0.4)
 
-# Matrix products per score: of the resident kernels and of update attention, and of each streamed kernel. The last one
-# sees extra keys only.
+# Matrix products per score, of the resident kernels and update attention, then of each streamed kernel. The kernel
+# streamed_dextra sees extra keys only.
 PRODUCTS = {"forward": 2, "backward": 5}
 STREAMED = {
     "forward": {"streamed_forward": 2},
@@ -141,7 +141,7 @@ def kernel_seconds(model: ModelConfig, share: LocalShare) -> dict[str, tuple[flo
       share: what the chip computes.
 
     Raises:
-      UserError: the TPU compiler is not installed, or its figure is below what the matrix units alone need.
+      UserError: the TPU compiler is not installed, or its figure is less than the matrix units alone need.
     """
     chip = share.chip
     problem = Problem(
@@ -157,7 +157,7 @@ def kernel_seconds(model: ModelConfig, share: LocalShare) -> dict[str, tuple[flo
     tiles = problem.tiles()
     padded = ceil_div(share.tokens, tiles.rows) * tiles.rows
     problem = dataclasses.replace(problem, missing=problem.blocks * model.block_size - padded)
-    # How many times the problem's work the chip does.
+    # The chip's work as a multiple of the problem's.
     scale = share.rows * share.heads / (problem.cores * problem.group)
     static = share.past == 0 and model.memory.extra_keys_of_block(0) == model.memory.extra_keys
     resident = {"forward": tiles.resident_forward, "backward": tiles.resident_backward}
@@ -204,7 +204,7 @@ def cycles(problem: Problem, which: str, tiles: Tiles) -> int | None:
     """Return the cycles per core of the "forward" or "backward" kernel for one group of heads; None without a figure.
 
     Raises:
-      UserError: the TPU compiler is not installed, or its figure is below what the matrix units alone need.
+      UserError: the TPU compiler is not installed, or its figure is less than the matrix units alone need.
     """
     task = {"problem": dataclasses.asdict(problem), "which": which, "tiles": dataclasses.asdict(tiles)}
     macs, chip = problem.macs(which), chip_of(problem.topology)

@@ -1,4 +1,4 @@
-"""Compile for TPUs on any machine. libtpu contains the whole TPU compiler, XLA and Mosaic."""
+"""Compile for TPUs on any machine: libtpu contains the whole TPU compiler, XLA and Mosaic."""
 
 import functools
 import importlib.util
@@ -21,7 +21,7 @@ from fam_jax.plan.chips import Chip, chip_of
 # Keep the library from looking for chips on this machine and from locking out other processes.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
-# Where `make test` installs libtpu. Among the environment's packages it would make JAX look for chips at every start.
+# Where `make test` installs libtpu. In the environment's site-packages it would make JAX look for chips at every start.
 LIBRARY = Path(sys.prefix) / "tpu-compiler"
 
 
@@ -72,7 +72,7 @@ def compile_on(
     """Compile `function` for the devices of `mesh`, usually those of :func:`topology_devices`.
 
     Args:
-      mesh: the mesh. It is the current mesh during tracing, from which kernels learn the chip.
+      mesh: the mesh. It is in use during tracing, and kernels are chosen for its chips.
       function: a function, or a result of `jax.jit`.
       arguments: pytrees of `jax.ShapeDtypeStruct` with shardings over the mesh.
       options: keyword arguments of `jax.jit`.
@@ -87,7 +87,7 @@ def compile_on(
 
 
 def compile_or_miss(lowered: jax.stages.Lowered) -> jax.stages.Compiled | int:
-    """Compile; return the executable or, if the program does not fit, the bytes of HBM that are missing."""
+    """Compile a program; return the executable or, if it does not fit, the bytes of HBM that are missing."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -97,7 +97,7 @@ def compile_or_miss(lowered: jax.stages.Lowered) -> jax.stages.Compiled | int:
         return missing
 
 
-# Messages of the compiler about programs that do not fit, at two stages. Programs cannot use all of HBM.
+# The compiler's messages about programs that do not fit, at two of its stages. Programs cannot use all of HBM.
 COMPLAINTS = (
     r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
     r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",

@@ -21,8 +21,7 @@ from fam_jax.plan.hlo import Computation, Module, Op, Shares, product_flops, rep
 # Share of the matrix units' peak that a large product reaches at best.
 PEAK_SHARE = 0.95
 
-# Names of kernels that read one block of each operand. Their given times include traffic.
-READS_BLOCKS = "update_attention"
+# In the names of kernels that read one block of each operand. Their given times include traffic.
 READS_BLOCKS = "update_attention"
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -30,7 +29,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 # The compiler's form of a reduce-scatter: a fusion of an all-reduce and a slice of its result.
 SCATTER = "all-reduce-scatter"
 
-# Operations that take no time: names of existing values, and both ends of background transfers.
+# Operations that take no time: new names of existing values, and both ends of background transfers.
 FREE = frozenset(
     {
         "parameter",
@@ -71,7 +70,7 @@ class OpCost:
     hbm_bytes: float = 0.0
     # Bytes that each chip sends.
     wire_bytes: float = 0.0
-    # Whether this is a collective that runs in the background of other work.
+    # Whether this is a collective that other work hides.
     hidden: bool = False
 
 
@@ -160,7 +159,7 @@ def estimate(
             continue
         collective, inner, hidden = _collective(module, op, computation)
         channel = (id(computation), collective.attribute(r"channel_id=(\d+)")) if collective else (0, None)
-        # A collective that is spread over several fusions appears in each of them, with the same channel.
+        # A collective that is split over several fusions appears in each of them, with the same channel.
         if collective is not None and not (hidden and channel in counted):
             counted.add(channel)
             scatter = op.opcode == "fusion" and not hidden
@@ -222,14 +221,14 @@ class _Counter:
         )
 
     def compute(self, op: Op, computation: Computation, times: float) -> OpCost | None:
-        """Return the cost of any other operation; None if it takes no time."""
+        """Return the cost of an operation that is not a collective; None if it takes no time."""
         modelled = _cycles(op, "window_config") / self.chip.clock
         profiled = _cycles(op, "bundle_analysis_data") / self.chip.clock
         traffic = hbm_bytes(self.module, op, computation)
         if op.opcode == "custom-call":
             if 'custom_call_target="tpu_custom_call"' in op.attributes:
                 return self._kernel(op, times, traffic)
-            # An annotation or an allocation. Only those that do work have a figure.
+            # Other custom calls are annotations and allocations. Only those that do work have a figure.
             seconds = times * modelled
             return OpCost(op.name, "vector", op.source, times, seconds, seconds) if modelled else None
         flops = 0

@@ -1,4 +1,4 @@
-"""Parse the text of a compiled program (HLO, as printed by `Compiled.as_text()`), as far as counting costs needs it."""
+"""Parse the text of a compiled program (HLO, as printed by `Compiled.as_text()`): the parts that costs depend on."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ class Array:
 
     dtype: str
     dims: tuple[int, ...]
-    # Whether the value is in HBM, and not in a core's own memory.
+    # True if the value is in HBM, False if it is in a core's own memory.
     in_hbm: bool
 
     @property
@@ -66,7 +66,7 @@ class Op:
         return self.attribute(r'op_name="([^"]*)"') or ""
 
     def attribute(self, pattern: str) -> str | None:
-        """Return the first group of `pattern` in the attributes, None without a match."""
+        """Return the first group of `pattern` in the attributes, or None without a match."""
         match = re.search(pattern, self.attributes)
         return match[1] if match else None
 
@@ -94,7 +94,7 @@ class Module:
         """Yield every operation that runs, its computation, and how often it runs.
 
         Args:
-          loops: trip count of loops that end depending on data; None raises an error for such loops.
+          loops: trip count of loops whose end depends on data; None raises an error for such loops.
           shares: how often branches of conditionals run. By default, and where unknown, every branch counts once per
             run of its conditional.
 
@@ -126,11 +126,11 @@ class Module:
 
         Args:
           loop: the `while` operation.
-          computation: that contains the loop.
+          computation: the computation that contains the loop.
           otherwise: the result for all other loops.
 
         Raises:
-          ValueError: this is another kind of loop, and `otherwise` is None.
+          ValueError: the loop is of another kind, and `otherwise` is None.
         """
         condition = self.computations[loop.attribute(r"condition=%([^\s,]+)") or ""]
         (test,) = (op for op in condition.values() if op.is_root)
@@ -147,7 +147,8 @@ class Module:
             counter, limit = (value(name) for name in test.operands)
             direction = test.attribute(r"direction=(\w+)")
             if limit is not None and direction in ("LT", "LE", "GT", "GE"):
-                return abs(limit - (counter or 0)) + (direction in ("LE", "GE"))
+                steps = abs(limit - (counter or 0))
+                return steps + 1 if direction in ("LE", "GE") else steps
         if otherwise is None:
             raise ValueError(
                 f"{loop.name}: unknown trip count; the loop does not compare a counter with a constant"

@@ -1,4 +1,4 @@
-"""Count what the layer types of a model compute (`fam_jax.model.layer_types`), and the layers of each type."""
+"""Estimate the work of a model's layers, by layer type (`fam_jax.model.layer_types`)."""
 
 import math
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def shares_of_types(model: ModelConfig) -> Shares:
 
 
 def takes_kernels(model: ModelConfig) -> bool:
-    """Return whether attention runs in Pallas kernels on a TPU, and not as XLA operations."""
+    """Return whether attention runs in Pallas kernels on a TPU, rather than in XLA operations."""
     shape = BlockOptions(
         model.block_size,
         model.memory_segments,
@@ -57,7 +57,7 @@ def kernels_of_types(model: ModelConfig, share: LocalShare) -> dict[str, tuple[f
     if model.attention not in ("auto", "pallas"):
         return {}
     models = [own for own, _ in models_of_types(model)]
-    # Rotary embedding takes no more time than its traffic.
+    # The traffic of rotary embedding takes longer than its computation.
     found: dict[str, tuple[float, float]] = {"rotary_embedding": (0.0, 0.0)}
     for index, own in enumerate(models):
         seconds: dict[str, tuple[float, float]] = {}
@@ -79,7 +79,7 @@ def local_share(
     *,
     past: int | None = None,
 ) -> LocalShare:
-    """Return what one chip computes of an attention layer.
+    """Return the part of an attention layer that one chip computes.
 
     Args:
       model: the model's config.

@@ -8,12 +8,12 @@ What the figures mean, found by experiments with libtpu 0.0.42:
   0 takes the larger share. Without a parallel dimension, the second core is idle.
 - The simulator walks loops and grids step by step, so its time and memory grow with the work. Simulate as few heads and
   rows as keep all cores busy, and multiply.
-- Branches follow their predicates. That is exact for comparisons of program ids. A branch that depends on data counts
-  as never taken, one on `%` of a program id as always taken.
+- Branches follow their predicates, exactly for comparisons of program ids. A branch on data counts as never taken, a
+  branch on `%` of a program id as always taken.
 - The simulator models the latency of HBM transfers, but not the bandwidth of HBM.
-- The compiler moves operands of a small program to fast memory before the kernel starts, which it cannot do in a large
-  program. The kernel then differs, and simulating it takes ten times as long. `HBM_OPERANDS` turns this off.
-- Some operations crash the simulator, sometimes after it has written its figure. Such kernels need a process each.
+- In a small program, the compiler moves operands to fast memory before the kernel starts; in a large one it cannot. The
+  kernel then differs, and simulating it takes ten times as long. `HBM_OPERANDS` turns this off.
+- Some operations crash the simulator, sometimes after it has written its figure. Profile such kernels one per process.
 - The simulator does not support v4.
 """
 
@@ -72,7 +72,7 @@ def static_profile(
     """Return the cycles of core 0 for every HLO operation of the programs that `python -m module` compiles.
 
     Args:
-      module: a module that compiles for a TPU, for instance by :func:`fam_jax.plan.compile_on`, and runs nothing.
+      module: a module that compiles for a TPU, for instance with :func:`fam_jax.plan.compile_on`, and runs nothing.
       arguments: command line of the module.
       kernels: names of kernels that must have a figure, without the number that XLA may append (".1"). If empty, the
         result has all operations that the simulator reaches.
@@ -117,7 +117,7 @@ def kernel_cycles(module: str, task: Mapping[str, Any], kernel: str, macs: float
       chip: as in :func:`check_floor`.
 
     Raises:
-      UserError: the TPU compiler is not installed, or the figure is below what the matrix units alone need.
+      UserError: the TPU compiler is not installed, or the figure is less than the matrix units alone need.
     """
     try:
         count = static_profile(module, [json.dumps(task)], (kernel,), timeout=LIMIT_S)[kernel]
@@ -140,7 +140,7 @@ def check_floor(name: str, cycles: float, macs: float, chip: Chip) -> None:
     Args:
       name: the kernel's name.
       cycles: the figure, of one core.
-      macs: multiply-adds that this core has to do at least.
+      macs: the fewest multiply-adds that this core has to do.
       chip: the core's chip.
 
     Raises:

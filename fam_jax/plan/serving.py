@@ -1,4 +1,4 @@
-"""Estimate what generation and evaluation need on a slice: compile their real programs for it and count them.
+"""Estimate memory and time of generation and evaluation on a slice: compile the real programs and add up their costs.
 
 There are three phases. *Prefill* reads a chunk of whole blocks of every stream. *Decode* writes one token of every
 stream and updates a stream's state when a block is complete. *Measure* is prefill that also computes the loss of every
@@ -33,7 +33,7 @@ from fam_jax.sharding import make_mesh, param_shardings, replicated
 SERVE = ("prefill", "decode")
 # Number of meshes to try.
 MESHES = 4
-# Lengths of streams, in tokens, for which reports give the time of reading.
+# Lengths of streams, in tokens, whose reading time reports give.
 LENGTHS = (100_000, 1_000_000)
 
 
@@ -129,15 +129,15 @@ def plan_serving(
     mesh: MeshConfig | None = None,
     chunk_blocks: int | None = None,
 ) -> ServingPlan:
-    """Compile programs of :class:`fam_jax.generation.streaming.Streamer` for a slice and count them.
+    """Compile programs of :class:`fam_jax.generation.streaming.Streamer` for a slice and estimate their costs.
 
     Args:
       config: the run's config.
       topology: such as v5e:4x4.
       streams: number of streams that are read and written together.
-      phases: some of prefill, decode and measure.
+      phases: any of prefill, decode and measure.
       mesh: replaces the config's mesh.
-      chunk_blocks: blocks that go through the model at once; by default as many as in evaluation.
+      chunk_blocks: blocks that go through the model at once; the default is that of evaluation.
 
     Raises:
       UserError: the topology is unknown, or the TPU compiler is not installed.
@@ -169,7 +169,8 @@ def plan_serving(
 def _loading_bytes(config: Config, programs: "_Programs") -> int:
     """Return the bytes on a chip while `fam_jax.restore` loads a checkpoint.
 
-    The saved parameters exist beside all parameters in use with LoRA, and beside the largest of them without.
+    With LoRA, the saved parameters and all parameters in use exist at the same time. Without, the saved parameters and
+    the largest one in use do.
     """
 
     def saved() -> Any:
@@ -276,7 +277,7 @@ class _Programs:
     def phase(self, name: str, compiled: _Compiled, kernels: dict[str, tuple[float, float]]) -> Phase:
         """Return the estimates for the program of a phase, given the seconds of its kernels."""
         chip = chip_of(self.topology)
-        # The program updates a copy, because a state stays valid after it was passed in.
+        # The caller's state stays valid, so the program updates a copy.
         peak = peak_bytes(compiled.result, chip) + local_bytes(self.state.layers)
         tokens = self.streams * (1 if name == "decode" else self.tokens)
         if isinstance(compiled.result, int):
@@ -301,7 +302,7 @@ class _Programs:
         return Phase(tokens, peak, seconds, compiled.seconds, details)
 
     def _per_token(self, within: Estimate, closing: Estimate) -> tuple[tuple[float, float], dict[str, Any]]:
-        """Return seconds and details of decoding a token, from calls that close no block, or one at every token."""
+        """Return seconds and details of decoding a token, from the costs of closing no block and one per token."""
         low, high = within.seconds_low / TOKENS_PER_CALL, within.seconds_high / TOKENS_PER_CALL
         border_low = closing.seconds_low / TOKENS_PER_CALL - low
         border_high = closing.seconds_high / TOKENS_PER_CALL - high
@@ -340,7 +341,7 @@ def _shares(model: ModelConfig, closing: float) -> Shares:
 def serving_meshes(config: Config, topology: str, streams: int) -> list[MeshConfig]:
     """Return meshes worth trying, the most promising first.
 
-    Heads are spread over as many chips as divide them, because then a step moves activations and no weights. Other
+    Heads are divided over as many chips as possible, because then a step moves activations and no weights. The other
     chips go to data or fsdp.
     """
     model = config.model
@@ -371,7 +372,7 @@ def best_serving(plans: Sequence[ServingPlan]) -> ServingPlan:
 
 
 def serving_advice(config: Config, plan: ServingPlan) -> str:
-    """Return how much memory is missing and what would help."""
+    """Say how much memory is missing and what would help."""
     missing = (max(plan.peak, plan.loading) - plan.capacity) / GIB
     helps = []
     if jnp.dtype(config.model.dtype).itemsize > 2:
@@ -385,7 +386,7 @@ def serving_advice(config: Config, plan: ServingPlan) -> str:
     if "measure" in plan.phases and plan.parameters < plan.capacity < plan.peak:
         helps.append("a smaller config.train.loss_chunk")
     helps.append("more chips")
-    when = "" if plan.peak > plan.capacity else " while it loads"
+    when = "" if plan.peak > plan.capacity else " while loading"
     return (
         f"{missing:.1f} GiB too much for a chip's {plan.capacity / GIB:.0f} GiB{when}; try {', '.join(helps)}"
     )

@@ -1,4 +1,4 @@
-"""Estimate what a training step needs on a slice: compile the real step for it and count it op by op."""
+"""Estimate memory, time and traffic of a training step on a slice: compile the real step and add up its operations."""
 
 import concurrent.futures
 import dataclasses
@@ -29,7 +29,7 @@ class HbmUse:
     capacity: int
     parameters: int
     optimizer: int
-    # Everything that exists during a step only: the peak without parameters and optimizer state.
+    # Everything that exists only during a step: the peak minus parameters and optimizer state.
     activations: int
 
     @property
@@ -48,7 +48,7 @@ class TrainingPlan:
     # Tokens in the batch of a step.
     tokens: int
     memory: HbmUse
-    # None if the program does not fit and was not compiled.
+    # None if the program does not fit, because it is then not compiled.
     cost: Estimate | None
     # FLOPs of a step on all chips.
     model_flops: float
@@ -92,7 +92,7 @@ class TrainingPlan:
 
 
 def plan_training(config: Config, topology: str, tokens: int, mesh: MeshConfig | None = None) -> TrainingPlan:
-    """Compile the train step for a slice and count it.
+    """Compile the train step for a slice and estimate its cost.
 
     Args:
       config: the run's config.
@@ -154,8 +154,8 @@ def _memory(trainer: Trainer, executable: jax.stages.Compiled | int, chip: Chip)
 def sensible_meshes(config: Config, topology: str) -> list[MeshConfig]:
     """Return meshes worth trying on a slice, the most promising first.
 
-    Weights are spread over whole axes of the torus, but not over the whole slice, where the compiler replaces
-    reduce-scatters by all-reduces. Heads are spread over 1, 2 or 4 chips.
+    Weights are divided over whole axes of the torus, but not over the whole slice, because the compiler would replace
+    reduce-scatters by all-reduces there. Heads are divided over 1, 2 or 4 chips.
     """
     model, rows = config.model, config.train.batch_size // config.train.accumulation
     sides = [int(side) for side in topology.partition(":")[2].split("x")]
@@ -185,7 +185,7 @@ def best_plan(plans: Sequence[TrainingPlan]) -> TrainingPlan:
 
 
 def advice(config: Config, plan: TrainingPlan) -> str:
-    """Return how much memory is missing and what would help."""
+    """Say how much memory is missing and what would help."""
     missing = (plan.memory.peak - plan.memory.capacity) / GIB
     rows = config.train.batch_size // config.train.accumulation
     helps = []

@@ -1,4 +1,4 @@
-"""Estimate the time of the kernels of update attention, by the TPU compiler's static profile where it has a figure.
+"""Estimate the time of the update attention kernels, from the TPU compiler's static profile where it gives a figure.
 
 `python -m fam_jax.plan.update_kernels JSON` compiles one kernel. Rotary embedding needs no profile: its computation
 takes 0.7 to 0.8 of the time of its traffic (v5p, v5e).
@@ -22,7 +22,7 @@ from fam_jax.plan.compile import compile_on, topology_devices
 from fam_jax.plan.profile import kernel_cycles
 from fam_jax.sharding import make_mesh, replicated
 
-# Size of a bfloat16
+# Bytes of a bfloat16.
 BYTES = 2
 
 
@@ -48,13 +48,13 @@ class UpdateProblem:
         return chip_of(self.topology).cores
 
     def macs(self, which: str) -> float:
-        """Return the multiplications of one row of the batch."""
+        """Return the multiply-adds of one row of the batch."""
         return PRODUCTS[which] * self.heads * self.rows * (self.rows + self.block_size) * self.head_dim
 
     def traffic(self, which: str) -> int:
         """Return the bytes that one row of the batch moves through HBM.
 
-        The backward pass also reads a cotangent and writes gradients of everything but that.
+        The backward pass also reads a cotangent, and writes the gradients of its other inputs.
         """
         queries, keys = self.rows * self.heads, 2 * (self.rows + self.block_size) * self.kv_heads
         vectors = 3 * queries + 2 * keys if which == "backward" else 2 * queries + keys
@@ -72,7 +72,7 @@ def update_seconds(model: ModelConfig, share: LocalShare) -> dict[str, tuple[flo
       share: what the chip computes.
 
     Raises:
-      UserError: the TPU compiler is not installed, or its figure is below what the matrix units alone need.
+      UserError: the TPU compiler is not installed, or its figure is less than the matrix units alone need.
     """
     chip = share.chip
     problem = UpdateProblem(

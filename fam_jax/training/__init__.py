@@ -1,1 +1,1 @@
-"""Training: losses, optimizer, the pure train step, the loop around it."""
+"""Training: losses, optimizer, the pure train step, and the loop that calls it."""

@@ -1,4 +1,4 @@
-"""Append to files of a run's folder that may be in a bucket."""
+"""Write to a run's folder, which may be in a bucket."""
 
 import os
 import pathlib
@@ -8,9 +8,9 @@ from etils import epath
 
 
 class Mirror:
-    """A local folder to write to: `folder` itself, or if that is in a bucket, a temporary folder to upload from.
+    """A local folder to write to: `folder` itself or, if that is in a bucket, a temporary folder to upload from.
 
-    Objects in a bucket cannot be appended to, and the profiler and TensorBoard's writer take local paths only.
+    Objects in a bucket cannot be appended to, and the profiler and TensorBoard's writer take only local paths.
     """
 
     def __init__(self, folder: epath.Path):

@@ -1,4 +1,4 @@
-"""FLOPs of a training step, and model FLOPs utilization (MFU), where the chip's peak is known."""
+"""FLOPs of a training step, and the peak FLOP/s of chips, for model FLOPs utilization (MFU)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -83,9 +83,9 @@ def keys_of_layers(model: ModelConfig, tokens: int, past: int = 0) -> float:
 def step_flops(config: Config, params: Any, tokens: int) -> float:
     """Return the FLOPs of a training step as MFU counts them (Chowdhery et al. 2022, appendix B).
 
-    They are 6 per parameter and token, with the output product and without the embedding lookup, plus 12 per visible
-    key, head feature, layer and token for attention. Frozen weights of LoRA get no gradient and count 4. Recomputation
-    and the updates of the memory are left out.
+    A parameter counts 6 per token; the logits' weights are included, the embedding lookup is not. Attention counts 12
+    per visible key, head feature, layer and token. Frozen weights of LoRA get no gradient and count 4. Recomputation
+    and updates of the memory do not count.
 
     Args:
       config: the experiment.

@@ -15,7 +15,7 @@ from fam_jax.sharding import param_shardings
 
 
 def locate(name: str) -> tuple[epath.Path, int | None]:
-    """Return folder and step of a base such as WORKDIR (no step) or WORKDIR/STEP."""
+    """Return the folder and the step (None for the latest) of a base such as WORKDIR or WORKDIR/STEP."""
     folder = absolute(name)
     return (folder.parent, int(folder.name)) if folder.name.isdigit() else (folder, None)
 
@@ -25,7 +25,7 @@ def base_config(name: str) -> Config:
 
     Raises:
       CheckpointError: there is no such checkpoint.
-      ConfigError: its config cannot be read by this version.
+      ConfigError: this version cannot read its config.
     """
     folder, _ = locate(name)
     return with_vocabulary_found(resolve(read_config(folder)), folder)
@@ -36,7 +36,7 @@ def check_named(config: Config) -> None:
     if config.lora.rank and not config.train.init_from and not config.lora.random_base:
         raise ConfigError(
             "config.train.init_from: names no checkpoint, but LoRA adapts a trained model; name one, or set "
-            "lora.rank=0 to train all parameters, or lora.random_base=true to adapt random ones"
+            "lora.rank=0 to train all parameters, or lora.random_base=true to adapt random parameters"
         )
 
 
@@ -46,7 +46,7 @@ def load_base(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     If the base has another memory, the parameters of the run's memory start as `Memory.initial_parameters` says.
 
     Raises:
-      ConfigError: the base is another model; the message names the fields that differ.
+      ConfigError: the base is a different model; the message names the fields that differ.
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
     folder, step = locate(config.train.init_from)
@@ -65,7 +65,7 @@ def load_base(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def _same_memory(model: ModelConfig, base: ModelConfig) -> bool:
-    """Return whether the base's memory has the parameters of the run's."""
+    """Return whether the base's memory has the same parameters as the run's."""
     return model.memory.kind == base.memory.kind and model.memory.has_state == base.memory.has_state
 
 

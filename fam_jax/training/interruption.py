@@ -1,4 +1,4 @@
-"""Stop at the end of a step when a signal asks for it, in all processes after the same step."""
+"""Stop training after a step when a signal arrives; all processes stop after the same step."""
 
 import contextlib
 import signal
@@ -13,17 +13,17 @@ class Interrupted(Exception):
     """Training was asked to stop (Ctrl-C, or SIGTERM on preemption) and saved everything."""
 
     def __init__(self, step: int, signal_number: int):
-        super().__init__(f"stopped at step {step}; all is saved: the same command resumes")
+        super().__init__(f"stopped at step {step}; everything is saved: run the same command to resume")
         self.exit_code = 128 + signal_number
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], int]]:
-    """Catch the first SIGINT or SIGTERM; a second one acts as it would otherwise.
+    """Catch the first SIGINT or SIGTERM. A second one has its usual effect.
 
     Yields:
-      A function to call after each step with its number; it returns the signal to stop for, or 0. In a job of several
-      processes a signal to any of them stops all after the same step: JAX's coordination service passes the SIGTERM on
+      A function to call after each step with its number. It returns the signal to stop for, or 0. In a job of several
+      processes, a signal to any of them stops all after the same step: JAX's coordination service forwards the SIGTERM
       in the background and picks a step that no process has reached. So the call needs no communication.
     """
     if jax.process_count() == 1:

@@ -1,4 +1,4 @@
-"""The training loop. It resumes where the run's folder left off, and can be stopped after any step without loss."""
+"""The training loop. It resumes from the run's folder, and can be stopped after any step without loss."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ Evaluate = Callable[[Any, int], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """What one job compiles and holds."""
+    """The mesh, the compiled step and the initial state of a run."""
 
     config: Config
     mesh: jax.sharding.Mesh
@@ -47,7 +47,7 @@ class Trainer:
 
 
 def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) -> Trainer:
-    """Make the mesh over `devices` (by default all), the shardings and the jitted step, but no arrays.
+    """Make the mesh over `devices` (by default all), the shardings and the jitted step. No arrays are created.
 
     Raises:
       ConfigError: the mesh does not fit the devices, or does not divide the batch or a parameter.
@@ -91,14 +91,14 @@ def train(
     """Train until config.train.steps, from the latest checkpoint of `workdir` if there is one.
 
     Writes below `workdir`: `config.json`, a folder per checkpoint, `metrics.jsonl`, `tensorboard/`, `profile/`. In a
-    job of several processes all of them call this, and the first one reports.
+    job of several processes, call it in all of them; the first one reports.
 
     Args:
       config: the experiment.
-      workdir: folder of the run: local, or in a bucket (`gs://...`) that all processes reach.
-      evaluate: called with the parameters every config.evaluate.every steps; its figures go to the metrics. None: the
-        evaluation task of the run's data, by :func:`fam_jax.evaluation.evaluate_in_training`.
-      restore_step: checkpoint to go back to, in place of the latest; later ones are deleted.
+      workdir: folder of the run: local, or in a bucket (`gs://...`) that all processes can access.
+      evaluate: called with parameters and step every config.evaluate.every steps; its figures go to the metrics.
+        None: the evaluation task of the run's data, by :func:`fam_jax.evaluation.evaluate_in_training`.
+      restore_step: checkpoint to go back to, instead of the latest; later ones are deleted.
       profile_steps: first and last step of a profiler trace.
       quiet: show nothing on the terminal.
 
@@ -106,8 +106,8 @@ def train(
       The last metrics.
 
     Raises:
-      UserError: LoRA has no base, the folder belongs to another config, the loss is not finite, ...
-      Interrupted: a signal came; a checkpoint of the last step was saved.
+      UserError: for example, LoRA has no base, the folder belongs to another config, or the loss is not finite.
+      Interrupted: a signal asked to stop; a checkpoint of the last step was saved.
     """
     check_named(config)
     if evaluate is None and config.evaluate.every:
@@ -116,7 +116,7 @@ def train(
     folder, first = absolute(workdir), jax.process_index() == 0
     state = None
     if restore_step is None and not saved_steps(folder):
-        state = trainer.create()  # before the folder is made, so that a missing base leaves no trace
+        state = trainer.create()  # before the folder is made: if the base is missing, no folder remains
     with Checkpoints(
         folder, config=dataclasses.asdict(config), keep=config.train.keep_checkpoints
     ) as checkpoints:
@@ -155,7 +155,7 @@ def _checked_batches(config: Config) -> Batches:
 def _header(
     config: Config, trainer: Trainer, state: TrainState, longest_row: int, folder: epath.Path
 ) -> list[str]:
-    """Return what a run says at its start."""
+    """Return the first lines of a run's terminal output."""
     devices, done = list(trainer.mesh.devices.flat), int(state.step)
     mesh = " ".join(f"{axis}={size}" for axis, size in trainer.mesh.shape.items())
     trained, frozen = (count_parameters(part) for part in lora.divide(state.params, config.lora))
@@ -177,7 +177,7 @@ class _Clock:
     flops: float = 0.0
 
     def add(self, tokens: int, flops: float, compiling: float) -> None:
-        """Count a step, of which `compiling` seconds were not its own."""
+        """Count a step, but not the `compiling` seconds that it spent compiling."""
         self.tokens, self.flops, self.began = self.tokens + tokens, self.flops + flops, self.began + compiling
 
     def rates(self) -> tuple[float, float]:
@@ -188,18 +188,18 @@ class _Clock:
 
 @dataclasses.dataclass
 class _Run:
-    """One call of :func:`train`, once everything is open."""
+    """One call of :func:`train`, after all files are open."""
 
     trainer: Trainer
     batches: Batches
     checkpoints: Checkpoints
-    # Of the first process; None in the others.
+    # None in all processes but the first.
     writer: MetricsWriter | None
     progress: ProgressReport
     trace: StepTrace
     evaluate: Evaluate | None
     folder: epath.Path
-    # FLOPs of a step by row length, for the lengths for which the step is compiled.
+    # FLOPs of a step by row length, for the lengths that the step has been compiled for.
     flops: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self, state: TrainState, remaining: range) -> dict[str, Any]:
@@ -221,12 +221,14 @@ class _Run:
                 logging = ending or step % config.train.log_every == 0
                 problem = ""
                 if saving or logging:
-                    jax.block_until_ready(metrics)  # steps are queued: the clock would run ahead of them
+                    # Dispatching a step does not wait for its results; without this the clock would stop early.
+                    jax.block_until_ready(metrics)
                     problem = self._not_finite(step, metrics)
                 if logging or problem:
                     last |= self._log(step, metrics, *clock.rates())
                     clock = _Clock()
-                if problem:  # before a broken state can replace a sound checkpoint
+                # Before saving: a broken state must not replace a good checkpoint.
+                if problem:
                     raise UserError(problem)
                 if saving:
                     self._save(step, state)
@@ -244,7 +246,7 @@ class _Run:
     def _step(
         self, step: int, state: TrainState, arrays: dict[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array], float]:
-        """Dispatch a step; return its results, and the seconds that it took to compile or 0."""
+        """Dispatch a step; return its results, and the seconds of its compilation, 0 if there was none."""
         tokens, began = arrays["inputs"].shape[1], time.perf_counter()
         with self.trace.step(step):
             state, metrics = self.trainer.step(state, arrays)
@@ -255,7 +257,7 @@ class _Run:
         return state, metrics, time.perf_counter() - began
 
     def _not_finite(self, step: int, metrics: dict[str, jax.Array]) -> str:
-        """Return a message about a loss or an update that is not finite; empty if both are."""
+        """Return a message if the loss or the update is not finite, else an empty string."""
         for name in ("loss", "update_norm"):
             value = float(metrics[name])
             if not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Weighted next-token cross-entropy that never holds the logits of a whole batch."""
+"""Weighted next-token cross-entropy that never keeps the logits of a whole batch in memory."""
 
 import dataclasses
 import functools
@@ -29,14 +29,14 @@ class TokenLoss(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """What is static about a loss."""
+    """Static settings of a loss."""
 
     # (table, activations) -> logits.
     logits: Callable[[jax.Array, jax.Array], jax.Array]
     # Tokens of a row in a chunk.
     width: int
     z_loss: float
-    # The axis of the table that is spread over fsdp.
+    # The axis of the table that is divided over fsdp.
     spread_axis: int
 
 
@@ -49,14 +49,14 @@ def token_loss(
     chunk: int,
     z_loss: float = 0.0,
 ) -> TokenLoss:
-    """Compute cross-entropy from activations (B, T, D), with logits of about `chunk` tokens alive at a time.
+    """Compute cross-entropy from activations (B, T, D), with the logits of about `chunk` tokens in memory at a time.
 
-    Gradients are computed along with the loss, chunk by chunk, so no logits are computed twice. On a mesh every device
+    Gradients are computed along with the loss, chunk by chunk, so no logits are computed twice. On a mesh, every device
     gathers the table once, takes its own rows of the batch, sums the table's gradient locally and scatters it at the
     end. Chunks are cut along T.
 
     Args:
-      model: computes the logits.
+      model: the model that computes the logits.
       hidden: (B, T, D) from `Transformer.hidden`.
       targets: (B, T) int32.
       weights: (B, T) float32; 0 leaves a token out.
@@ -130,7 +130,8 @@ def _local(
     batch, length, _ = hidden.shape
     width, count = form.width, ceil_div(length, form.width)
 
-    def split(x: jax.Array) -> jax.Array:  # (B, T, ...) -> (chunks, B, width, ...), padded with zero weights
+    def split(x: jax.Array) -> jax.Array:
+        """Return x (B, T, ...) as (chunks, B, width, ...), padded with zeros, which have weight 0."""
         padded = jnp.pad(x, ((0, 0), (0, count * width - length), *[(0, 0)] * (x.ndim - 2)))
         return padded.reshape(batch, count, width, *x.shape[2:]).swapaxes(0, 1)
 
@@ -152,7 +153,8 @@ def _local(
     chunks = (split(hidden), split(targets), split(weights))
     ((loss, entropy), d_table), (correct, d_hidden) = jax.lax.scan(body, ((zero, zero), start), chunks)
 
-    def join(x: jax.Array) -> jax.Array:  # reverse of split
+    def join(x: jax.Array) -> jax.Array:
+        """Return the inverse of `split`."""
         return x.swapaxes(0, 1).reshape(batch, count * width, *x.shape[3:])[:, :length]
 
     gradients = tuple(d_table if i == 0 else join(d_hidden) for i in wanted)
@@ -165,7 +167,7 @@ def _chunk_loss(
     """Return the loss of a chunk, its cross-entropy and which targets are predicted."""
     logits = form.logits(table, hidden)
     of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    # The maximum without the target finds ties as well. Counting them would read all logits once more.
+    # A comparison with the maximum of the other logits also finds ties. Counting ties would read all logits again.
     is_other = jnp.arange(logits.shape[-1]) != targets[..., None]
     rival = jax.lax.stop_gradient(jnp.where(is_other, logits, -jnp.inf).max(axis=-1))
     highest = jnp.maximum(rival, jax.lax.stop_gradient(of_target))

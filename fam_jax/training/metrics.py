@@ -18,7 +18,7 @@ class MetricsWriter:
     """Write `metrics.jsonl` and TensorBoard event files to a run's folder; a context manager."""
 
     def __init__(self, workdir: epath.Path, *, resume_step: int):
-        """Open the files, and drop lines of steps after `resume_step`, which an interrupted run left."""
+        """Open the files, and drop the lines that an interrupted run wrote after `resume_step`."""
         self._mirror = Mirror(workdir)
         self._uploaded_at = time.monotonic()
         path = self._mirror.fetch("metrics.jsonl")
@@ -30,7 +30,7 @@ class MetricsWriter:
         self._events = SummaryWriter(str(self._mirror.local / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append a line; numbers, nested ones too, also go to TensorBoard. Values that are not finite become null."""
+        """Append a line of JSON; numbers also go to TensorBoard. Values that are not finite become null."""
         self._file.write(json.dumps(_without_nan({"step": step, **values}), allow_nan=False) + "\n")
         for name, value in _scalars(values):
             if math.isfinite(value):
@@ -39,7 +39,7 @@ class MetricsWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Make sure that everything written so far survives the death of the process."""
+        """Make sure that everything written so far survives if the process is killed."""
         self._events.flush()
         self._mirror.upload()
         self._uploaded_at = time.monotonic()

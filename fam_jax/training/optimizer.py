@@ -10,7 +10,7 @@ from fam_jax.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the learning rate by step: linear warm-up, then constant, or a cosine to zero at `steps`."""
+    """Return the learning rate schedule: linear warm-up, then constant, or a cosine to zero at `steps`."""
     rate, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "cosine":
         after: optax.Schedule = optax.cosine_decay_schedule(rate, max(1, steps - warmup))
@@ -18,13 +18,13 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         after = optax.constant_schedule(rate)
     if warmup == 0:
         return after
-    # The first step has rate / warmup, not zero.
+    # Start at rate / warmup: a step with rate zero would be wasted.
     rise = optax.linear_schedule(rate / warmup, rate, max(1, warmup - 1))
     return optax.join_schedules([rise, after], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Build the transformation of gradients into updates, for a nested dict of parameters with stacked "layers"."""
+    """Build the optimizer for a nested dict of parameters with stacked "layers"."""
     transform = _adafactor(config, steps) if config.name == "adafactor" else _adamw(config, steps)
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(*parts, per_layer(transform))
@@ -33,8 +33,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def _adafactor(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Build Adafactor (Shazeer and Stern 2018), in the order of optax.adafactor.
 
-    The FAM paper gives beta2 = 0.99 as a constant, where Adafactor's own choice is 1 - t^-0.8 ("power" here). It
-    gives a constant learning rate and does not say whether updates are scaled by the RMS of their parameter. The
+    The FAM paper gives beta2 = 0.99, a constant, where Adafactor's own choice is 1 - t^-0.8 ("power" here). It also
+    gives a constant learning rate, but does not say whether updates are scaled by the RMS of their parameter. The
     config chooses.
     """
     parts = [
@@ -86,9 +86,9 @@ def _power_decay(step: jax.Array, power: float) -> jax.Array:
 
 
 def per_layer(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Apply `transform` to each layer of the stacked "layers" separately, and to all other parameters.
+    """Apply `transform` to each layer of the stacked "layers" separately, and to the other parameters as they are.
 
-    Otherwise Adafactor would factor and clip across layers: a stack (L, D) of norms as if it were one matrix.
+    Otherwise Adafactor would factor and clip across layers, as if a stack (L, D) of norms were one matrix.
     """
 
     def split(tree: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

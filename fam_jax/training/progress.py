@@ -1,4 +1,4 @@
-"""What a training says on the terminal: a header, progress, events and an end."""
+"""The terminal output of training: a header, progress, events and a last line."""
 
 import datetime
 import sys
@@ -13,9 +13,9 @@ BAR_WIDTH = 10
 
 
 class ProgressReport:
-    """A bar on a terminal, elsewhere a line per report, on stderr; a context manager.
+    """A progress bar on a terminal, elsewhere a line per report. Writes to stderr. A context manager.
 
-    The time left follows from the steps since the first one was compiled; compilation does not count.
+    The time left is estimated from the steps of this process, without those that compiled a program.
     """
 
     def __init__(self, total: int, start: int, *, quiet: bool = False):
@@ -23,7 +23,7 @@ class ProgressReport:
 
         Args:
           total: steps of the run.
-          start: steps taken before.
+          start: steps taken by earlier processes.
           quiet: report nothing.
         """
         self._total, self._start, self._quiet = total, start, quiet
@@ -65,7 +65,7 @@ class ProgressReport:
             self.say(f"step {step}/{self._total}  {text}{'  ' + left + ' left' if left else ''}")
 
     def say(self, text: str) -> None:
-        """Show a line that stays: a header, an event, the end."""
+        """Show a line that stays on the terminal."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         elif not self._quiet:

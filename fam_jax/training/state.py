@@ -1,4 +1,4 @@
-"""Everything that a training step reads and writes, as one pytree."""
+"""The state of training as one pytree: parameters, optimizer state, and everything else that a step changes."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ from fam_jax.model import Transformer, create_model, lora, passed_on, to_dict
 class TrainState:
     """The state between two steps."""
 
-    # float32, except what LoRA keeps frozen.
+    # float32, except parameters that LoRA freezes.
     params: dict[str, Any]
     # State of the parameters that are trained.
     optimizer: Any
@@ -25,9 +25,9 @@ class TrainState:
     step: jax.Array
     # Typed PRNG key; step t draws from fold_in(key, t).
     key: jax.Array
-    # What random state passing hands on: the memory of the first row of the last step (see `passed_on`).
+    # The memory of the last step's first row, for random state passing (see `passed_on`).
     carried: dict[str, Any]
-    # () bool: a step has been taken, so `carried` means something.
+    # () bool: False before the first step, when `carried` holds zeros.
     has_carried: jax.Array
 
 
@@ -41,8 +41,8 @@ def init_state(
 
     Args:
       config: the experiment.
-      optimizer: for the parameters that are trained.
-      seed: for parameters and steps.
+      optimizer: optimizer of the trained parameters.
+      seed: seed of parameters and steps.
       base: nested dict of parameters that replace random ones.
     """
     init_key, step_key = jax.random.split(jax.random.key(seed))
@@ -59,7 +59,7 @@ def init_state(
 
 
 def nothing_carried(model: ModelConfig) -> dict[str, Any]:
-    """Return zeros in place of what a step passes on."""
+    """Return zeros in the shapes of the state that a step passes on."""
 
     def pass_on() -> dict[str, Any]:
         return passed_on(model, Transformer(model, rngs=nnx.Rngs(0)).init_state(1))
@@ -68,6 +68,6 @@ def nothing_carried(model: ModelConfig) -> dict[str, Any]:
 
 
 def model_structure(config: Config) -> tuple[Any, Any]:
-    """Return graph definition and abstract state of the model, to merge parameters into."""
+    """Return the graph definition and the abstract state of the model, for `nnx.merge`."""
     abstract = nnx.eval_shape(lambda: create_model(config, rngs=nnx.Rngs(0)))
     return nnx.split(abstract)

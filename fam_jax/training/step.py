@@ -25,9 +25,9 @@ Metrics = dict[str, jax.Array]
 class Draws(NamedTuple):
     """Random choices of a step, per row."""
 
-    # (B,) bool: start from what the last step left (random state passing, appendix B.2.3).
+    # (B,) bool: start from the state that the last step left (random state passing, appendix B.2.3).
     from_carried: jax.Array
-    # (B,) int32 random position offset (appendix B.2.2).
+    # (B,) int32 random position offset (appendix B.2.2), or None.
     offset: jax.Array | None
 
 
@@ -36,8 +36,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Build `train_step(state, batch) -> (state, metrics)`; jit it with the state donated.
 
-    A batch has inputs and targets (B, T) int32, weights (B, T) float32, answer (B, T) bool. The loss is the weighted
-    mean over the whole batch, however many micro-batches it is split into.
+    A batch has the arrays of `BATCH_TYPES`. The loss is the weighted mean over the whole batch, however many
+    micro-batches it is split into.
     """
     graphdef, abstract = model_structure(config)
     train = config.train
@@ -107,10 +107,10 @@ def _draw(config: Config, state: TrainState, batch_size: int) -> Draws:
 
 
 def _accumulate(gradient: Callable, batch: Batch, draws: Draws, parts: int) -> Any:
-    """Sum loss, scores and gradients over micro-batches; carry on the state of the first row of all."""
+    """Sum loss, scores and gradients over micro-batches; carry the state of the whole batch's first row."""
     if parts == 1:
         return gradient(batch, draws)
-    # Deal rows out in turn, so that each micro-batch is spread evenly over the devices.
+    # Deal the rows out in turn. This spreads each micro-batch evenly over the devices.
     dealt = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, draws))
 
     def body(total: Any, part: Any) -> tuple[Any, Any]:

@@ -23,13 +23,13 @@ class StepTrace:
         """Prepare a trace.
 
         Args:
-          workdir: of the run.
+          workdir: folder of the run.
           steps: first and last step of the trace, or None for no trace. A resumed run that is past the first step is
             not traced.
           remaining: steps that the run will take.
 
         Raises:
-          UserError: the run never takes these steps.
+          UserError: the run does not have these steps.
         """
         if steps is not None and not 1 <= steps[0] <= steps[1] < remaining.stop:
             raise UserError(
@@ -50,7 +50,7 @@ class StepTrace:
             yield
 
     def end(self, number: int, metrics: Any) -> None:
-        """Call after each step; at the last of the trace, wait until it is computed and stop."""
+        """End a step; after the last step of the trace, wait for its results and stop tracing."""
         if self._mirror is not None and self._steps is not None and number == self._steps[1]:
             jax.block_until_ready(metrics)
             self._stop()

@@ -1,4 +1,4 @@
-"""Config fields: every mistake is one line that names the field, wherever the group is built."""
+"""Every mistake in a config field gives a one-line error that names the field, wherever the group is built."""
 
 import dataclasses
 import typing
@@ -113,7 +113,7 @@ def test_the_lowest_value(field: Field) -> None:
     wrap = (lambda value: (value,)) if is_list else (lambda value: value)
     message = field.error(wrap(below))
     assert message.startswith(f"{field.path}: must be ") and str(below) in message
-    check_range(field.limits, wrap(lowest), field.path)  # beside other fields it may be impossible
+    check_range(field.limits, wrap(lowest), field.path)  # building the group might contradict other fields
 
 
 @those(lambda field: field.limits.maximum is not None)
@@ -286,7 +286,7 @@ def test_impossible_combinations_in_a_group(group: Any, values: dict[str, Any], 
         ({"data": {"task": "seqio:"}}, "data.task: expected passkey, text, text+passkey or seqio:NAME, got 'seqio:'"),
         ({"data": {"task": "text:x"}}, "data.task: expected passkey, text, text+passkey or seqio:NAME, got 'text:x'"),
         ({"data": {"task": "text", "vocabulary": "bytes"}}, "data.train_files: the task text needs files"),
-        ({"data": {"task": "text", "train_files": ("a",)}}, "data.vocabulary: passkey covers the words of its own"),
+        ({"data": {"task": "text", "train_files": ("a",)}}, "data.vocabulary: passkey has the words of its own"),
         ({"data": {"train_files": ("a",)}}, "data.train_files: belongs to the task text, but data.task is passkey;"),
         ({"data": {"repeat_segment": 2}}, "data.repeat_segment: belongs to the task text or seqio, but data.task is"),
         ({"data": {"imports": ("a",)}}, "data.imports: belongs to the task seqio, but data.task is passkey;"),
@@ -331,16 +331,28 @@ def test_windows_keep_the_blocks_that_they_reach_into() -> None:
 def test_what_a_change_affects_is_said_on_the_field() -> None:
     execution = fields_with_effect(Config, "execution")
     assert execution == {
-        "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
-        "data.train_files", "data.heldout_files", "model.attention", "model.remat",
+        "train.steps",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "data.train_files",
+        "data.heldout_files",
+        "model.attention",
+        "model.remat",
         *(f"evaluate.{field.name}" for field in dataclasses.fields(EvaluateConfig)),
-        "mesh.data", "mesh.fsdp", "mesh.tensor",
-    }  # fmt: skip
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+    }
     state = fields_with_effect(FamConfig, "parameters", "state")
     assert state == {"kind", "segments", "window", "length", "init", "positions", "previous_blocks"}
     assert fields_with_effect(ModelConfig, "state", "execution") == {
-        "dtype", "block_size", "attention", "remat", "memory.kind",
-    }  # fmt: skip
+        "dtype",
+        "block_size",
+        "attention",
+        "remat",
+        "memory.kind",
+    }
     for group in GROUPS:
         for field in dataclasses.fields(group):
             assert effect_of(group, field) in ("parameters", "state", "training", "execution")

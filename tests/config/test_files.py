@@ -1,4 +1,4 @@
-"""Config files: all of them resolve, and what is written down can be read back."""
+"""All config files resolve, and a config that is written can be read back."""
 
 import dataclasses
 import importlib.util
@@ -51,7 +51,7 @@ def test_each_kind_of_memory_can_be_chosen(kind: str) -> None:
 
 
 def test_updating_a_memory_group_with_another_kind_is_refused() -> None:
-    """`ConfigDict.update` merges groups; the fields of the kind before are left over."""
+    """`ConfigDict.update` merges groups, so fields of the old kind remain."""
     values = default_config()
     values.model.update(memory=memory_config("bswa"))
     with pytest.raises(
@@ -69,7 +69,7 @@ def load(path: pathlib.Path) -> types.ModuleType:
 
 
 def arguments(path: pathlib.Path) -> list[str]:
-    """Those that the docstring of a config file names, such as `:smoke`."""
+    """Return the arguments that the docstring of a config file names, such as `:smoke`."""
     return re.findall(r"`(?:configs/\w+\.py)?:(\w+)`", load(path).__doc__ or "")
 
 

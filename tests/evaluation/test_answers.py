@@ -1,4 +1,4 @@
-"""Answers are those of a computation without streaming, and nothing of a prompt is left out."""
+"""Answers equal those of a computation without streaming, and every token of a prompt is read."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def setting_of(config: Config) -> Setting:
 
 
 def test_passkey_of_a_known_model(config: Config, parrot: dict, parrot_accuracy: float) -> None:
-    """With the task's own data: 12 keys in batches of 8."""
+    """The data is the task's own: 12 keys in batches of 8."""
     told: list[tuple[str, int, int]] = []
     questions = passkey_questions(setting_of(config))
     found = measure_answers(
@@ -62,7 +62,7 @@ def test_table(config: Config, parrot: dict) -> None:
 
 @pytest.fixture
 def rigged() -> list[Question]:
-    """Five prompts of different lengths whose answers are what the random model says, by forward passes alone."""
+    """Return five prompts of different lengths, with the answers that forward passes of the random model give."""
     questions = []
     for prompt, length in zip(texts(30, 9, 21, 14, 33), (3, 2, 3, 1, 3), strict=True):
         text = prompt
@@ -99,7 +99,7 @@ def test_right_answers_count(rigged: list[Question]) -> None:
 
 
 def test_equal_logits_are_never_right() -> None:
-    """Not even for token 0, which greedy generation takes first among equals."""
+    """Not even token 0 counts as right, which greedy generation takes first among equals."""
     params = jax.tree.map(np.zeros_like, params_of(CONFIG))
     found = measure([(prompt, np.zeros(2, np.int32)) for prompt in texts(9, 21, 14)], params)
     assert found["exact_match"] == found["teacher_forced_exact_match"] == found["answer_token_accuracy"] == 0
@@ -112,5 +112,7 @@ def test_truncation_does_not_go_unnoticed(rigged: list[Question], monkeypatch: p
         return whole(self, [prompt[-20:] for prompt in prompts], *args, **kwargs)
 
     monkeypatch.setattr(Streamer, "read", truncated)
-    with pytest.raises(RuntimeError, match=r"prompts of \[30, 9, 21\] tokens were read as \[20, 9, 20\]"):
+    with pytest.raises(
+        RuntimeError, match=r"the model read \[20, 9, 20\] tokens of prompts with \[30, 9, 21\]"
+    ):
         measure(rigged)

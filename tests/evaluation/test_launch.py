@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, config: Config, parrot: dict) -> pathlib.Path:
-    """A run with two steps."""
+    """Return the folder of a run with two steps."""
     return save_run(tmp_path_factory.mktemp("runs") / "parrot", config, parrot)
 
 
@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_list_of_tasks(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a checkpoint."""
+    """The list needs no checkpoint."""
     with pytest.raises(SystemExit) as ended:
         evaluate.main(["--list"])
     lines = capsys.readouterr().out.splitlines()

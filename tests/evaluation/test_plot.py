@@ -1,4 +1,4 @@
-"""Plots are written to files, and leave an interactive session alone."""
+"""Plots are written to files, and do not change an interactive session."""
 
 import io
 import pathlib

@@ -24,13 +24,13 @@ from tests.evaluation.runs import save_run
 
 @pytest.fixture(scope="module")
 def passkey_run(tmp_path_factory: pytest.TempPathFactory, config: Config, parrot: dict) -> pathlib.Path:
-    """A run of the task "passkey" with two steps."""
+    """Return the folder of a run of the task "passkey" with two steps."""
     return save_run(tmp_path_factory.mktemp("runs") / "parrot", config, parrot)
 
 
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory: pytest.TempPathFactory, config: Config) -> pathlib.Path:
-    """A run of the task "text", with held-out files beside it."""
+    """Return the folder of a run of the task "text", with held-out files beside it."""
     folder = tmp_path_factory.mktemp("text")
     for name, text in {"train.txt": "abc", "a.txt": "alpha " * 20, "b.txt": "beta " * 30}.items():
         (folder / name).write_text(text)
@@ -51,8 +51,10 @@ def test_an_evaluation_of_a_run(passkey_run: pathlib.Path, config: Config, parro
     )
     assert (found.task, found.step, found.command) == ("passkey", 10, "fam_jax.evaluate")
     assert found.metrics == {
-        "exact_match": 0, "teacher_forced_exact_match": 0, "answer_token_accuracy": parrot_accuracy,
-    }  # fmt: skip
+        "exact_match": 0,
+        "teacher_forced_exact_match": 0,
+        "answer_token_accuracy": parrot_accuracy,
+    }
     assert found.scalars["answer_token_accuracy/1_blocks"] == parrot_accuracy
     assert set(told) == {"1 blocks"}
     assert found.versions.keys() == {"python", "fam-jax", "jax", "flax", "numpy"}
@@ -93,8 +95,12 @@ def test_text_has_a_plot(text_run: pathlib.Path) -> None:
     assert found.details["documents"] == 2 and found.details["tokens_read"] == 121 + 151
     assert found.details["trained_tokens"] == 32
     assert found.metrics.keys() == {
-        "loss", "perplexity", "bits_per_byte", "next_token_accuracy", "loss_after_first_block",
-    }  # fmt: skip
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "next_token_accuracy",
+        "loss_after_first_block",
+    }
     assert (
         "exact_match" not in found.scalars and {"zeroed/loss", "loss_by_position/16"} <= found.scalars.keys()
     )
@@ -104,7 +110,7 @@ def test_text_has_a_plot(text_run: pathlib.Path) -> None:
 
 
 def test_other_texts(text_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Of any run, whatever it was trained on."""
+    """A run can be evaluated on any text, whatever it was trained on."""
     (tmp_path / "c.md").write_text("gamma")
     (tmp_path / "d.txt").write_text("delta")
     out = tmp_path / "out.json"
@@ -145,7 +151,7 @@ def test_training_with_lora_evaluates_merged_weights(text_run: pathlib.Path, tmp
 def test_a_task_is_a_function_and_a_line(
     passkey_run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, config: Config
 ) -> None:
-    """Nothing else has to know of it."""
+    """No other code has to know the task."""
 
     def copies(setting: Setting) -> Questions:
         vocabulary = load_vocabulary("passkey")
@@ -156,14 +162,16 @@ def test_a_task_is_a_function_and_a_line(
     monkeypatch.setitem(TASKS, "copy", copy)
     found = evaluate(passkey_run, task="copy")
     assert found.metrics == {
-        "exact_match": 1, "teacher_forced_exact_match": 1, "answer_token_accuracy": 1,
-    }  # fmt: skip
+        "exact_match": 1,
+        "teacher_forced_exact_match": 1,
+        "answer_token_accuracy": 1,
+    }
     assert read_evaluation(passkey_run / "evaluations" / "10" / "copy.json").details["symbol"] == 7
     assert found.line().startswith("copy: exact match 100.0%") and len(found.tables()) == 1
 
 
 def test_the_task_of_the_guide(passkey_run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code of docs/evaluation.md, as it stands there."""
+    """The code in docs/evaluation.md runs as it is printed there."""
     guide = (pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     function, entry = re.findall(r"```python\n(.*?)```", guide.partition("## Add a task")[2], re.DOTALL)
     names = {"np": np, "functools": functools, **vars(tasks)}
@@ -246,5 +254,5 @@ def test_files_that_are_no_records(tmp_path: pathlib.Path) -> None:
         read_evaluation(tmp_path / "missing.json")
     for text in ("{", "[]", '{"task": "passkey"}'):
         (tmp_path / "other.json").write_text(text)
-        with pytest.raises(UserError, match="is not the record of an evaluation"):
+        with pytest.raises(UserError, match="not the record of an evaluation"):
             read_evaluation(tmp_path / "other.json")

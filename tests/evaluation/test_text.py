@@ -1,4 +1,4 @@
-"""Streamed losses are those of whole-sequence passes; ablations change what they should and nothing else."""
+"""Streamed losses equal those of passes over whole sequences; ablations change what they should and nothing else."""
 
 import math
 from typing import Any
@@ -50,7 +50,7 @@ def run(*args: Any, **how: Any) -> dict[str, Any]:
 
 
 def direct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of every token and whether it is the likeliest, by one pass over the document."""
+    """Return, from one pass over the document, the nats of every token and whether it is the likeliest."""
     logits = forward(np.append(START, ids[:-1]).astype(np.int32)).astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
     logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -128,7 +128,7 @@ def test_an_ablation_changes_what_follows_the_first_block_only(name: str) -> Non
 
 
 def test_a_frozen_memory_without_segments_makes_every_block_a_document_of_its_own() -> None:
-    """Started by the token before it, where a document starts with the end of another."""
+    """Such a document starts with the token before the block; a real one starts with the end of another document."""
     model = variant(CONFIG, segments=0)
     [ids] = texts(5 * C)
     found = run([example(ids)], model=model, ablations=("frozen",))
@@ -148,7 +148,7 @@ def test_shuffling_the_states_of_equal_documents_changes_nothing() -> None:
 
 
 def test_a_memory_that_nobody_reads_can_be_ablated() -> None:
-    """With values that are zero, attention to a FAM is attention to a zero FAM, whatever it holds; keys still count."""
+    """With an output projection of zero, attention has no effect, whatever FAM holds."""
     params = jax.tree.map(np.array, params_of(CONFIG))
     params["layers"]["output"]["kernel"][:] = 0
     found = run(params=params, ablations=("zeroed", "shuffled", "frozen"))
@@ -159,7 +159,7 @@ def test_a_memory_that_nobody_reads_can_be_ablated() -> None:
 def test_all_past_blocks_that_a_memory_keeps_are_ablated_together() -> None:
     model = variant(CONFIG, previous_blocks=3, segments=0)
     rows = [example(ids) for ids in texts(40, 40)]
-    # All but the last two blocks differ: of no account once the FAMs are ablated.
+    # All but the last two blocks differ, which must not matter once the FAMs are ablated.
     changed = [
         example(np.append(7 - each.ids[: -2 * C] % 7, each.ids[-2 * C :]).astype(np.int32)) for each in rows
     ]
@@ -199,7 +199,7 @@ def test_truncation_does_not_go_unnoticed(monkeypatch: pytest.MonkeyPatch) -> No
         return *(np.pad(part, rest) for part in scores), state
 
     monkeypatch.setattr(Streamer, "measure", truncated)
-    with pytest.raises(RuntimeError, match="results would mislead"):
+    with pytest.raises(RuntimeError, match="results would be misleading"):
         run()
 
 
@@ -211,7 +211,7 @@ def test_mistakes() -> None:
 
 
 def test_equal_logits_are_never_right() -> None:
-    """Not even for token 0, the first among equals."""
+    """Not even token 0 counts as right, the first among equals."""
     params = jax.tree.map(np.zeros_like, params_of(CONFIG))
     found = run([example(np.zeros(9, np.int32)), EXAMPLES[-1]], params)
     assert found["next_token_accuracy"] == 0

@@ -1,6 +1,6 @@
-"""Go on with runs of version 0.1 (format 1) in the current folder; print what comes out as JSON.
+"""Continue runs of version 0.1 (format 1) in the current folder, and print the results as JSON.
 
-A program of its own, as the runs were made on one device and the tests have eight.
+This is a separate program because the runs were made on one device and the tests have eight.
 """
 
 import json
@@ -16,7 +16,7 @@ from fam_jax.training.loop import train
 
 
 def answer(model: TextModel, state: Any) -> str:
-    """Generate as the recorded answers were generated."""
+    """Generate an answer with the settings of the recorded answers."""
     asked = model.read("Where is Ada?", state)
     return model.generate(asked, max_tokens=24, sampling=Sampling(temperature=1.0), seed=1).text
 

@@ -1,8 +1,8 @@
 """Runs, memory files and LoRA runs of version 0.1 still resume, evaluate and generate.
 
-`data/` was made by version 0.1: three runs of two layers (text with FAM and random state passing; LoRA of it; PassKey
-with one initial FAM per layer), each cut back to the middle, with the metrics that they went on to have, the answers
-that they gave, their evaluations, and a memory of heldout.txt.
+Version 0.1 made the files in `data/`: three runs of two layers (text with FAM and random state passing; LoRA of it;
+PassKey with one initial FAM per layer), each truncated to its first half, the metrics of the whole runs, the answers
+that the models gave, their evaluations, and a memory of heldout.txt.
 """
 
 import json
@@ -49,7 +49,7 @@ def metrics(folder: pathlib.Path, run: str) -> dict[int, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def recorded(folder: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """The metrics of version 0.1, before the runs are resumed."""
+    """Return the metrics of version 0.1, read before the runs are resumed."""
     return {run: metrics(folder, run) for run in RUNS}
 
 
@@ -70,7 +70,7 @@ def replayed(folder: pathlib.Path, recorded: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_goes_on_as_it_did(run: str, recorded: Any, replayed: Any) -> None:
-    """Batches, random draws, parameters and optimizer state are those of the run: the losses of every step say so."""
+    """Equal losses in every step show that batches, random draws, parameters and optimizer state are the same."""
     last = max(recorded[run])
     assert last == 2 * RUNS[run]
     for step in range(RUNS[run] + 1, last + 1):

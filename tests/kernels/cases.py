@@ -1,4 +1,4 @@
-"""Calls of block attention, and dense attention in NumPy float64 to compare them with."""
+"""Cases of block attention, and dense attention in NumPy float64 to compare with."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from fam_jax.kernels import block_attention
 from tests.model.tiny import quick_jit
 
 Arrays = dict[str, np.ndarray]
-# Factor from the small blocks of these cases (multiples of 4) to those of the kernels (multiples of 128).
+# Factor between the small blocks of these cases (multiples of 4) and blocks of the kernels (multiples of 128).
 WIDER = 32
 
 
@@ -60,7 +60,7 @@ class Case:
         return {name: getattr(self, name) for name in names}
 
     def wider(self) -> "Case":
-        """Return the same structure at a size that the kernels take, with fewer heads to save time."""
+        """Return the same structure at a size that the kernels support, with fewer heads to save time."""
         whole, rest = divmod(self.length, self.block_size)
         size = self.block_size * WIDER
         fewer = 2 if self.kv_heads % 2 == 0 else 1
@@ -150,7 +150,7 @@ def dense_attention(
         return np.repeat(np.concatenate([tokens, flat], axis=1), group, axis=2)
 
     def sums(equation: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.einsum(equation, a, b, optimize=True)  # optimised into matrix products
+        return np.einsum(equation, a, b, optimize=True)  # by matrix products
 
     k, v = all_keys(inputs["k"], inputs["extra_k"]), all_keys(inputs["v"], inputs["extra_v"])
     scores, slope = sums("bthd,bshd->bths", q, k) * scale, np.ones(1)
@@ -188,10 +188,10 @@ def check(case: Case, implementation: str, dtype: str, roundings: float, seed: i
 
     Args:
       case: the call.
-      implementation: under test.
-      dtype: of all arrays.
-      roundings: the largest error, in units of the dtype's epsilon times the largest sum of absolute terms.
-      seed: of the arguments.
+      implementation: the implementation under test.
+      dtype: dtype of all arrays.
+      roundings: largest allowed error, in units of the dtype's epsilon times the largest sum of absolute terms.
+      seed: seed of the arguments.
     """
     with jax.enable_x64(dtype == "float64"):
         call = draw(case, seed)
@@ -213,7 +213,7 @@ def check(case: Case, implementation: str, dtype: str, roundings: float, seed: i
 
 
 def close(name: str, got: Any, want: np.ndarray, scale: float, dtype: str, roundings: float) -> None:
-    """Assert that an error is at most so many roundings of `scale`."""
+    """Assert that the error is at most `roundings` roundings of `scale`."""
     error = np.abs(np.asarray(got, np.float64) - want).max(initial=0)
     unit = float(jnp.finfo(dtype).eps) * scale
     assert error <= roundings * unit, f"{name}: {error / unit if unit else error} roundings"

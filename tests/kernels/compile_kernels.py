@@ -1,6 +1,6 @@
-"""Compile attention and its gradients for a TPU, and print the names of the kernels; no TPU needed.
+"""Compile attention and its gradients for a TPU, and print the names of the kernels. No TPU needed.
 
-`test_tpu_compiler` runs this module in a process of its own.
+`test_tpu_compiler` runs this module in a new process.
 """
 
 import json

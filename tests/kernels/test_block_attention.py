@@ -38,7 +38,7 @@ CASES = {
     "a block that is no power of two": Case(block_size=12, length=20, memory_segments=1, past_blocks=(1, 0)),
     "room for part of the past": Case(slots=1, past_blocks=(1, 0)),
 }
-# As in training: nothing was read before, and all extra keys exist.
+# A call as in training: there is no past, and all extra keys exist.
 TRAINING = Case(slots=0, counted=False, past_blocks=(0, 0), length=16)
 TRAINING_CASES = {
     "training": TRAINING,
@@ -51,7 +51,7 @@ TRAINING_CASES = {
     "training, window across blocks": dataclasses.replace(TRAINING, window=6),
     "training, stop-gradient": dataclasses.replace(TRAINING, stop_gradient=True),
     "training, a block that is no power of two": dataclasses.replace(TRAINING, block_size=12, length=30),
-    # Whole tiles but not whole blocks: the kernels skip what is missing of the last block.
+    # Whole tiles but not whole blocks: the kernels skip the missing part of the last block.
     "training, half of the last block": dataclasses.replace(TRAINING, block_size=16, length=38),
     "training, half of the only block": dataclasses.replace(TRAINING, block_size=16, length=5, kv_heads=1),
     "training, half of the last block in a window": dataclasses.replace(
@@ -64,7 +64,7 @@ SOFT_CAPPED = {
     "soft cap, stop-gradient in a window": Case(softcap=0.5, stop_gradient=True, window=6, length=11),
     "soft cap, training": dataclasses.replace(TRAINING, softcap=1.0),
 }
-# Implementations that run natively, in float64, and those plus the kernels in their interpreter.
+# Implementations that run natively and in float64; then these and the kernels in their interpreter.
 PORTABLE = ("reference", "xla")
 RUNNABLE = (*PORTABLE, "pallas_interpret")
 
@@ -190,9 +190,8 @@ def test_the_future_has_no_influence(case: str, implementation: str) -> None:
         for name in ("k", "v"):
             changed[name][:, case.past_slots + token] += 1
         differs = (np.asarray(attention(single(changed))) != plain).any(axis=(0, 2, 3))
-        last = (
-            token // size + case.memory_segments + 1
-        ) * size  # start of the first block that no longer sees it
+        # The start of the first block that no longer sees the token.
+        last = (token // size + case.memory_segments + 1) * size
         reached = np.arange(case.length)
         np.testing.assert_array_equal(differs, (reached >= token) & (reached < last))
 
@@ -247,7 +246,7 @@ def test_wrong_extra_keys_are_rejected() -> None:
 def test_kernels_need_a_tpu() -> None:
     case = Case().wider()
     call = draw(case)
-    with pytest.raises(ValueError, match="run on TPUs, and there is none"):
+    with pytest.raises(ValueError, match="need a TPU, and there is none"):
         attend(case, call, single(call.inputs), "pallas")
 
 
@@ -262,7 +261,7 @@ def test_kernels_reject_float64() -> None:
 def test_kernels_reject_a_soft_cap(implementation: str) -> None:
     case = dataclasses.replace(Case(), softcap=1.0).wider()
     call = draw(case)
-    with pytest.raises(ValueError, match="no soft cap"):
+    with pytest.raises(ValueError, match="do not support a soft cap"):
         attend(case, call, single(call.inputs), implementation)
 
 

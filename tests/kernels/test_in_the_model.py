@@ -1,4 +1,4 @@
-"""The whole model computes the same logits, state and gradients by the kernels and by XLA."""
+"""The whole model computes the same logits, state and gradients with the kernels and with XLA."""
 
 import dataclasses
 from typing import Any

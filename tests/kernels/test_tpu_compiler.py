@@ -1,4 +1,4 @@
-"""Compile the kernels by the real TPU compiler, which needs no TPU, for every supported generation."""
+"""Compile the kernels with the real TPU compiler for every supported generation. No TPU needed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Rotary embedding far out: angles of large positions against extended precision."""
+"""Rotary embedding at large positions: angles compared with extended precision."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ POSITIONS = np.array([0, 1, 255, 256, 65_535, 10**6 + 7, 10**9 + 1, 2**31 - 1])
 
 
 def angles(positions, rope):
-    """In extended precision, reduced to one turn."""
+    """Return angles in extended precision, reduced to one turn."""
     products = positions.astype(np.longdouble)[:, None] * rope.frequencies().astype(np.longdouble)
     return np.remainder(products, 2 * np.longdouble("3.14159265358979323846264338327950288"))
 
@@ -25,7 +25,7 @@ def test_any_int32_position_is_exact_in_float32(unit, sign):
     positions = sign * (POSITIONS // unit)
     rotation = quick_jit(lambda p: rope.at(p, unit=unit))(jnp.asarray(positions, jnp.int32))
     want = angles(positions * unit, rope)
-    # Three products of float32 rotations, of a rounding or two each.
+    # Three products of float32 rotations, with one or two roundings each.
     np.testing.assert_allclose(rotation.cos[:, 0], np.cos(want).astype(float), rtol=0, atol=1e-6)
     np.testing.assert_allclose(rotation.sin[:, 0], np.sin(want).astype(float), rtol=0, atol=1e-6)
 

@@ -36,20 +36,32 @@ class Case(NamedTuple):
 
     @property
     def model(self) -> ModelConfig:
-        """Two layers, grouped queries, float64; no tied embeddings, so that tokens' embeddings are theirs alone."""
+        """Return a float64 model with two layers and grouped queries.
+
+        Embeddings are not tied: the gradient of a token's embedding then comes from its input alone.
+        """
         return ModelConfig(
-            vocab_size=SIZE * BLOCKS + 3, num_layers=LAYERS, model_dim=8, num_heads=4, num_kv_heads=2, head_dim=4,
-            ff_dim=12, tie_embeddings=False, dtype="float64", block_size=SIZE, memory=self.memory,
-        )  # fmt: skip
+            vocab_size=SIZE * BLOCKS + 3,
+            num_layers=LAYERS,
+            model_dim=8,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=4,
+            ff_dim=12,
+            tie_embeddings=False,
+            dtype="float64",
+            block_size=SIZE,
+            memory=self.memory,
+        )
 
 
 def blocks_back(segments: int) -> Reach:
-    """Each layer reaches `segments` blocks back."""
+    """Return the reach of layers that each look `segments` blocks back."""
     return lambda loss, embedding: 0 <= loss - embedding <= LAYERS * segments
 
 
 def tokens_back(window: int) -> Reach:
-    """Each layer reaches window - 1 tokens back."""
+    """Return the reach of layers that each look window - 1 tokens back."""
 
     def reach(loss: int, embedding: int) -> bool:
         nearest = (loss - embedding) * SIZE - (SIZE - 1) if loss > embedding else 0
@@ -59,12 +71,12 @@ def tokens_back(window: int) -> Reach:
 
 
 def everything(loss: int, embedding: int) -> bool:
-    """The whole past."""
+    """Reach the whole past."""
     return loss >= embedding
 
 
 def own_block(loss: int, embedding: int) -> bool:
-    """No gradient crosses a block border."""
+    """Reach the own block only: no gradient crosses a block border."""
     return loss == embedding
 
 
@@ -100,12 +112,12 @@ assert {case.memory.kind for case in CASES.values()} == {*memory_kinds(), *OWN},
 
 
 def class_of(kind: str) -> Any:
-    """Return the class of a memory, whether or not those of the tests are registered."""
+    """Return the class of a memory, even while those of the tests are not registered."""
     return OWN[kind] if kind in OWN else memory_class(kind)
 
 
 def random_parameters(model: ModelConfig, seed: int = 0) -> dict[str, Any]:
-    """Random values for every parameter, so that nothing that starts at zero stays out of a test."""
+    """Return random values for every parameter: tests must also cover parameters that start at zero."""
     shapes = to_dict(nnx.state(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))))
 
     def fill(path: Any, leaf: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Register the memories of the tests, and remove them afterwards, so that no other test sees them."""
+"""Register the memories of the tests, and remove them afterwards, because other tests must not see them."""
 
 from collections.abc import Iterator
 

@@ -22,7 +22,7 @@ Sees = Callable[[int, int], bool]
 
 
 def layer_of_rows(layer: Params, config: ModelConfig, rows: Array, positions: list[int], sees: Sees) -> Array:
-    """Return what a decoder layer makes of `rows` (n, D) under a mask."""
+    """Return the output of a decoder layer for `rows` (n, D) under a mask."""
     projected = [project_vector(layer, config, x, float(p)) for x, p in zip(rows, positions, strict=True)]
     out = []
     for i, x in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What every memory must satisfy, in float64: splits, decoding, causality, gradient reach, rows apart, passing on."""
+"""Tests of every memory in float64: splits, decoding, causality, gradient reach, independent rows, state passing."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from tests.model.tiny import Reader, build, quick_jit
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 LENGTH = 14  # three blocks and a half
 ROWS = 2
-WIDTH = 5  # of pieces that are read from anywhere: longer than a block
+WIDTH = 5  # of pieces that are not aligned: longer than a block
 
 every_memory = pytest.mark.parametrize("name", CASES)
 with_state = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.memory.has_state])
@@ -47,12 +47,12 @@ def parameters(name: str) -> Any:
 
 
 def reader(name: str, state: StreamState | None = None) -> Reader:
-    """Return two streams of a memory."""
+    """Return a reader of ROWS streams."""
     return Reader(CASES[name].model, parameters(name), ROWS, state)
 
 
 def used(state: StreamState) -> Any:
-    """Return the state without the slots of unfinished blocks that are not filled, which may hold anything."""
+    """Return the state with the unused slots of unfinished blocks set to zero: they may hold anything."""
     filled = np.arange(SIZE) < np.asarray(state.position.filled)[:, None]
 
     def clear(x: jax.Array) -> np.ndarray:
@@ -76,7 +76,7 @@ def whole(name: str) -> tuple[np.ndarray, StreamState]:
 
 
 def read_split(one: Reader, tokens: np.ndarray, counts: list[tuple[int, ...]]) -> np.ndarray:
-    """Read tokens (B, T) from anywhere, `counts` of each row at a time; return logits (B, T, V)."""
+    """Read tokens (B, T) unaligned, `counts` of each row at a time; return logits (B, T, V)."""
     begin, parts = [0] * ROWS, [[] for _ in range(ROWS)]
     for each in counts:
         pieces = [tokens[row, begin[row] : begin[row] + n] for row, n in enumerate(each)]
@@ -92,7 +92,7 @@ RAGGED = [[(5, 3), (2, 5), (0, 1), (5, 5), (2, 0)], [(1, 4), (4, 5), (4, 1), (5,
 
 @every_memory
 def test_any_split_into_calls_reads_alike(name: str) -> None:
-    """T1: the same logits and state, also with rows at different places in their blocks."""
+    """T1: all splits give the same logits and state, also with rows at different places in their blocks."""
     tokens, (logits, state) = some_tokens(ROWS, LENGTH), whole(name)
     for counts in RAGGED:
         one = reader(name)
@@ -112,7 +112,7 @@ def test_any_split_into_calls_reads_alike(name: str) -> None:
 
 @every_memory
 def test_token_by_token_is_aligned(name: str) -> None:
-    """T2: decoding."""
+    """T2: decoding gives the results of an aligned call."""
     one, tokens = reader(name), some_tokens(ROWS, LENGTH)
     steps = [one.read(tokens[:, at : at + 1]) for at in range(LENGTH)]
     logits, state = whole(name)
@@ -122,7 +122,7 @@ def test_token_by_token_is_aligned(name: str) -> None:
 
 @every_memory
 def test_no_token_sees_its_future(name: str) -> None:
-    """T3: bit for bit, on either side of block borders, aligned and from anywhere."""
+    """T3: this holds bit for bit, on either side of block borders, in aligned and other calls."""
     tokens = some_tokens(ROWS, LENGTH)
 
     def aligned(tokens: np.ndarray) -> np.ndarray:
@@ -144,7 +144,7 @@ def test_no_token_sees_its_future(name: str) -> None:
 @pytest.mark.parametrize("aligned", [True, False])
 @every_memory
 def test_gradients_reach_what_they_should(name: str, aligned: bool) -> None:
-    """T4: the gradient of each block's loss by each block's embeddings is zero exactly where it must be."""
+    """T4: the gradient of a block's loss with respect to a block's embeddings is zero exactly where it must be."""
     case, params = CASES[name], parameters(name)
     tokens = jnp.arange(SIZE * BLOCKS, dtype=jnp.int32)[None]  # each once, so a row of the table is one place
 
@@ -209,10 +209,10 @@ FASTER = [
 
 @pytest.mark.parametrize("name", FASTER)
 def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
-    """A faster `read_blocks` equals the default made of `read_piece` and `close_block`.
+    """A faster `read_blocks` equals the default, which uses `read_piece` and `close_block`.
 
-    Outputs, states and the gradients of both by input, state and parameters, over two chunks, the second of which
-    starts with one row fresh and ends within a block.
+    Compares outputs, states, and gradients with respect to input and parameters, over two chunks. The second chunk
+    starts with one fresh row and ends within a block.
     """
     model = CASES[name].model
     memory, params = memory_of(model), parameters(name)
@@ -256,7 +256,7 @@ def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
 
 @every_memory
 def test_training_starts_as_an_initial_state_does(name: str) -> None:
-    """From an empty state without past slots, an aligned call forms the initial state itself."""
+    """From an empty state without past slots, an aligned call computes the initial state itself."""
     empty = empty_state(CASES[name].model, ROWS, past_slots=False)
     logits, state = whole(name)
     one = reader(name, empty)
@@ -266,7 +266,7 @@ def test_training_starts_as_an_initial_state_does(name: str) -> None:
 
 @with_state
 def test_state_passing(name: str) -> None:
-    """Rows may start from what the first row of another batch left (appendix B.2.3); the others start afresh."""
+    """Rows may start from the state of another batch's first row (appendix B.2.3); the others start without context."""
     model, before = CASES[name].model, reader(name)
     before.read(some_tokens(ROWS, 8), aligned=True)
     passed = passed_on(model, before.state)
@@ -279,9 +279,9 @@ def test_state_passing(name: str) -> None:
     np.testing.assert_allclose(logits[0], expected[0], **EXACT)
     assert np.abs(logits[1] - expected[1]).max() > 1e-6
     assert mixed.state.position.carries_context.all()
-    # A row that starts from a passed state and sees no past block is one that goes on.
+    # If no past block is visible, a row that starts from a passed state equals one that continues. FAM is left out,
+    # because it may keep keys of several past FAMs, which it does not pass on.
     if model.memory_segments == 0 and model.memory.kind != "fam":
-        # (FAM may keep keys of several past ones, and does not pass them on.)
         state = StreamState.join([before.state.select([0])] * ROWS)
         np.testing.assert_allclose(reader(name, state).read(tokens, aligned=True)[1], logits[1], **EXACT)
 
@@ -321,7 +321,7 @@ def test_states_and_parameters_have_logical_axes(name: str) -> None:
     ("name", "forward"), [("read_write", read_write_forward), ("associative", associative_forward)]
 )
 def test_toys_compute_what_they_say(name: str, forward: Any) -> None:
-    """T7: against NumPy, one stream at a time."""
+    """T7: the results equal those in NumPy, one stream at a time."""
     params = jax.tree.map(np.asarray, parameters(name))
     expected = [forward(params, CASES[name].model, row) for row in some_tokens(ROWS, LENGTH)]
     np.testing.assert_allclose(whole(name)[0], expected, **EXACT)

@@ -1,4 +1,4 @@
-"""Memories that the package does not name go through training, generation, state files, meshes and local layers."""
+"""Memories that the package does not name work in training, generation, state files, meshes and local layers."""
 
 import dataclasses
 import pathlib
@@ -67,7 +67,7 @@ def test_a_sharded_step_is_the_step_of_one_device(memory: Any) -> None:
 
 @every_new_memory
 def test_generation_goes_on_from_a_file(memory: Any, tmp_path: pathlib.Path) -> None:
-    """Text is the same in one go, from a saved state, and as one call of the model sees it."""
+    """Generation in one call, generation from a saved state, and one call of the model agree on the text."""
     model = dataclasses.replace(CASES["fam"].model, memory=memory, dtype="float32")
     streamer = Streamer(model, random_parameters(model))
     prompts = [np.arange(9, dtype=np.int32), np.arange(3, 9, dtype=np.int32)]
@@ -90,11 +90,14 @@ def test_generation_goes_on_from_a_file(memory: Any, tmp_path: pathlib.Path) -> 
 
 @pytest.mark.parametrize("name", ["running_mean", "associative"])
 def test_local_layers_between(name: str) -> None:
-    """Local layers have the window alone; rows that rise pass them unchanged."""
+    """Local layers have only the window; rows that rise pass through them unchanged."""
     model = dataclasses.replace(
-        CASES[name].model, memory=dataclasses.replace(NEW[name], segments=1), num_layers=3,
-        layer_pattern=("local", "global"), local_window=3,
-    )  # fmt: skip
+        CASES[name].model,
+        memory=dataclasses.replace(NEW[name], segments=1),
+        num_layers=3,
+        layer_pattern=("local", "global"),
+        local_window=3,
+    )
     tokens = np.random.default_rng(0).integers(0, 16, (2, 14)).astype(np.int32)
     with jax.enable_x64(True):
         params = random_parameters(model)
@@ -114,7 +117,7 @@ def test_a_top_that_feeds_the_bottom_needs_global_layers() -> None:
 
 @pytest.mark.parametrize(("name", "field"), [("running_mean", "mean"), ("associative", "matrix")])
 def test_sums_stay_float32_in_a_bfloat16_model(name: str, field: str) -> None:
-    """T8: they grow or decay over any number of blocks."""
+    """T8: the sums grow or decay over any number of blocks."""
     model = dataclasses.replace(CASES[name].model, memory=NEW[name], dtype="bfloat16")
     state = jax.eval_shape(lambda: _read(model))
     assert getattr(state.layers, field).dtype == jnp.float32

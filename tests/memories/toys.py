@@ -1,7 +1,7 @@
-"""Two small memories of kinds that the package does not have yet, to test the interface with.
+"""Two small memories of kinds that the package does not have yet, to test the interface.
 
-:class:`ReadWriteRows` has "segment" order, as RMT has: the top feeds the bottom. :class:`AssociativeRows` has "layer"
-order with rows that rise when a block closes, and changes what tokens read before the layer, as ARMT does.
+:class:`ReadWriteRows` has "segment" order, as RMT has: the top layer feeds the bottom one. :class:`AssociativeRows` has
+"layer" order with rows that rise when a block closes, and changes the input of each layer, as ARMT does.
 """
 
 import dataclasses
@@ -61,8 +61,8 @@ class ReadWriteState(WindowState):
 class ReadWriteRows(Memory[ReadWriteState]):
     """M rows are read before a block and written after it: [rows ; block ; rows] through all layers.
 
-    Read rows see read rows, tokens see read rows and tokens causally, write rows see everything. What the final norm
-    makes of the write rows is the memory that the next block reads and writes.
+    Read rows see read rows, tokens see read rows and tokens causally, write rows see everything. The final norm of the
+    write rows is the memory that the next block reads and writes.
     """
 
     Config: ClassVar[type[MemoryConfig]] = ReadWriteConfig
@@ -147,7 +147,7 @@ class AssociativeState(WindowState):
 
 
 class Associations(nnx.Module):
-    """How a layer asks its matrix, and what it stores there: each (D, D)."""
+    """The weights with which a layer queries its matrix and stores in it, each (D, D)."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         self.ask, self.store_key, self.store_value = (
@@ -156,10 +156,10 @@ class Associations(nnx.Module):
 
 
 class AssociativeRows(Memory[AssociativeState]):
-    """Each layer adds to its input x what its matrix answers: x + sigmoid(x Wq) A.
+    """Each layer adds the answer of its matrix A to its input x: x + sigmoid(x Wq) A.
 
-    When a block closes, learned rows rise through the layers behind the block's tokens, and each layer adds what it
-    makes of them, u, to its matrix: A + sum sigmoid(u Wk)^T tanh(u Wv).
+    When a block closes, learned rows rise through the layers after the block's tokens. Each layer adds its output u for
+    these rows to its matrix: A + sum sigmoid(u Wk)^T tanh(u Wv).
     """
 
     Config: ClassVar[type[MemoryConfig]] = AssociativeConfig
@@ -180,7 +180,7 @@ class AssociativeRows(Memory[AssociativeState]):
         return {"matrix": jnp.zeros((batch_size, width, width), dtype)}
 
     def with_answer(self, layer: DecoderLayer, x: jax.Array, state: AssociativeState) -> jax.Array:
-        """Return x (B, T, D) with what the matrix answers added."""
+        """Return x (B, T, D) plus the matrix's answer."""
         asked = jax.nn.sigmoid(x @ layer.memory.ask[...].astype(x.dtype))
         return x + (asked @ state.matrix).astype(x.dtype)
 

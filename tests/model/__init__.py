@@ -1,1 +1,1 @@
-"""The decoder and its attention against the oracle, against dense masks and against themselves."""
+"""Tests that compare the decoder with the oracle, with dense masks, and with itself."""

@@ -1,4 +1,4 @@
-"""Gradients: against finite differences of the oracle, between ways of computing them, and where they must be zero."""
+"""Gradients against finite differences of the oracle, compared between implementations, and zero where they must be."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from tests.oracle.naive import naive_forward, random_params
 LENGTH = 14
 WIDE = variant(dtype="float64", segments=1)
 TOKENS = some_tokens(2, LENGTH)
-# Any smooth function of the logits will do.
+# Weights of a smooth function of the logits; any such function serves.
 PROJECTION = np.random.default_rng(9).normal(size=(2, LENGTH, WIDE.vocab_size))
 
 
@@ -29,7 +29,7 @@ def score(logits):
 
 @functools.cache
 def gradients(config, *, aligned=True, length=LENGTH):
-    """Return the gradient of the score by every parameter, for a call from an initial state."""
+    """Return the gradient of the score with respect to every parameter, for a call from an initial state."""
     tokens = TOKENS[:, :length]
 
     def loss(params):
@@ -148,7 +148,7 @@ def test_parallel_and_piecewise_gradients_are_equal(changes):
 
 @pytest.mark.parametrize("changes", [{}, {"layer_pattern": ("local", "global"), "local_window": 4}], ids=str)
 @pytest.mark.parametrize("remat", ["dots", "wide", "full"])
-def test_rematerialisation_changes_no_gradient(remat, changes):
+def test_rematerialization_changes_no_gradient(remat, changes):
     with jax.enable_x64(True):
         config = variant(WIDE, **changes)
         assert_same(gradients(dataclasses.replace(config, remat=remat)), gradients(config), **EXACT)
@@ -190,9 +190,10 @@ BLOCKS, LAYERS = 5, 2
 
 
 def influence_of_first_block(config):
-    """Return (N,) largest gradients of each block's squared logits by the first block's embeddings.
+    """Return (N,) largest gradients of each block's squared logits with respect to the first block's embeddings.
 
-    The first block's tokens occur nowhere else, and embeddings are not tied, so their rows of the table are theirs.
+    The first block's tokens occur nowhere else and embeddings are not tied, so their rows of the table are used only
+    there.
     """
     size = config.block_size
     tokens = np.concatenate([np.arange(size), np.full((BLOCKS - 1) * size, 10)])[None].astype(np.int32)
@@ -219,9 +220,9 @@ def influence_of_first_block(config):
         # A window of w keys reaches w - 1 tokens back per layer: from the first token of a block, 3 of 4.
         ({"length": 0, "window": 2}, 2),
         ({"length": 0, "num_layers": 1}, 2),
-        # Stop-gradient leaves a block its own tokens.
+        # With stop-gradient, a block reaches its own tokens only.
         ({"length": 0, "stop_gradient": True}, 1),
-        # FAM carries gradient on for ever, whatever the segment.
+        # FAM passes gradients on without limit, whatever the segments are.
         ({}, BLOCKS),
         ({"stop_gradient": True}, BLOCKS),
         ({"num_layers": 1, "segments": 0}, BLOCKS),

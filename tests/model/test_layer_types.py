@@ -28,7 +28,7 @@ def test_local_layers_alone_are_sliding_window_attention():
     config = variant(layer_pattern=("local",), local_window=6, segments=2)
     window = variant(window=6, segments=2, length=0)
     tokens = some_tokens(2, 14)
-    # The initial FAM is there, but no layer looks at it.
+    # The initial FAM exists, but no layer reads it.
     logits = [Reader(c, params_of(c), 2).read(tokens, aligned=True) for c in (config, window)]
     np.testing.assert_array_equal(*logits)
 

@@ -1,4 +1,4 @@
-"""LoRA: the base model at the start, the merged model at any time, and gradients of the updates alone."""
+"""LoRA equals the base model at the start and the merged model at any time; only its updates have gradients."""
 
 import dataclasses
 import functools
@@ -21,8 +21,12 @@ from tests.model.tiny import Reader, build, params_of, quick_jit, some_tokens, v
 LORA = LoraConfig(rank=3, alpha=6.0)
 TOKENS = some_tokens(2, 14)
 OTHER_LAYERS = {
-    "init": "prefix", "norm": "layernorm", "activation": "gelu", "tie_embeddings": False, "num_kv_heads": 1,
-}  # fmt: skip
+    "init": "prefix",
+    "norm": "layernorm",
+    "activation": "gelu",
+    "tie_embeddings": False,
+    "num_kv_heads": 1,
+}
 
 
 @functools.cache
@@ -36,7 +40,8 @@ def adapted_params(model: ModelConfig, config: LoraConfig = LORA, *, trained: bo
     leaves = lora.flatten(to_dict(structure(model, config)[1]))
 
     def fresh(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        return 0.3 * rng.normal(size=shape) * (trained or name.endswith("lora_a"))
+        values = 0.3 * rng.normal(size=shape)
+        return values if trained or name.endswith("lora_a") else np.zeros_like(values)
 
     adapters = {name: fresh(name, leaf.shape) for name, leaf in leaves.items() if "lora_" in name}
     kind = "float64" if model.dtype == "float64" else "float32"
@@ -84,7 +89,7 @@ def test_at_the_start_it_is_the_base_bit_for_bit(dtype: str) -> None:
 
 
 def loss_of(model: ModelConfig, config: LoraConfig) -> Any:
-    """Return gradients by trained and by frozen parameters."""
+    """Return the loss as a function of trained and frozen parameters."""
     graphdef, abstract = structure(model, config)
 
     def loss(trained: Any, frozen: Any) -> jax.Array:

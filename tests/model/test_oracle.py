@@ -1,4 +1,4 @@
-"""The decoder in float64 against the oracle, which goes token by token: every option, any way of reading."""
+"""The decoder in float64 against the oracle, which reads token by token: every option, every way of reading."""
 
 import dataclasses
 
@@ -72,7 +72,7 @@ def agrees(reader: Reader, logits, want):
 
 
 def check_both_ways(config: ModelConfig, seed: int = 0):
-    """Whole blocks at once, and piece by piece, from an initial state."""
+    """Compare with the oracle from an initial state: all blocks at once, and piece by piece."""
     tokens = some_tokens(2, LENGTH, seed=seed)
     want = naive_forward(random_params(config, seed), config, tokens)
     with jax.enable_x64(True):
@@ -93,18 +93,36 @@ def configs(draw):
 
     size, segments = pick(2, 4, 5), pick(0, 1, 2)
     return wide(
-        num_layers=pick(1, 2, 3), num_kv_heads=pick(1, 2, 4), norm=pick("rmsnorm", "layernorm"),
-        activation=pick("swiglu", "geglu", "gelu"), tie_embeddings=pick(True, False),
-        scale_embeddings=pick(True, False), block_size=size, segments=segments,
-        window=draw(st.integers(0, segments * size + 1)), length=draw(st.integers(0, size)),
-        init=pick("prompt", "prefix"), positions=pick("last", "float", "zero"),
-        previous_blocks=pick(1, 2, 3), attention=pick("reference", "xla"), qkv_bias=pick(True, False),
-        qk_norm=pick(True, False), post_norms=pick(True, False), norm_offset=pick(True, False),
-        attention_softcap=pick(0.0, 1.5), logit_softcap=pick(0.0, 2.0), query_pre_attn_scalar=pick(0.0, 7.0),
-        rope_scaling=pick("none", "linear", "llama3"), rope_factor=4.0, rope_original_length=16,
-        **pick({}, {"layer_pattern": ("local",), "local_window": 1},
-               {"layer_pattern": ("local", "global")[: pick(1, 2)], "local_window": segments * size + 1}),
-    )  # fmt: skip
+        num_layers=pick(1, 2, 3),
+        num_kv_heads=pick(1, 2, 4),
+        norm=pick("rmsnorm", "layernorm"),
+        activation=pick("swiglu", "geglu", "gelu"),
+        tie_embeddings=pick(True, False),
+        scale_embeddings=pick(True, False),
+        block_size=size,
+        segments=segments,
+        window=draw(st.integers(0, segments * size + 1)),
+        length=draw(st.integers(0, size)),
+        init=pick("prompt", "prefix"),
+        positions=pick("last", "float", "zero"),
+        previous_blocks=pick(1, 2, 3),
+        attention=pick("reference", "xla"),
+        qkv_bias=pick(True, False),
+        qk_norm=pick(True, False),
+        post_norms=pick(True, False),
+        norm_offset=pick(True, False),
+        attention_softcap=pick(0.0, 1.5),
+        logit_softcap=pick(0.0, 2.0),
+        query_pre_attn_scalar=pick(0.0, 7.0),
+        rope_scaling=pick("none", "linear", "llama3"),
+        rope_factor=4.0,
+        rope_original_length=16,
+        **pick(
+            {},
+            {"layer_pattern": ("local",), "local_window": 1},
+            {"layer_pattern": ("local", "global")[: pick(1, 2)], "local_window": segments * size + 1},
+        ),
+    )
 
 
 @pytest.mark.slow
@@ -140,7 +158,7 @@ def test_any_chunks_with_every_row_at_its_own_place(changes, data):
     logits: list[list[np.ndarray]] = [[] for _ in streams]
     with jax.enable_x64(True):
         reader = Reader(config, params_of(config), ROWS)
-        for count in [*counts, *[(WIDTH,) * ROWS] * 5]:  # the last five finish what is left
+        for count in [*counts, *[(WIDTH,) * ROWS] * 5]:  # the last five read the rest
             pieces = [row[at : at + n] for row, at, n in zip(streams, read, count, strict=True)]
             for b, piece in enumerate(reader.read_ragged(pieces, WIDTH)):
                 logits[b].append(piece)
@@ -152,7 +170,7 @@ def test_any_chunks_with_every_row_at_its_own_place(changes, data):
         np.testing.assert_allclose(fam[:, b], want.fam[:, 0], **EXACT)
 
 
-# (tokens, whether all at once) that take a stream from one block border to another.
+# Calls (tokens, whether aligned) that take a stream from one block border to another.
 STRIDES = {
     "a block at once": [(4, True)],
     "two blocks at once": [(8, True)],
@@ -230,7 +248,7 @@ def test_random_position_offset(positions):
         logits = np.concatenate(
             [reader.read(tokens[:, :8], **how), reader.read(tokens[:, 8:], **how)], axis=1
         )
-        # The oracle's angles are products as large as 6e4, each with a rounding of 1e-11.
+        # The oracle's angles are products of up to 6e4, with rounding errors of 1e-11.
         np.testing.assert_allclose(logits, want.logits, rtol=1e-8, atol=1e-8)
 
 

@@ -1,4 +1,4 @@
-"""Which computations must agree in float32, and which must differ."""
+"""Computations that must agree in float32, and computations that must differ."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ def test_parallel_is_block_by_block_is_token_by_token():
     for step, aligned in ((16, True), (4, True), (16, False), (1, False)):
         reader = Reader(BASE, params_of(BASE), 2)
         chunks = [reader.read(tokens[:, at : at + step], aligned=aligned) for at in range(0, 16, step)]
-        # The unfinished block is empty now, and what its unused slots hold is nobody's business.
+        # The unfinished block is empty now; its unused slots may hold anything.
         used = dataclasses.replace(reader.state.layers, block_keys=None, block_values=None)
         results.append((np.concatenate(chunks, axis=1), dataclasses.replace(reader.state, layers=used)))
     want, *others = results
@@ -136,7 +136,7 @@ def test_no_token_sees_its_future(num_layers, aligned):
     difference = np.abs(logits[:-1] - logits[-1]).max(axis=-1)  # (changed token, place)
     before = changed[None, :] < changed[:, None]
     assert difference[before].max() < 1e-12
-    # With FAM nothing is ever out of reach: every change shows at every later place.
+    # With FAM every change affects every later place.
     assert difference[~before].min() > 1e-9
 
 

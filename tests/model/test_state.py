@@ -26,10 +26,16 @@ def struct(tree):
 
 
 CONFIGS = [
-    {}, {"init": "prefix"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "init": "prefix"},
-    {"dtype": "bfloat16", "norm": "layernorm", "positions": "zero"}, {"length": 0}, {"segments": 0},
-    {"dtype": "bfloat16", "length": 0, "segments": 0}, {"previous_blocks": 3, "segments": 2},
-]  # fmt: skip
+    {},
+    {"init": "prefix"},
+    {"dtype": "bfloat16"},
+    {"dtype": "bfloat16", "init": "prefix"},
+    {"dtype": "bfloat16", "norm": "layernorm", "positions": "zero"},
+    {"length": 0},
+    {"segments": 0},
+    {"dtype": "bfloat16", "length": 0, "segments": 0},
+    {"previous_blocks": 3, "segments": 2},
+]
 
 
 @pytest.mark.parametrize("changes", CONFIGS, ids=str)
@@ -69,7 +75,7 @@ def test_memory_is_a_pytree():
     leaves, structure = jax.tree.flatten(memory)
     assert isinstance(jax.tree.unflatten(structure, leaves), StreamState)
     assert len(leaves) == 10
-    # A row of a batch of memories: all arrays agree on where the batch axis is.
+    # All arrays have the batch axis in the same place.
     assert {x.shape[1] for x in jax.tree.leaves(memory.layers)} == {2}
     assert {x.shape for x in jax.tree.leaves(memory.position)} == {(2,)}
 
@@ -114,8 +120,8 @@ def test_state_passing_touches_the_chosen_rows_only():
     ("length", "how", "message"),
     [
         (0, {}, "there are none"),
-        (4, {"aligned": True, "lengths": jnp.array([1, 2])}, "an aligned call takes none"),
-        (4, {"position_offset": jnp.array([1, 2])}, "only training uses it"),
+        (4, {"aligned": True, "lengths": jnp.array([1, 2])}, "an aligned call does not take it"),
+        (4, {"position_offset": jnp.array([1, 2])}, "only aligned calls take it"),
     ],
 )
 def test_calls_that_make_no_sense_are_refused(length, how, message):
@@ -134,7 +140,7 @@ def test_bfloat16_activations_read_nearly_alike():
         return -float(np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], axis=-1).mean())
 
     for changes in ({}, {"init": "prefix", "norm": "layernorm"}):
-        # Each activation is rounded to 2^-8 of itself; the mean over 32 tokens is good to a few times that.
+        # Each activation has a relative error of 2^-8; the error of the mean over 32 tokens is a few times that.
         assert abs(loss(variant(dtype="bfloat16", **changes)) - loss(variant(**changes))) < 4 * 2**-8
 
 
@@ -175,7 +181,7 @@ def test_a_new_model_guesses_evenly():
     loss = -np.take_along_axis(np.asarray(log_p), some_tokens(4, 64, seed=1)[..., None], axis=-1).mean()
     assert abs(loss - np.log(config.vocab_size)) < 1.0
     layers = params["layers"]["query"]["kernel"]
-    assert np.abs(layers[0] - layers[1]).max() > 0.01  # layers do not start alike
+    assert np.abs(layers[0] - layers[1]).max() > 0.01  # layers have different initial values
     other = new_parameters(config, seed=1)
     assert np.abs(layers - other["layers"]["query"]["kernel"]).max() > 0.01
 
@@ -188,7 +194,8 @@ def test_parameters_go_to_a_dict_and_back():
     jax.tree.map(np.testing.assert_array_equal, to_dict(filled), values)
     doubled = from_dict(filled, jax.tree.map(lambda x: 2 * x, values))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), to_dict(doubled), values)
-    jax.tree.map(np.testing.assert_array_equal, to_dict(filled), values)  # the pattern was not written to
+    # `from_dict` does not change its first argument.
+    jax.tree.map(np.testing.assert_array_equal, to_dict(filled), values)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))
 
 
@@ -214,10 +221,18 @@ def test_parameters_that_do_not_fit_are_named():
 
 def paper_size(layers, width, multiplier, heads, kv_heads):
     return ModelConfig(
-        vocab_size=256_000, num_layers=layers, model_dim=width, num_heads=heads, num_kv_heads=kv_heads, head_dim=128,
-        ff_dim=width * multiplier, block_size=1024, dtype="bfloat16", remat="full",
+        vocab_size=256_000,
+        num_layers=layers,
+        model_dim=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        ff_dim=width * multiplier,
+        block_size=1024,
+        dtype="bfloat16",
+        remat="full",
         memory=FamConfig(segments=3, length=64),
-    )  # fmt: skip
+    )
 
 
 SIZES = {

@@ -15,20 +15,27 @@ from fam_jax.memories.fam import FamConfig
 from fam_jax.model import StreamState, Transformer, from_dict
 from tests.oracle.naive import random_params
 
-# Compiles a gradient of the tiny model some six times faster than the defaults do; no test runs long enough to miss
-# the optimisations.
+# These options compile a gradient of the tiny model about six times faster than the defaults. No test runs long enough
+# to need the optimizations.
 quick_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 )
 
 TINY = ModelConfig(
-    vocab_size=11, num_layers=2, model_dim=8, num_heads=4, num_kv_heads=2, head_dim=4, ff_dim=12,
-    block_size=4, memory=FamConfig(segments=1, length=2),
-)  # fmt: skip
+    vocab_size=11,
+    num_layers=2,
+    model_dim=8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    ff_dim=12,
+    block_size=4,
+    memory=FamConfig(segments=1, length=2),
+)
 
 
 def variant(config: ModelConfig = TINY, **changes: Any) -> ModelConfig:
-    """Return `config` with fields changed. Names of its memory's fields are changed there, such as `length=0`."""
+    """Return `config` with fields changed; fields of its memory, such as `length=0`, are changed in the memory."""
     own = {field.name for field in dataclasses.fields(config.memory)}
     memory = {name: changes.pop(name) for name in own & changes.keys()}
     if memory:
@@ -41,7 +48,7 @@ def some_tokens(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def params_of(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
-    """Return the oracle's random parameters, in float64 if the config is, else in float32."""
+    """Return the oracle's random parameters, in float64 for a float64 config, else in float32."""
     dtype = "float64" if config.dtype == "float64" else "float32"
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), random_params(config, seed))
 
@@ -76,7 +83,7 @@ def _compiled_start(config: ModelConfig) -> Callable[[Any, int], StreamState]:
 
 
 class Reader:
-    """Reads streams and keeps their state between calls. Compiled once per config and shape."""
+    """Read streams and keep their state between calls. The model is compiled once per config and shape."""
 
     def __init__(self, config: ModelConfig, params: Any, batch_size: int, state: StreamState | None = None):
         self.config, self.params = config, params
@@ -97,5 +104,5 @@ class Reader:
 
     @property
     def fam(self) -> np.ndarray:
-        """Return (L, B, M, D)."""
+        """Return the FAM (L, B, M, D) of the state."""
         return np.asarray(self.state.layers.fam)

@@ -1,1 +1,1 @@
-"""Slow, plain NumPy implementations that the tests hold the package against."""
+"""Slow, plain NumPy implementations that the tests compare the package with."""

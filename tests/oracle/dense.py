@@ -1,4 +1,4 @@
-"""A decoder without memory as whole matrices in NumPy float64, under any attention mask that is given to it."""
+"""A decoder without memory in NumPy float64, with whole matrices and any attention mask."""
 
 import math
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from fam_jax.config import ModelConfig
 def dense_forward(
     params: Mapping[str, Any], config: ModelConfig, tokens: np.ndarray, visible: np.ndarray
 ) -> np.ndarray:
-    """Logits (B, T, V) of a decoder without FAM; `visible` (T, T) says which keys a query sees.
+    """Return logits (B, T, V) of a decoder without FAM; `visible` (T, T) says which keys a query sees.
 
-    For RMSNorm, SwiGLU and tied embeddings: what is under test is the mask.
+    It supports RMSNorm, SwiGLU and tied embeddings only, which is enough to test masks.
     """
     x = params["embedding"]["table"][tokens]
     steps = np.arange(tokens.shape[1])

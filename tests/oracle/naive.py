@@ -1,12 +1,12 @@
 """TransformerFAM in NumPy float64, one row, one token and one key at a time.
 
-Written from the paper, to be checked against it line by line, and for nothing else: every key is
-an entry of a Python list, every attention a Python loop, every number a float64. Section numbers
-are the paper's (arXiv 2404.09173). It shares no code with the package but the configuration.
+This code is written from the paper and has one purpose: a reader can check it against the paper line by line. Every
+key is an entry of a Python list, every attention a Python loop, every number a float64. Section numbers are the paper's
+(arXiv 2404.09173). It shares only the configuration with the package.
 
-Shape letters: B batch, T tokens, C block, M FAM length, L layers, D width, H query heads, K key/value
-heads, G = H/K, hd head width, F feed-forward width, V vocabulary, m memory segments, R previous FAM blocks.
-`tau` counts blocks from 0; FAM `F_{-1}` is the one that a stream starts with.
+Shape letters: B batch, T tokens, C block, M FAM length, L layers, D width, H query heads, K key/value heads, G = H/K,
+hd head width, F feed-forward width, V vocabulary, m memory segments, R previous FAM blocks. `tau` counts blocks from 0;
+a stream starts with the FAM `F_{-1}`.
 """
 
 import dataclasses
@@ -25,19 +25,26 @@ Params = Mapping[str, Any]
 
 
 class NaiveResult(NamedTuple):
-    logits: Array  # (B, T, V)
-    fam: Array  # (L, B, M, D): after the last complete block; the starting FAM if there is none
+    # (B, T, V)
+    logits: Array
+    # (L, B, M, D) after the last complete block; the starting FAM if no block is complete.
+    fam: Array
 
 
 @dataclasses.dataclass
 class _LayerState:
-    """What one layer of one row remembers. Nothing is ever dropped: visibility is decided on use."""
+    """The state of one layer of one row. It keeps all keys; whether a key is visible is decided on use."""
 
-    keys: list[list[Array]]  # keys[tau][i]: (K, hd), rotated, of token i of block tau
-    values: list[list[Array]]  # as keys, not rotated
-    fams: list[Array]  # fams[tau + 1] = F_tau: (M, D); fams[0] is the starting FAM
-    carries_context: bool  # whether the starting FAM does; all later ones do
-    local: bool  # sliding window attention without FAM, whose starting FAM nobody reads
+    # keys[tau][i]: (K, hd), rotated, of token i of block tau.
+    keys: list[list[Array]]
+    # Like keys, but not rotated.
+    values: list[list[Array]]
+    # fams[tau + 1] = F_tau: (M, D); fams[0] is the starting FAM.
+    fams: list[Array]
+    # Whether the starting FAM carries context; all later ones do.
+    carries_context: bool
+    # Sliding window attention without FAM; nobody reads the starting FAM.
+    local: bool
 
 
 def naive_forward(
@@ -50,14 +57,14 @@ def naive_forward(
     position: int = 0,
     offset: Array | None = None,
 ) -> NaiveResult:
-    """Runs the decoder over `tokens` from an empty state.
+    """Run the decoder over `tokens` from an empty state.
 
     Args:
       params: nested dict of arrays, layer parameters stacked on a leading L axis.
-      config: the decoder; `dtype`, `attention`, `remat` and `stop_gradient` change no value here.
+      config: the model's config; `dtype`, `attention`, `remat` and `stop_gradient` have no effect here.
       tokens: (B, T) integers; T need not be a multiple of the block size.
-      start_fam: (L, M, D), a FAM saved by an earlier step (appendix B.2.3); None starts every row afresh.
-      carries_context: (B,) bool, which rows start from `start_fam`; None is all of them if it is given.
+      start_fam: (L, M, D), a FAM saved by an earlier step (appendix B.2.3); None starts every row from the initial FAM.
+      carries_context: (B,) bool, which rows start from `start_fam`; by default all, if there is a `start_fam`.
       position: absolute position of the first token, a multiple of the block size.
       offset: (B,) random position offset of each row (appendix B.2.2).
     """
@@ -81,7 +88,10 @@ def naive_forward(
 
 
 def as_fam(config: ModelConfig) -> Any:
-    """Return the config with any window written as a FAM of no vectors; untyped, as its memory group is known."""
+    """Return the config with any window written as a FAM without vectors.
+
+    The result has type Any: its memory group is then known to be FamConfig.
+    """
     if isinstance(config.memory, FamConfig):
         return config
     window = FamConfig(length=0, segments=config.memory_segments, window=config.memory.window)
@@ -89,7 +99,7 @@ def as_fam(config: ModelConfig) -> Any:
 
 
 def initial_fams(params: Params, config: ModelConfig, origin: float = 0.0) -> list[Array]:
-    """The learned F_{-1} of every layer, (M, D) each (appendix B.1); the first token stands at `origin`."""
+    """Return the learned F_{-1} of every layer, (M, D) each (appendix B.1); the first token is at `origin`."""
     config = as_fam(config)
     if config.memory.length == 0:
         return [np.zeros((0, config.model_dim))] * config.num_layers
@@ -103,7 +113,8 @@ def initial_fams(params: Params, config: ModelConfig, origin: float = 0.0) -> li
         layer, own = parameters_of_layer(params, index), _layer_config(config, index)
         q, k, v = _fam_qkv(layer, own, stream, positions)
         new = []
-        for i in range(config.memory.length):  # every vector attends to all of them, to nothing else
+        # Every vector attends to all vectors of the prompt, and to nothing else.
+        for i in range(config.memory.length):
             a = project_output(layer, own, attend(own, q[i], k, v)) + stream[i]
             new.append(feed_forward(layer, own, a) + a)
         stream = np.array(new)
@@ -111,7 +122,7 @@ def initial_fams(params: Params, config: ModelConfig, origin: float = 0.0) -> li
 
 
 def fam_positions(config: Any, tau: int, origin: float) -> list[float]:
-    """Positions of the M vectors of F_tau (appendix B.2.1) in a stream whose first token is at `origin`."""
+    """Return the positions of the M vectors of F_tau (appendix B.2.1) if the first token is at `origin`."""
     length = config.memory.length
     end = origin + (tau + 1) * config.block_size  # where block tau + 1 begins
     if config.memory.positions == "last":
@@ -125,7 +136,7 @@ def fam_positions(config: Any, tau: int, origin: float) -> list[float]:
 def _row(
     params: Params, config: ModelConfig, tokens: Array, start: list[Array], carries: bool, origin: float
 ) -> tuple[Array, Array]:
-    """One row: (T, V) logits and the (L, M, D) last FAM."""
+    """Run one row; return its logits (T, V) and its last FAM (L, M, D)."""
     table = np.asarray(params["embedding"]["table"], np.float64)
     unembedding = (
         table.T if config.tie_embeddings else np.asarray(params["unembedding"]["kernel"], np.float64)
@@ -159,7 +170,7 @@ def _row(
 def _token_step(
     layer: Params, config: ModelConfig, state: _LayerState, x: Array, t: int, origin: float
 ) -> Array:
-    """Algorithm 2, token path: the layer's output (D,) for token t, whose key joins the state."""
+    """Run the token path of algorithm 2: add the key of token t to the state, return the layer's output (D,)."""
     tau = t // config.block_size
     q, k, v = project_vector(layer, config, x, origin + t)
     state.keys[tau].append(k)
@@ -167,7 +178,7 @@ def _token_step(
 
     keys: list[Array] = []
     values: list[Array] = []
-    # Memory segment: all keys of blocks tau-m .. tau-1; then the own block, which ends with this token.
+    # Memory segment: all keys of blocks tau-m .. tau-1; then the own block up to this token.
     for block in range(max(0, tau - config.memory.segments), tau + 1):
         for i, (k, v) in enumerate(zip(state.keys[block], state.values[block], strict=True)):
             distance = t - (block * config.block_size + i)
@@ -187,7 +198,7 @@ def _token_step(
 
 
 def _next_fam(layer: Params, config: ModelConfig, state: _LayerState, tau: int, origin: float) -> Array:
-    """Algorithm 2, FAM path: F_tau (M, D) from F_{tau-1} and block `tau`, which is complete."""
+    """Run the FAM path of algorithm 2: return F_tau (M, D), from F_{tau-1} and the complete block `tau`."""
     previous = state.fams[tau]  # F_{tau-1}
     if state.local:
         return previous
@@ -205,7 +216,7 @@ def _next_fam(layer: Params, config: ModelConfig, state: _LayerState, tau: int, 
 def _fam_qkv(
     layer: Params, config: ModelConfig, fam: Array, positions: list[float]
 ) -> tuple[list[Array], list[Array], list[Array]]:
-    """QF (H, hd), KF and VF (K, hd) of each of the M vectors, by the weights of the tokens."""
+    """Return QF (H, hd), KF and VF (K, hd) of each of the M vectors, with the weights of the tokens."""
     q, k, v = [], [], []
     for x, p in zip(fam, positions, strict=True):
         for into, y in zip((q, k, v), project_vector(layer, config, x, p), strict=True):
@@ -216,7 +227,7 @@ def _fam_qkv(
 def project_vector(
     layer: Params, config: ModelConfig, x: Array, position: float
 ) -> tuple[Array, Array, Array]:
-    """Query (H, hd), key and value (K, hd) of one vector (D,), the first two rotated."""
+    """Return query (H, hd), key and value (K, hd) of one vector (D,), the first two rotated."""
     normed = normalize(config, layer["attention_norm"], x)
     q, k, v = (_project(normed, layer[name]) for name in ("query", "key", "value"))
     if config.qkv_bias:
@@ -232,7 +243,7 @@ def _is_local(config: ModelConfig, index: int) -> bool:
 
 
 def _layer_config(config: ModelConfig, index: int) -> ModelConfig:
-    """The config as layer `index` goes by it."""
+    """Return the config of layer `index`, with the window and RoPE of its type."""
     if not _is_local(config, index):
         return config
     memory = dataclasses.replace(config.memory, window=config.local_window)
@@ -247,7 +258,7 @@ def _soft_cap(x: Any, cap: float) -> Any:
 
 
 def attend(config: ModelConfig, q: Array, keys: list[Array], values: list[Array]) -> Array:
-    """One query (H, hd) over a list of keys and values (K, hd); query head h reads kv head h // G."""
+    """Attend with one query (H, hd) to lists of keys and values (K, hd); query head h reads kv head h // G."""
     heads, width = q.shape
     group = heads // keys[0].shape[0]
     out = np.zeros_like(q)
@@ -262,7 +273,7 @@ def attend(config: ModelConfig, q: Array, keys: list[Array], values: list[Array]
 
 
 def _rope(config: ModelConfig, x: Array, position: float) -> Array:
-    """Rotates the pairs (i, i + hd/2) of x (heads, hd) by position * base^(-2i/hd), scaled."""
+    """Rotate the pairs (i, i + hd/2) of x (heads, hd) by position * base^(-2i/hd), scaled."""
     half = config.head_dim // 2
     out = np.empty_like(x)
     for i in range(half):
@@ -273,7 +284,7 @@ def _rope(config: ModelConfig, x: Array, position: float) -> Array:
 
 
 def _scaled(config: ModelConfig, frequency: float) -> float:
-    """Radians per position after the scaling of RoPE."""
+    """Return the scaled frequency of RoPE, in radians per position."""
     if config.rope_scaling == "linear":
         return frequency / config.rope_factor
     if config.rope_scaling == "none":
@@ -293,20 +304,20 @@ def _scaled(config: ModelConfig, frequency: float) -> float:
 def normalize(config: ModelConfig, norm: Params, x: Array) -> Array:
     scale = np.asarray(norm["scale"], np.float64) + (1 if config.norm_offset else 0)
     if config.norm == "layernorm":
-        centred = x - x.mean()
-        normed = centred / math.sqrt((centred**2).mean() + config.norm_epsilon)
+        centered = x - x.mean()
+        normed = centered / math.sqrt((centered**2).mean() + config.norm_epsilon)
         return normed * scale + np.asarray(norm["bias"], np.float64)
     assert config.norm == "rmsnorm"
     return x / math.sqrt((x**2).mean() + config.norm_epsilon) * scale
 
 
 def _project(x: Array, linear: Params) -> Array:
-    """(D,) by (D, heads, hd)."""
+    """Multiply x (D,) by a kernel (D, heads, hd)."""
     return np.einsum("d,dhk->hk", x, linear["kernel"])
 
 
 def project_output(layer: Params, config: ModelConfig, x: Array) -> Array:
-    """(H, hd) by (H, hd, D)."""
+    """Multiply x (H, hd) by the output kernel (H, hd, D), and normalize if the config says so."""
     out = np.einsum("hk,hkd->d", x, layer["output"]["kernel"])
     return normalize(config, layer["attention_post_norm"], out) if config.post_norms else out
 
@@ -328,12 +339,12 @@ def _silu(x: Array) -> Array:
 
 
 def _gelu(x: Array) -> Array:
-    """The tanh approximation."""
+    """Compute GELU in the tanh approximation."""
     return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def parameters_of_layer(params: Params, index: int) -> Params:
-    """Layer `index` of the stacked parameters, in float64."""
+    """Return layer `index` of the stacked parameters, in float64."""
 
     def pick(node: Any) -> Any:
         if isinstance(node, Mapping):
@@ -344,11 +355,11 @@ def parameters_of_layer(params: Params, index: int) -> Params:
 
 
 def random_params(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Random float64 parameters of every kind that `config` calls for.
+    """Return random float64 values for every parameter that `config` needs.
 
-    Norm scales are away from 1, biases away from 0 and attention scores of the order of 1, so that a
-    forgotten scale, bias, rotation or mask changes the output. A parameter depends on its name, its shape and
-    `seed` alone, so two configs share those that they have in common.
+    A forgotten scale, bias, rotation or mask changes the output, because norm scales are away from 1, biases away from
+    0 and attention scores of the order of 1. A parameter depends on its name, its shape and `seed` alone, so two
+    configs get the same values for the parameters that they share.
     """
     config = as_fam(config)
     count, width, ff = config.num_layers, config.model_dim, config.ff_dim

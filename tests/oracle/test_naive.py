@@ -1,4 +1,4 @@
-"""The oracle against what can be said about it without a model."""
+"""Checks of the oracle that need no other model."""
 
 import numpy as np
 import pytest
@@ -10,9 +10,16 @@ from tests.oracle.dense import dense_forward
 from tests.oracle.naive import fam_positions, initial_fams, naive_forward, random_params
 
 TINY = ModelConfig(
-    vocab_size=11, num_layers=2, model_dim=8, num_heads=4, num_kv_heads=2, head_dim=4, ff_dim=12,
-    block_size=4, memory=FamConfig(segments=1, length=2),
-)  # fmt: skip
+    vocab_size=11,
+    num_layers=2,
+    model_dim=8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    ff_dim=12,
+    block_size=4,
+    memory=FamConfig(segments=1, length=2),
+)
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 14))
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -63,12 +70,25 @@ def test_a_fam_at_zero_is_left_behind_by_an_offset():
 
 
 OPTIONS = [
-    {"norm": "layernorm"}, {"activation": "gelu"}, {"activation": "geglu"}, {"tie_embeddings": False},
-    {"scale_embeddings": True}, {"segments": 0}, {"segments": 2}, {"window": 3},
-    {"length": 0}, {"length": 3}, {"init": "prefix"}, {"positions": "float"},
-    {"positions": "zero"}, {"previous_blocks": 2}, {"rope_base": 500.0}, {"norm_epsilon": 0.1},
-    {"num_kv_heads": 1}, {"num_kv_heads": 4},
-]  # fmt: skip
+    {"norm": "layernorm"},
+    {"activation": "gelu"},
+    {"activation": "geglu"},
+    {"tie_embeddings": False},
+    {"scale_embeddings": True},
+    {"segments": 0},
+    {"segments": 2},
+    {"window": 3},
+    {"length": 0},
+    {"length": 3},
+    {"init": "prefix"},
+    {"positions": "float"},
+    {"positions": "zero"},
+    {"previous_blocks": 2},
+    {"rope_base": 500.0},
+    {"norm_epsilon": 0.1},
+    {"num_kv_heads": 1},
+    {"num_kv_heads": 4},
+]
 
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
@@ -92,7 +112,7 @@ def test_first_update_keeps_the_residual_of_a_saved_fam_only():
     mixed = naive_forward(
         params, TINY, TOKENS[:, :4], start_fam=start, carries_context=np.array([False, True])
     )
-    np.testing.assert_array_equal(mixed.logits, fresh.logits)  # same F_{-1}: the tokens cannot tell
+    np.testing.assert_array_equal(mixed.logits, fresh.logits)  # same F_{-1}, so tokens see no difference
     np.testing.assert_array_equal(mixed.fam[:, 0], fresh.fam[:, 0])
     assert np.abs(mixed.fam[:, 1] - fresh.fam[:, 1]).max() > 0.1
 

@@ -43,6 +43,8 @@ def test_a_loop_runs_from_its_start_to_its_limit() -> None:
     times = {op.name: times for op, _, times in module.walk()}
     assert times["y"] == 7 and times["x.1"] == 1
     assert module.flops("body.1") == 2 * 8 * 16 * 16
+    inclusive = parse(LOOP.replace("direction=LT", "direction=LE"))
+    assert {op.name: times for op, _, times in inclusive.walk()}["y"] == 8
 
 
 def test_fast_memory_does_not_count_as_hbm() -> None:

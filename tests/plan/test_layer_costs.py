@@ -1,4 +1,4 @@
-"""Costs of models with several layer types: visible keys by brute force, conditionals, and kernels."""
+"""Costs of models with several layer types: visible keys counted one by one, conditionals, and kernels."""
 
 import dataclasses
 

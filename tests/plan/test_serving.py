@@ -1,4 +1,4 @@
-"""Plans for generation and evaluation: sizes by hand, phases of a real compilation, meshes, advice."""
+"""Plans for generation and evaluation: sizes computed by hand, phases of a real compilation, meshes, advice."""
 
 import dataclasses
 import json
@@ -139,7 +139,7 @@ def test_advice_says_by_how_much_and_what_helps() -> None:
     loading = fabricated(loading=24 * GIB)
     assert not loading.fits
     assert serving_advice(LARGE, loading) == (
-        "8.0 GiB too much for a chip's 16 GiB while it loads; try more chips"
+        "8.0 GiB too much for a chip's 16 GiB while loading; try more chips"
     )
     many = fabricated(state=5 * GIB, phases={"decode": Phase(8, 22 * GIB, None, 1.0, {})}, chunk_blocks=1)
     assert "try --streams=4, more chips" in serving_advice(LARGE, many)

@@ -1,4 +1,4 @@
-"""Plans for training: FLOPs and keys by brute force, meshes, memory, and users' mistakes."""
+"""Plans for training: FLOPs counted independently, meshes, memory, and users' mistakes."""
 
 import dataclasses
 import json

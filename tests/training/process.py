@@ -25,7 +25,7 @@ CONFIG = changed(
 
 
 def train_rows(config: Config, first: int, rows: int) -> dict[str, np.ndarray]:
-    """Parameters and loss after some steps, by a process that makes `rows` rows of each batch."""
+    """Return parameters and loss after some steps of a process that makes `rows` rows of each batch."""
     trainer = make_trainer(config)
     state = trainer.create()
     where = sharding.batch_sharding(trainer.mesh)
@@ -38,9 +38,9 @@ def train_rows(config: Config, first: int, rows: int) -> dict[str, np.ndarray]:
 
 
 def check_batches() -> None:
-    """Rows arrive in their places on every mesh.
+    """Check that rows arrive in their places on every mesh.
 
-    Also where the order of the devices mixes the processes, and where the tensor axis spans them: both need all rows.
+    Two meshes need rows from all processes: one whose order of devices mixes them, one whose tensor axis spans them.
     """
     rows, devices = np.arange(16).reshape(8, 2), np.array(jax.devices())
     own = np.split(rows, jax.process_count())[jax.process_index()]

@@ -1,4 +1,4 @@
-"""What a run writes beside checkpoints: the profiler's trace, and everything into a bucket (a stand-in for one)."""
+"""The files that a run writes beside checkpoints: the profiler's trace, and all files in a (simulated) bucket."""
 
 import json
 import os
@@ -26,9 +26,16 @@ from tests.training.tiny import changed, quick_trainer
 
 STEPS = 5
 RUN = changed(
-    model__vocab_size=64, model__block_size=8, model__num_layers=1, data__digits=1, data__stage_blocks=(2,),
-    train__steps=STEPS, train__batch_size=4, train__log_every=1, evaluate__every=4,
-)  # fmt: skip
+    model__vocab_size=64,
+    model__block_size=8,
+    model__num_layers=1,
+    data__digits=1,
+    data__stage_blocks=(2,),
+    train__steps=STEPS,
+    train__batch_size=4,
+    train__log_every=1,
+    evaluate__every=4,
+)
 BUCKET = "gs://bucket"
 
 
@@ -44,7 +51,7 @@ def one_device() -> Iterator[None]:
 
 @pytest.fixture
 def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
-    """The folder in which the objects of `gs://bucket` are; any other way to write there would fail."""
+    """Redirect `gs://bucket` to a local folder and return that; other ways to write to the bucket fail."""
 
     def moved(original: Callable[..., Any], *paths: Any, **how: Any) -> Any:
         def inside(path: Any) -> Any:
@@ -72,7 +79,7 @@ def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 class NoCheckpoints:
-    """In place of Orbax, which has its own way to buckets."""
+    """Stand-in for Orbax, which accesses buckets in its own way."""
 
     folders: list[epath.Path]
 

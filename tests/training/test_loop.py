@@ -1,4 +1,4 @@
-"""The loop: a run that is stopped and resumed is the run that was not, bit for bit; folders; what is written."""
+"""The loop: a run that is stopped and resumed equals an uninterrupted one, bit for bit; its folder and its files."""
 
 import dataclasses
 import functools
@@ -27,11 +27,21 @@ from tests.training.tiny import changed, quick_trainer
 STEPS = 8
 # The second stage begins after step 3; steps that are checkpoints, reports and evaluations do not coincide.
 RUN = changed(
-    model__vocab_size=64, model__block_size=8, model__num_layers=1, data__digits=1, data__stage_blocks=(2, 3),
-    data__max_stage_steps=3, train__steps=STEPS, train__batch_size=4, train__random_state_passing=0.5,
-    train__random_position_offset=True, train__log_every=2, train__checkpoint_every=4, train__keep_checkpoints=3,
+    model__vocab_size=64,
+    model__block_size=8,
+    model__num_layers=1,
+    data__digits=1,
+    data__stage_blocks=(2, 3),
+    data__max_stage_steps=3,
+    train__steps=STEPS,
+    train__batch_size=4,
+    train__random_state_passing=0.5,
+    train__random_position_offset=True,
+    train__log_every=2,
+    train__checkpoint_every=4,
+    train__keep_checkpoints=3,
     evaluate__every=3,
-)  # fmt: skip
+)
 
 make_mesh, make_trainer = sharding.make_mesh, loop.make_trainer  # both are replaced below
 
@@ -42,7 +52,7 @@ def shared_trainer(config: Config) -> loop.Trainer:
 
 
 def trainer_of(config: Config) -> loop.Trainer:
-    """`make_trainer`, but compiled once for configs that differ in nothing that is computed."""
+    """Make a trainer, compiled once for all configs that compute the same."""
     same = changed(
         config, train__log_every=1, train__checkpoint_every=1, train__keep_checkpoints=1, evaluate__every=0
     )
@@ -51,7 +61,7 @@ def trainer_of(config: Config) -> loop.Trainer:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device() -> Iterator[None]:
-    """All runs on the first of the simulated devices, with shared compilations."""
+    """Run everything on the first of the simulated devices, with shared compilations."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda mesh, _=None: make_mesh(mesh, jax.devices()[:1]))
         patch.setattr(loop, "make_trainer", trainer_of)
@@ -63,7 +73,7 @@ def evaluate(params: Any, step: int) -> dict[str, Any]:
 
 
 def stopping_at(step: int, number: int) -> type[PasskeyCurriculum]:
-    """A curriculum that sends the process a signal while it makes the batch of `step`."""
+    """Return a curriculum that sends the process a signal while it makes the batch of `step`."""
 
     class Stopping(PasskeyCurriculum):
         def next(self) -> Any:
@@ -96,12 +106,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def finished(uninterrupted: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy of it, to be changed."""
+    """Return a copy of the uninterrupted run, for a test to change."""
     return pathlib.Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
 
 
 def saved(folder: pathlib.Path, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Everything in a checkpoint: arrays by name, position of the data."""
+    """Return the contents of a checkpoint: arrays by name, and the position in the data."""
     shapes = loop._as_dict(trainer_of(RUN).state_shapes)
     with Checkpoints(folder, config=dataclasses.asdict(RUN), keep=3) as checkpoints:
         state, position = checkpoints.restore(step, shapes)
@@ -111,7 +121,7 @@ def saved(folder: pathlib.Path, step: int) -> tuple[dict[str, np.ndarray], dict[
 
 
 def lines(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Of metrics.jsonl, without what the clock decides; every line must be JSON as the standard has it."""
+    """Return the lines of metrics.jsonl without times; check that every line is standard JSON."""
 
     def no_json(text: str) -> Any:
         raise AssertionError(f"{text} is not JSON")
@@ -167,12 +177,12 @@ def test_evaluation_is_called_with_the_parameters_of_its_step(uninterrupted: pat
 def test_a_run_stopped_again_and_again_is_the_uninterrupted_one(
     uninterrupted: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before, at and after the change of the curriculum's stage, by Ctrl-C and by preemption."""
+    """The stops come before, at and after the change of the curriculum's stage, from Ctrl-C and from preemption."""
     for step, number in [(2, signal.SIGINT), (4, signal.SIGTERM), (5, signal.SIGINT)]:
         handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
         stopped = run_until(tmp_path / "run", step, number, monkeypatch)
         assert stopped.exit_code == 128 + number
-        assert f"stopped at step {step};" in str(stopped) and "the same command resumes" in str(stopped)
+        assert f"stopped at step {step};" in str(stopped) and "run the same command to resume" in str(stopped)
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
         assert (tmp_path / "run" / str(step)).is_dir()
     run(tmp_path / "run")
@@ -191,7 +201,7 @@ def test_a_run_stopped_when_an_evaluation_is_due_makes_it_all_the_same(
 def test_the_line_that_a_killed_job_left_unfinished_is_dropped(
     uninterrupted: pathlib.Path, finished: pathlib.Path
 ) -> None:
-    """Killed between steps 4 and 8: what it wrote of the steps since is written again."""
+    """After a kill between steps 4 and 8, the lines of the steps after 4 are written again."""
     shutil.rmtree(finished / "8")
     with (finished / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
@@ -219,7 +229,7 @@ def test_restore_step_goes_back(uninterrupted: pathlib.Path, finished: pathlib.P
 def test_a_damaged_checkpoint_is_told_and_the_advice_works(
     uninterrupted: pathlib.Path, finished: pathlib.Path
 ) -> None:
-    """Truncated files; the earlier step that the message names leads to a sound end."""
+    """Files are truncated; restoring the earlier step that the message names repairs the run."""
     files = [
         path for path in (finished / "8" / "params").rglob("*") if path.is_file() and path.stat().st_size > 0
     ]
@@ -259,7 +269,7 @@ def test_a_missing_vocabulary_is_refused(tmp_path: pathlib.Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(
     log_every: int, checkpoint_every: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a line; and no checkpoint is written of a state from which no loss would ever be finite."""
+    """The error is one line, and no checkpoint is written of the broken state."""
     config = changed(RUN, train__log_every=log_every, train__checkpoint_every=checkpoint_every)
     trainer = trainer_of(config)
 
@@ -278,13 +288,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """The same run on text: rows whose last block is short, a segment of each repeated."""
+    """Return the config of the same run on text; a row ends with a short block and repeats a segment."""
     file = tmp_path_factory.mktemp("text") / "x.txt"
     file.write_text("".join(f"line {i}, and a few words more\n" for i in range(300)))
     data = DataConfig(
-        task="text", vocabulary="bytes", train_files=(str(file),), sequence_length=52, shuffle_batches=3,
+        task="text",
+        vocabulary="bytes",
+        train_files=(str(file),),
+        sequence_length=52,
+        shuffle_batches=3,
         repeat_segment=6,
-    )  # fmt: skip
+    )
     return changed(dataclasses.replace(RUN, data=data), model__vocab_size=264)
 
 
@@ -302,7 +316,7 @@ def test_a_run_on_text_resumes_exactly(text: Config, tmp_path: pathlib.Path) -> 
 
 
 def test_a_run_on_text_tells_of_other_text(text: Config, tmp_path: pathlib.Path) -> None:
-    """Moved files are the same text; changed ones are not."""
+    """Moved files count as the same text; changed files do not."""
     run(tmp_path / "run", text)
     shutil.rmtree(tmp_path / "run" / "8")
     old = pathlib.Path(text.data.train_files[0])

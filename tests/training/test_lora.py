@@ -1,4 +1,4 @@
-"""Training with LoRA: what moves and what does not, what it costs, where it starts from, resumed and sharded."""
+"""Training with LoRA: which parameters change, its cost, its base, resuming, and sharding."""
 
 import dataclasses
 import functools
@@ -62,7 +62,7 @@ def test_the_dtype_of_the_base(base_dtype: str, stored: str) -> None:
 
 @pytest.mark.slow
 def test_accumulation_changes_nothing() -> None:
-    """Two steps, the second from the saved FAM."""
+    """Compare two steps, the second from the saved FAM."""
     whole, metrics = run(LORA, 2)
     parts, same = run(changed(LORA, train__accumulation=4), 2)
     assert_close(parts.params, whole.params, **TOLERANCE)
@@ -107,28 +107,35 @@ def compiled(config: Config) -> Any:
 
 @pytest.mark.slow
 def test_a_step_costs_less_than_one_of_full_training() -> None:
-    """By XLA's own count: fewer operations, less state, less memory besides."""
+    """By XLA's own count, a step has fewer operations, less state and less temporary memory."""
     wide = changed(TINY, model__model_dim=128, model__ff_dim=512, model__head_dim=32, model__remat="dots")
     full, adapted = compiled(wide), compiled(changed(wide, lora__rank=4))
     flops = [step.cost_analysis()["flops"] for step in (full, adapted)]
-    # Of the products of weights, a third are their gradients; attention and logits are no less.
+    # A third of the products with weights are their gradients; attention and logits cost the same as before.
     assert flops[1] < 0.8 * flops[0]
     full_memory, memory = full.memory_analysis(), adapted.memory_analysis()
     assert memory.argument_size_in_bytes < 0.6 * full_memory.argument_size_in_bytes
     assert memory.temp_size_in_bytes < full_memory.temp_size_in_bytes
 
 
-# A base that is trained, and then adapted; what both have in common.
+# The common config of a base and of the runs that adapt it.
 BASE = changed(
-    model__vocab_size=64, model__block_size=8, model__num_layers=1, data__digits=1, data__stage_blocks=(2, 3),
-    data__max_stage_steps=3, train__steps=3, train__batch_size=ROWS // 2, train__log_every=1,
+    model__vocab_size=64,
+    model__block_size=8,
+    model__num_layers=1,
+    data__digits=1,
+    data__stage_blocks=(2, 3),
+    data__max_stage_steps=3,
+    train__steps=3,
+    train__batch_size=ROWS // 2,
+    train__log_every=1,
     train__checkpoint_every=2,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device() -> Any:
-    """Loops on the first of the simulated devices; compiled once per config."""
+    """Run loops on the first of the simulated devices; compile once per config."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_trainer", functools.cache(on_one_device))
         yield
@@ -192,7 +199,7 @@ def test_restored_for_inference_it_is_the_plain_model(adapted: pathlib.Path) -> 
 
 
 def test_an_adapted_model_may_be_a_base(adapted: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Full fine-tuning of the merged model, at a learning rate of zero."""
+    """Fine-tune the merged model in full, at a learning rate of zero."""
     config = adapting(adapted, lora__rank=0, optimizer__learning_rate=0.0, train__steps=1)
     train(config, str(tmp_path / "run"), quiet=True)
     assert_equal(params_at(tmp_path / "run"), lora.flatten(load_model(adapted)[1]))

@@ -1,4 +1,4 @@
-"""The chunked loss against a softmax over all logits, and that those never exist at one time."""
+"""The chunked loss equals that of a softmax over all logits, which it never has in memory at one time."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ ROWS, TOKENS = 3, 7
 
 
 def problem(weights_seed: int = 1) -> tuple[Any, ...]:
-    """Hidden activations, targets, and weights of which some are zero: those of a whole row, too."""
+    """Return activations, targets and weights; some weights are zero, among them all of one row."""
     rng = np.random.default_rng(weights_seed)
     hidden = rng.normal(size=(ROWS, TOKENS, TINY.model_dim)).astype(np.float32) * 2
     targets = rng.integers(0, TINY.vocab_size, (ROWS, TOKENS)).astype(np.int32)
@@ -25,7 +25,7 @@ def problem(weights_seed: int = 1) -> tuple[Any, ...]:
 
 
 def full_softmax(logits: jax.Array, targets: Any, weights: Any, z_loss: float) -> tuple[jax.Array, jax.Array]:
-    """Loss and cross-entropy by the definition of softmax."""
+    """Compute loss and cross-entropy by the definition of softmax."""
     exponentials = jnp.exp(logits)
     z = exponentials.sum(-1)
     probability = jnp.take_along_axis(exponentials, targets[..., None], -1)[..., 0] / z
@@ -33,7 +33,7 @@ def full_softmax(logits: jax.Array, targets: Any, weights: Any, z_loss: float) -
     return entropy + z_loss * (weights * jnp.log(z) ** 2).sum(), entropy
 
 
-# One token of each row at a time; two, which do not divide the seven; all at once.
+# One token of each row at a time; two, which do not divide the seven tokens; all at once.
 @pytest.mark.parametrize(("chunk", "tie"), [(1, True), (8, False), (1000, True)])
 def test_values_and_gradients_are_those_of_the_full_softmax(chunk: int, tie: bool) -> None:
     config = variant(tie_embeddings=tie)
@@ -72,7 +72,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def sizes(jaxpr: Any) -> Iterator[int]:
-    """Elements of every array in a jaxpr and the jaxprs inside it."""
+    """Yield the number of elements of every array in a jaxpr and the jaxprs inside it."""
     for equation in jaxpr.eqns:
         yield from (int(np.prod(v.aval.shape)) for v in equation.outvars if hasattr(v.aval, "shape"))
         for value in equation.params.values():
@@ -83,7 +83,7 @@ def sizes(jaxpr: Any) -> Iterator[int]:
 
 
 def test_the_logits_of_all_tokens_never_exist() -> None:
-    """Neither in the forward nor in the backward pass; with a chunk of all tokens they do."""
+    """They exist in neither the forward nor the backward pass, unless one chunk has all tokens."""
     rows, tokens = 4, 32
     config = variant(vocab_size=64)
     params = params_of(config)

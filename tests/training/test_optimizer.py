@@ -1,4 +1,4 @@
-"""The optimizer against an independent one in NumPy, written from the papers."""
+"""The optimizer compared with an independent NumPy implementation, written from the papers."""
 
 import dataclasses
 import functools
@@ -19,11 +19,8 @@ from fam_jax.training.optimizer import learning_rate, make_optimizer, per_layer
 from tests.model.tiny import quick_jit
 
 STEPS = 6
-LAYERS, WIDTH, WIDE = (
-    9,
-    8,
-    16,
-)  # as many layers as would make a stack of norms look like a matrix to be factored
+# With 9 layers, a stack of norms is large enough to be factored like a matrix.
+LAYERS, WIDTH, WIDE = 9, 8, 16
 
 BASE = OptimizerConfig(
     name="adafactor",
@@ -47,7 +44,10 @@ Flat = dict[str, np.ndarray]
 
 
 def some(seed: int, scale: float = 1.0) -> Flat:
-    """Arrays of SHAPES. Rows, columns and layers are of different sizes: else clipping and factoring do little."""
+    """Return random arrays of SHAPES.
+
+    Rows, columns and layers have different magnitudes; otherwise clipping and factoring would change little.
+    """
     rng = np.random.default_rng(seed)
     flat = {}
     for name, shape in SHAPES.items():
@@ -77,7 +77,7 @@ def compiled(config: OptimizerConfig) -> tuple[Callable[..., Any], Callable[...,
 
 
 def run(config: OptimizerConfig, params: Flat, gradients: list[Flat]) -> list[Flat]:
-    """Parameters after each step."""
+    """Return the parameters after each step."""
     init, step = compiled(config)
     values, found = unflatten(params), []
     state = init(values)
@@ -99,7 +99,7 @@ class OneParameter:
         two = sorted(range(value.ndim), key=lambda axis: value.shape[axis])[-2:]
         big = value.ndim > 1 and min(value.shape[axis] for axis in two) >= config.min_factored_dim
         self.factored = tuple(two) if big else None
-        # Sums of squares, weighted by how long ago; of rows and of columns if factored.
+        # Sums of squares with weights that decay over time; of rows and of columns if factored.
         self.sums: list[Any] = [0.0, 0.0]
         self.weight = 0.0
         self.momentum = 0.0 * self.value
@@ -136,7 +136,7 @@ class OneParameter:
 
 
 def rate_at(config: OptimizerConfig, t: int) -> float:
-    """Learning rate of the update after `t` others."""
+    """Return the learning rate of the update after `t` others."""
     if t < config.warmup_steps:
         return config.learning_rate * (t + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -174,7 +174,7 @@ def assert_close(found: list[Flat], expected: list[Flat]) -> None:
 
 @pytest.fixture(scope="module")
 def problem() -> tuple[Flat, list[Flat]]:
-    """Parameters, and gradients that grow and shrink from step to step."""
+    """Return parameters, and gradients that grow and shrink from step to step."""
     return some(0), [some(seed, scale=0.1 * 3.0 ** (seed % 3)) for seed in range(1, STEPS)]
 
 
@@ -199,8 +199,10 @@ def test_what_the_reference_factors() -> None:
         for name, value in some(0).items()
     }
     assert {name for name, is_so in factored.items() if is_so} == {
-        "embedding/table", "layers/up/kernel", "layers/query/kernel",
-    }  # fmt: skip
+        "embedding/table",
+        "layers/up/kernel",
+        "layers/query/kernel",
+    }
 
 
 @pytest.mark.parametrize("variant", ["bare", "power"])
@@ -216,7 +218,7 @@ def test_the_first_updates_are_no_larger_than_later_ones(variant: str) -> None:
 
 
 def test_weight_decay_follows_the_schedule() -> None:
-    """At a learning rate that falls to zero, so must the decay."""
+    """If the learning rate falls to zero, the decay must too."""
     config = dataclasses.replace(BASE, **VARIANTS["decayed"])
     params = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
     nothing = {name: np.zeros_like(value) for name, value in params.items()}
@@ -245,7 +247,7 @@ def test_a_gradient_in_one_layer_moves_no_other(problem: tuple[Flat, list[Flat]]
 
 @pytest.mark.parametrize("layers", [LAYERS, 130])
 def test_the_norms_of_many_layers_are_no_matrix(layers: int) -> None:
-    """As one matrix, (L, D) from L = 128 on would be factored."""
+    """As one matrix, (L, D) would be factored from L = 128 on."""
     stack = {"layers": {"scale": np.ones((layers, 128), np.float32)}, "other": np.ones((2, 2), np.float32)}
     config = dataclasses.replace(BASE, min_factored_dim=128)
     state = jax.eval_shape(make_optimizer(config, STEPS).init, stack)
@@ -280,8 +282,12 @@ def test_adamw_is_that_of_optax(problem: tuple[Flat, list[Flat]]) -> None:
     matrices = {name: not name.endswith("norm/scale") for name in SHAPES}
     optimizer = optax.adamw(
         lambda t: jnp.array([rate_at(config, k) for k in range(STEPS)])[t],
-        b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.3, mask=matrices,
-    )  # fmt: skip
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        weight_decay=0.3,
+        mask=matrices,
+    )
     values, expected = params, []
     state, update = optimizer.init(values), quick_jit(optimizer.update)
     for grads in gradients:
@@ -292,7 +298,7 @@ def test_adamw_is_that_of_optax(problem: tuple[Flat, list[Flat]]) -> None:
 
 
 def test_the_gradient_is_clipped_by_its_norm_over_all_parameters(problem: tuple[Flat, list[Flat]]) -> None:
-    """Some are above the limit and some are below, so that the relation between steps tells."""
+    """Some norms are above the limit and some below: clipping changes the relation between steps."""
     params, gradients = problem
     norms = [
         math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads.values()))

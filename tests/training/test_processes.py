@@ -1,4 +1,4 @@
-"""Training on two processes is training on one."""
+"""Training on two processes gives the same results as on one."""
 
 import os
 import pathlib
@@ -26,16 +26,21 @@ def test_two_processes_of_four_devices_train_as_one_device(tmp_path: pathlib.Pat
     """Every process makes half of each batch's rows; the mesh spans both."""
     out, address = tmp_path / "found.npz", f"localhost:{free_port()}"
     environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-    }  # fmt: skip
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.training.process", str(index), "2", address, str(out)],
-            cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for index in range(2)
-    ]  # fmt: skip
+    ]
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors

@@ -1,4 +1,4 @@
-"""What a training says on the terminal, and the FLOPs by which it reports utilization."""
+"""The terminal output of training, and the FLOPs of its reported utilization."""
 
 import pathlib
 import re

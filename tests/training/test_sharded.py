@@ -1,4 +1,4 @@
-"""A step on eight devices is the step on one."""
+"""A step on eight devices equals the step on one."""
 
 import jax
 import numpy as np
@@ -10,11 +10,18 @@ from fam_jax.training.loop import make_trainer
 from tests.training.tiny import assert_close, changed, quick_trainer, run, some_batch, start
 
 ALWAYS = changed(train__random_state_passing=1.0)
-# Every option of open checkpoints that is spread over a mesh, or chosen per layer.
+# Every option of open checkpoints that is divided over a mesh, or chosen per layer.
 OPEN = changed(
-    ALWAYS, model__layer_pattern=("local", "global"), model__local_window=3, model__qkv_bias=True, model__qk_norm=True,
-    model__post_norms=True, model__norm_offset=True, model__logit_softcap=2.0, model__attention_softcap=2.0,
-)  # fmt: skip
+    ALWAYS,
+    model__layer_pattern=("local", "global"),
+    model__local_window=3,
+    model__qkv_bias=True,
+    model__qk_norm=True,
+    model__post_norms=True,
+    model__norm_offset=True,
+    model__logit_softcap=2.0,
+    model__attention_softcap=2.0,
+)
 
 
 def mesh_of(data: int, fsdp: int, tensor: int, base: Config = ALWAYS) -> Config:
@@ -32,7 +39,7 @@ def mesh_of(data: int, fsdp: int, tensor: int, base: Config = ALWAYS) -> Config:
     ids=["data_fsdp_tensor_accumulation", "data_tensor", "data_fsdp", "options_of_open_checkpoints"],
 )
 def test_a_sharded_step_is_the_step_of_one_device(base: Config, config: Config) -> None:
-    """Two steps, the second from the saved FAM; four key/value heads' worth of devices share two."""
+    """Compare two steps, the second from the saved FAM. With tensor = 4, four devices share two key/value heads."""
     expected, metrics = run(base, 2)
     trainer = quick_trainer(config, make_trainer)
     state = jax.device_put(start(base), jax.tree.map(lambda leaf: leaf.sharding, trainer.state_shapes))

@@ -32,7 +32,7 @@ def compiled_hidden(config: Config) -> Any:
 
 
 def forward(params: Any, inputs: np.ndarray, fam: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (B, T, V) and last FAM (L, B, M, D) of the tiny model, all rows from `fam` (L, M, D) if given."""
+    """Return logits (B, T, V) and last FAM (L, B, M, D) of the tiny model; rows start from `fam` (L, M, D) if given."""
     model = TINY.model
     zeros = jnp.zeros((model.num_layers, model.memory.length, model.model_dim))
     rows = jnp.full(len(inputs), fam is not None)
@@ -50,12 +50,12 @@ def cross_entropy(logits: np.ndarray, batch: dict[str, np.ndarray]) -> float:
 
 
 def copy(tree: Any) -> Any:
-    """On the host, safe from donation."""
+    """Copy a tree to the host, where donation does not affect it."""
     return jax.tree.map(np.array, tree)
 
 
 def test_accumulation_changes_nothing() -> None:
-    """Two steps, the second from the saved FAM; the weights of the micro-batches differ."""
+    """Compare two steps, the second from the saved FAM; the weights of the micro-batches differ."""
     whole, metrics = run(ALWAYS, 2)
     parts, same = run(changed(ALWAYS, train__accumulation=4), 2)
     assert_close(parts.params, whole.params, **TOLERANCE)
@@ -66,7 +66,7 @@ def test_accumulation_changes_nothing() -> None:
 
 @pytest.mark.parametrize("config", [SOMETIMES, changed(ALWAYS, model__remat="full")], ids=["dots", "full"])
 def test_remat_changes_nothing(config: Config) -> None:
-    """The first step; random state passing has nothing to start from yet."""
+    """Compare the first step, in which no state has been passed on yet."""
     without, metrics = run(ALWAYS, 1)
     state, same = run(config, 1)
     assert_close(same, metrics, **TOLERANCE)
@@ -111,7 +111,7 @@ def test_random_state_passing_at_probability_0_between_and_1() -> None:
 
 
 def losses_by_key(config: Config) -> list[float]:
-    """Of one step with the same parameters and batch, under several random keys."""
+    """Return the losses of one step with the same parameters and batch, for several random keys."""
     found = []
     for seed in range(3):
         state = start(config)
@@ -121,7 +121,7 @@ def losses_by_key(config: Config) -> list[float]:
 
 
 def test_position_offsets_matter_to_absolute_positions_only() -> None:
-    """FAM at relative positions moves along with the tokens; at position zero it is left behind."""
+    """FAM at relative positions moves along with the tokens; FAM at position zero does not."""
     base = run(ALWAYS, 1)[1][0]["loss"]
     np.testing.assert_allclose(losses_by_key(OFFSET), base, rtol=1e-3)
     zero = losses_by_key(changed(OFFSET, memory__positions="zero"))
@@ -132,7 +132,7 @@ def test_metrics() -> None:
     batch = some_batch(0)
     state = start(ALWAYS)
     logits, _ = forward(copy(state.params), batch["inputs"])
-    # All answers of rows 0 to 2 right, one token of row 3 wrong, the others as chance has it.
+    # All answers of rows 0 to 2 are right, one token of row 3 is wrong, the others are random.
     right = batch["answer"] & (np.arange(ROWS)[:, None] <= 3)
     batch["targets"] = np.where(right, logits.argmax(-1), batch["targets"]).astype(np.int32)
     wrong = (3, np.flatnonzero(batch["answer"][3])[0])
@@ -162,7 +162,7 @@ def test_the_seed_decides_everything() -> None:
 
 
 def test_the_state_is_donated() -> None:
-    """Parameters and momentum; placeholders of the optimizer, which it never reads, may stay."""
+    """Parameters and momentum are donated; placeholders of the optimizer, which it never reads, may stay."""
     state = start(ALWAYS)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
     large = [leaf for leaf in jax.tree.leaves((state.params, state.optimizer)) if leaf.shape in shapes]
@@ -173,7 +173,7 @@ def test_the_state_is_donated() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
 def test_training_learns(optimizer: str) -> None:
-    """By heart, the tokens of one batch."""
+    """The model memorizes the tokens of one batch."""
     config = ALWAYS if optimizer == "adafactor" else changed(optimizer__name="adamw", optimizer__epsilon=1e-8)
     state = start(config)
     losses = []

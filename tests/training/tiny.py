@@ -21,12 +21,19 @@ ROWS, TOKENS = 8, 12
 
 TINY = Config(
     model=ModelConfig(
-        vocab_size=12, num_layers=2, model_dim=8, num_heads=4, num_kv_heads=2, head_dim=4, ff_dim=16,
-        block_size=4, memory=FamConfig(segments=1, length=2),
+        vocab_size=12,
+        num_layers=2,
+        model_dim=8,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        ff_dim=16,
+        block_size=4,
+        memory=FamConfig(segments=1, length=2),
     ),
     optimizer=OptimizerConfig(learning_rate=0.03, beta2=0.9, min_factored_dim=8),
     train=TrainConfig(steps=60, batch_size=ROWS, loss_chunk=32),
-)  # fmt: skip
+)
 
 
 def changed(config: Config = TINY, **values: Any) -> Config:
@@ -41,7 +48,7 @@ def changed(config: Config = TINY, **values: Any) -> Config:
 
 
 def some_batch(seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tokens; rows of different lengths, an answer at the end of each."""
+    """Return random tokens in rows of different lengths, with an answer at the end of each."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, TINY.model.vocab_size, (ROWS, TOKENS + 1)).astype(np.int32)
     lengths = rng.integers(TOKENS - 3, TOKENS + 1, (ROWS, 1))
@@ -65,14 +72,14 @@ def _compiled_start(config: Config) -> Callable[[int], TrainState]:
 
 
 def start(config: Config, seed: int = 0) -> TrainState:
-    """The state before the first step; what it depends on is the model, the optimizer and what is trained."""
+    """Return the state before the first step, compiled once for all configs with the same model, optimizer and lora."""
     return _compiled_start(
         dataclasses.replace(TINY, model=config.model, optimizer=config.optimizer, lora=config.lora)
     )(seed)
 
 
 def run(config: Config, steps: int, state: TrainState | None = None) -> tuple[Any, list[Any]]:
-    """The state after some steps on `some_batch(0)`, `some_batch(1)`, ..., and the metrics of each."""
+    """Take steps on `some_batch(0)`, `some_batch(1)`, ...; return the state and the metrics of each step."""
     state = start(config) if state is None else state
     found = []
     for step in range(steps):
@@ -82,7 +89,7 @@ def run(config: Config, steps: int, state: TrainState | None = None) -> tuple[An
 
 
 def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
-    """Trees of arrays, leaf by leaf."""
+    """Compare two trees of arrays leaf by leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(expected)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, (path, other) in zip(jax.tree.leaves(found), leaves, strict=True):
@@ -90,7 +97,7 @@ def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
 
 
 def quick_trainer(config: Config, make_trainer: Callable[[Config], Any]) -> Any:
-    """A trainer whose compilations take less time; `make_trainer` is loop's, which imports TensorFlow."""
+    """Return a trainer that compiles faster. `make_trainer` is an argument because its module imports TensorFlow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", quick_jit)
         return make_trainer(config)

@@ -1,4 +1,4 @@
-"""Block attention by the Pallas TPU kernels: what they can compute, which of them run, and the derivative."""
+"""Block attention with the Pallas TPU kernels: what they can compute, which of them run, and the derivative."""
 
 import dataclasses
 import functools
@@ -27,13 +27,13 @@ class AttentionError(UserError, ValueError):
 
 
 def why_not_pallas(q: jax.Array, options: BlockOptions) -> str:
-    """Return why the kernels cannot compute attention of q (B, T, H, hd) on a TPU; empty if they can."""
+    """Return why the kernels cannot compute attention of q (B, T, H, hd) on a TPU, or an empty string if they can."""
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"the kernels take bfloat16 and float32, but the queries are {q.dtype}"
     if options.block_size % LANES:
         return f"the block size must be a multiple of {LANES}, but it is {options.block_size}"
     if options.softcap:
-        return "the kernels have no soft cap of scores"
+        return "the kernels do not support a soft cap of scores"
     if q.shape[-1] % 8:
         return f"the head dimension must be a multiple of 8, but it is {q.shape[-1]}"
     return ""
@@ -46,16 +46,16 @@ def pallas_block_attention(
     interpret: bool | pltpu.InterpretParams = False,
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """Compute :func:`fam_jax.kernels.block_attention` by the kernels.
+    """Compute :func:`fam_jax.kernels.block_attention` with the kernels.
 
     Args:
       inputs: arrays of the call.
-      options: of the call.
+      options: options of the call.
       interpret: run in Pallas' TPU interpreter, on any machine. It is slow and meant for tests.
-      tiles: sizes of tiles; None chooses them for the chip at hand.
+      tiles: sizes of tiles; None chooses them for the chip.
 
     Raises:
-      AttentionError: the kernels do not take such inputs, or the program is not compiled for a TPU.
+      AttentionError: the kernels do not support the inputs, or the program is not compiled for a TPU.
     """
     chip = "interpreter" if interpret else target_chip()
     reason = why_not_pallas(inputs.q, options)
@@ -63,7 +63,7 @@ def pallas_block_attention(
         raise AttentionError(f"attention implementation pallas: {reason}; use implementation xla")
     if not chip:
         raise AttentionError(
-            "attention implementation pallas: the kernels run on TPUs, and there is none; use xla, or pallas_interpret "
+            "attention implementation pallas: the kernels need a TPU, and there is none; use xla, or pallas_interpret "
             "to run them in an interpreter"
         )
     attend = functools.partial(
@@ -89,7 +89,7 @@ def _attend_on_device(
     geometry = _geometry(inputs, options, static)
     tiles = tiles or choose_tiles(chip, geometry, inputs.q.dtype, static)
     tiles.check(geometry.block_size)
-    # The resident kernels skip what is missing of the last block, in whole tiles; the others pad the block.
+    # The resident kernels skip the missing part of the last block, in whole tiles; the others need whole blocks.
     unit = tiles.rows if tiles.resident_forward and tiles.resident_backward else geometry.block_size
     padded = ceil_div(length, unit) * unit
     geometry = dataclasses.replace(geometry, missing=geometry.blocks * geometry.block_size - padded)
@@ -100,7 +100,8 @@ def _attend_on_device(
 def _for_cores(inputs: BlockInputs, chip: str) -> BlockInputs:
     """Return inputs that two cores can divide.
 
-    The cores divide rows and key heads. If their product is odd, each key head is repeated, with half of its queries.
+    The cores divide rows and key heads. If their product is odd, each key head is repeated, and each copy serves half
+    of the query heads.
     """
     heads, kv_heads = inputs.q.shape[2], inputs.k.shape[2]
     odd = inputs.q.shape[0] * kv_heads % 2 == 1
@@ -127,7 +128,7 @@ def _geometry(inputs: BlockInputs, options: BlockOptions, static: bool) -> Geome
 
 
 def _pad(inputs: BlockInputs, tokens: int, extra: int) -> BlockInputs:
-    """Return inputs with so many more tokens at the end, and so many more extra keys per block."""
+    """Return inputs padded with `tokens` more tokens at the end and `extra` more extra keys per block."""
     q, k, v = (jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, 0))) for x in inputs[:3])
     extra_k, extra_v = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0))) for x in inputs[3:5])
     return inputs._replace(q=q, k=k, v=v, extra_k=extra_k, extra_v=extra_v)
@@ -139,13 +140,13 @@ def _attend(call: KernelCall, inputs: BlockInputs) -> jax.Array:
 
 
 def _forward(call: KernelCall, inputs: BlockInputs) -> tuple[jax.Array, tuple[BlockInputs, Results]]:
-    """Compute attention of padded inputs; also return what the derivative needs."""
+    """Compute attention of padded inputs; also return the residuals of its derivative."""
     views, counts = _views(call, inputs), Counts(inputs.past_length, inputs.extra_count)
     if call.tiles.resident_forward:
         results = resident.forward(call, views)
     else:
         results = streamed.forward(call, counts, _with_past(call, views))
-    # Named, so that rematerialisation can keep them: otherwise the kernel would run twice.
+    # Rematerialization policies keep results by name. Without the name the kernel would run twice.
     results = Results(*(checkpoint_name(x, "block_attention") for x in results))
     return call.layout.unview(results.out), (inputs, results)
 

@@ -1,4 +1,4 @@
-"""What the kernels of block attention take: static settings, and records of their arrays.
+"""Arguments of the block attention kernels: static settings, and records of their arrays.
 
 The records are pytrees. The same record holds the arrays of a call, their block specs, and the references that the
 kernel gets, so all three stay in the same order.
@@ -31,7 +31,7 @@ class Views(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the forward kernels return."""
+    """The results of the forward kernels."""
 
     # A view like q
     out: Any
@@ -40,7 +40,7 @@ class Results(NamedTuple):
 
 
 class QuerySide(NamedTuple):
-    """What a block of queries brings to the backward kernels."""
+    """The inputs of the backward kernels that belong to a block of queries."""
 
     # (C, hd)
     q: Any
@@ -82,10 +82,10 @@ class KernelCall:
 
         Args:
           body: the kernel's function.
-          name: of the kernel in compiled programs.
+          name: name of the kernel in compiled programs.
           parallel: how many of the first grid dimensions may run in any order, on several cores.
-          grid: the grid and the specs of what its steps read and write.
-          out_shape: of what the kernel returns, in the structure of the grid's `out_specs`.
+          grid: the grid, with the specs of what its steps read and write.
+          out_shape: shapes of the results, in the structure of the grid's `out_specs`.
         """
         arbitrary = len(grid.grid) - parallel
         return pl.pallas_call(
@@ -112,9 +112,9 @@ def score_gradients(
     """Return probabilities and gradients of scores, both (keys, queries) in the dtype of the keys.
 
     Args:
-      keys: values (S, hd) of keys and values.
-      side: values of the queries.
-      factor: of the exponents to base 2.
+      keys: keys and values (S, hd), loaded.
+      side: the queries' inputs, loaded.
+      factor: factor of the base-2 exponents.
       mask: (keys, queries), True where a key is visible; None if all are.
     """
     p = jnp.exp2(product(keys.k, side.q, "nt") * factor - side.logsum)
@@ -125,6 +125,6 @@ def score_gradients(
 
 
 def write_gradients(results: KV, sums: KV, rows: Any, scale: float) -> None:
-    """Write rows of the sums to the gradients of keys and values; keys still lack the factor of the scores."""
+    """Write rows of the sums to the gradients of keys and values; those of keys still need the factor `scale`."""
     results.k[...] = (sums.k[rows] * scale).astype(results.k.dtype)
     results.v[...] = sums.v[rows].astype(results.v.dtype)

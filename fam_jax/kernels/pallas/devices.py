@@ -20,10 +20,10 @@ CORES = dict.fromkeys(("TPU v4", "TPU v5", "TPU v5p"), 2)
 
 
 def target_chip() -> str:
-    """Return the kind of TPU that the current program is traced for, such as "TPU v5p"; empty if it is no TPU.
+    """Return the kind of TPU that the current program is traced for, such as "TPU v5p"; "" for other devices.
 
-    The mesh in use decides, because a program may be compiled for chips that this machine lacks. Without a mesh it is
-    the default device.
+    The mesh in use decides, because a program may be compiled for chips that this machine lacks. Without a mesh, the
+    default device decides.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
@@ -48,8 +48,8 @@ class Division(NamedTuple):
 def division(rows: int, heads: int, kv_heads: int) -> Division:
     """Return how the mesh in use divides rows and heads.
 
-    If the rows do not divide over their axes, every device computes all of them. A single key head (multi-query
-    attention) stays whole on every device.
+    If the rows cannot be divided evenly, every device computes all of them. A single key head (multi-query attention)
+    stays whole on every device.
 
     Raises:
       ValueError: the devices along the heads' axis do not divide the heads.
@@ -73,12 +73,12 @@ def division(rows: int, heads: int, kv_heads: int) -> Division:
 
 
 def over_mesh(function: Callable[[Any], jax.Array], inputs: Any, specs: Any, out: P) -> jax.Array:
-    """Return `function(inputs)`, where each device of the mesh in use computes its part.
+    """Return `function(inputs)`; each device of the mesh in use computes its part.
 
     Args:
       function: takes one pytree and returns one array.
       inputs: the pytree of whole arrays; subtrees may be None.
-      specs: a pytree of their PartitionSpecs; one for a subtree that is None has no effect.
+      specs: a pytree of their PartitionSpecs; the spec of a subtree that is None has no effect.
       out: PartitionSpec of the result.
     """
     mesh = jax.sharding.get_abstract_mesh()

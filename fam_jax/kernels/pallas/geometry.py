@@ -1,6 +1,6 @@
 """Which scores of block attention exist: positions, distances and masks.
 
-Inside the kernels scores are multiplied by log2(e) / sqrt(hd), so that the exponential has base 2, as in the hardware.
+Inside the kernels scores are multiplied by log2(e) / sqrt(hd), because the hardware's exponential has base 2.
 """
 
 import dataclasses
@@ -108,6 +108,9 @@ def token_mask(queries: Span, keys: Span, window: int, query_axis: int) -> jax.A
 
 
 def extra_mask(count: Any, slots: int, queries: int, query_axis: int) -> jax.Array:
-    """Return a bool array of `queries` and `slots` extra keys, True for the first `count` keys; axes as above."""
+    """Return a bool array of `queries` and `slots` extra keys, True for the first `count` keys.
+
+    Queries lie along `query_axis` (0 or 1), keys along the other axis.
+    """
     shape = (queries, slots) if query_axis == 0 else (slots, queries)
     return jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis) < count

@@ -1,4 +1,4 @@
-"""The forward kernel for training: there is no past before the sequence, and no branch depends on data.
+"""The forward kernel for training: the sequence has no past, and no branch depends on data.
 
 A grid step takes one block of queries of one head and holds all keys that they see in fast memory: m blocks, the extra
 keys, the block itself. The code of a step has no loops, so the compiler overlaps the exponentials of one tile with the
@@ -63,13 +63,13 @@ class Window(NamedTuple):
 
 
 def forward(call: KernelCall, views: Views) -> Results:
-    """Compute attention; whole blocks of queries, except that the last may lack `geometry.missing` tokens."""
+    """Compute attention of whole blocks of queries; the last may lack `geometry.missing` tokens."""
     geometry, size, group = call.geometry, call.geometry.block_size, call.geometry.group
     batch = views.q.shape[0]
     queries = call.layout.spec(size, lambda b, k, n, g: (b, k * group + g, n))
     stats = row_spec(size, lambda b, k, n, g: (b, k * group + g, n))
     grid = pl.GridSpec(
-        # The query heads of a group follow each other, so that their keys are fetched once.
+        # The query heads of a group vary fastest: their keys are fetched once for all of them.
         grid=(batch, geometry.kv_heads, geometry.blocks, group),
         in_specs=[queries, Window.specs(call)],
         out_specs=[Results(queries, stats)],
@@ -98,8 +98,8 @@ def _kernel(q: Any, window: Window, results: Results, *, call: KernelCall) -> No
 def _by_past(block: jax.Array, geometry: Geometry, body: Callable[[int, int], None]) -> None:
     """Call `body` with the number of past blocks that block number `block` sees and the number of its tokens.
 
-    The body is compiled once per number of past blocks, and once more for an incomplete last block, so that nothing
-    beyond the end of the sequence is read.
+    The body is compiled once per number of past blocks. It is compiled once more for an incomplete last block, because
+    nothing beyond the end of the sequence may be read.
     """
     size, segments, whole = geometry.block_size, geometry.segments, geometry.whole_blocks
     for past in range(min(segments, whole)):
@@ -111,7 +111,7 @@ def _by_past(block: jax.Array, geometry: Geometry, body: Callable[[int, int], No
 
 
 def _seen(queries: Span, past: int, call: KernelCall) -> Iterator[Span | None]:
-    """Yield tiles of keys that `queries` see: extra keys (None), past, own block before the queries, diagonal."""
+    """Yield the tiles of keys that `queries` see: extra keys (None), past, own block before the queries, diagonal."""
     geometry, size = call.geometry, call.geometry.block_size
     if geometry.extra_slots:
         yield None
@@ -127,7 +127,7 @@ def _softmax(
 ) -> tuple[jax.Array, jax.Array]:
     """Return (R, hd) float32 attention over the spans and (R, 1) log2 of the sum of exponentials.
 
-    All scores are formed before the exponentials, so that one maximum serves all.
+    All scores are computed before the exponentials, which share one maximum.
     """
     size, factor = geometry.block_size, geometry.factor
 

@@ -1,7 +1,7 @@
 """The backward kernel for training: all five gradients in one pass over the scores.
 
 As in the forward kernel, a grid step takes one block of queries with all keys that they see. Scores have their keys
-along the rows, so that statistics of queries are row vectors. The gradients of a block of keys are complete when its
+along the rows, which makes statistics of queries row vectors. The gradients of a block of keys are complete when its
 last reader, m blocks later, is done; until then they wait in a ring of m + 1 blocks of fast memory. After the last
 block of queries, m further steps empty the ring.
 """
@@ -29,7 +29,7 @@ from fam_jax.kernels.pallas.resident import Window
 
 
 class _Scratch(NamedTuple):
-    """What a step keeps in fast memory for the next ones, in float32."""
+    """Sums that a step keeps in fast memory for the next ones, in float32."""
 
     # (C, hd) gradient of the queries
     q: Any
@@ -46,7 +46,7 @@ def backward(call: KernelCall, views: Views, results: Results, d_out: jax.Array)
     geometry, layout = call.geometry, call.layout
     size, group, blocks, waiting = geometry.block_size, geometry.group, geometry.blocks, _waiting(geometry)
 
-    # The steps that only empty the ring keep the last indices, so that nothing is read or written.
+    # The steps that only empty the ring repeat the last indices: no block is fetched or written back for them.
     def block(n: Any) -> Any:
         return jnp.minimum(n, blocks - 1) if waiting else n
 
@@ -150,12 +150,12 @@ def _by_block(
 ) -> None:
     """Read all keys that the queries of block number `n` see.
 
-    The code is compiled once for whole blocks and once more for an incomplete last block, so that nothing beyond the
-    end of the sequence is read.
+    The code is compiled once for whole blocks and once more for an incomplete last block, because nothing beyond the
+    end of the sequence may be read.
 
     Args:
       n: number of the block of queries.
-      geometry: of the call.
+      geometry: sizes of the call.
       read_extra: called with the number of queries; None if there are no extra keys.
       read_block: called with the distance in blocks from a block of keys to the queries, and the number of queries.
     """
@@ -178,7 +178,7 @@ _Mask = Callable[[], jax.Array] | None
 
 
 def _all_queries(tokens: int, call: KernelCall) -> Iterator[tuple[Span, _Mask]]:
-    """Yield tiles of the block's queries, all of which see the extra keys, with masks that hide the padding."""
+    """Yield the tiles of the block's queries, which all see the extra keys, with masks that hide the padding."""
     geometry = call.geometry
     padded = geometry.extra_keys < geometry.extra_slots
     for queries in Span(0, tokens).split(call.tiles.back_rows):
@@ -187,7 +187,7 @@ def _all_queries(tokens: int, call: KernelCall) -> Iterator[tuple[Span, _Mask]]:
 
 
 def _readers(keys: Span, tokens: int, call: KernelCall) -> Iterator[tuple[Span, _Mask]]:
-    """Yield tiles of the block's queries that see some of `keys`, with their masks; the diagonal has its own tile."""
+    """Yield the tiles of the block's queries that see some of `keys`, with masks; the diagonal has its own tile."""
     window = call.geometry.window
     after = max(keys.start + keys.size, 0)
     diagonal = [keys] if keys.start >= 0 else []
@@ -204,15 +204,15 @@ def _tile(
     wanted: bool,
     geometry: Geometry,
 ) -> KV:
-    """Add a tile of keys to the gradient of its readers, and return the gradients of keys and values.
+    """Add the contribution of a tile of keys to its readers' gradient; return the gradients of keys and values.
 
     Args:
-      keys: (R, hd) values.
+      keys: keys and values (R, hd), loaded.
       side: references to the block of queries.
       d_q: reference to the sum of the queries' gradient.
       readers: tiles of queries with their masks.
       wanted: whether gradients of keys and values are needed; if not, they are zeros.
-      geometry: of the call.
+      geometry: sizes of the call.
 
     Returns:
       (R, hd) float32 gradients; those of the keys still lack the factor of the scores.

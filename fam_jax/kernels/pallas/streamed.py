@@ -39,7 +39,7 @@ class Softmax(NamedTuple):
     summed: Any
 
     def reset(self) -> None:
-        """Start without any keys."""
+        """Reset to no keys."""
         self.top[...] = jnp.full(self.top.shape, HIDDEN, jnp.float32)
         self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
         self.summed[...] = jnp.zeros(self.summed.shape, jnp.float32)
@@ -65,7 +65,7 @@ Mask = Callable[[int], jax.Array]
 
 
 def forward(call: KernelCall, counts: Counts, views: Views) -> Results:
-    """Compute attention of whole blocks of queries; the keys of `views` start with all m * C past slots."""
+    """Compute attention of whole blocks of queries; the keys in `views` start with all m * C past slots."""
     geometry, size = call.geometry, call.geometry.block_size
     batch = views.q.shape[0]
     column = scratch(size, 1)
@@ -123,9 +123,9 @@ def query_grid(call: KernelCall, batch: int, inputs: tuple, outputs: Any, sums: 
     Args:
       call: static settings.
       batch: B.
-      inputs: specs of what belongs to the queries; tokens' keys and extra keys follow them.
-      outputs: specs of what the kernel writes.
-      sums: shapes of the fast memory that it carries from step to step.
+      inputs: specs of the queries' inputs; those of tokens' keys and extra keys follow them.
+      outputs: specs of the kernel's results.
+      sums: shapes of the fast memory that the kernel carries from step to step.
     """
     geometry, layout, group = call.geometry, call.layout, call.geometry.group
     keys = layout.spec(geometry.block_size, lambda b, h, n, j, *_: (b, h // group, n + j))
@@ -170,7 +170,7 @@ def visit_keys(
                 add(rows_at(i, size), extra, mask)
 
     def read(last: Callable[[jax.Array], Any], masked: bool) -> None:
-        """Visit the block of keys at hand, whose tiles 0 to last(i) row tile i sees."""
+        """Visit the step's block of keys; row tile i sees its tiles 0 to last(i) - 1."""
 
         @pl.loop(0, count)
         def _(i: jax.Array) -> None:
@@ -192,7 +192,7 @@ def visit_keys(
 
 
 def exists(block: jax.Array, past_length: jax.Array, geometry: Geometry) -> jax.Array:
-    """Return whether key block `block` holds keys; the first m blocks are past slots, of which the last are filled."""
+    """Return whether key block `block` holds keys: the first m blocks are past slots, filled from the end."""
     return (geometry.segments - block) * geometry.block_size <= past_length
 
 

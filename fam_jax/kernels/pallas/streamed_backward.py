@@ -1,6 +1,6 @@
 """The general backward kernels: gradients of queries, of tokens' keys and values, and of extra keys and values.
 
-Three passes recompute the scores, so that each holds at most one block of anything in fast memory.
+Three passes recompute the scores. Each holds at most one block of every array in fast memory.
 """
 
 from collections.abc import Callable
@@ -124,10 +124,10 @@ def _key_grid(
 
     Args:
       call: static settings.
-      grid: its sizes.
+      grid: sizes of the grid.
       reader: gives (batch, head, block) of the queries at a step.
       keys: spec of keys and of values.
-      rows: of a block of keys.
+      rows: number of rows in a block of keys.
     """
     sums = scratch(rows, call.geometry.head_dim)
     return pltpu.PrefetchScalarGridSpec(
@@ -140,13 +140,13 @@ def _key_grid(
 
 
 def _add_gradients(sums: KV, keys: KV, side: QuerySide, factor: float, seen: jax.Array | None) -> None:
-    """Add what some queries contribute to the gradients of some keys and values.
+    """Add the contribution of some queries to the gradients of some keys and values.
 
     Args:
       sums: references to (R, hd) sums; those of keys lack the factor of the scores.
       keys: references (R, hd).
-      side: values of the queries.
-      factor: of the exponents to base 2.
+      side: the queries' inputs, loaded.
+      factor: factor of the base-2 exponents.
       seen: (R, queries) mask; None if all keys are visible.
     """
     p, d_s = score_gradients(KV(keys.k[...], keys.v[...]), side, factor, seen)
@@ -164,7 +164,7 @@ def _tokens_kernel(
     pl.when((i == 0) & (g == 0))(sums.reset)
 
     def read(first: Callable[[jax.Array], Any], masked: bool) -> None:
-        """Visit the block of queries at hand, whose tiles first(t) onwards see key tile t."""
+        """Visit the step's block of queries; its tiles from first(t) on see key tile t."""
 
         @pl.loop(0, count)
         def _(t: jax.Array) -> None:

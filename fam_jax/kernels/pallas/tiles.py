@@ -24,8 +24,9 @@ SUBLANES = 16
 class Tiles:
     """Which kernels run, and the sizes of their tiles.
 
-    The resident kernels hold all keys that a block sees in fast memory and need a static call. The streamed kernels
-    take one block of keys at a time and any call. See the modules of these names.
+    The resident kernels hold all keys that a block sees in fast memory and need a static call (see
+    :func:`choose_tiles`). The streamed kernels take one block of keys at a time and support every call. Each kind has
+    modules of its name.
     """
 
     resident_forward: bool
@@ -73,8 +74,8 @@ def choose_tiles(chip: str, geometry: Geometry, dtype: jnp.dtype, static: bool) 
 
     Args:
       chip: kind of device, such as "TPU v5p".
-      geometry: of the call.
-      dtype: of queries and keys.
+      geometry: sizes of the call.
+      dtype: dtype of queries and keys.
       static: True if there is no past and all extra keys exist, as in training.
     """
     capacity = VMEM_MIB.get(chip, SMALLEST_VMEM_MIB) * 2**20
@@ -126,7 +127,7 @@ def _recorded() -> dict[str, dict[str, int]]:
 
 
 def _key(chip: str, geometry: Geometry, dtype: Any) -> str:
-    """Return the key of a record: what the best tiles depend on. The number of heads does not matter."""
+    """Return the key of a record: all that the best tiles depend on. The number of heads does not matter."""
     generation = {"TPU v5e": "TPU v5 lite", "TPU v5": "TPU v5p", "TPU v6e": "TPU v6 lite"}.get(chip, chip)
     return (
         f"{generation}, {jnp.dtype(dtype).name}, C {geometry.block_size}, m {geometry.segments}, "
@@ -135,15 +136,15 @@ def _key(chip: str, geometry: Geometry, dtype: Any) -> str:
 
 
 def _short(geometry: Geometry) -> bool:
-    """Return whether the window is short enough for resident kernels: their code, and its compilation, grow with it."""
+    """Return whether the window is short enough for resident kernels, whose code and compile time grow with it."""
     return geometry.segments <= 4 and geometry.block_size <= 2048
 
 
 def forward_bytes(geometry: Geometry, dtype: jnp.dtype) -> int:
     """Estimate the fast memory of the resident forward kernel.
 
-    It holds every block twice, because the next one is being fetched, and the scores of all tiles at once: 2.8 bytes
-    each, as measured with the compiler.
+    It holds every block twice, because the next one is being fetched, and the scores of all tiles at once. The compiler
+    needs 2.8 bytes per score, as measured.
     """
     keys = (geometry.segments + 1) * geometry.block_size + geometry.extra_slots
     blocks = 2 * (geometry.block_size + keys) * geometry.head_dim * jnp.dtype(dtype).itemsize
