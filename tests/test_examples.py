@@ -1,4 +1,7 @@
-"""The scripts of examples/ and the decoder example of the README run. The fourth, running_mean.py, is tested with the other memories (tests/memories)."""
+"""The scripts of examples/ run, and so does the decoder example of the README.
+
+The fourth script, running_mean.py, is tested with the other memories (tests/memories).
+"""
 
 import json
 import pathlib
