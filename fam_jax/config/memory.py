@@ -110,8 +110,8 @@ def check_memory_field(kind: str, name: str, path: str = "config.model.memory") 
     if others:
         raise ConfigError(
             f"{path}.{name}: is a field of {', '.join(others)}, but the kind is {kind}, whose fields are "
-            f"{', '.join(own)}; choose a kind with --config.model.memory.kind=KIND or, in a config file, "
-            f"config.model.memory = memory_config({kind!r})"
+            f"{', '.join(own)}; to change the kind, set --config.model.memory.kind={others[0]} or, in a config file, "
+            f"config.model.memory = memory_config({others[0]!r})"
         )
     raise ConfigError(f"{path}.{name}: no such field; {kind} has {', '.join(own)}")
 
