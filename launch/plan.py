@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fam_jax.config import Config, MeshConfig, UserError
-from launch import cli
+
+from . import cli
 
 DOES_NOT_FIT = 1
 

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from fam_jax.config import UserError
-from launch import cli
-from launch.errors import USER_ERROR
-from launch.tpu.slices import Slice, parse_slice
+
+from .. import cli
+from ..errors import USER_ERROR
+from .slices import Slice, parse_slice
 
 CONTAINER = "train"
 # From SIGTERM to SIGKILL: time for the current step and its checkpoint.
