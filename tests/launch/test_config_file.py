@@ -37,7 +37,9 @@ def test_a_plain_dict_is_a_config(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fam_1b", "fam_8b", "fam_24b", "passkey", "retrofit", "text"])
-def test_a_config_of_fam_jax_by_name(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_of_fam_jax_by_name(
+    name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     by_path = load_config(f"configs/{name}.py:smoke")
     monkeypatch.chdir(tmp_path)
     assert load_config(f"{name}:smoke") == by_path
