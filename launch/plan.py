@@ -25,6 +25,7 @@ from rich.table import Table
 from fam_jax.config import Config, MeshConfig, UserError
 
 from . import cli
+from .tpu.slices import parse_slice
 
 DOES_NOT_FIT = 1
 
@@ -40,7 +41,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = cli.Parser("plan", __doc__, config=True)
     add = parser.add_argument
-    add("--topology", required=True, metavar="SLICE", help="such as v5p:4x4x8 or v5e:4x8")
+    slices = "such as v5p:4x4x8, v5e:4x8 or v5litepod-32"
+    add("--topology", required=True, type=topology_of, metavar="SLICE", help=slices)
     add("--what", choices=("train", "serve", "evaluate"), default="train", help="default: train")
     add(
         "--mesh",
@@ -72,6 +74,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(found, name) is not None:
             raise UserError(f"--{name}: has no meaning for --what={found.what}; leave it out")
     return found
+
+
+def topology_of(text: str) -> str:
+    """Argument type: GENERATION:TOPOLOGY, which may be given as an accelerator type.
+
+    Raises:
+      UserError: there is no such accelerator type.
+    """
+    if ":" in text:
+        return text
+    found = parse_slice(text)
+    return f"{found.generation}:{found.topology}"
 
 
 def mesh_choice(text: str) -> str | MeshConfig:

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from launch.plan import rounded, seconds_span
+from fam_jax.config import UserError
+from launch.plan import parse_arguments, rounded, seconds_span
 from tests.plan.programs import needs_compiler
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -62,6 +63,25 @@ def run(folder: pathlib.Path, *lines: tuple[str, ...]) -> list[tuple[int, str, s
 )
 def test_a_small_figure_keeps_its_first_digits(value: float, decimals: int, text: str) -> None:
     assert rounded(value, decimals) == text
+
+
+@pytest.mark.parametrize(
+    ("given", "topology"),
+    [
+        ("v5p:4x4x8", "v5p:4x4x8"),
+        ("v5p-256", "v5p:4x4x8"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e:2x2", "v5e:2x2"),
+    ],
+)
+def test_a_slice_by_its_accelerator_type(given: str, topology: str) -> None:
+    assert parse_arguments(["--config=c.py", f"--topology={given}"]).topology == topology
+
+
+@pytest.mark.parametrize("given", ["v5p-9", "v5p", "", "tpu7x-8"])
+def test_no_such_accelerator_type(given: str) -> None:
+    with pytest.raises(UserError, match=f"slice '{given}': "):
+        parse_arguments(["--config=c.py", f"--topology={given}"])
 
 
 @pytest.mark.parametrize(
