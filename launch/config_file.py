@@ -58,15 +58,13 @@ def own_configs() -> dict[str, Path]:
 
 def _find(name: str, file: str) -> Path:
     """Return the path of a config file, given as a path or by name."""
-    path = Path(file)
-    if path.is_file():
-        return path
     known = own_configs()
-    if file not in known:
+    path = known.get(file, Path(file))
+    if not path.is_file():
         raise ConfigError(
             f"--config={name}: there is no such file; give its path, or one of the names {', '.join(known)}"
         )
-    return known[file]
+    return path
 
 
 _folders = itertools.count()
