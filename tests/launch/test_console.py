@@ -40,9 +40,8 @@ def test_help_lists_all_programs(installed: pathlib.Path, tmp_path: pathlib.Path
     done = run(installed, tmp_path, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "  train             Train a model.\n" in done.stdout
-    assert [
-        re.match(r"  (\S+)  +\S", line)[1] for line in done.stdout.splitlines() if re.match(r"  [a-z]", line)
-    ][:9] == list(cli.PROGRAMS)
+    listed = done.stdout.partition("commands:\n")[2].partition("\n\n")[0]
+    assert [line.split()[0] for line in listed.splitlines()] == list(cli.PROGRAMS)
 
 
 def test_every_program_but_those_of_a_clone_is_a_command() -> None:
@@ -158,6 +157,6 @@ def test_an_installed_wheel_trains_and_evaluates_anywhere(tmp_path: pathlib.Path
     fam_jax("train", "--config=passkey:smoke", "--workdir=run")
     fam_jax("evaluate", "--checkpoint=run", "--lengths=2", "--keys=2", "--out=result.json")
     assert '"command": "fam-jax evaluate ' in (empty / "result.json").read_text()
-    # Configs that import the files beside them, and a flag that JAX's runtime starts again with.
+    # A config that imports the file beside it.
     fam_jax("train", "--config=fam_1b:smoke", "--workdir=1b", "--config.train.steps=1")
     assert sorted(os.listdir(empty)) == ["1b", "result.json", "run"]
