@@ -42,7 +42,7 @@ fi
 endef
 
 # The stamp is touched last, so an installation that was cut short is taken up again.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	@if ! $(RUN) pip --version >/dev/null 2>&1; then \
 	  $(FIND_PYTHON); \
 	  echo "making $(VENV) with $$found"; \

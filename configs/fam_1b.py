@@ -8,7 +8,7 @@ For the argument, as in `configs/fam_1b.py:bswa,pretrain`, see configs/paper.py.
 
 from ml_collections import ConfigDict
 
-from configs.paper import paper_config
+from .paper import paper_config
 
 
 def get_config(arg: str = "") -> ConfigDict:

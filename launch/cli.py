@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -33,15 +34,18 @@ from fam_jax.config import Config, ConfigError, MeshConfig, UserError
 from fam_jax.config.fields import field_types
 from fam_jax.config.memory import memory_config_type
 from fam_jax.config.overrides import Override
-from launch import processes
-from launch.config_file import load_config
-from launch.errors import user_errors
+
+from . import processes
+from .config_file import load_config
+from .errors import user_errors
 
 __all__ = [
+    "PROGRAMS",
     "ArgumentParser",
     "Parser",
     "add_checkpoint",
     "add_mesh",
+    "as_typed",
     "at_least",
     "integers",
     "load_config",
@@ -53,6 +57,34 @@ __all__ = [
 ]
 
 FIELD = "--config."
+
+# Command of `fam-jax` -> module of this package.
+PROGRAMS = {
+    "train": "train",
+    "evaluate": "evaluate",
+    "generate": "generate",
+    "plan": "plan",
+    "import": "import_hf",
+    "export": "export_hf",
+    "demo": "demo",
+    "train-vocabulary": "train_vocabulary",
+    "jobset": "tpu.jobset",
+}
+
+
+def as_typed(text: str) -> str:
+    """Return a text with every `python -m launch.PROGRAM` in the form that a user of this package types.
+
+    In a clone, this package is `launch`. An installed fam_jax has it as `fam_jax_launch`, behind the command `fam-jax`.
+    """
+    if __package__ == "launch":
+        return text
+    commands = {module: f"fam-jax {command}" for command, module in PROGRAMS.items()}
+
+    def typed(found: re.Match[str]) -> str:
+        return commands.get(found[1], f"python -m {__package__}.{found[1]}")
+
+    return re.sub(r"python -m launch\.(\w+(?:\.\w+)*)", typed, text)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -97,9 +129,9 @@ class Parser(ArgumentParser):
             `overrides`.
           job: whether the program can be one of several processes; see :func:`launch.processes.join`.
         """
-        summary, _, details = (doc or "").strip().partition("\n")
+        summary, _, details = as_typed(doc or "").strip().partition("\n")
         super().__init__(
-            prog=f"python -m launch.{program}",
+            prog=as_typed(f"python -m launch.{program}"),
             description=summary,
             epilog=details.strip("\n") or None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -109,7 +141,12 @@ class Parser(ArgumentParser):
         if self._takes_fields:
             add = self.add_argument_group("config").add_argument
             if config:
-                add("--config", required=True, metavar="FILE[:ARG]", help="such as configs/passkey.py:fam")
+                add(
+                    "--config",
+                    required=True,
+                    metavar="FILE[:ARG]",
+                    help="a file, such as configs/passkey.py:fam, or a config of fam_jax by name, such as passkey:fam",
+                )
             add(
                 f"{FIELD}GROUP.FIELD",
                 default=argparse.SUPPRESS,

@@ -1,9 +1,12 @@
 """Load a config file, with one line that names file and line for every mistake in it."""
 
 import contextlib
+import importlib
 import importlib.util
 import inspect
+import itertools
 import re
+import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -18,16 +21,15 @@ def load_config(name: str, overrides: Sequence[Override] = ()) -> Config:
     """Load a config file, set fields of its config, and check the result.
 
     Args:
-      name: FILE, or FILE:ARG to call its `get_config` with the text ARG.
+      name: FILE, or FILE:ARG to call its `get_config` with the text ARG. FILE is a path, or the name of a config that
+        comes with fam_jax.
       overrides: fields to set.
 
     Raises:
       ConfigError: the file cannot be loaded, or the config is not valid.
     """
     file, _, argument = name.partition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise ConfigError(f"--config={name}: there is no such file")
+    path = _find(name, file)
     with errors_of_file(path):
         get_config = getattr(_load_module(path), "get_config", None)
         if not callable(get_config):
@@ -46,11 +48,38 @@ def load_config(name: str, overrides: Sequence[Override] = ()) -> Config:
     return resolve(values)
 
 
+def own_configs() -> dict[str, Path]:
+    """Return the config files that come with fam_jax, by name."""
+    # In a clone they are the package `configs`; where fam_jax is installed, `fam_jax_configs` beside `fam_jax_launch`.
+    package = importlib.import_module((__package__ or "").replace("launch", "configs"))
+    files = sorted(Path(package.__path__[0]).glob("*.py"))
+    return {file.stem: file for file in files if "\ndef get_config(" in file.read_text()}
+
+
+def _find(name: str, file: str) -> Path:
+    """Return the path of a config file, given as a path or by name."""
+    known = own_configs()
+    path = known.get(file, Path(file))
+    if not path.is_file():
+        raise ConfigError(
+            f"--config={name}: there is no such file; give its path, or one of the names {', '.join(known)}"
+        )
+    return path
+
+
+_folders = itertools.count()
+
+
 def _load_module(path: Path) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(f"config_file_{path.stem}", path)
+    # Its folder is a package of its own, so that relative imports find the files beside it.
+    package = types.ModuleType(f"config_folder_{next(_folders)}")
+    package.__path__ = [str(path.resolve().parent)]
+    sys.modules[package.__name__] = package
+    spec = importlib.util.spec_from_file_location(f"{package.__name__}.{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config={path}: is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -27,7 +27,8 @@ from rich.table import Table
 from fam_jax.config import UserError, to_json
 from fam_jax.config.overrides import Override
 from fam_jax.evaluation import read_evaluation
-from launch import cli
+
+from . import cli
 
 VARIANTS = ("fam", "bswa_m1", "bswa_m1_sg")
 # Labels of the curves in the plot.
@@ -37,7 +38,7 @@ LABELS = {
     "bswa_m1_sg": "BSWA, 1 memory segment, stop-gradient",
 }
 LENGTHS = (4, 9, 18, 36, 72, 130, 260, 520)
-CONFIG = "configs/passkey.py"
+CONFIG = "passkey"
 # Seconds between two lines of a training's progress.
 REPORT_SECONDS = 10.0
 # Lines of a command's output that are shown if it fails.
@@ -176,9 +177,9 @@ def commands(demo: Demo, variant: str) -> list[list[str]]:
     if finished(result, wanted_config(demo, variant)):
         return []
     fields = [f"--{path}={text}" for path, text in demo.all_overrides()]
-    train = ["launch.train", f"--config={CONFIG}:{variant}", *fields, f"--workdir={folder}"]
+    train = [f"{__package__}.train", f"--config={CONFIG}:{variant}", *fields, f"--workdir={folder}"]
     evaluate = [
-        "launch.evaluate",
+        f"{__package__}.evaluate",
         f"--checkpoint={folder}",
         f"--out={result}",
         f"--lengths={','.join(map(str, demo.lengths))}",

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch import cli, processes
+from . import cli, processes
 
 # Flags that set a field of config.evaluate, and the field.
 FIELDS = {
@@ -93,9 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             files=arguments.files,
             suffixes=arguments.suffixes,
             out=arguments.out,
-            command=shlex.join(
-                ["python", "-m", "launch.evaluate", *(sys.argv[1:] if argv is None else argv)]
-            ),
+            command=cli.as_typed("python -m launch.evaluate ")
+            + shlex.join(sys.argv[1:] if argv is None else argv),
             on_progress=show,
             **{field: value for field, value in given.items() if value is not None},
         )

@@ -16,7 +16,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from launch import cli
+from . import cli
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -24,7 +24,8 @@ from fam_jax.generation.batch import complete_lines, open_text
 from fam_jax.generation.sampling import Sampling
 from fam_jax.generation.text import Completion, TextModel, TextState
 from fam_jax.sharding import make_mesh
-from launch import cli
+
+from . import cli
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

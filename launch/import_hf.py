@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from fam_jax.config import field_type
 from fam_jax.config.format1 import MOVED
 from fam_jax.config.overrides import KIND, Override
-from launch import cli, processes
+
+from . import cli, processes
 
 MODEL_FIELDS = ("dtype", "block_size", "attention", "remat")
 

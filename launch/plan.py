@@ -13,6 +13,7 @@ evaluate plans what launch.evaluate runs for the config's task.
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fam_jax.config import Config, MeshConfig, UserError
-from launch import cli
+
+from . import cli
+from .tpu.slices import parse_slice
 
 DOES_NOT_FIT = 1
 
@@ -38,7 +41,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = cli.Parser("plan", __doc__, config=True)
     add = parser.add_argument
-    add("--topology", required=True, metavar="SLICE", help="such as v5p:4x4x8 or v5e:4x8")
+    slices = "such as v5p:4x4x8, v5e:4x8 or v5litepod-32"
+    add("--topology", required=True, type=topology_of, metavar="SLICE", help=slices)
     add("--what", choices=("train", "serve", "evaluate"), default="train", help="default: train")
     add(
         "--mesh",
@@ -70,6 +74,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(found, name) is not None:
             raise UserError(f"--{name}: has no meaning for --what={found.what}; leave it out")
     return found
+
+
+def topology_of(text: str) -> str:
+    """Argument type: GENERATION:TOPOLOGY, which may be given as an accelerator type.
+
+    Raises:
+      UserError: there is no such accelerator type.
+    """
+    if ":" in text:
+        return text
+    found = parse_slice(text)
+    return f"{found.generation}:{found.topology}"
 
 
 def mesh_choice(text: str) -> str | MeshConfig:
@@ -180,12 +196,14 @@ def describe(mesh: MeshConfig) -> str:
 
 def summary(report: dict[str, Any]) -> str:
     """Return a plan's memory and speed in one line."""
-    memory = f"{report['hbm_peak_bytes'] / 2**30:.1f} of {report['hbm_capacity_bytes'] / 2**30:.0f} GiB"
+    memory = (
+        f"{rounded(report['hbm_peak_bytes'] / 2**30, 1)} of {report['hbm_capacity_bytes'] / 2**30:.0f} GiB"
+    )
     if "step_seconds_low" not in report:
         return f"    {memory}: does not fit"
     return (
-        f"    {memory}, {report['step_seconds_low']:.2f} to {report['step_seconds_high']:.2f} s per step, "
-        f"MFU {report['mfu_low']:.2f} to {report['mfu_high']:.2f}, compiled in {report['compile_seconds']:.0f} s"
+        f"    {memory}, {duration(report, 'step_seconds', 2)} per step, "
+        f"MFU {span(report, 'mfu', 2)}, compiled in {report['compile_seconds']:.0f} s"
     )
 
 
@@ -197,19 +215,17 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     parts = ("peak", "capacity", "parameter", "optimizer", "activation")
     peak, capacity, *rest = (report[f"hbm_{name}_bytes"] / 2**30 for name in parts)
     table.add_row("fits", "yes" if report["fits"] else f"no: {report['advice']}")
-    table.add_row("memory of a chip", f"{peak:.2f} of {capacity:.0f} GiB")
-    table.add_row("  parameters + optimizer + step", " + ".join(f"{size:.2f}" for size in rest))
+    table.add_row("memory of a chip", f"{rounded(peak, 2)} of {capacity:.0f} GiB")
+    table.add_row("  parameters + optimizer + step", " + ".join(rounded(size, 2) for size in rest))
     if "step_seconds_low" in report:
-        table.add_row("step", f"{report['step_seconds_low']:.3f} to {report['step_seconds_high']:.3f} s")
-        table.add_row(
-            "tokens/s", f"{report['tokens_per_second_low']:,.0f} to {report['tokens_per_second_high']:,.0f}"
-        )
-        table.add_row("model FLOPs utilization", f"{report['mfu_low']:.2f} to {report['mfu_high']:.2f}")
+        table.add_row("step", duration(report, "step_seconds", 3))
+        table.add_row("tokens/s", span(report, "tokens_per_second", 0))
+        table.add_row("model FLOPs utilization", span(report, "mfu", 2))
         for kind, seconds in report["seconds"].items():
-            table.add_row(f"  {kind}s", f"{seconds['low']:.3f} to {seconds['high']:.3f} s")
+            table.add_row(f"  {kind}s", seconds_span(seconds["low"], seconds["high"], 3))
         for kind, found in report["collectives"].items():
-            span = f"{found['seconds_low']:.3f} to {found['seconds_high']:.3f} s"
-            table.add_row(f"  {kind}", f"{found['bytes'] / 1e9:.2f} GB, {span}, {found['hidden']:.0%} hidden")
+            size, seconds = rounded(found["bytes"] / 1e9, 2), duration(found, "seconds", 3)
+            table.add_row(f"  {kind}", f"{size} GB, {seconds}, {found['hidden']:.0%} hidden")
     table.add_row("compilation", f"{report['compile_seconds']:.0f} s")
     console.print(table)
 
@@ -217,9 +233,9 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
 def summary_of_phases(report: dict[str, Any]) -> str:
     """Return a plan's memory and speed in one line."""
     most = max(report["hbm_peak_bytes"], report["hbm_loading_bytes"])
-    memory = f"{most / 2**30:.1f} of {report['hbm_capacity_bytes'] / 2**30:.0f} GiB"
+    memory = f"{rounded(most / 2**30, 1)} of {report['hbm_capacity_bytes'] / 2**30:.0f} GiB"
     spans = [
-        f"{name} {span(found, 'tokens_per_second', ',.0f')} tokens/s"
+        f"{name} {span(found, 'tokens_per_second', 0)} tokens/s"
         for name, found in report["phases"].items()
         if "step_seconds_low" in found
     ]
@@ -227,9 +243,31 @@ def summary_of_phases(report: dict[str, Any]) -> str:
     return f"    {', '.join([memory, *fits, *spans])}, compiled in {report['compile_seconds']:.0f} s"
 
 
-def span(found: dict[str, Any], name: str, digits: str) -> str:
+def rounded(value: float, decimals: int) -> str:
+    """Return a figure with this many decimals, or with more if its first two digits need them."""
+    if 0 < abs(value) < 1:
+        decimals = max(decimals, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def span(found: dict[str, Any], name: str, decimals: int) -> str:
     """Return the range of a figure, as in 0.12 to 0.15."""
-    return f"{found[f'{name}_low']:{digits}} to {found[f'{name}_high']:{digits}}"
+    return f"{rounded(found[f'{name}_low'], decimals)} to {rounded(found[f'{name}_high'], decimals)}"
+
+
+def duration(found: dict[str, Any], name: str, decimals: int) -> str:
+    """Return the range of a time, as in 0.12 to 0.15 s."""
+    return seconds_span(found[f"{name}_low"], found[f"{name}_high"], decimals)
+
+
+def seconds_span(low: float, high: float, decimals: int) -> str:
+    """Return a range of seconds in a unit that suits it: seconds with this many decimals, or ms or µs."""
+    if high == 0 or high >= 0.1:
+        scale, unit = 1.0, "s"
+    else:
+        scale, unit = (1e3, "ms") if high >= 1e-4 else (1e6, "µs")
+        decimals = 1
+    return f"{rounded(low * scale, decimals)} to {rounded(high * scale, decimals)} {unit}"
 
 
 def print_phases(console: Console, report: dict[str, Any]) -> None:
@@ -240,29 +278,25 @@ def print_phases(console: Console, report: dict[str, Any]) -> None:
         report[f"hbm_{name}_bytes"] / 2**30 for name in ("peak", "loading", "capacity", "parameter", "memory")
     )
     table.add_row("fits", "yes" if report["fits"] else f"no: {report['advice']}")
-    table.add_row("memory of a chip", f"{peak:.2f} of {capacity:.0f} GiB; {loading:.2f} while loading")
-    table.add_row("  parameters, streams", f"{parameters:.2f}, {memory:.2f}")
-    table.add_row("a stream of any length", f"{report['bytes_per_stream'] / 2**20:,.0f} MiB")
+    table.add_row(
+        "memory of a chip", f"{rounded(peak, 2)} of {capacity:.0f} GiB; {rounded(loading, 2)} while loading"
+    )
+    table.add_row("  parameters, streams", f"{rounded(parameters, 2)}, {rounded(memory, 2)}")
+    table.add_row("a stream of any length", f"{rounded(report['bytes_per_stream'] / 2**20, 0)} MiB")
     for name, found in report["phases"].items():
-        table.add_row(name, f"{found['hbm_peak_bytes'] / 2**30:.2f} GiB of a chip")
+        table.add_row(name, f"{rounded(found['hbm_peak_bytes'] / 2**30, 2)} GiB of a chip")
         if "step_seconds_low" not in found:
             continue
-        table.add_row(
-            "  step", f"{span(found, 'step_seconds', '.4f')} s, {found['tokens_per_step']:,} tokens"
-        )
-        table.add_row("  tokens/s, all streams", span(found, "tokens_per_second", ",.0f"))
+        table.add_row("  step", f"{duration(found, 'step_seconds', 4)}, {found['tokens_per_step']:,} tokens")
+        table.add_row("  tokens/s, all streams", span(found, "tokens_per_second", 0))
         if "border_seconds_low" in found:
-            table.add_row("  a step that ends a block", f"{span(found, 'border_seconds', '.4f')} s more")
+            table.add_row("  a step that ends a block", f"{duration(found, 'border_seconds', 4)} more")
         for length in (100_000, 1_000_000):
             if f"read_{length}_seconds_low" in found:
-                table.add_row(
-                    f"  to read {length:,} each", f"{span(found, f'read_{length}_seconds', '.1f')} s"
-                )
+                table.add_row(f"  to read {length:,} each", duration(found, f"read_{length}_seconds", 1))
         for kind, sums in found["collectives"].items():
-            seconds = span(sums, "seconds", ".4f")
-            table.add_row(
-                f"  {kind}", f"{sums['runs']:,.0f} runs, {sums['bytes'] / 1e6:,.1f} MB in all, {seconds} s"
-            )
+            size, seconds = rounded(sums["bytes"] / 1e6, 1), duration(sums, "seconds", 4)
+            table.add_row(f"  {kind}", f"{sums['runs']:,.0f} runs, {size} MB in all, {seconds}")
     table.add_row("compilation", f"{report['compile_seconds']:.0f} s")
     console.print(table)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from launch import cli, processes
+from . import cli, processes
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

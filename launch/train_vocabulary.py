@@ -16,7 +16,8 @@ from etils import epath
 from rich.console import Console
 
 from fam_jax.config import UserError
-from launch import cli
+
+from . import cli
 
 if TYPE_CHECKING:
     from fam_jax.data.documents import Documents

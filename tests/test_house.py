@@ -149,7 +149,7 @@ def test_the_rule_itself_has_no_cycle() -> None:
 
 
 def test_the_package_does_not_import_its_users() -> None:
-    users = ("launch", "configs", "benchmarks", "tests")
+    users = ("launch", "configs", "fam_jax_launch", "fam_jax_configs", "benchmarks", "tests")
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sources("fam_jax")

@@ -1,12 +1,15 @@
 """Compile for TPUs on any machine: libtpu contains the whole TPU compiler, XLA and Mosaic."""
 
+import contextlib
 import functools
 import importlib.util
 import math
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,14 @@ from jax.sharding import Mesh
 from fam_jax.config import UserError
 from fam_jax.plan.chips import Chip, chip_of
 
-# Keep the library from looking for chips on this machine and from locking out other processes.
-ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# Keep the library from looking for chips on this machine and from locking out other processes. Without the last two
+# variables it reports errors, because it finds neither the type of this host nor the names of the others.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 # Where `make test` installs libtpu. In the environment's site-packages it would make JAX look for chips at every start.
 LIBRARY = Path(sys.prefix) / "tpu-compiler"
@@ -60,10 +69,26 @@ def topology_devices(topology: str) -> tuple[jax.Device, ...]:
         # A host with a single chip. All other hosts have at least four.
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+        with _own_sigterm():
+            found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"topology {topology!r}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        raise UserError(
+            f"topology {topology!r}: the compiler has no such slice ({reason}); choose a grid of whole hosts, such as "
+            "v5e:4x4 or v5p:4x4x8"
+        ) from None
     return tuple(found.devices)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's reaction to SIGTERM: loading the library installs one that prints a C++ stack."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def compile_on(

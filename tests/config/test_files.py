@@ -1,7 +1,7 @@
 """All config files resolve, and a config that is written can be read back."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import pathlib
 import re
@@ -61,11 +61,7 @@ def test_updating_a_memory_group_with_another_kind_is_refused() -> None:
 
 
 def load(path: pathlib.Path) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"configs.{path.stem}")
 
 
 def arguments(path: pathlib.Path) -> list[str]:

@@ -196,7 +196,15 @@ PROGRAMS = {
     "generate": ["--checkpoint DIR", "--step N", "--mesh AXIS=N", "--out FILE"],
     "import_hf": ["--source DIR", "--mesh AXIS=N", "--coordinator HOST:PORT", "--out"],
     "plan": ["--config FILE[:ARG]", FIELD, "--help-config", "--topology", "--mesh", "--out FILE"],
-    "tpu.jobset": ["--name", "--slice", "--image"],
+    "tpu.jobset": [
+        "--name",
+        "--slice",
+        "--num_slices",
+        "--image",
+        "--env NAME=VALUE",
+        "--autopilot",
+        "--xpk",
+    ],
     "tpu.slices": ["SLICE", "FIELD"],
     "train": [
         "--config FILE[:ARG]",

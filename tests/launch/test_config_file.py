@@ -36,6 +36,37 @@ def test_a_plain_dict_is_a_config(tmp_path: pathlib.Path) -> None:
     assert load_config(f"{path}", [Override("config.train.seed", "2")]).train.steps == 4
 
 
+@pytest.mark.parametrize("name", ["fam_1b", "fam_8b", "fam_24b", "passkey", "retrofit", "text"])
+def test_a_config_of_fam_jax_by_name(
+    name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_path = load_config(f"configs/{name}.py:smoke")
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "some text", name)  # no Python file, so it cannot be meant
+    assert load_config(f"{name}:smoke") == by_path
+
+
+def test_a_config_imports_the_files_beside_it(tmp_path: pathlib.Path) -> None:
+    written(tmp_path, "STEPS = 5\n", "shared.py")
+    path = written(
+        tmp_path, "from .shared import STEPS\ndef get_config():\n    return {'train': {'steps': STEPS}}\n"
+    )
+    assert load_config(f"{path}").train.steps == 5
+    written(tmp_path, "STEPS = 6 +\n", "shared.py")
+    with pytest.raises(ConfigError) as caught:
+        load_config(f"{path}")
+    assert str(caught.value) == f"{tmp_path}/shared.py, line 1: invalid syntax; correct the file"
+
+
+def test_no_such_config_lists_those_of_fam_jax() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("pass_key:smoke")
+    names = "fam_1b, fam_24b, fam_8b, passkey, retrofit, text"
+    assert str(caught.value) == (
+        f"--config=pass_key:smoke: there is no such file; give its path, or one of the names {names}"
+    )
+
+
 HEAD = "from fam_jax.config import default_config, memory_config\ndef get_config():\n    config = default_config()\n"
 MISTAKES = {
     "syntax": ("def get_config(:\n", "line 1: invalid syntax; correct the file"),

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from fam_jax.config import UserError
+from launch.plan import parse_arguments, rounded, seconds_span
 from tests.plan.programs import needs_compiler
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -48,9 +50,62 @@ def run(folder: pathlib.Path, *lines: tuple[str, ...]) -> list[tuple[int, str, s
     return [(code, text(number, "out"), text(number, "err")) for number, code in enumerate(codes)]
 
 
+@pytest.mark.parametrize(
+    ("value", "decimals", "text"),
+    [
+        (47.541, 2, "47.54"),
+        (0.899, 2, "0.90"),
+        (0.0042, 2, "0.0042"),
+        (1_239_556.4, 0, "1,239,556"),
+        (0.31, 0, "0.31"),
+        (0.0, 2, "0.00"),
+    ],
+)
+def test_a_small_figure_keeps_its_first_digits(value: float, decimals: int, text: str) -> None:
+    assert rounded(value, decimals) == text
+
+
+@pytest.mark.parametrize(
+    ("given", "topology"),
+    [
+        ("v5p:4x4x8", "v5p:4x4x8"),
+        ("v5p-256", "v5p:4x4x8"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e:2x2", "v5e:2x2"),
+    ],
+)
+def test_a_slice_by_its_accelerator_type(given: str, topology: str) -> None:
+    assert parse_arguments(["--config=c.py", f"--topology={given}"]).topology == topology
+
+
+@pytest.mark.parametrize("given", ["v5p-9", "v5p", "", "tpu7x-8"])
+def test_no_such_accelerator_type(given: str) -> None:
+    with pytest.raises(UserError, match=f"slice '{given}': "):
+        parse_arguments(["--config=c.py", f"--topology={given}"])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (0.899, 1.364, "0.899 to 1.364 s"),
+        (0.0001, 0.5, "0.00010 to 0.500 s"),
+        (0.0031, 0.0097, "3.1 to 9.7 ms"),
+        (0.00000042, 0.0097, "0.00042 to 9.7 ms"),
+        (0.0000185, 0.0000188, "18.5 to 18.8 µs"),
+        (2e-9, 3e-9, "0.0020 to 0.0030 µs"),
+        (0.0, 0.0, "0.000 to 0.000 s"),
+    ],
+)
+def test_a_short_time_is_not_rounded_to_nothing(low: float, high: float, text: str) -> None:
+    assert seconds_span(low, high, 3) == text
+
+
 MISTAKES = {
     ("--config=configs/fam_1b.py:smoke", "--topology=v5q:2x2"): "unknown generation v5q",
-    ("--config=configs/fam_1b.py:smoke", "--topology=v5e:3x5"): "topology 'v5e:3x5'",
+    (
+        "--config=configs/fam_1b.py:smoke",
+        "--topology=v5e:3x5",
+    ): "topology 'v5e:3x5': the compiler has no such slice (",
     (*SMALL, "--config.mesh.data=3"): "config.mesh: data * fsdp * tensor = 3, but there are 4 devices",
     (*SMALL, "--config.train.batch_size=6"): "config.train.batch_size: 6 rows cannot be divided",
     (

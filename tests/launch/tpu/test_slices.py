@@ -66,13 +66,64 @@ def test_a_slice_without_an_accelerator_type_is_requested_by_its_topology() -> N
 
 
 @pytest.mark.parametrize(
+    ("spellings", "name"),
+    [
+        (
+            ("v5e-16", "v5litepod-16", "v5lite-16", "V5E:4x4", "v5litepod:4x4", "v5e-4x4", " v5e:4x4 "),
+            "v5e:4x4",
+        ),
+        (("v6e-8", "v6e-2X4"), "v6e:2x4"),
+        (("v5p-8", "v5p-2x2x1"), "v5p:2x2x1"),
+        (("v5p-256", "V5P-256"), "v5p:4x4x8"),
+        (("v4-32", "v4-2x2x4"), "v4:2x2x4"),
+        (("v5p-4x4x16",), "v5p:4x4x16"),
+    ],
+)
+def test_other_spellings_of_a_slice(spellings: tuple[str, ...], name: str) -> None:
+    for spelling in spellings:
+        assert parse_slice(spelling) == parse_slice(name), spelling
+    assert parse_slice(parse_slice(name).accelerator_type or name) == parse_slice(name)
+
+
+@pytest.mark.parametrize(
+    ("topology", "vcpus", "memory"),
+    [
+        ("v5e:1x1", 24, 48),
+        ("v5e:4x4", 112, 192),
+        ("v5e:2x4", 224, 384),
+        ("v5p:4x4x4", 208, 448),
+        ("v4:2x2x2", 240, 407),
+    ],
+)
+def test_what_a_host_has(topology: str, vcpus: int, memory: int) -> None:
+    """https://cloud.google.com/tpu/docs/v5e and /v5p, "VM types"."""
+    found = parse_slice(topology)
+    assert (found.vcpus, found.memory_gb) == (vcpus, memory)
+
+
+@pytest.mark.parametrize(
     ("name", "says"),
     [
         (
             "v5q:2x2",
-            "slice 'v5q:2x2': expected GENERATION:TOPOLOGY, such as v5p:4x4x8; generations are v4, v5e, v5p, v6e",
+            "slice 'v5q:2x2': expected GENERATION:TOPOLOGY, such as v5p:4x4x8, or an accelerator type, such as "
+            "v5litepod-16; generations are v4, v5e, v5p, v6e",
         ),
-        ("v5p", "slice 'v5p': v5p has the topologies 2x2x1, "),
+        ("v5p", "slice 'v5p': there is no such accelerator type; v5p has v5p-8, v5p-16, "),
+        ("v5e-12", "slice 'v5e-12': there is no such accelerator type; v5e has v5litepod-1, v5litepod-4, "),
+        ("v5p-9", "slice 'v5p-9': there is no such accelerator type; v5p has v5p-8, "),
+        ("v5e:16", "slice 'v5e:16': v5e has the topologies 1x1, 2x2, "),
+        ("v5p:04x4x8", "slice 'v5p:04x4x8': v5p has the topologies "),
+        (
+            "v5p:4x4x\N{FULLWIDTH DIGIT FOUR}",
+            "slice 'v5p:4x4x\N{FULLWIDTH DIGIT FOUR}': v5p has the topologies ",
+        ),
+        ("v5p:4x4x-4", "slice 'v5p:4x4x-4': v5p has the topologies "),
+        (
+            "tpu7x:2x2x1",
+            "slice 'tpu7x:2x2x1': TPU7x is not supported; use one of the generations v4, v5e, v5p, v6e",
+        ),
+        ("TPU7x-8", "slice 'TPU7x-8': TPU7x is not supported"),
         ("v5p:8x4x4", "slice 'v5p:8x4x4': "),
         ("v5p:4x4x6", "slice 'v5p:4x4x6': "),
         ("v5p:0x0x0", "slice 'v5p:0x0x0': "),
