@@ -87,7 +87,8 @@ class DataConfig:
     # Text.
     train_files: tuple[str, ...] = setting(
         default=(),
-        doc='Files, folders or patterns to train on (*.jsonl: a document per line, under "text"), or tfds:NAME:SPLIT.',
+        doc='Files, folders or patterns to train on (*.jsonl: a document per line, under "text"; also *.ndjson, '
+        "*.json, *.parquet and *.gz), or tfds:NAME:SPLIT.",
         effect="execution",  # where the files are; the data state checks their contents
         tasks=(TEXT,),
     )
@@ -95,7 +96,9 @@ class DataConfig:
         default=(), doc="Files to evaluate on, likewise.", effect="execution", tasks=(TEXT,)
     )
     file_suffixes: tuple[str, ...] = setting(
-        default=(".txt",), doc="Endings of the files that count in a folder.", tasks=(TEXT,)
+        default=(".txt",),
+        doc="Endings of the files that count in a folder, in upper or lower case; hidden files do not count.",
+        tasks=(TEXT,),
     )
     # seqio.
     imports: tuple[str, ...] = setting(
