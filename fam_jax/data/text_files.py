@@ -176,7 +176,7 @@ def _parquet_documents(file: BinaryIO, where: str) -> Iterator[str]:
             for text in batch.column(0).to_pylist():
                 number += 1
                 yield _text_of({"text": text}, f"{where}: row {number}")
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise TextError(f"{where}: is damaged or not a Parquet file; leave it out") from error
 
 

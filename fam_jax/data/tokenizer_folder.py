@@ -18,8 +18,8 @@ from fam_jax.config import UserError
 SETTINGS = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"
 ADDED = "added_tokens.json"
-# Special tokens by role. Other keys that end in "_token" may name more of them.
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Files beside a tokenizer.json that it is read with.
+BESIDE = (SETTINGS, SPECIAL_MAP, ADDED)
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
 # The classes that transformers takes where tokenizer_config.json names none, by the model_type of config.json.
 GEMMA, QWEN, LLAMA = "GemmaTokenizer", "Qwen2Tokenizer", "LlamaTokenizer"
@@ -92,7 +92,13 @@ def load_tokenizer(path: epath.PathLike) -> FolderTokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
     named = named_tokens(settings)
-    _add_tokens(tokenizer, settings, named, read_object(file.parent / ADDED))
+    added = read_object(file.parent / ADDED)
+    try:
+        _add_tokens(tokenizer, settings, named, added)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file.parent}: the added tokens in {SETTINGS} or {ADDED} are damaged ({error}); fetch both again"
+        ) from error
     for role, piece in CLASS_TOKENS.get(kind, {}).items():
         if role not in settings and tokenizer.token_to_id(piece) is not None:
             named[role] = piece
@@ -184,8 +190,8 @@ def _add_tokens(
     """Add the tokens that the files beside a tokenizer.json add, in the order in which transformers does."""
     special = [*named.values(), *extra_tokens(settings)]
     listed = settings.get("added_tokens_decoder")
-    if isinstance(listed, dict):
-        tokens = [(int(id_), AddedToken(**fields)) for id_, fields in listed.items()]
+    if listed is not None:
+        tokens = [(int(id_), _added_token(fields)) for id_, fields in listed.items()]
     else:
         tokens = [
             (id_, AddedToken(piece, special=piece in special, normalized=piece not in special))
@@ -194,3 +200,8 @@ def _add_tokens(
     tokens.sort(key=lambda pair: pair[0])
     tokenizer.add_tokens([token for _, token in tokens])
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
+
+
+def _added_token(fields: dict[str, Any]) -> AddedToken:
+    """Return a token of added_tokens_decoder; transformers marks some of them with their type."""
+    return AddedToken(**{key: value for key, value in fields.items() if key != "__type"})

@@ -8,8 +8,8 @@ from etils import epath
 from fam_jax.config import UserError
 from fam_jax.data.tokenizer_folder import (
     ADDED,
+    BESIDE,
     SETTINGS,
-    SPECIAL_MAP,
     FolderTokenizer,
     extra_tokens,
     load_tokenizer,
@@ -31,11 +31,17 @@ def find_tokenizer(folder: Path) -> Path | None:
 
 
 def copy_tokenizer(vocabulary: str, folder: Path) -> None:
-    """Copy the file of `data.vocabulary`, if it names one, to where :func:`find_tokenizer` looks for it."""
+    """Copy the file of `data.vocabulary`, if it names one, to where :func:`find_tokenizer` looks for it.
+
+    The files that a tokenizer.json is read with go with it.
+    """
     file = epath.Path(vocabulary)
     if vocabulary and file.is_file():
         name = FILES[0] if file.suffix == ".json" else FILES[1]
         (folder / name).write_bytes(file.read_bytes())
+        for beside in BESIDE if name == FILES[0] else ():
+            if (file.parent / beside).is_file():
+                (folder / beside).write_bytes((file.parent / beside).read_bytes())
 
 
 def check_tokenizer(path: Path, vocab_size: int) -> None:
@@ -140,7 +146,7 @@ def _check_alone(path: Path, model: sentencepiece.SentencePieceProcessor) -> Non
     """
     pieces = {model.id_to_piece(id_): id_ for id_ in range(model.vocab_size())}
     roles = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
-    for name in (ADDED, SETTINGS, SPECIAL_MAP):
+    for name in BESIDE:
         file = path.with_name(name)
         if not file.is_file():
             continue
@@ -151,9 +157,10 @@ def _check_alone(path: Path, model: sentencepiece.SentencePieceProcessor) -> Non
             tokens = {piece: piece in pieces for piece in extra_tokens(content)}
             for role, piece in named_tokens(content).items():
                 tokens[piece] = pieces.get(piece, -1) == roles.get(role, pieces.get(piece))
-            for id_, fields in (content.get("added_tokens_decoder") or {}).items():
+            listed = content.get("added_tokens_decoder")
+            for id_, fields in listed.items() if isinstance(listed, dict) else ():
                 piece = spelling(fields) or ""
-                tokens[piece] = tokens.get(piece, True) and str(pieces.get(piece)) == str(id_)
+                tokens[piece] = tokens.get(piece, True) and str(pieces.get(piece)) == id_
         if wrong := [piece for piece, same in tokens.items() if not same]:
             raise ConvertError(
                 f"{path}: does not have the token {wrong[0]} as {name} beside it has it; make a tokenizer.json of both "

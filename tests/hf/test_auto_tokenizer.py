@@ -8,8 +8,10 @@ import tarfile
 
 import pytest
 
+from fam_jax.config import UserError
 from fam_jax.data.vocabulary import load_vocabulary
 from fam_jax.hf import ConvertError, adds_bos, check_tokenizer, find_tokenizer
+from fam_jax.hf.tokenizer import copy_tokenizer
 from tests.hf.tokenizer_folders import (
     CHATML,
     KINDS,
@@ -38,10 +40,10 @@ def assert_same(folder: pathlib.Path) -> None:
     file = find_tokenizer(folder)
     assert file is not None
     ours = load_vocabulary(str(file))
+    before = [ours.bos_id] if adds_bos(file) else []
     spelled = [*auto.get_added_vocab()][:8] + [piece for piece in (auto.bos_token, auto.eos_token) if piece]
     for text in (*PLAIN, *(form.format(piece) for piece in spelled for form in SPELLED)):
         wanted = auto(text)["input_ids"]
-        before = [ours.bos_id] if adds_bos(file) else []
         assert [*before, *ours.encode(text)] == wanted, repr(text)
     assert ours.eos_id == auto.eos_token_id
     assert auto.bos_token_id in (ours.bos_id, None)
@@ -122,6 +124,35 @@ def test_files_beside_a_tokenizer_may_begin_with_a_byte_order_mark(tmp_path: pat
         before.eos_id,
         before.encode("the book<|end|>"),
     )
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"added_tokens_decoder": {"1": "<s>"}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"one": entry("<s>")}}},
+        {"tokenizer_config": {"added_tokens_decoder": ["<s>"]}},
+        {"added_tokens": {"<a>": "1", "<b>": 2}},
+        {"special_tokens_map": []},
+        {"config": "llama"},
+    ],
+)
+def test_damaged_files_beside_a_tokenizer_are_named(tmp_path: pathlib.Path, files: dict) -> None:
+    write(tmp_path, tokenizer=byte_level(), **files)
+    for read in (check_tokenizer, lambda path, size: load_vocabulary(str(path))):
+        with pytest.raises(UserError, match=rf"{next(iter(files))}\.json") as caught:
+            read(tmp_path / "tokenizer.json", 363)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_exported_vocabulary_keeps_what_it_is_read_with(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "own", tokenizer=byte_level(), special_tokens_map=NAMED, added_tokens={"<|a|>": 363})
+    (tmp_path / "out").mkdir()
+    copy_tokenizer(str(tmp_path / "own" / "tokenizer.json"), tmp_path / "out")
+    before, after = (load_vocabulary(str(tmp_path / name / "tokenizer.json")) for name in ("own", "out"))
+    text = "the<|a|>book"
+    assert (after.eos_id, after.encode(text)) == (before.eos_id, before.encode(text))
+    assert after.eos_id is not None and len(after.encode("<|a|>")) == 1
 
 
 # Packages of npm with the tokenizers of real models, and the model_type of their config.json.
