@@ -22,13 +22,16 @@ ADDED = "added_tokens.json"
 BESIDE = (SETTINGS, SPECIAL_MAP, ADDED)
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
 # The classes that transformers takes where tokenizer_config.json names none, by the model_type of config.json.
-GEMMA, QWEN, LLAMA = "GemmaTokenizer", "Qwen2Tokenizer", "LlamaTokenizer"
+GEMMA, QWEN = "GemmaTokenizer", "Qwen2Tokenizer"
+LLAMA, CODE_LLAMA = "LlamaTokenizer", "CodeLlamaTokenizer"
 CLASSES = {
     "gemma": GEMMA, "gemma2": GEMMA, "gemma3": GEMMA, "gemma3_text": GEMMA, "qwen2": QWEN, "qwen3": QWEN,
 }  # fmt: skip
 # Special tokens of a class, if no file names them.
+LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CLASS_TOKENS = {
-    LLAMA: {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    LLAMA: LLAMA_TOKENS,
+    CODE_LLAMA: LLAMA_TOKENS,
     GEMMA: {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"},
     QWEN: {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
 }
@@ -86,8 +89,8 @@ def load_tokenizer(path: epath.PathLike) -> FolderTokenizer:
     if "added_tokens_decoder" not in settings:
         settings |= read_object(file.parent / SPECIAL_MAP)
     kind = _class_name(settings, read_object(file.parent / "config.json"), tokenizer)
-    if kind == LLAMA and isinstance(tokenizer.model, models.BPE):
-        _divide_as_llama(tokenizer, settings)
+    if kind in (LLAMA, CODE_LLAMA) and isinstance(tokenizer.model, models.BPE):
+        _divide_as_llama(tokenizer, settings, legacy=kind == LLAMA and bool(settings.get("legacy")))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
@@ -161,14 +164,19 @@ def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
     ))  # fmt: skip
 
 
-def _divide_as_llama(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
-    """Divide text as the class LlamaTokenizer does, whatever the tokenizer.json says.
+def _divide_as_llama(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], *, legacy: bool) -> None:
+    """Divide text as the classes LlamaTokenizer and CodeLlamaTokenizer do, whatever the tokenizer.json says.
 
-    The class takes only the pieces and merges from the file. It differs from the files of Llama 2 in the spaces at the
+    They take only the pieces and merges from the file, and differ from the files of Llama 2 in the spaces at the
     beginning of a text and after special tokens.
+
+    Args:
+      tokenizer: to change.
+      settings: of tokenizer_config.json.
+      legacy: whether a space is put before every part between special tokens, and not before the first alone.
     """
     prefix = settings.get("add_prefix_space") is not False
-    scheme = "never" if not prefix else "always" if settings.get("legacy") else "first"
+    scheme = "never" if not prefix else "always" if legacy else "first"
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
         replacement="\N{LOWER ONE EIGHTH BLOCK}", prepend_scheme=scheme, split=False

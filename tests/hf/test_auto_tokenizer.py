@@ -24,7 +24,6 @@ from tests.hf.tokenizer_folders import (
     write,
 )
 
-transformers = pytest.importorskip("transformers")
 PLAIN = (
     "the capital of France", " leading", "  two blanks", "a  b   c ", "", " ", "\n\n hi\tx\r\n", "Grün 😀 漢字 e\u0301",
     "ﬁ it's 12345, DON'T", "\u2581x \u2581 y", "<0x0A>", "\u00a0x\ufeffy", "the book " * 50,
@@ -36,6 +35,7 @@ SPELLED = (
 
 def assert_same(folder: pathlib.Path) -> None:
     """Compare ids, special tokens and decoded text, with all added tokens spelled in the texts."""
+    transformers = pytest.importorskip("transformers")
     auto = transformers.AutoTokenizer.from_pretrained(folder)
     file = find_tokenizer(folder)
     assert file is not None
@@ -63,8 +63,8 @@ def test_a_sentencepiece_model_alone(tmp_path: pathlib.Path) -> None:
     """It divides text by itself. Spelled special tokens stay text, and blanks at the start are kept."""
     settings = OF_LLAMA | {"add_bos_token": True, "legacy": True}
     write(tmp_path, model=sentencepiece_model(), tokenizer_config=settings)
-    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
     file = tmp_path / "tokenizer.model"
+    auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
     assert find_tokenizer(tmp_path) == file and adds_bos(file)
     check_tokenizer(file, 400)
     ours = load_vocabulary(str(file))

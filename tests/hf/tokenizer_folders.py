@@ -1,4 +1,4 @@
-"""Folders with tokenizers of many kinds, as they are found beside models. Needs transformers for one kind."""
+"""Folders with tokenizers of many kinds, as they are found beside models."""
 
 import functools
 import io
@@ -191,6 +191,12 @@ KINDS: dict[str, Make] = {
     ),
     "Llama 2 by class alone": _folder(
         tokenizer=llama2, tokenizer_config={"tokenizer_class": "LlamaTokenizerFast"}
+    ),
+    "Code Llama": _folder(
+        tokenizer=llama2,
+        tokenizer_config=OF_LLAMA
+        | {"tokenizer_class": "CodeLlamaTokenizer", "legacy": True}
+        | dict.fromkeys(("prefix_token", "middle_token", "suffix_token", "eot_token", "fill_token")),
     ),
     "Llama 2 without settings": _folder(tokenizer=llama2),
     "Mistral": _folder(model_type="mistral", tokenizer=llama2, tokenizer_config=OF_LLAMA | {"legacy": True}),
