@@ -33,7 +33,8 @@ import rich.progress
 from fam_jax.config import Config, ConfigError, MeshConfig, UserError
 from fam_jax.config.fields import field_types
 from fam_jax.config.memory import memory_config_type
-from fam_jax.config.overrides import Override
+from fam_jax.config.overrides import Override, parse_value
+from fam_jax.config.training import LARGEST_SEED
 
 from . import processes
 from .config_file import load_config
@@ -50,9 +51,11 @@ __all__ = [
     "integers",
     "load_config",
     "mesh",
+    "paths",
     "progress_bar",
     "progress_bars",
     "run",
+    "seed",
     "words",
 ]
 
@@ -218,7 +221,15 @@ def describe_config() -> str:
 
 def words(text: str) -> tuple[str, ...]:
     """Argument type: words with commas between them."""
-    return tuple(part for part in text.split(",") if part)
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def paths(text: str) -> tuple[str, ...]:
+    """Argument type: paths with commas between them, or as in Python, ("a, b.txt", "c.txt"); see `parse_value`."""
+    try:
+        return parse_value(tuple[str, ...], text, "paths")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("paths: ")) from None
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -242,6 +253,14 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def seed(text: str) -> int:
+    """Argument type: the seed of random numbers."""
+    number = at_least(0)(text)
+    if number > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_SEED}, got {number}")
+    return number
 
 
 def mesh(text: str) -> MeshConfig:

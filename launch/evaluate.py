@@ -46,7 +46,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--keys", type=int, metavar="N", help="examples per length")
     add = parser.add_argument_group("the task text").add_argument
     heldout = "files, folders or patterns; default: config.data.heldout_files"
-    add("--files", type=cli.words, default=(), metavar="PATH,...", help=heldout)
+    add("--files", type=cli.paths, default=(), metavar="PATH,...", help=heldout)
     suffixes = "endings of the files that count in a folder; default: config.data.file_suffixes"
     add("--suffixes", type=cli.words, default=(), metavar=".txt,...", help=suffixes)
     add("--documents", type=int, metavar="N", help="number of documents, drawn at random; 0: all")

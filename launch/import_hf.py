@@ -7,7 +7,8 @@ The import reads tensor by tensor, each straight into its shards, and writes a c
 generation restore. On the hosts of a TPU slice, run the same command on all of them. After an interruption, run it
 again.
 
-With the defaults, the model computes what the original does for the first (memory_segments + 1) * block_size tokens.
+With the defaults, the model computes what the original does for the first (memory_segments + 1) * block_size tokens,
+or for all if all its layers have a sliding window.
 The original config.json and the files of the tokenizer are kept in OUT/huggingface.
 
 For another memory, set its kind and fields: --config.model.memory.kind=full --config.model.memory.context=4096.
@@ -45,7 +46,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--tokenizer",
         metavar="FILE|none",
-        help="default: tokenizer.model or tokenizer.json of the source",
+        help="default: tokenizer.json of the source, else its tokenizer.model",
     )
     add(
         "--ignore_option",
@@ -54,7 +55,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help="option of config.json that does not change what the model computes; may be repeated",
     )
-    add("--seed", type=int, default=0, help="seed of the initial parameters of the memory")
+    add("--seed", type=cli.seed, default=0, help="seed of the initial parameters of the memory")
     cli.add_mesh(parser)
     add = parser.add_argument_group("short forms of config fields").add_argument
     for name in MODEL_FIELDS:
@@ -126,9 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     if not model.memory.has_state:
-        equal = (model.memory_segments + 1) * model.block_size
+        tokens = imported.exact_tokens
         print(
-            f"equal to the original for the first {equal} tokens; after them, each token sees a window of blocks",
+            "equal to the original for texts of any length"
+            if tokens is None
+            else f"equal to the original for the first {tokens} tokens; after them, each token sees a window of blocks",
             file=sys.stderr,
         )
     return 0

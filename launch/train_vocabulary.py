@@ -33,10 +33,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--files",
-        type=cli.words,
+        type=cli.paths,
         required=True,
         metavar="PATH,...",
-        help="UTF-8 files, folders or patterns; *.jsonl files have a document per line",
+        help="UTF-8 files, folders or patterns; *.jsonl, *.json, *.parquet and *.gz hold documents",
     )
     add(
         "--suffixes",

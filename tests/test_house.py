@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memories": {"config", "kernels", "layers"},
     "model": {"config", "sharding", "kernels", "layers", "memories"},
     "restore": {"config", "sharding", "checkpoint", "model"},
-    "hf": {"config", "model", "sharding", "checkpoint"},
+    "hf": {"config", "data", "model", "sharding", "checkpoint"},
     "generation": BASE,
     "evaluation": BASE | {"generation"},
     "training": BASE | {"generation", "evaluation"},

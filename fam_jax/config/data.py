@@ -87,7 +87,8 @@ class DataConfig:
     # Text.
     train_files: tuple[str, ...] = setting(
         default=(),
-        doc='Files, folders or patterns to train on (*.jsonl: a document per line, under "text"), or tfds:NAME:SPLIT.',
+        doc='Files, folders or patterns to train on (*.jsonl: a document per line, under "text"; also *.ndjson, '
+        "*.json, *.parquet and *.gz), or tfds:NAME:SPLIT.",
         # Files may move; the state of the data checks their contents.
         effect="execution",
         tasks=(TEXT,),
@@ -96,7 +97,9 @@ class DataConfig:
         default=(), doc="Files to evaluate on, as in train_files.", effect="execution", tasks=(TEXT,)
     )
     file_suffixes: tuple[str, ...] = setting(
-        default=(".txt",), doc="Endings of the files to read in a folder.", tasks=(TEXT,)
+        default=(".txt",),
+        doc="Endings of the files that count in a folder, in upper or lower case; hidden files do not count.",
+        tasks=(TEXT,),
     )
     # seqio.
     imports: tuple[str, ...] = setting(

@@ -162,7 +162,7 @@ def check_range(limits: Constraint, value: Any, path: str) -> None:
             raise ConfigError(f"{path}: expected one of {', '.join(limits.choices)}, got {entry!r}")
         if isinstance(entry, bool) or not isinstance(entry, int | float):
             continue
-        if not math.isfinite(entry):
+        if isinstance(entry, float) and not math.isfinite(entry):
             raise ConfigError(f"{path}: must be a finite number, got {entry}")
         low, high = limits.minimum, limits.maximum
         if low is not None and high is not None and not low <= entry <= high:

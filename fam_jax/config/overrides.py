@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import decimal
+import os
 import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -66,7 +67,8 @@ def parse_value(kind: Any, text: str, path: str) -> Any:
 
     Args:
       kind: type of the field: str, bool, int, float, or a tuple of one of these. A tuple is written with commas, as in
-        `a.txt,b.txt`, or as in Python, `("a.txt", "b.txt")` or `[1, 2]`.
+        `a.txt,b.txt`, or as in Python, `("a.txt", "b.txt")` or `[1, 2]`. A path that exists is one entry, whatever
+        characters it has.
       text: the value.
       path: path of the field, for messages.
 
@@ -98,6 +100,8 @@ def _parse_int(text: str) -> int:
 
 def _parse_tuple(item: Any, text: str, path: str) -> tuple[Any, ...]:
     text = text.strip()
+    if item is str and os.path.exists(os.path.expanduser(text)):
+        return (text,)
     if not text.startswith(("(", "[")):
         return tuple(parse_value(item, part.strip(), path) for part in text.split(",") if part.strip())
     try:

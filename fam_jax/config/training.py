@@ -3,6 +3,8 @@
 from fam_jax.config.errors import require
 from fam_jax.config.fields import group, setting
 
+# JAX takes seeds of 64 bits with a sign.
+LARGEST_SEED = 2**63 - 1
 ABLATIONS = ("zeroed", "shuffled", "frozen")
 
 
@@ -51,7 +53,9 @@ class TrainConfig:
     steps: int = setting(default=1000, doc="Optimizer steps of the run.", minimum=1, effect="execution")
     batch_size: int = setting(default=16, doc="B, rows of a step.", minimum=1)
     accumulation: int = setting(default=1, doc="Micro-batches of a step; divides batch_size.", minimum=1)
-    seed: int = setting(default=0, doc="Seed of parameters, data order and steps.", minimum=0)
+    seed: int = setting(
+        default=0, doc="Seed of parameters, data order and steps.", minimum=0, maximum=LARGEST_SEED
+    )
     loss_chunk: int = setting(default=4096, doc="Tokens whose logits exist at one time.", minimum=1)
     z_loss: float = setting(default=0.0, doc="Weight of log(Z)^2 in the loss.", minimum=0)
     random_state_passing: float = setting(
@@ -145,7 +149,7 @@ class EvaluateConfig:
     )
     # All.
     batch_size: int = setting(default=64, doc="Examples read together.", minimum=1)
-    seed: int = setting(default=1_000_003, doc="Seed of the examples.", minimum=0)
+    seed: int = setting(default=1_000_003, doc="Seed of the examples.", minimum=0, maximum=LARGEST_SEED)
     chunk_blocks: int = setting(default=16, doc="Blocks that prefill reads at a time.", minimum=1)
 
     def check(self) -> None:

@@ -44,6 +44,8 @@ class BatchSpec(NamedTuple):
     seed: int
     # (index, count) of this process.
     shard: tuple[int, int] = (0, 1)
+    # V of the model, to find texts with tokens that it has no embedding for; None: unknown.
+    vocab_size: int | None = None
 
 
 class DataTask(abc.ABC):
@@ -102,7 +104,13 @@ class PasskeyTask(DataTask):
 
     def batches(self, spec: BatchSpec) -> PasskeyCurriculum:
         """Return the batches of the curriculum."""
-        return PasskeyCurriculum(self.data, **spec._asdict())
+        return PasskeyCurriculum(
+            self.data,
+            block_size=spec.block_size,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            shard=spec.shard,
+        )
 
     def longest_row(self, block_size: int) -> int:
         """Return the row length of the last stage."""
@@ -118,8 +126,14 @@ class PackedTask(DataTask):
 
     def batches(self, spec: BatchSpec) -> PackedBatches:
         """Return packed batches of the source."""
-        source = self.source(spec.seed)
-        return PackedBatches(self.data, source, batch_size=spec.batch_size, seed=spec.seed, shard=spec.shard)
+        return PackedBatches(
+            self.data,
+            self.source(spec.seed),
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            shard=spec.shard,
+            vocab_size=spec.vocab_size,
+        )
 
     def longest_row(self, block_size: int) -> int:
         """Return data.sequence_length."""
@@ -204,7 +218,13 @@ def find_task(data: DataConfig) -> DataTask:
 
 
 def make_batches(
-    data: DataConfig, *, block_size: int, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)
+    data: DataConfig,
+    *,
+    block_size: int,
+    batch_size: int,
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
+    vocab_size: int | None = None,
 ) -> Batches:
     """Return the training batches of a config.
 
@@ -214,12 +234,13 @@ def make_batches(
       batch_size: B, rows of the global batch.
       seed: of everything random.
       shard: (index, count) of this process. It makes rows index * B / count up to (index + 1) * B / count.
+      vocab_size: V of the model. A text with a token beyond it is then an error, once it is read; None: not checked.
 
     Raises:
       ConfigError: files are missing, not UTF-8 or held out too; seqio has no such task; a row is too short.
       UserError: the vocabulary cannot be loaded or cannot express the task, or count does not divide B.
     """
-    return find_task(data).batches(BatchSpec(block_size, batch_size, seed, shard))
+    return find_task(data).batches(BatchSpec(block_size, batch_size, seed, shard, vocab_size))
 
 
 def heldout_examples(

@@ -3,16 +3,26 @@
 Imports no TensorFlow. Paths may be on any filesystem that `etils.epath` supports, such as gs://.
 """
 
+import fnmatch
 import hashlib
-import json
+import itertools
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from etils import epath
 
-from fam_jax.config import ConfigError
+from fam_jax.config import ConfigError, UserError
+from fam_jax.data.text_files import (
+    TextError,
+    decode_text,
+    is_json_lines,
+    is_plain,
+    json_line,
+    packed_documents,
+)
 
 WILDCARD = re.compile(r"[*?\[]")
 
@@ -20,61 +30,107 @@ WILDCARD = re.compile(r"[*?\[]")
 class Span(NamedTuple):
     """The place of a document."""
 
-    path: epath.Path
+    # None: the temporary file of :class:`Documents`, which holds text.
+    path: epath.Path | None
     # First byte in the file.
     begin: int
     # Bytes in the file: all of them, or one line of JSON.
     size: int
-    # True: a line of JSON. False: plain text.
-    is_json: bool
+    # Number of the line of JSON; 0: plain text.
+    line: int
 
 
 def find_files(entries: Sequence[str], suffixes: Sequence[str], field: str) -> list[epath.Path]:
     """Return the files that `entries` name, sorted and without duplicates.
 
+    A path that exists is taken literally, also if it has characters of a pattern. Links are followed; a folder or file
+    that several paths lead to counts once. Below folders, and for `*` and `?`, hidden files and folders do not count:
+    those whose names begin with a dot, such as `.git` or `._a.txt`.
+
     Args:
       entries: files, folders (all files below them that end in one of `suffixes`) and patterns such as `books/*.txt`.
-      suffixes: endings of the files that count in folders, such as ".txt".
+      suffixes: endings of the files that count in folders, such as ".txt"; upper and lower case are the same.
       field: the config field or flag that the entries come from, for error messages.
 
     Raises:
-      ConfigError: an entry names no file.
+      ConfigError: an entry names no file, or a folder cannot be read.
     """
+    endings = tuple(suffix.strip().lower() for suffix in suffixes)
     found: dict[str, epath.Path] = {}
-    for entry in entries:
-        found |= {_identity(path): path for path in _files_of(entry, suffixes, field)}
+    try:
+        for entry in entries:
+            found |= {_identity(path): path for path in _files_of(entry, endings, field)}
+    except OSError as error:
+        raise ConfigError(
+            f"{field}: {error.filename}: cannot be read ({error.strerror or error}); check its permissions"
+        ) from error
     return [found[name] for name in sorted(found)]
 
 
-def _files_of(entry: str, suffixes: Sequence[str], field: str) -> list[epath.Path]:
+def _files_of(entry: str, endings: tuple[str, ...], field: str) -> list[epath.Path]:
+    if not entry.strip():
+        raise ConfigError(f"{field}: an entry is empty; name files, folders or patterns")
     path = epath.Path(entry).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        if files := [each for each in _below(path) if each.name.endswith(tuple(suffixes))]:
+        if files := [each for each in _below(path, set()) if each.name.lower().endswith(endings)]:
             return files
         setting = "--suffixes" if field.startswith("--") else "config.data.file_suffixes"
         raise ConfigError(
-            f"{field}: the folder {entry} has no files that end in {' or '.join(suffixes)}; "
+            f"{field}: the folder {entry} has no files that end in {' or '.join(endings)}; "
             f"set {setting} to the endings of its files"
         )
-    wild = next((i for i, part in enumerate(path.parts) if WILDCARD.search(part)), None)
-    if wild is None:
+    if not WILDCARD.search(entry):
         raise ConfigError(f"{field}: {entry}: no such file or folder; check the path")
-    if "**" in path.parts:
-        raise ConfigError(f"{field}: {entry}: ** is not supported; name the folder to use all files below it")
-    root = epath.Path(*path.parts[:wild])
-    if files := [each for each in root.glob("/".join(path.parts[wild:])) if each.is_file()]:
+    if files := [each for each in _matching(path, field) if each.is_file()]:
         return files
     raise ConfigError(f"{field}: no file matches {entry}; check the pattern")
 
 
-def _below(folder: epath.Path) -> Iterator[epath.Path]:
+def _matching(pattern: epath.Path, field: str) -> list[epath.Path]:
+    """Return the paths that match a pattern. Its parts that exist as they are written are taken literally."""
+    parts = pattern.parts
+    wild = next(i for i, part in enumerate(parts) if WILDCARD.search(part))
+    # A folder may have brackets in its name. epath's own `glob` would take them for a pattern.
+    while wild < len(parts) and epath.Path(*parts[: wild + 1]).exists():
+        wild += 1
+    if "**" in parts[wild:]:
+        raise ConfigError(
+            f"{field}: {pattern}: ** is not supported; name the folder to use all files below it"
+        )
+    places = [epath.Path(*parts[:wild])]
+    for part in parts[wild:]:
+        places = list(itertools.chain.from_iterable(_children(place, part) for place in places))
+    return places
+
+
+def _children(folder: epath.Path, part: str) -> list[epath.Path]:
+    """Return what one part of a pattern matches in a folder."""
+    if not WILDCARD.search(part) or (folder / part).exists():
+        return [folder / part]
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, part)]
+    return found if part.startswith(".") else [path for path in found if not _hidden(path)]
+
+
+def _below(folder: epath.Path, visited: set[str]) -> Iterator[epath.Path]:
+    """Yield all files below a folder; a folder that links lead to again is not entered twice."""
+    if _identity(folder) in visited:
+        return
+    visited.add(_identity(folder))
     for path in folder.iterdir():
+        if _hidden(path):
+            continue
         if path.is_dir():
-            yield from _below(path)
+            yield from _below(path, visited)
         else:
             yield path
+
+
+def _hidden(path: epath.Path) -> bool:
+    return path.name.startswith(".")
 
 
 def _identity(path: epath.Path) -> str:
@@ -94,11 +150,15 @@ def check_apart(train: Sequence[epath.Path], heldout: Sequence[epath.Path]) -> N
 
 
 class Documents:
-    """The documents of files, by number; a text file is one document, and so is each line of a `.jsonl` file.
+    """The documents of files, by number.
+
+    A file is one document, unless its name says otherwise, in upper or lower case: each line of .jsonl and .ndjson, and
+    each entry of .json, is an object with a text under "text"; .parquet has a column "text"; .gz is decompressed first.
 
     Empty documents are left out. All files are read once at the start, so that an unreadable one stops the program
-    before training begins, and so that `fingerprint` covers the contents. For more text than can be read that way in
-    reasonable time, use TFDS or a seqio task.
+    before training begins, and so that `fingerprint` covers the contents. Documents of formats that cannot be read from
+    the middle are copied to a temporary file. For more text than can be read that way in reasonable time, use TFDS or a
+    seqio task.
     """
 
     def __init__(self, paths: Sequence[epath.Path], field: str):
@@ -109,12 +169,15 @@ class Documents:
           field: the config field or flag that names them, for error messages.
 
         Raises:
-          ConfigError: a file is not UTF-8 or cannot be read, a line of JSONL has no text, or all files are empty.
+          ConfigError: a file is not UTF-8, damaged, of a format that is not read or cannot be read, a line of JSON has
+            no text, or all files are empty.
         """
+        self._field = field
         self._spans: list[Span] = []
+        self._unpacked = tempfile.TemporaryFile()  # noqa: SIM115  (removed with this object)
         contents = hashlib.blake2b(digest_size=8)
         for path in paths:
-            for span, text in _checked(path, field):
+            for span, text in self._read_file(path):
                 if text:
                     self._spans.append(span)
                     contents.update(len(text).to_bytes(8, "little") + text)
@@ -122,49 +185,62 @@ class Documents:
             raise ConfigError(
                 f"{field}: there is no text in {len(paths)} files, the first of which is {paths[0]}; name other files"
             )
+        self._unpacked.flush()
         self.fingerprint = contents.hexdigest()
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> str:
+        """Return the text of a document.
+
+        Raises:
+          UserError: its file was removed or changed since the start.
+        """
         span = self._spans[index]
-        with span.path.open("rb") as file:
-            file.seek(span.begin)
-            raw = file.read(span.size).decode()
-        return json.loads(raw)["text"] if span.is_json else raw
+        if span.path is None:
+            # No position is shared with other threads.
+            return os.pread(self._unpacked.fileno(), span.size, span.begin).decode()
+        try:
+            with span.path.open("rb") as file:
+                file.seek(span.begin)
+                raw = file.read(span.size)
+        except OSError as error:
+            raise UserError(self._unreadable(span.path, error)) from error
+        return self._text(raw, span)
 
+    def _text(self, raw: bytes, span: Span) -> str:
+        """Return the text in the bytes of a span. Both the check at the start and all reading later come here."""
+        where = f"{self._field}: {span.path}"
+        return json_line(raw, f"{where}: line {span.line}") if span.line else decode_text(raw, where)
 
-def _checked(path: epath.Path, field: str) -> Iterator[tuple[Span, bytes]]:
-    """Yield the documents of a file, and the text of each in UTF-8."""
-    try:
-        raw = path.read_bytes()
-        raw.decode()
-    except OSError as error:
-        raise ConfigError(
-            f"{field}: {path}: cannot be read ({error.strerror or error}); check its permissions or leave it out"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{field}: {path}: not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x}); "
-            "convert the file or leave it out"
-        ) from error
-    if path.suffix != ".jsonl":
-        yield Span(path, 0, len(raw), is_json=False), raw
-        return
-    begin = 0
-    for number, line in enumerate(raw.splitlines(keepends=True), 1):
-        if line.strip():
-            text = _text_of(line, f"{field}: {path}: line {number}")
-            yield Span(path, begin, len(line), is_json=True), text
-        begin += len(line)
+    def _read_file(self, path: epath.Path) -> Iterator[tuple[Span, bytes]]:
+        """Yield the documents of a file, and the text of each in UTF-8."""
+        try:
+            if is_json_lines(path.name):
+                raw, begin = path.read_bytes(), 0
+                # A file that is not UTF-8 is reported as such, rather than as a wrong line of JSON.
+                decode_text(raw, f"{self._field}: {path}")
+                for number, line in enumerate(raw.splitlines(keepends=True), 1):
+                    span = Span(path, begin, len(line), number)
+                    if line.strip():
+                        yield span, self._text(line, span).encode()
+                    begin += len(line)
+                return
+            if is_plain(path.name):
+                raw = path.read_bytes()
+                span = Span(path, 0, len(raw), 0)
+                yield span, self._text(raw, span).encode()
+                return
+            for text in packed_documents(path, f"{self._field}: {path}"):
+                content = text.encode()
+                yield Span(None, self._unpacked.tell(), len(content), 0), content
+                self._unpacked.write(content)
+        except TextError as error:
+            raise ConfigError(str(error)) from error
+        except OSError as error:
+            raise ConfigError(self._unreadable(path, error)) from error
 
-
-def _text_of(line: bytes, where: str) -> bytes:
-    try:
-        return json.loads(line)["text"].encode()
-    # ValueError includes UnicodeEncodeError, which half of a surrogate pair raises.
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f'{where}: expected an object with a text under "text"; correct or remove the line'
-        ) from error
+    def _unreadable(self, path: epath.Path, error: OSError) -> str:
+        reason = error.strerror or error
+        return f"{self._field}: {path}: cannot be read ({reason}); check its permissions or leave it out"

@@ -1,69 +1,65 @@
 """Adapt a `tokenizer.json` of the tokenizers library to seqio's Vocabulary."""
 
-import itertools
-import json
+import functools
 from typing import Any
 
 import numpy as np
-import tokenizers
-from etils import epath
 
 from fam_jax.data.quiet_seqio import seqio, tf
+from fam_jax.data.tokenizer_folder import load_tokenizer
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
     """A tokenizer that adds no special tokens of its own; chat templates are the caller's business.
 
-    The start and end tokens are those that `tokenizer_config.json` in the same folder names. If it names none, the
-    start token is the one that the tokenizer itself puts before a text, and there is no end token.
+    Special tokens that are spelled in a text become their ids, as in transformers. The start and end tokens are those
+    that the files in the same folder name. If none names a start token, it is the one that the tokenizer itself puts
+    before a text; without a name there is no end token.
     """
 
     def __init__(self, path: str):
-        """Read the file at `path`, on any filesystem that etils supports.
+        """Read the file at `path`, on any filesystem that etils supports, and the files beside it.
 
         Raises:
           OSError: the file cannot be read.
           ValueError: it is not a tokenizer.json, or is damaged.
+          UserError: a file beside it is damaged.
         """
         super().__init__()
-        file = epath.Path(path)
-        text = file.read_text()
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        # The library raises nothing more specific.
-        except Exception as error:
-            raise ValueError(f"{path}: {error}") from error
-        beside = file.parent / "tokenizer_config.json"
-        self._special = json.loads(beside.read_text()) if beside.exists() else {}
+        self._folder = load_tokenizer(path)
+        self._tokenizer = self._folder.tokenizer
 
     @property
     def bos_id(self) -> int | None:
         """Return the id of the start token; None: there is none."""
-        named = self._id("bos_token")
+        named = self._folder.id_of("bos_token")
         if named is not None:
             return named
-        encoding = self._tokenizer.encode("a", add_special_tokens=True)
-        before = [*itertools.compress(encoding.ids, itertools.takewhile(bool, encoding.special_tokens_mask))]
+        before = self._folder.before_text()
         return before[0] if len(before) == 1 else None
 
     @property
     def eos_id(self) -> int | None:
         """Return the id of the end token; None: there is none."""
-        return self._id("eos_token")
+        return self._folder.id_of("eos_token")
 
     @property
     def unk_id(self) -> int | None:
         """Return the id of the unknown token; None for byte-level tokenizers, which can encode everything."""
-        return self._id("unk_token")
+        return self._folder.id_of("unk_token")
 
-    @property
+    @functools.cached_property
+    def ordinary_size(self) -> int:
+        """Return one more than the highest id of a piece that is not an added token."""
+        return self._folder.ordinary_size
+
+    @functools.cached_property
     def _base_vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return self._folder.size
 
-    def _id(self, name: str) -> int | None:
-        piece = self._special.get(name)
-        piece = piece.get("content") if isinstance(piece, dict) else piece
-        return None if piece is None else self._tokenizer.token_to_id(piece)
+    def piece(self, id_: int) -> str | None:
+        """Return the piece with an id; None: there is none."""
+        return self._tokenizer.id_to_token(id_)
 
     def _encode(self, s: str) -> list[int]:
         return self._tokenizer.encode(s, add_special_tokens=False).ids

@@ -14,7 +14,7 @@ import numpy as np
 from fam_jax.config import ConfigError, DataConfig, UserError
 from fam_jax.data.interface import Batch, Source, check_state, new_streams, own_rows
 from fam_jax.data.randomness import permutation, random_key, random_words
-from fam_jax.data.vocabulary import first_input
+from fam_jax.data.vocabulary import check_ids, first_input
 
 REPEAT_PROMPT = "[repeat random segment]:"
 
@@ -59,6 +59,7 @@ class PackedBatches:
         batch_size: int,
         seed: int,
         shard: tuple[int, int] = (0, 1),
+        vocab_size: int | None = None,
     ):
         """Prepare the batches. The first call of :meth:`next` reads the first examples.
 
@@ -68,6 +69,7 @@ class PackedBatches:
           batch_size: B, rows of the global batch.
           seed: of shuffling and of the repeated segments.
           shard: (index, count) of this process.
+          vocab_size: V of the model; None: not checked.
 
         Raises:
           ConfigError: a row is too short for the segment.
@@ -75,7 +77,7 @@ class PackedBatches:
         """
         self._own_rows = own_rows(batch_size, shard)
         self.data, self.source, self.batch_size, self.seed = data, source, batch_size, seed
-        self.vocabulary = source.vocabulary
+        self.vocabulary, self._vocab_size = source.vocabulary, vocab_size
         self._start_id = first_input(self.vocabulary, data)
         self._prompt = np.array(
             self.vocabulary.encode(REPEAT_PROMPT) if data.repeat_segment else [], np.int32
@@ -105,7 +107,7 @@ class PackedBatches:
         of examples with a weight count as the answer.
 
         Raises:
-          UserError: the source has no tokens, or cannot be read.
+          UserError: the source has no tokens or cannot be read, or a text has a token beyond the model's vocabulary.
         """
         batch = self._step % self.data.shuffle_batches
         if self._rows is None or batch == 0:
@@ -199,6 +201,8 @@ class PackedBatches:
         while True:
             read = first + skipped
             for index, (ids, weights, _) in enumerate(self.source.epoch(epoch, first), first):
+                if self._vocab_size is not None:
+                    check_ids(ids, self.vocabulary, self._vocab_size)
                 source = Rows(np.append(np.int32(self._start_id), ids[:-1])[: len(ids)], ids, weights)
                 begin, skipped = skipped, 0
                 read += len(ids)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from absl import logging
 from google.protobuf.message import DecodeError
 
@@ -29,7 +30,8 @@ def load_vocabulary(name: str) -> "seqio.Vocabulary":
         of a file of the tokenizers library. Any filesystem that TensorFlow reads will do, such as gs://.
 
     Raises:
-      UserError: the file is missing, cannot be read, or is neither of the two.
+      UserError: the file is missing, cannot be read, or is neither of the two; or a file beside a tokenizer.json is
+        damaged.
     """
     from fam_jax.data.quiet_seqio import seqio, tf
 
@@ -88,19 +90,48 @@ def _unreadable(name: str, error: Exception) -> str:
 
 
 def check_vocabulary_size(vocabulary: Any, model: ModelConfig, data: DataConfig) -> None:
-    """Check that the model has an embedding for every id of a vocabulary.
+    """Check that the model has an embedding for every id that texts cannot do without.
+
+    These are all pieces, and the tokens that begin and end texts. Tokens that were added to a tokenizer.json, such as
+    those for images, may lie beyond the model's vocabulary; :func:`check_ids` finds the texts that have them.
 
     Raises:
-      ConfigError: the vocabulary is larger than model.vocab_size.
+      ConfigError: such an id is not below model.vocab_size.
     """
-    if model.vocab_size < vocabulary.vocab_size:
+    ends = (vocabulary.eos_id, vocabulary.bos_id if data.add_bos else None)
+    needed = max(
+        getattr(vocabulary, "ordinary_size", vocabulary.vocab_size), *(1 + (id_ or 0) for id_ in ends)
+    )
+    if model.vocab_size < needed:
         # A seqio task brings a vocabulary of its own.
         name = data.task if data.task.startswith(f"{SEQIO}:") else data.vocabulary
         raise ConfigError(
             f"config.model.vocab_size: {model.vocab_size} is smaller than the vocabulary {name!r}, which has "
-            f"{vocabulary.vocab_size} pieces; set it to at least {vocabulary.vocab_size}, or use the vocabulary that "
+            f"{needed} pieces; set it to at least {needed}, or use the vocabulary that "
             "the model was trained with"
         )
+
+
+def check_ids(ids: Any, vocabulary: Any, vocab_size: int) -> None:
+    """Check that a model has an embedding for every token of a text.
+
+    Args:
+      ids: (n,) token ids of the text, or of a part of it.
+      vocabulary: that made them.
+      vocab_size: V of the model.
+
+    Raises:
+      UserError: an id is not below V; the message spells the token.
+    """
+    beyond = np.flatnonzero(np.asarray(ids) >= vocab_size)
+    if not len(beyond):
+        return
+    wrong, before = int(ids[beyond[0]]), [int(id_) for id_ in ids[max(0, beyond[0] - 20) : beyond[0]]]
+    piece = getattr(vocabulary, "piece", lambda id_: None)(wrong)
+    raise UserError(
+        f"the text has the token {piece or wrong!r} (id {wrong}) after {vocabulary.decode(before)[-60:]!r}, but the "
+        f"model has embeddings for {vocab_size} tokens only; remove it from the text"
+    )
 
 
 def bos_ids(vocabulary: Any, data: DataConfig) -> list[int]:

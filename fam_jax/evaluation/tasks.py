@@ -31,10 +31,13 @@ def passkey_questions(setting: Setting) -> Questions:
 def text_documents(setting: Setting) -> Documents:
     """Load the held-out documents that `setting.files` or the config names."""
     from fam_jax.data.build import heldout_examples, longest_row
-    from fam_jax.data.vocabulary import first_input
+    from fam_jax.data.vocabulary import check_ids, check_vocabulary_size, first_input
 
     data = setting.data
     examples, vocabulary = heldout_examples(data, setting.evaluate, setting.files, setting.suffixes)
+    check_vocabulary_size(vocabulary, setting.model, data)
+    for example in examples:
+        check_ids(example.ids, vocabulary, setting.model.vocab_size)
     trained_tokens = longest_row(data, block_size=setting.model.block_size)
     return Documents(examples, vocabulary, first_input(vocabulary, data), trained_tokens)
 

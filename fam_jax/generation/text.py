@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from fam_jax.config import Config, UserError
-from fam_jax.data.vocabulary import bos_ids, check_vocabulary_size, load_vocabulary
+from fam_jax.data.vocabulary import bos_ids, check_ids, check_vocabulary_size, load_vocabulary
 from fam_jax.generation.sampling import GREEDY, Sampling
 from fam_jax.generation.state_file import load_state, save_state
 from fam_jax.generation.streaming import Streamer
@@ -100,7 +100,7 @@ class TextModel:
           on_progress: called with the number of tokens read so far.
 
         Raises:
-          UserError: the text is empty or not UTF-8.
+          UserError: the text is empty or not UTF-8, or has a token that the model has no embedding for.
         """
         if isinstance(source, str):
             name, texts = "the text", iter([source])
@@ -116,6 +116,7 @@ class TextModel:
         if state is None:
             pieces = _with_start(self._begin, pieces)
         for tokens in _chunks(pieces, first, chunk_blocks * size):
+            check_ids(tokens, self.vocabulary, self.config.model.vocab_size)
             logits, streams = self.streamer.read([tokens], streams, chunk_blocks=chunk_blocks)
             done += len(tokens)
             if on_progress is not None:

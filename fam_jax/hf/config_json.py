@@ -42,6 +42,9 @@ STRING = OptionType("a string", lambda value: isinstance(value, str))
 STRINGS = OptionType("a list of strings", _strings)
 GROUP = OptionType("a JSON object", lambda value: isinstance(value, dict))
 
+# The first bytes of what git checks out in place of a file that Git LFS holds.
+LFS_POINTER = b"version https://git-lfs"
+
 # Options without a default, with the fields of ModelConfig that they set.
 SIZES = {
     "num_hidden_layers": "num_layers", "hidden_size": "model_dim", "intermediate_size": "ff_dim",
@@ -79,10 +82,14 @@ UNSUPPORTED = {"attention_bias", "mlp_bias", "use_bidirectional_attention", "qua
 
 # Options that do not change the logits.
 INERT = {
-    "_name_or_path", "attention_dropout", "bos_token_id", "cache_implementation", "dtype", "eos_token_id",
-    "initializer_range", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
-    "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "attention_dropout", "bos_token_id",
+    "cache_implementation", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id", "output_attentions",
+    "output_hidden_states", "pad_token_id", "pretraining_tp", "return_dict", "tokenizer_class", "torch_dtype",
+    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
+
+# Values with which an option changes nothing.
+NEUTRAL = {"partial_rotary_factor": 1.0}
 
 
 def check_types(
@@ -115,8 +122,9 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     Raises:
       ConvertError: the file cannot be read or does not hold a JSON object.
     """
+    check_no_pointer(path)
     try:
-        content = json.loads(epath.Path(path).read_text())
+        content = json.loads(epath.Path(path).read_bytes().decode("utf-8-sig"))
     except (ValueError, OSError) as error:
         raise ConvertError(
             f"{path}: cannot be read as JSON ({first_line(error)}); download it again"
@@ -124,6 +132,19 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConvertError(f"{path}: expected a JSON object; download it again")
     return content
+
+
+def check_no_pointer(path: epath.PathLike) -> None:
+    """Raise :class:`ConvertError` if a file is the pointer that git leaves where Git LFS is not installed."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            beginning = file.read(len(LFS_POINTER))
+    except OSError:
+        return  # reading the file will say why
+    if beginning == LFS_POINTER:
+        raise ConvertError(
+            f"{path}: is a pointer of Git LFS, not the file itself; run `git lfs pull` in the folder, or download it"
+        )
 
 
 def first_line(error: Exception) -> str:

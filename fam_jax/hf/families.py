@@ -8,6 +8,7 @@ from fam_jax.config import ModelConfig, ceil_div, fields_with_effect
 from fam_jax.hf.config_json import (
     COMMON_OPTIONS,
     INERT,
+    NEUTRAL,
     ROPE_OPTIONS,
     SIZES,
     UNSUPPORTED,
@@ -176,26 +177,34 @@ def _family(hf: HfConfig) -> Family:
 
 
 def _reject_unknown(hf: HfConfig, family: Family, ignored: Collection[str]) -> None:
-    for key, value in hf.items():
-        if key in UNSUPPORTED and value not in (None, False):
+    given = {key: value for key, value in hf.items() if value not in (None, False)}
+    for key, value in given.items():
+        if key in UNSUPPORTED:
             raise ConvertError(f"config.json: option {key} = {short(value)} is not supported")
-        known = key in COMMON_OPTIONS or key in INERT or key in family.options or key in ignored
-        if not known and value not in (None, False):
-            raise ConvertError(
-                f"config.json: option {key} = {short(value)} is not supported for {hf['model_type']}; if it does not "
-                f"change what the model computes, pass --ignore_option={key}"
-            )
+    known = {*COMMON_OPTIONS, *INERT, *family.options, *ignored}
+    unknown = [key for key in given if key not in known and given[key] != NEUTRAL.get(key)]
+    if unknown:
+        listed = ", ".join(f"{key} = {short(given[key])}" for key in unknown)
+        one = len(unknown) == 1
+        raise ConvertError(
+            f"config.json: {'option' if one else 'options'} {listed} {'is' if one else 'are'} not supported for "
+            f"{hf['model_type']}; if {'it does' if one else 'they do'} not change what the model computes, pass "
+            + " ".join(f"--ignore_option={key}" for key in unknown)
+        )
 
 
 def _activation(hf: HfConfig, values: Fields) -> str:
-    name = values["hidden_act"]
+    option = "hidden_act"
+    name = values[option]
     if hf["model_type"].startswith("gemma"):
         # Early Gemma files say gelu but mean its tanh approximation. Later files say so in hidden_activation.
-        newer = hf.get("hidden_activation")
-        name = newer or ("gelu_pytorch_tanh" if name == "gelu" and hf["model_type"] == "gemma" else name)
+        if hf.get("hidden_activation"):
+            option, name = "hidden_activation", hf["hidden_activation"]
+        elif name == "gelu" and hf["model_type"] == "gemma":
+            name = "gelu_pytorch_tanh"
     if name not in ACTIVATIONS:
         raise ConvertError(
-            f"config.json: hidden_act {name} is not supported; supported are {', '.join(ACTIVATIONS)}"
+            f"config.json: {option} {name} is not supported; supported are {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
 

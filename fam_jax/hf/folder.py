@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from fam_jax.hf.config_json import ConvertError, first_line, read_json, short
+from fam_jax.hf.config_json import ConvertError, check_no_pointer, first_line, read_json, short
 from fam_jax.hf.multimodal import is_multimodal, text_name, text_part
 
 CONFIG = "config.json"
@@ -134,6 +134,11 @@ class Folder:
                 f"{self.path}: holds PyTorch files but no safetensors; convert it with transformers: "
                 "AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(NEW_DIR)"
             )
+        if found := sorted(path.name for path in self.path.glob("*.safetensors")):
+            raise ConvertError(
+                f"{self.path}: holds {', '.join(found):.200}, but neither {SINGLE} nor {INDEX}; download {INDEX}, or "
+                "the weights in the format of transformers"
+            )
         raise ConvertError(
             f"{self.path}: holds neither {SINGLE} nor {INDEX}; download the weights of the model"
         )
@@ -156,6 +161,7 @@ class Folder:
     def _handle(self, file: Path) -> Any:
         if self._open is None or self._open[0] != file:
             self._open = None
+            check_no_pointer(file)
             try:
                 self._open = file, safetensors.safe_open(file, framework="np")
             except (safetensors.SafetensorError, OSError) as error:

@@ -51,6 +51,8 @@ class ImportedModel(NamedTuple):
     config: Config
     # Number of tensors of a vision tower and its projector, which are not imported.
     left_out: int
+    # How many tokens from the start the model computes what the original does; None: all.
+    exact_tokens: int | None
 
 
 def import_model(
@@ -102,7 +104,27 @@ def import_model(
             on_progress=on_progress,
         )
         save_parameters(folder_out, config, params)
-    return ImportedModel(config, folder.left_out)
+    window = describe_model(folder.config, ignored_options).window
+    return ImportedModel(config, folder.left_out, exact_tokens(config.model, window))
+
+
+def exact_tokens(model: ModelConfig, window: int) -> int | None:
+    """Return for how many tokens from the start a model without memory state computes what the original does.
+
+    Args:
+      model: the imported model.
+      window: sliding window of all layers of the original, in tokens; 0: it has none.
+
+    Returns:
+      None: for a text of any length, as the model sees the original's window wherever it stands in a block.
+    """
+    own = getattr(model.memory, "window", 0)
+    if window and own == window:
+        return None
+    # A token sees memory_segments whole blocks before its own, or less if the memory has a window.
+    reach = model.memory_segments * model.block_size
+    differ = [size for size in (own, window) if size and own != window]
+    return min([reach + model.block_size, *differ])
 
 
 def choose_tokenizer(folder: Folder, out: epath.Path, choice: str | None) -> tuple[Path | None, str | None]:

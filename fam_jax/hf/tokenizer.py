@@ -1,46 +1,78 @@
 """The tokenizer of a Hugging Face folder: which file it is, whether it fits the model, and how it begins a text."""
 
-import itertools
 from pathlib import Path
 
 import sentencepiece
-import tokenizers
 from etils import epath
 
-from fam_jax.hf.config_json import ConvertError, first_line, read_json, short
+from fam_jax.config import UserError
+from fam_jax.data.tokenizer_folder import (
+    ADDED,
+    BESIDE,
+    SETTINGS,
+    FolderTokenizer,
+    extra_tokens,
+    load_tokenizer,
+    named_tokens,
+    spelling,
+)
+from fam_jax.hf.config_json import ConvertError, check_no_pointer, first_line, read_json, short
 
-FILES = ("tokenizer.model", "tokenizer.json")
-SETTINGS = "tokenizer_config.json"
+# tokenizer.json first, as transformers does: a tokenizer.model may be older than the tokens that were added to it.
+FILES = ("tokenizer.json", "tokenizer.model")
 SPECIAL = ("bos_token", "eos_token", "unk_token")
 # Embedding tables are padded to round sizes: up to this many rows may have no piece.
 PADDING = 1024
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """Return the SentencePiece model in `folder`, else its tokenizer.json, else None."""
+    """Return the tokenizer.json in `folder`, else its SentencePiece model, else None."""
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
 def copy_tokenizer(vocabulary: str, folder: Path) -> None:
-    """Copy the file of `data.vocabulary`, if it names one, to where :func:`find_tokenizer` looks for it."""
+    """Copy the file of `data.vocabulary`, if it names one, to where :func:`find_tokenizer` looks for it.
+
+    The files that a tokenizer.json is read with go with it.
+    """
     file = epath.Path(vocabulary)
     if vocabulary and file.is_file():
-        name = FILES[1] if file.suffix == ".json" else FILES[0]
+        name = FILES[0] if file.suffix == ".json" else FILES[1]
         (folder / name).write_bytes(file.read_bytes())
+        for beside in BESIDE if name == FILES[0] else ():
+            if (file.parent / beside).is_file():
+                (folder / beside).write_bytes((file.parent / beside).read_bytes())
 
 
 def check_tokenizer(path: Path, vocab_size: int) -> None:
     """Raise :class:`ConvertError` unless a tokenizer can be read and fits the vocabulary of a model.
 
-    Added pieces that the text model has no embedding for, such as those for images, may lie beyond the vocabulary. If
-    the folder has a tokenizer_config.json, which says which pieces are special, it has to be readable too.
+    Added tokens that the text model has no embedding for, such as those for images, may lie beyond the vocabulary, but
+    not those that begin and end texts. A SentencePiece model is accepted only if the files beside it name no token that
+    it does not have.
     """
-    if (path.parent / SETTINGS).exists():
-        _check_settings(path.parent / SETTINGS)
-    size, added = _sizes(path)
-    if size > vocab_size or size + added < vocab_size - PADDING:
+    if not path.is_file():
         raise ConvertError(
-            f"{path}: has {size + added} pieces, but the model's vocab_size is {vocab_size}; give the model's own "
+            f"{path}: no such file; give a tokenizer.model or tokenizer.json with --tokenizer=FILE"
+        )
+    check_no_pointer(path)
+    settings = path.with_name(SETTINGS)
+    if settings.exists():
+        _check_settings(settings)
+    if path.suffix == ".json":
+        loaded = _load_json(path)
+        ends = [loaded.id_of("eos_token"), loaded.id_of("bos_token"), *loaded.before_text()]
+        needed, size = (
+            max(loaded.ordinary_size, *(1 + id_ for id_ in ends if id_ is not None), 0),
+            loaded.size,
+        )
+    else:
+        model = _load_model(path)
+        _check_alone(path, model)
+        needed = size = model.vocab_size()
+    if needed > vocab_size or size < vocab_size - PADDING:
+        raise ConvertError(
+            f"{path}: has {size} pieces, but the model's vocab_size is {vocab_size}; give the model's own "
             "tokenizer with --tokenizer=FILE, or pass --tokenizer=none"
         )
 
@@ -48,8 +80,8 @@ def check_tokenizer(path: Path, vocab_size: int) -> None:
 def adds_bos(tokenizer: Path) -> bool:
     """Return whether texts begin with the start token (BOS).
 
-    `add_bos_token` in tokenizer_config.json decides. Without it, the template of a tokenizer.json does; the families
-    with a SentencePiece model begin with BOS if the model has it.
+    The template of a tokenizer.json decides. For a SentencePiece model, `add_bos_token` in tokenizer_config.json does;
+    without it, texts begin with BOS if the model has it.
 
     Args:
       tokenizer: a file that :func:`check_tokenizer` accepts.
@@ -57,17 +89,16 @@ def adds_bos(tokenizer: Path) -> bool:
     Raises:
       ConvertError: texts begin with several tokens.
     """
-    settings = tokenizer.with_name(SETTINGS)
-    add_bos_token = read_json(settings).get("add_bos_token") if settings.is_file() else None
-    if isinstance(add_bos_token, bool):
-        return add_bos_token
     if tokenizer.suffix != ".json":
-        return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).bos_id() >= 0
-    encoding = tokenizers.Tokenizer.from_file(str(tokenizer)).encode("a")
-    first = [*itertools.compress(encoding.tokens, itertools.takewhile(bool, encoding.special_tokens_mask))]
+        settings = tokenizer.with_name(SETTINGS)
+        add_bos_token = read_json(settings).get("add_bos_token") if settings.is_file() else None
+        return add_bos_token if isinstance(add_bos_token, bool) else _load_model(tokenizer).bos_id() >= 0
+    loaded = _load_json(tokenizer)
+    first = loaded.before_text()
     if len(first) > 1:
+        pieces = " ".join(str(loaded.tokenizer.id_to_token(id_)) for id_ in first)
         raise ConvertError(
-            f"{tokenizer}: puts {' '.join(first)} before a text, but only one start token is supported; give another "
+            f"{tokenizer}: puts {pieces} before a text, but only one start token is supported; give another "
             "tokenizer with --tokenizer=FILE, or pass --tokenizer=none"
         )
     return bool(first)
@@ -85,20 +116,53 @@ def _check_settings(path: Path) -> None:
             )
 
 
-def _sizes(path: Path) -> tuple[int, int]:
-    """Return the numbers of ordinary and of added pieces."""
-    if not path.is_file():
-        raise ConvertError(
-            f"{path}: no such file; give a tokenizer.model or tokenizer.json with --tokenizer=FILE"
-        )
+def _load_json(path: Path) -> FolderTokenizer:
     try:
-        if path.suffix == ".json":
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            size = tokenizer.get_vocab_size(with_added_tokens=False)
-            return size, tokenizer.get_vocab_size(with_added_tokens=True) - size
-        return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size(), 0
-    except Exception as error:  # both libraries raise bare exceptions
-        raise ConvertError(
-            f"{path}: is damaged or not a tokenizer ({first_line(error)}); give another with --tokenizer=FILE, or "
-            "pass --tokenizer=none"
-        ) from error
+        return load_tokenizer(path)
+    except UserError as error:  # of a file beside it
+        raise ConvertError(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _load_model(path: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except Exception as error:  # the library raises bare exceptions
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ConvertError:
+    return ConvertError(
+        f"{path}: is damaged or not a tokenizer ({first_line(error)}); give another with --tokenizer=FILE, or "
+        "pass --tokenizer=none"
+    )
+
+
+def _check_alone(path: Path, model: sentencepiece.SentencePieceProcessor) -> None:
+    """Check that the files beside a SentencePiece model have no token that the model has not, at the same id.
+
+    Fine-tuning adds tokens in these files, which SentencePiece does not read.
+    """
+    pieces = {model.id_to_piece(id_): id_ for id_ in range(model.vocab_size())}
+    roles = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+    for name in BESIDE:
+        file = path.with_name(name)
+        if not file.is_file():
+            continue
+        content = read_json(file)
+        if name == ADDED:
+            tokens = {piece: pieces.get(piece) == id_ for piece, id_ in content.items()}
+        else:
+            tokens = {piece: piece in pieces for piece in extra_tokens(content)}
+            for role, piece in named_tokens(content).items():
+                tokens[piece] = pieces.get(piece, -1) == roles.get(role, pieces.get(piece))
+            listed = content.get("added_tokens_decoder")
+            for id_, fields in listed.items() if isinstance(listed, dict) else ():
+                piece = spelling(fields) or ""
+                tokens[piece] = tokens.get(piece, True) and str(pieces.get(piece)) == id_
+        if wrong := [piece for piece, same in tokens.items() if not same]:
+            raise ConvertError(
+                f"{path}: does not have the token {wrong[0]} as {name} beside it has it; make a tokenizer.json of both "
+                "with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            )

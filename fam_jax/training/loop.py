@@ -147,6 +147,7 @@ def _checked_batches(config: Config) -> Batches:
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         shard=(jax.process_index(), jax.process_count()),
+        vocab_size=config.model.vocab_size,
     )
     check_vocabulary_size(batches.vocabulary, config.model, config.data)
     return batches

@@ -46,6 +46,15 @@ def test_a_value_is_parsed_by_its_type(kind: Any, text: str, value: Any) -> None
     assert all(type(entry) is type(wanted) for entry, wanted in entries)
 
 
+@pytest.mark.parametrize("name", ["a,b.txt", "a, b", "[v1]", "(1, 2)", "['a']"])
+def test_a_path_that_exists_is_one_entry(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    for path in (name, str(tmp_path / name)):
+        assert parse_value(tuple[str, ...], path, "config.x") == (path,)
+        assert parse_value(tuple[str, ...], repr((path, "b")), "config.x") == (path, "b")
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "says"),
     [
@@ -153,3 +162,13 @@ def test_other_arguments_are_rejected(arg: str, wrong: str) -> None:
         f"configs/x.py:{arg}: expected one of fam, bswa and any of smoke, long, with commas between them, "
         f"got {wrong!r}"
     )
+
+
+@pytest.mark.parametrize("field", ["train.seed", "evaluate.seed"])
+def test_a_seed_that_jax_cannot_take_is_rejected(field: str) -> None:
+    group, name = field.split(".")
+    largest = 2**63 - 1
+    assert getattr(getattr(resolve({group: {name: largest}}), group), name) == largest
+    for seed in (2**63, 10**20, 10**400):
+        with pytest.raises(ConfigError, match=rf"config\.{field}: must be between 0 and "):
+            resolve({group: {name: seed}})

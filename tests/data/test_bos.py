@@ -79,9 +79,9 @@ def test_the_tokenizer_decides_whether_a_text_begins_with_bos(
     folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     assert adds_bos(folder / "tokenizer.json")
-    assert not adds_bos(with_settings(folder, tmp_path, add_bos_token=False))
-    assert adds_bos(with_settings(folder, tmp_path, add_bos_token=None))
-    assert adds_bos(sentencepiece_model(tmp_path / "a.model", bos=1))
+    for decides in (True, False, None):  # not where a tokenizer.json has a template
+        assert adds_bos(with_settings(folder, tmp_path, add_bos_token=decides))
+        assert adds_bos(sentencepiece_model(tmp_path / "a.model", bos=1)) is (decides is not False)
     (tmp_path / "tokenizer_config.json").unlink()
     assert adds_bos(sentencepiece_model(tmp_path / "a.model", bos=1))
     assert not adds_bos(sentencepiece_model(tmp_path / "b.model", bos=-1))

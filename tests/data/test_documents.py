@@ -1,13 +1,17 @@
 """Find files, and read them as documents; an unreadable file is reported before training."""
 
+import gzip
 import json
+import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from fam_jax.config import ConfigError
+from fam_jax.config import ConfigError, UserError
+from fam_jax.config.overrides import parse_value
 from fam_jax.data.documents import Documents, check_apart, find_files
 
 FIELD = "config.data.train_files"
@@ -60,6 +64,167 @@ def test_entries_that_name_no_file(corpus: pathlib.Path, entry: str, says: str) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["exp [v1]", "a*b", "w?", "{x,y}", "**", "a, b", "[ab]", "(1, 2)"])
+def test_a_path_that_exists_is_never_a_pattern(tmp_path: pathlib.Path, name: str) -> None:
+    """Neither as a folder, nor as a file, nor as the folder of a pattern."""
+    for folder in (name, "exp v", "axb", "wx", "a"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t.txt").write_text("text")
+    (tmp_path / name / name).write_text("text")
+    for entry, found in ((name, "t.txt"), (f"{name}/{name}", name), (f"{name}/t*.txt", "t.txt")):
+        assert names(tmp_path, entry) == [f"{name}/{found}"]
+        assert (
+            parse_value(tuple[str, ...], f"{tmp_path}/{entry}", "x") == (f"{tmp_path}/{entry}",)
+            or "*" in entry
+        )
+
+
+def test_each_file_counts_once_whatever_links_lead_to_it(tmp_path: pathlib.Path) -> None:
+    books = tmp_path / "books"
+    (books / "deep").mkdir(parents=True)
+    (books / "deep" / "a.txt").write_text("text")
+    for link, target in {"latest": ".", "up": "..", "deep/loop": "..", "b.txt": "deep/a.txt"}.items():
+        (books / link).symlink_to(target)
+    (tmp_path / "other").symlink_to("books")
+    for entries in (["books"], ["other", "books"], ["books/*.txt", "other/deep/a.txt"], ["."]):
+        found = find_files([str(tmp_path / entry) for entry in entries], (".txt",), FIELD)
+        assert [os.path.realpath(path) for path in found] == [os.path.realpath(books / "deep" / "a.txt")]
+
+
+def test_hidden_files_count_only_if_they_are_named(tmp_path: pathlib.Path) -> None:
+    for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a.txt", "deep/.git/b.txt", ".texts/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert names(tmp_path, "") == ["a.txt"]
+    assert names(tmp_path, "*.txt") == ["a.txt"]
+    assert names(tmp_path, "de*/../*.txt") == ["deep/../a.txt"]
+    assert names(tmp_path, "._a.txt", ".texts", ".t*/c.txt") == ["._a.txt", ".texts/c.txt"]
+
+
+def test_endings_do_not_depend_on_case_or_blanks(tmp_path: pathlib.Path) -> None:
+    for name in ("a.TXT", "b.txt", "c.Md", "d.md5"):
+        (tmp_path / name).write_text(name)
+    assert names(tmp_path, "") == ["a.TXT", "b.txt"]
+    assert names(tmp_path, "", suffixes=(".TxT", " .MD")) == ["a.TXT", "b.txt", "c.Md"]
+
+
+def test_a_folder_that_cannot_be_read_is_reported(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(find_files([__file__], (), FIELD)[0]), "iterdir", denied)
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\); check its permissions"):
+        names(tmp_path, "")
+
+
+def texts_of(path: pathlib.Path, content: bytes) -> list[str]:
+    path.write_bytes(content)
+    documents = read(path)
+    return [documents[i] for i in range(len(documents))]
+
+
+ROWS = ["one", "zwei\n\ufeffzwei", "", "三", "x" * 70_000]
+LINES = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in ROWS).encode()
+BOM = "\ufeff".encode()
+FORMATS = {
+    "a.jsonl": LINES,
+    "a.JSONL": LINES.replace(b"\n", b"\r\n\r\n"),
+    "a.ndjson": BOM + LINES,
+    "two_marks.jsonl": BOM + LINES.replace(b"\n", b"\n" + BOM, 1),
+    "a.json": LINES,
+    "array.json": BOM + json.dumps([{"text": text} for text in ROWS], indent=1).encode(),
+    "a.jsonl.gz": gzip.compress(LINES),
+    "a.NDJSON.GZ": gzip.compress(BOM + LINES),
+    "array.json.gz": gzip.compress(json.dumps([{"text": text} for text in ROWS]).encode()),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_of_every_format_are_the_same_documents(tmp_path: pathlib.Path, name: str) -> None:
+    assert texts_of(tmp_path / name, FORMATS[name]) == [text for text in ROWS if text]
+    (tmp_path / "plain.jsonl").write_bytes(LINES)
+    assert read(tmp_path / name).fingerprint == read(tmp_path / "plain.jsonl").fingerprint
+
+
+def test_parquet_has_a_column_of_texts(tmp_path: pathlib.Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    many = [f"{text} {i}" for i in range(300) for text in ROWS[:2]]
+    parquet.write_table(pyarrow.table({"id": range(600), "text": many}), tmp_path / "a.parquet")
+    documents = read(tmp_path / "a.parquet")
+    assert [documents[i] for i in range(len(documents))] == many
+    assert documents[599] == many[599] and documents[0] == many[0]
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
+    assert 'row 2: expected an object with a text under "text", but "text" is null' in mistake(
+        tmp_path / "null.parquet"
+    )
+    parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "other.parquet")
+    assert "got body; write each document as" in mistake(tmp_path / "other.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    assert "is damaged or not a Parquet file" in mistake(tmp_path / "cut.parquet")
+
+
+@pytest.mark.parametrize("text", ["one\nline", "\r\n windows\r\n", "a\ufeffb", "{}"])
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a", "a.md", "a.py"])
+def test_plain_text_is_one_document_without_a_leading_mark(
+    tmp_path: pathlib.Path, name: str, text: str
+) -> None:
+    for content in (text.encode(), BOM + text.encode()):
+        assert texts_of(tmp_path / name, content) == [text]
+    assert texts_of(tmp_path / "a.txt.gz", gzip.compress(BOM + text.encode())) == [text]
+
+
+def mistake(path: pathlib.Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert message.startswith(f"{FIELD}: {path}: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz", "a.jsonl.gz"])
+def test_other_encodings_are_named(tmp_path: pathlib.Path, name: str) -> None:
+    text = '{"text": "some Русский text"}\n'
+    for encoding, says in {
+        "utf-16": "is UTF-16, by its byte-order mark; convert it to UTF-8",
+        "utf-32": "is UTF-32, by its byte-order mark",
+        "utf-16-le": "holds zero bytes, as UTF-16 and binary files do",
+        "utf-16-be": "holds zero bytes",
+        "cp1251": "not UTF-8 at byte 15 (0xd0)",
+    }.items():
+        raw = text.encode(encoding)
+        (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+        assert says in mistake(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.csv", "a.TSV", "a.zip", "a.jsonl.zst", "a.arrow", "a.csv.gz", "a.tar.gz", "a.gz.gz"]
+)
+def test_formats_that_are_not_read_are_named(tmp_path: pathlib.Path, name: str) -> None:
+    content = b"text\nprose\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert "not read" in mistake(tmp_path / name) and ".jsonl" in mistake(tmp_path / name)
+
+
+def test_damaged_gzip_files_are_named(tmp_path: pathlib.Path) -> None:
+    for content in (b"plain", gzip.compress(LINES)[:-9], gzip.compress(LINES)[:40] + b"xx"):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        assert "is damaged or not a gzip file" in mistake(tmp_path / "a.jsonl.gz")
+
+
+def test_a_file_that_changes_later_is_a_mistake_of_the_user(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    documents = read(path)
+    path.write_bytes(b"\xff\xfet\0")
+    with pytest.raises(UserError, match=r"a\.txt: is UTF-16"):
+        documents[0]
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read \(No such file"):
+        documents[0]
+
+
 def read(*paths: pathlib.Path) -> Documents:
     return Documents(find_files([str(path) for path in paths], (".txt",), FIELD), FIELD)
 
@@ -101,11 +266,32 @@ def test_bytes_that_are_not_utf8_are_reported(corpus: pathlib.Path) -> None:
     assert str(caught.value).startswith(f"{FIELD}: ")
 
 
-@pytest.mark.parametrize("line", ["text", "[]", "{}", '{"text": 3}', '{"text": "\\ud800"}', '{"text": "cut'])
-def test_json_lines_without_text_are_reported(tmp_path: pathlib.Path, line: str) -> None:
-    (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n\n' + line)
-    with pytest.raises(ConfigError, match=r'x\.jsonl: line 3: expected an object with a text under "text"'):
-        read(tmp_path / "x.jsonl")
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("text", "but it is not valid JSON"),
+        ('{"text": "cut', "but it is not valid JSON"),
+        ("[]", "got list; correct or remove it"),
+        ("{}", "got no fields; write each document as"),
+        ('{"text": 3}', 'but "text" is int'),
+        ('{"text": null}', 'but "text" is null'),
+        ('{"text": "ab\\ud83d"}', 'but "text" has half a surrogate pair, \\ud83d, at character 2'),
+        (
+            '{"inputs": "a", "targets": "b"}',
+            'got inputs, targets; write each document as {"text": "..."}, or register',
+        ),
+        ('{"messages": []}', "a seqio task (data.task=seqio:NAME)"),
+        ("[" * 100_000, "but it is not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.jsonl.gz"])
+def test_json_lines_without_text_are_reported(
+    tmp_path: pathlib.Path, name: str, line: str, says: str
+) -> None:
+    content = f'{{"text": "fine"}}\n\n{line}'.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    message = mistake(tmp_path / name)
+    assert 'line 3: expected an object with a text under "text"' in message and says in message
 
 
 def test_empty_files_alone_are_rejected(corpus: pathlib.Path) -> None:

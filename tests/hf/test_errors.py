@@ -72,12 +72,51 @@ def test_no_weights(folder):
     lambda data: b"\xff" * 8 + data[8:],
     lambda data: data[:8] + b"#" + data[9:],
     lambda data: data[:4],
-    lambda data: b"version https://git-lfs.github.com/spec/v1\n",
+    lambda data: b"version 1\n",
 ])  # fmt: skip
 def test_a_damaged_file(folder, damage):
     path = folder / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     assert "model.safetensors: is damaged or not a safetensors file" in message_of(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pointer_of_git_lfs(folder, name):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert f"{name}: is a pointer of Git LFS, not the file itself; run `git lfs pull`" in message_of(folder)
+
+
+def test_a_config_may_begin_with_a_byte_order_mark(folder):
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
+    imported(folder)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "consolidated.safetensors"])
+def test_weights_without_an_index(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    assert f"holds {name}, but neither model.safetensors nor model.safetensors.index.json" in message_of(
+        folder
+    )
+
+
+def test_all_unknown_options_are_named_at_once(folder):
+    edit_config(folder, residual_scale=0.3, max_sequence_length=4096, some_flag=False)
+    assert (
+        "config.json: options residual_scale = 0.3, max_sequence_length = 4096 are not supported for llama; if they do "
+        "not change what the model computes, pass --ignore_option=residual_scale --ignore_option=max_sequence_length"
+    ) in message_of(folder)
+    describe_model(Folder(folder).config, ["residual_scale", "max_sequence_length"])
+
+
+def test_options_that_change_nothing_are_accepted(folder):
+    plain = describe_model(Folder(folder).config)
+    edit_config(
+        folder, _attn_implementation="sdpa", unsloth_fixed=True, id2label={"0": "A"}, label2id={"A": 0},
+        partial_rotary_factor=1.0, tokenizer_class="LlamaTokenizer",
+    )  # fmt: skip
+    assert describe_model(Folder(folder).config) == plain
+    edit_config(folder, partial_rotary_factor=0.5)
+    assert "option partial_rotary_factor = 0.5 is not supported" in message_of(folder)
 
 
 def test_a_part_that_the_index_names_is_missing(folder):
@@ -235,6 +274,14 @@ def test_an_option_may_be_ignored_by_name_unless_it_is_known_to_matter(folder):
     assert describe_model(config | {"residual_scale": 0.3}, ["residual_scale"]) == plain
     with pytest.raises(ConvertError, match="attention_bias"):
         describe_model(config | {"attention_bias": True}, ["attention_bias"])
+
+
+def test_an_activation_is_named_as_the_file_names_it():
+    config = Folder(DATA / "gemma2").config
+    for option in ("hidden_activation", "hidden_act"):
+        changes = {"hidden_activation": None} | {option: "relu"}
+        with pytest.raises(ConvertError, match=rf"config\.json: {option} relu is not supported"):
+            describe_model(config | changes)
 
 
 @pytest.mark.parametrize(

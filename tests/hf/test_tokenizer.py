@@ -15,7 +15,7 @@ TEXT = "Grün ist das Gras."
 
 @pytest.fixture
 def folder(tmp_path):
-    """A byte-level tokenizer that ends texts with </s>, as transformers saves it."""
+    """Make a byte-level tokenizer that ends texts with </s>, as transformers saves it."""
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([TEXT] * 3, vocab_size=300, special_tokens=["</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -59,13 +59,36 @@ def test_a_missing_or_damaged_vocabulary_is_reported_in_one_line(folder):
             load_vocabulary(str(folder / name))
 
 
-def test_a_sentencepiece_model_comes_first(folder):
-    assert find_tokenizer(folder).name == "tokenizer.json"
+def test_a_tokenizer_json_comes_first(folder):
     (folder / "tokenizer.model").write_bytes(SHIPPED["passkey"].read_bytes())
+    assert find_tokenizer(folder).name == "tokenizer.json"
+    (folder / "tokenizer.json").unlink()
     assert find_tokenizer(folder).name == "tokenizer.model"
-    for path in folder.iterdir():
-        path.unlink()
+    (folder / "tokenizer.model").unlink()
     assert find_tokenizer(folder) is None
+
+
+def test_added_tokens_may_lie_beyond_the_table_but_not_those_around_a_text(folder):
+    path, size = folder / "tokenizer.json", size_of(folder)
+    made = tokenizers.Tokenizer.from_file(str(path))
+    made.add_special_tokens(["<image>", "<start>"])
+    made.save(str(path))
+    check_tokenizer(path, size)
+    for settings in ({"eos_token": "<image>"}, {"bos_token": "<start>"}):
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        check_tokenizer(path, size + 2)
+        with pytest.raises(
+            ConvertError, match=f"has {size + 2} pieces, but the model's vocab_size is {size}"
+        ):
+            check_tokenizer(path, size)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
+def test_a_pointer_of_git_lfs_is_named(folder, name):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    path = folder / ("tokenizer.model" if name == "tokenizer.model" else "tokenizer.json")
+    with pytest.raises(ConvertError, match=rf"{name}: is a pointer of Git LFS.*run `git lfs pull`"):
+        check_tokenizer(path, 300)
 
 
 def test_a_tokenizer_fits_a_table_of_its_size_or_a_padded_one(folder):

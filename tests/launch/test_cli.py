@@ -101,7 +101,13 @@ def test_a_mesh(text: str, mesh: MeshConfig) -> None:
 
 
 def test_words_and_integers() -> None:
-    assert cli.words("a,b,") == ("a", "b") and cli.words("") == ()
+    assert cli.words("a, b,") == ("a", "b") and cli.words("") == ()
+    assert cli.paths("a,b") == cli.paths("('a', 'b')") == ("a", "b")
+    assert cli.paths("('a, b.txt',)") == ("a, b.txt",)
+    assert cli.seed("9223372036854775807") == 2**63 - 1
+    for text in ("-1", "9223372036854775808", "99999999999999999999"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            cli.seed(text)
     assert cli.integers("1,2") == (1, 2)
     with pytest.raises(
         argparse.ArgumentTypeError, match="expected numbers with commas between them, got '1,x'"

@@ -1,5 +1,6 @@
 """Import and export from the command line, and the messages for mistakes."""
 
+import dataclasses
 import re
 import shutil
 
@@ -120,11 +121,21 @@ def test_a_stored_fam_can_be_left_out(source, tmp_path):
     assert "memory" not in load_params(tmp_path / "b")[0]
 
 
-def test_a_window_of_all_layers_stays(source, tmp_path):
+def test_a_window_of_all_layers_stays(capsys, source, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(DATA / "mistral" / name, source / name)
     run(import_hf, "--source", source, "--out", tmp_path / "out", "--tokenizer=none", "--block_size=4")
-    assert model_of(tmp_path / "out").memory == BlockSlidingWindowConfig(segments=15, window=7)
+    model = model_of(tmp_path / "out")
+    assert model.memory == BlockSlidingWindowConfig(segments=15, window=7)
+    assert "equal to the original for texts of any length" in capsys.readouterr().err
+    # As far as the tokens of both see the same.
+    for segments, own, original, tokens in (
+        (2, 7, 7, None), (1, 5, 5, None), (1, 4, 5, 4), (3, 7, 5, 5), (3, 0, 5, 5), (3, 5, 0, 5),
+        (3, 0, 0, 16), (0, 0, 0, 4),
+    ):  # fmt: skip
+        memory = BlockSlidingWindowConfig(segments=segments, window=own)
+        changed = dataclasses.replace(model, memory=memory)
+        assert importing.exact_tokens(changed, original) == tokens
 
 
 def test_a_run_s_own_vocabulary_goes_with_its_export(source, tmp_path):
