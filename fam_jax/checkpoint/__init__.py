@@ -1,18 +1,16 @@
-"""Checkpoints: saved in the background, restored on any mesh, checked for damage, parameters loadable alone.
+"""Save checkpoints in the background, restore them on any mesh, detect damage, and load parameters alone.
 
-A run's folder holds
+The folder of a run holds
 
-    config.json          the resolved config of the run, to be read by people and by evaluation
+    config.json          the resolved config of the run
     500/, 1000/, ...     one folder per saved step, written by Orbax
 
-and each step three parts: `params` (nested dict of arrays), `training` (everything else that the next
-step depends on) and `contents` (JSON: where the data stands; shape, dtype and checksum of every array). A
-step appears under its own name only when all of them are complete, so a killed job leaves the steps before
-it intact.
+Each step has three parts: `params` (nested dict of arrays), `training` (the rest of the training state) and `contents`
+(JSON: the position in the data; shape, dtype and checksum of every array). A step appears under its final name only
+when all parts are complete, so a killed job leaves the earlier steps intact.
 
-Orbax notices neither flipped nor zeroed bytes, so the checksums are this package's own. They are
-computed where the arrays live (see `manifest.py`), go into the same atomic step and are compared after
-every restore.
+Orbax does not detect flipped or zeroed bytes, so this package adds its own checksums. They are computed on the devices
+that hold the arrays (see `manifest.py`), saved with the step, and compared after every restore.
 """
 
 from fam_jax.checkpoint.folder import MAY_CHANGE, CheckpointError, absolute, read_config, saved_steps

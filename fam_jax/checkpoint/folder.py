@@ -17,31 +17,30 @@ from fam_jax.config.format1 import FORMAT, upgrade_config
 CONFIG_FILE = "config.json"
 
 MAY_CHANGE = tuple(sorted(fields_with_effect(Config, "execution")))
-"""Fields that say how long, how often, where and on what a run executes, not what it computes."""
+"""Config fields that may change when a run is resumed, because they do not change what it computes."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, or does not belong to this run; the message says what to do."""
+    """A checkpoint is missing or damaged, or belongs to another run. The message says what to do."""
 
 
 def absolute(folder: str | os.PathLike[str]) -> epath.Path:
-    """Path of `folder`, made absolute unless it names a bucket (`gs://...`)."""
+    """Return the path of `folder`, made absolute unless it names a bucket (`gs://...`)."""
     text = os.fspath(folder)
     return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
 
 
 def saved_steps(folder: epath.Path) -> list[int]:
-    """Completed steps in `folder`, rising; what a killed job left half-written is not among them."""
+    """Return the complete steps in `folder`, in ascending order. Skip steps that a killed job left unfinished."""
     names = ocp.path.step.standard_name_format()
     return sorted(found.step for found in names.find_all(folder)) if folder.is_dir() else []
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config of the run in `folder`, as nested dict; `fam_jax.config.resolve` takes it.
+    """Read the config of the run in `folder` as a nested dict, for `fam_jax.config.resolve`.
 
     Raises:
-      CheckpointError: there is no such folder, its config is missing or unreadable, or it is a folder in Hugging Face
-        format.
+      CheckpointError: the folder does not exist, is in Hugging Face format, or has no readable config.
     """
     path = absolute(folder) / CONFIG_FILE
     if not path.parent.is_dir():
@@ -51,9 +50,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); repair it from a copy") from error
+        raise CheckpointError(f"{path}: is not valid JSON ({error}); restore it from a copy") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected groups of fields; repair it from a copy")
+        raise CheckpointError(f"{path}: expected groups of fields; restore it from a copy")
     if "model" not in config and ("architectures" in config or "model_type" in config):
         raise CheckpointError(
             f"{path.parent}: is a folder in Hugging Face format; import it first: "
@@ -62,19 +61,18 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     written = config.pop("format", 1)
     if written not in (1, FORMAT):
         raise CheckpointError(
-            f"{path}: is of format {written}, written by a newer fam_jax; this one reads up to {FORMAT}"
+            f"{path}: has format {written}, but this version of fam_jax reads formats up to {FORMAT}; update fam_jax"
         )
     return upgrade_config(config) if written == 1 else config
 
 
 def settle_config(folder: epath.Path, config: Mapping[str, Any], may_change: Sequence[str]) -> None:
-    """Writes `config` to a new folder, or checks that it continues the run that the folder holds.
+    """Write `config` to a new folder, or check that it continues the run in the folder.
 
-    Fields that match a pattern of `may_change` may differ; the file then takes their new values.
+    Fields that match a pattern of `may_change` may differ; their new values are written to the file.
 
     Raises:
-      CheckpointError: other fields differ (the message lists them with both values), or the folder
-        cannot be written.
+      CheckpointError: other fields differ (the message lists them with both values), or the folder cannot be written.
     """
     new = json.loads(json.dumps(config))  # tuples become lists, as in the file
     if (folder / CONFIG_FILE).exists():
@@ -96,7 +94,7 @@ def settle_config(folder: epath.Path, config: Mapping[str, Any], may_change: Seq
 def _check_same_run(
     folder: epath.Path, old: dict[str, Any], new: dict[str, Any], may_change: Sequence[str]
 ) -> None:
-    # A field that came after the run began stands at its default.
+    # A field that was added to fam_jax after the run began has its default.
     defaults = _flat(json.loads(json.dumps(dataclasses.asdict(Config()))))
     before, now = defaults | _flat(old), defaults | _flat(new)
     differing = [

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint that holds what an imported model came with: its tokenizer, its config.json."""
+"""Find the companions of an imported model (config.json, tokenizer) in the folder of its checkpoint."""
 
 import dataclasses
 
@@ -11,16 +11,16 @@ COMPANIONS = "huggingface"
 
 
 def companion_folders(config: Config, folder: epath.PathLike) -> list[epath.Path]:
-    """Where the companions of the run in `folder` may lie: there, or in the run that it began with."""
+    """Return the folders where the companions of the run in `folder` may be: its own, then that of its base."""
     places = [absolute(place) for place in (folder, config.train.init_from) if place]
-    return [place / COMPANIONS for place in (*places, places[-1].parent)]  # a run may begin with workdir/STEP
+    return [place / COMPANIONS for place in (*places, places[-1].parent)]  # init_from may be WORKDIR/STEP
 
 
 def with_vocabulary_found(config: Config, folder: epath.PathLike) -> Config:
-    """`config` of the run in `folder`, with its vocabulary where it lies now.
+    """Return `config` of the run in `folder` with the current path of its vocabulary.
 
-    Configs name the file by the path that it had when the model was imported. If there is none any more, because the
-    folder was moved, it is the one among the companions of `folder`, or of the run's base.
+    A config has the path that the file had when the model was imported. If the folder was moved since, the file is
+    looked up among the companions of `folder` and of the run's base.
     """
     name = config.data.vocabulary
     if "/" not in name or epath.Path(name).expanduser().exists():

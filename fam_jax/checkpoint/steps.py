@@ -1,4 +1,4 @@
-"""Saving and restoring the steps of a run."""
+"""Save and restore the steps of a run."""
 
 import contextlib
 import gc
@@ -29,13 +29,14 @@ from fam_jax.config.format1 import FORMAT
 PyTree = Any
 Shardings = jax.sharding.Sharding | Callable[[PyTree], PyTree]
 
-CHUNK_BYTES = 64 * 2**20  # of an array on disk, where host memory is scarce
+# Size of the chunks in which an array is written if host memory is limited.
+CHUNK_BYTES = 64 * 2**20
 
 
 class Checkpoints:
-    """The checkpoints of a training run; a context manager, which waits for the last save on leaving.
+    """The checkpoints of a training run; a context manager, which waits for the last save when it exits.
 
-    All processes of a job open it, save and restore together. One instance at a time writes to a folder.
+    All processes of a job open it, save and restore together. Only one instance at a time may write to a folder.
     """
 
     def __init__(
@@ -47,19 +48,19 @@ class Checkpoints:
         may_change: Sequence[str] = MAY_CHANGE,
         in_flight_bytes: int | None = None,
     ):
-        """Opens `folder` for training; a new one is made and gets the config as `config.json`.
+        """Open `folder` for training. Create it, with the config as `config.json`, if it does not exist.
 
         Args:
-          folder: Of the run. Relative paths are taken from the current directory; `gs://` paths stay.
-          config: The resolved config as nested dict, from `dataclasses.asdict`.
-          keep: How many of the latest steps stay on disk.
-          may_change: Patterns of config fields that a run may change between sessions.
-          in_flight_bytes: None copies all arrays at once, so that a save returns early. A number writes them from
-            where they are, so many bytes at a time (at least those of the largest array), and so takes no second copy
-            of them in host memory; they must stay as they are until the save is complete.
+          folder: folder of the run. Relative paths start at the current directory.
+          config: the resolved config as nested dict, from `dataclasses.asdict`.
+          keep: number of latest steps to keep.
+          may_change: patterns of config fields that may change when the run is resumed.
+          in_flight_bytes: None copies all arrays to host memory, so that a save returns early. A number writes them
+            without a copy, at most that many bytes at a time (at least the largest array); the arrays must not change
+            until the save is complete.
 
         Raises:
-          CheckpointError: the folder holds a run whose config differs elsewhere, or cannot be written.
+          CheckpointError: the folder holds a run with another config, or cannot be written.
         """
         self.folder = absolute(folder)
         settle_config(self.folder, config, may_change)
@@ -78,38 +79,38 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits for the save under way and lets go of the folder."""
+        """Wait for the save in progress and close the folder."""
         with self._writing():
             self._steps.close()
 
     def wait(self) -> None:
-        """Waits for the save under way; raises :class:`CheckpointError` if it failed."""
+        """Wait for the save in progress; raise :class:`CheckpointError` if it failed."""
         with self._writing():
             self._steps.wait()
 
     def all_steps(self) -> list[int]:
-        """Steps that can be restored (the one being saved included), rising."""
+        """Return the steps that can be restored, including the one being saved, in ascending order."""
         return [saved.step for saved in self._steps.checkpoints]
 
     def latest_step(self) -> int | None:
-        """The highest of :meth:`all_steps`, or None."""
+        """Return the last of :meth:`all_steps`, or None."""
         return max(self.all_steps(), default=None)
 
     def save(
         self, step: int, state: Mapping[str, PyTree], position: Mapping[str, Any], wait: bool = False
     ) -> None:
-        """Saves a step. Returns once the arrays are copied; they may be donated then.
+        """Save a step. Return when the arrays are copied; they may be donated then.
 
-        If :meth:`restore` went back to a step before the latest, the steps after it are deleted now.
+        If :meth:`restore` went back to a step before the latest, delete the steps after it first.
 
         Args:
-          step: Above all saved steps.
-          state: Nested containers of arrays (PRNG keys and empty arrays too) with a subtree `params`.
-          position: JSON, equal on all processes.
-          wait: Return only when the step is complete on disk.
+          step: number of the step, above all saved steps.
+          state: nested containers of arrays, which may be PRNG keys or empty, with a subtree `params`.
+          position: JSON values, equal on all processes.
+          wait: return only when the step is complete on disk.
 
         Raises:
-          CheckpointError: `step` is not above the latest, or writing failed (this save or the one before).
+          CheckpointError: `step` is not above the latest, or this save or the previous one failed.
         """
         self.wait()
         self._forget_later_steps()
@@ -126,7 +127,7 @@ class Checkpoints:
         stored = {name: part for name, part in stored.items() if part}  # Orbax takes no empty trees
         stored["contents"] = manifest.seal({"format": FORMAT, **record})
         with self._writing():
-            # Without force Orbax may decide not to save, and say so only by returning None.
+            # Without force Orbax may skip the save and only return None.
             self._steps.save_checkpointables_async(step, stored, force=True)
         if wait:
             self.wait()
@@ -134,14 +135,14 @@ class Checkpoints:
     def restore(
         self, step: int | None, like: Mapping[str, PyTree]
     ) -> tuple[dict[str, PyTree], dict[str, Any]]:
-        """State and position of `step`, or of the latest step if None.
+        """Return the state and position of a step.
 
         Args:
-          step: To restore. If later steps exist, the next :meth:`save` deletes them.
-          like: The state as `jax.ShapeDtypeStruct`s, on any mesh; leaves without sharding become numpy.
+          step: a saved step; None: the latest. If later steps exist, the next :meth:`save` deletes them.
+          like: the state as `jax.ShapeDtypeStruct`s, on any mesh; leaves without sharding become numpy arrays.
 
         Raises:
-          CheckpointError: no such step, a damaged one, or one of other shapes.
+          CheckpointError: the step does not exist, is damaged, or has other shapes.
         """
         self.wait()
         step = _choose(self.folder, self.all_steps(), step)
@@ -157,7 +158,9 @@ class Checkpoints:
             step for step in self.all_steps() if self._rewound_to is not None and step > self._rewound_to
         ]
         for step in reversed(later):
-            logging.warning("%s: step %d is deleted, training went back before it", self.folder, step)
+            logging.warning(
+                "%s: deleting step %d, as training continues from an earlier step", self.folder, step
+            )
             with self._writing():
                 self._steps.delete(step)
         self._rewound_to = None
@@ -166,29 +169,29 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a background save fails with whatever its file system raised
+        except Exception as error:  # a background save raises whatever its file system raised
             raise CheckpointError(
                 f"{self.folder}: saving step {self._saving} failed ({_first_line(error)}); "
-                "check space and permissions, then continue from the latest step"
+                "check disk space and permissions, then resume from the latest step"
             ) from error
 
 
 def load_params(
     folder: str | os.PathLike[str], step: int | None = None, shardings: Shardings | None = None
 ) -> tuple[dict[str, PyTree], dict[str, Any], int]:
-    """Parameters alone, on whatever devices there are, with the config of their run.
+    """Load the parameters of a run, without the rest of its training state.
 
     Args:
-      folder: Of the run.
-      step: None takes the latest.
-      shardings: None gives numpy arrays; one sharding goes to every parameter; a function is called with
-        the nested dict of `jax.ShapeDtypeStruct`s and returns their shardings.
+      folder: folder of the run.
+      step: a saved step; None: the latest.
+      shardings: None loads numpy arrays; one sharding applies to every parameter; a function takes the nested dict of
+        `jax.ShapeDtypeStruct`s and returns their shardings.
 
     Returns:
-      The nested dict of parameters, the config as nested dict, the step.
+      The nested dict of parameters, the config as nested dict, and the step.
 
     Raises:
-      CheckpointError: no such folder or step, or a damaged one.
+      CheckpointError: the folder or the step does not exist, or is damaged.
     """
     path = absolute(folder)
     config = read_config(path)
@@ -215,7 +218,7 @@ def _with_shardings(shapes: manifest.Arrays, shardings: Shardings | None) -> man
 def _load(
     folder: epath.Path, step: int, wanted: Callable[[manifest.Record], dict[str, manifest.Arrays]]
 ) -> tuple[dict[str, manifest.Arrays], manifest.Record]:
-    """Arrays of the parts that `wanted` asks for, checked, and the record of the whole step."""
+    """Return the arrays of the parts that `wanted` asks for, verified, and the record of the step."""
     path = folder / str(step)
     try:
         record = manifest.unseal(_read(path, {"contents": None})["contents"])
@@ -238,7 +241,7 @@ def _load(
             manifest.check_sums(part, record[part], arrays[part])
     except manifest.Damage as error:
         earlier = [other for other in saved_steps(folder) if other < step]
-        remedy = "no earlier step is left to go back to"
+        remedy = "there is no earlier step to go back to"
         if earlier:
             remedy = f"go back to step {earlier[-1]} (--restore_step={earlier[-1]})"
         raise CheckpointError(f"{folder}: step {step} is damaged ({error}); {remedy}") from error
@@ -246,12 +249,12 @@ def _load(
 
 
 def _read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
-    """Reads parts of the step at `path`; leaves of `like` without sharding become numpy arrays."""
+    """Read parts of the step at `path`; leaves of `like` without sharding become numpy arrays."""
 
     def target(struct: Any) -> Any:
         if struct.sharding is None:
             return np.ndarray
-        struct.sharding.shard_shape(struct.shape)  # raises if it does not divide: that is no damage
+        struct.sharding.shard_shape(struct.shape)  # raises if the shape is not divisible, which is no damage
         return struct
 
     like = jax.tree.map(target, like)
@@ -259,12 +262,12 @@ def _read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
         try:
             with _context():
                 return ocp.load_checkpointables(path, like)
-        except Exception as error:  # damaged files raise almost anything, a bare Exception included
+        except Exception as error:  # damaged files raise many types, even a bare Exception
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             if isinstance(cause, jax.errors.JaxRuntimeError | MemoryError):
-                raise  # out of memory, say
+                raise  # such as out of memory
             failure = f"cannot be read: {type(cause).__name__}: {_first_line(cause)}"
             del cause
         gc.collect()
@@ -273,7 +276,7 @@ def _read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _silent_tasks() -> Iterator[None]:
-    """Keeps the tasks that a failed read leaves behind from printing tracebacks when they are collected."""
+    """Silence the tracebacks of abandoned tasks of a failed read, which are printed when they are collected."""
     logger, hook = python_logging.getLogger("asyncio"), sys.unraisablehook
     logger.disabled, sys.unraisablehook = True, lambda _: None
     try:
@@ -286,7 +289,7 @@ def _silent_tasks() -> Iterator[None]:
 def _choose(folder: epath.Path, steps: Sequence[int], step: int | None) -> int:
     if not steps:
         raise CheckpointError(
-            f"{folder}: holds no finished checkpoint; train there first, or give another workdir"
+            f"{folder}: holds no complete checkpoint; train there first, or give another workdir"
         )
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder}: has no step {step}; saved are {', '.join(map(str, steps))}")
@@ -303,15 +306,15 @@ def _split(state: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
 
 def _context(in_flight_bytes: int | None = None) -> ocp.Context:
-    # Left to itself, Orbax may take a JSON for a tree of arrays.
+    # By default Orbax may take the JSON for a tree of arrays.
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="contents")
     context = ocp.Context()
     context.checkpointables.registry = registry
     if in_flight_bytes is not None:
         context.memory.deepcopy_host_arrays = False
-        limit = in_flight_bytes + 1  # Orbax takes it for the first size that is too large
+        limit = in_flight_bytes + 1  # Orbax rejects sizes that reach its limit
         context.memory.transfer_concurrent_bytes = context.memory.write_concurrent_bytes = limit
-        # What is written is copied and compressed chunk by chunk.
+        # Orbax copies and compresses one chunk at a time.
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     return context

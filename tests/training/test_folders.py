@@ -44,7 +44,7 @@ def one_device() -> Iterator[None]:
 
 @pytest.fixture
 def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
-    """The folder in which the objects of `gs://bucket` are; any other way to write there would fail."""
+    """Return the local folder that holds the objects of `gs://bucket`; writing there in any other way fails."""
 
     def moved(original: Callable[..., Any], *paths: Any, **how: Any) -> Any:
         def inside(path: Any) -> Any:

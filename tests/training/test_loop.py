@@ -63,7 +63,7 @@ def evaluate(params: Any, step: int) -> dict[str, Any]:
 
 
 def stopping_at(step: int, number: int) -> type[PasskeyCurriculum]:
-    """A curriculum that sends the process a signal while it makes the batch of `step`."""
+    """Make a curriculum that sends the process a signal while it makes the batch of `step`."""
 
     class Stopping(PasskeyCurriculum):
         def next(self) -> Any:
@@ -96,7 +96,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def finished(uninterrupted: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy of it, to be changed."""
+    """Return a copy of it, which may be changed."""
     return pathlib.Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
 
 
@@ -278,7 +278,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """The same run on text: rows whose last block is short, a segment of each repeated."""
+    """Train on text: the last block of each row is short, and a segment of the row is repeated."""
     file = tmp_path_factory.mktemp("text") / "x.txt"
     file.write_text("".join(f"line {i}, and a few words more\n" for i in range(300)))
     data = DataConfig(

@@ -65,14 +65,14 @@ def _compiled_start(config: Config) -> Callable[[int], TrainState]:
 
 
 def start(config: Config, seed: int = 0) -> TrainState:
-    """The state before the first step; what it depends on is the model, the optimizer and what is trained."""
+    """Return the state before the first step, which depends on the model, the optimizer and the trained parameters."""
     return _compiled_start(
         dataclasses.replace(TINY, model=config.model, optimizer=config.optimizer, lora=config.lora)
     )(seed)
 
 
 def run(config: Config, steps: int, state: TrainState | None = None) -> tuple[Any, list[Any]]:
-    """The state after some steps on `some_batch(0)`, `some_batch(1)`, ..., and the metrics of each."""
+    """Return the state after some steps on `some_batch(0)`, `some_batch(1)`, ..., and the metrics of each."""
     state = start(config) if state is None else state
     found = []
     for step in range(steps):
@@ -90,7 +90,7 @@ def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
 
 
 def quick_trainer(config: Config, make_trainer: Callable[[Config], Any]) -> Any:
-    """A trainer whose compilations take less time; `make_trainer` is loop's, which imports TensorFlow."""
+    """Return a trainer that compiles faster; `make_trainer` is from loop.py, which imports TensorFlow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", quick_jit)
         return make_trainer(config)
