@@ -1,23 +1,19 @@
 """The folder of a run: its path, its `config.json`, the steps that it holds."""
 
-import dataclasses
-import fnmatch
 import json
 import os
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from fam_jax.config import Config, UserError, fields_with_effect
+from fam_jax.config import UserError
 from fam_jax.config.format1 import FORMAT, upgrade_config
 
 CONFIG_FILE = "config.json"
 
-MAY_CHANGE = tuple(sorted(fields_with_effect(Config, "execution")))
-"""Config fields that may change when a run is resumed, because they do not change what it computes."""
+# Orbax searches folders with glob, and does not escape these characters of the path.
+PATTERN = "*?[]{}"
 
 
 class CheckpointError(UserError):
@@ -28,6 +24,21 @@ def absolute(folder: str | os.PathLike[str]) -> epath.Path:
     """Return the path of `folder`, made absolute unless it names a bucket (`gs://...`)."""
     text = os.fspath(folder)
     return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
+def check_name(folder: epath.Path) -> None:
+    """Raise :class:`CheckpointError` if Orbax could not save in `folder` because its path looks like a pattern."""
+    if found := sorted(set(PATTERN) & set(os.fspath(folder))):
+        raise CheckpointError(
+            f"{folder}: no checkpoint can be saved here, because Orbax takes {' '.join(found)} in a path for a "
+            "pattern; give a folder without it"
+        )
+
+
+def locate(name: str) -> tuple[epath.Path, int | None]:
+    """Return folder and step of a checkpoint named as WORKDIR (the step is None) or WORKDIR/STEP."""
+    folder = absolute(name)
+    return (folder.parent, int(folder.name)) if folder.name.isdigit() else (folder, None)
 
 
 def saved_steps(folder: epath.Path) -> list[int]:
@@ -42,6 +53,12 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       CheckpointError: the folder does not exist, is in Hugging Face format, or has no readable config.
     """
+    config, _ = read_config_file(folder)
+    return config
+
+
+def read_config_file(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read the config of the run in `folder`, as :func:`read_config` does, and the history of its changes."""
     path = absolute(folder) / CONFIG_FILE
     if not path.parent.is_dir():
         raise CheckpointError(f"{path.parent}: no such folder; give the workdir of a training run")
@@ -63,54 +80,5 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: has format {written}, but this version of fam_jax reads formats up to {FORMAT}; update fam_jax"
         )
-    return upgrade_config(config) if written == 1 else config
-
-
-def settle_config(folder: epath.Path, config: Mapping[str, Any], may_change: Sequence[str]) -> None:
-    """Write `config` to a new folder, or check that it continues the run in the folder.
-
-    Fields that match a pattern of `may_change` may differ; their new values are written to the file.
-
-    Raises:
-      CheckpointError: other fields differ (the message lists them with both values), or the folder cannot be written.
-    """
-    new = json.loads(json.dumps(config))  # tuples become lists, as in the file
-    if (folder / CONFIG_FILE).exists():
-        old = read_config(folder)
-        _check_same_run(folder, old, new, may_change)
-        if old == new:
-            return
-    new = {"format": FORMAT, **new}
-    if jax.process_index() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = folder / f"{CONFIG_FILE}.tmp"
-            unfinished.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
-            unfinished.replace(folder / CONFIG_FILE)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be written ({error}); give another workdir") from error
-
-
-def _check_same_run(
-    folder: epath.Path, old: dict[str, Any], new: dict[str, Any], may_change: Sequence[str]
-) -> None:
-    # A field that was added to fam_jax after the run began has its default.
-    defaults = _flat(json.loads(json.dumps(dataclasses.asdict(Config()))))
-    before, now = defaults | _flat(old), defaults | _flat(new)
-    differing = [
-        f"{field} was {json.dumps(before.get(field))}, is {json.dumps(now.get(field))}"
-        for field in sorted(before.keys() | now.keys())
-        if before.get(field) != now.get(field) and not any(fnmatch.fnmatch(field, p) for p in may_change)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{folder}: holds a run with another config ({'; '.join(differing)}); "
-            "set these fields back to continue it, or give a new workdir"
-        )
-
-
-def _flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in group.items():
-        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return fields
+    history = config.pop("history", [])
+    return (upgrade_config(config) if written == 1 else config), history

@@ -331,7 +331,8 @@ def test_windows_keep_the_blocks_that_they_reach_into() -> None:
 def test_what_a_change_affects_is_said_on_the_field() -> None:
     execution = fields_with_effect(Config, "execution")
     assert execution == {
-        "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+        "train.steps", "train.accumulation", "train.loss_chunk", "train.log_every", "train.checkpoint_every",
+        "train.keep_checkpoints",
         "data.train_files", "data.heldout_files", "model.attention", "model.remat",
         *(f"evaluate.{field.name}" for field in dataclasses.fields(EvaluateConfig)),
         "mesh.data", "mesh.fsdp", "mesh.tensor",

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, config: Config, parrot: dict) -> pathlib.Path:
-    """A run with two steps."""
+    """Return the folder of a run with two steps."""
     return save_run(tmp_path_factory.mktemp("runs") / "parrot", config, parrot)
 
 

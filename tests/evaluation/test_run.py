@@ -24,13 +24,13 @@ from tests.evaluation.runs import save_run
 
 @pytest.fixture(scope="module")
 def passkey_run(tmp_path_factory: pytest.TempPathFactory, config: Config, parrot: dict) -> pathlib.Path:
-    """A run of the task "passkey" with two steps."""
+    """Return the folder of a run of the task "passkey" with two steps."""
     return save_run(tmp_path_factory.mktemp("runs") / "parrot", config, parrot)
 
 
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory: pytest.TempPathFactory, config: Config) -> pathlib.Path:
-    """A run of the task "text", with held-out files beside it."""
+    """Return the folder of a run of the task "text", with held-out files beside it."""
     folder = tmp_path_factory.mktemp("text")
     for name, text in {"train.txt": "abc", "a.txt": "alpha " * 20, "b.txt": "beta " * 30}.items():
         (folder / name).write_text(text)

@@ -49,7 +49,7 @@ def metrics(folder: pathlib.Path, run: str) -> dict[int, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def recorded(folder: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """The metrics of version 0.1, before the runs are resumed."""
+    """Return the metrics of version 0.1, before the runs are resumed."""
     return {run: metrics(folder, run) for run in RUNS}
 
 

@@ -213,7 +213,7 @@ def test_companions_are_files_and_one_that_cannot_be_read_leaves_nothing(monkeyp
     how = ("--source", source, "--out", out, "--block_size=8")
     run(import_hf, *how)
     assert {path.name for path in (out / "huggingface").iterdir()} == {
-        "config.json", "tokenizer.json", "chat_template.jinja",
+        "config.json", "tokenizer.json", "chat_template.jinja", "source.json",
     }  # fmt: skip
     shutil.rmtree(out)
 
