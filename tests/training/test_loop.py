@@ -42,10 +42,11 @@ def shared_trainer(config: Config) -> loop.Trainer:
 
 
 def trainer_of(config: Config) -> loop.Trainer:
-    """`make_trainer`, but compiled once for configs that differ in nothing that is computed."""
+    """Make a trainer; configs that do not differ in what is computed share a compilation."""
     same = changed(
-        config, train__log_every=1, train__checkpoint_every=1, train__keep_checkpoints=1, evaluate__every=0
-    )
+        config, train__log_every=1, train__checkpoint_every=1, train__keep_checkpoints=1, evaluate__every=0,
+        data__vocabulary="bytes" if config.data.vocabulary == "bytes" else "passkey",
+    )  # fmt: skip
     return dataclasses.replace(shared_trainer(same), config=config)
 
 
