@@ -26,7 +26,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fam_jax.checkpoint import absolute
+from fam_jax.checkpoint import absolute, locate
 from fam_jax.config import (
     Config,
     ConfigError,
@@ -38,7 +38,7 @@ from fam_jax.config import (
 )
 from fam_jax.hf import describe_model
 from fam_jax.memories.window import BlockSlidingWindowConfig
-from fam_jax.training.init_from import base_config, locate
+from fam_jax.training.init_from import base_config
 
 from .public_models import PUBLIC_MODELS
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fam_jax.checkpoint import load_params, with_vocabulary_found
+from fam_jax.checkpoint import find_vocabulary, load_params
 from fam_jax.config import Config, ModelConfig, resolve
 from fam_jax.model import lora
 from fam_jax.sharding import param_shardings
@@ -40,7 +40,7 @@ def load_model(
         return jax.tree.map(lambda _: first, shapes)
 
     params, values, step = load_params(folder, step, shardings=places)
-    config = with_vocabulary_found(resolve(values), folder)
+    config = find_vocabulary(resolve(values), folder, step)
     return config, _to_use(params, config), step
 
 

@@ -8,13 +8,16 @@ that the run was trained with) and, if the memory has parameters, memory.safeten
 nor memory: there the model attends to its whole context.
 
 A run with LoRA is exported with its updates merged into the weights, in float32 by default; --lora=base leaves them
-out, and --lora=adapter exports them alone, for the PEFT library.
+out, and --lora=adapter exports them alone, for the PEFT library. An adapter names its base model: the folder that was
+imported, or --base=NAME.
 """
 
 import argparse
 import math
 import sys
 from collections.abc import Sequence
+
+from fam_jax.config import UserError
 
 from . import cli
 
@@ -36,6 +39,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="what to export of a run with LoRA; default: merged",
     )
     add(
+        "--base",
+        metavar="NAME",
+        help="adapter: Hugging Face folder or name of the base model; default: the folder that was imported",
+    )
+    add(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="of the tensors; default: as in the checkpoint, or float32 if LoRA is merged",
@@ -47,7 +55,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="GIB",
         help="largest size of a safetensors file; default: 4",
     )
-    return parser.parse_args(argv)
+    found = parser.parse_args(argv)
+    if found.base is not None and found.lora != "adapter":
+        raise UserError("--base: names the base model of an adapter; leave it out, or pass --lora=adapter")
+    return found
 
 
 def positive(text: str) -> float:
@@ -78,16 +89,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.out,
             arguments.step,
             lora_updates=arguments.lora,
+            base=arguments.base,
             dtype=arguments.dtype,
             shard_bytes=int(arguments.shard_gb * 2**30),
             on_progress=show,
         )
     if exported.architecture is None:
-        print(f"adapter of step {exported.step} written to {arguments.out}")
+        print(
+            f"adapter of step {exported.step} written to {arguments.out}, for {exported.base or 'any base'}"
+        )
+        if exported.base is None:
+            print(
+                "the adapter names no base model, as none is known; name it with --base=NAME", file=sys.stderr
+            )
         return 0
     print(f"step {exported.step} written to {arguments.out}, for {exported.architecture}")
     if exported.text_part:
         print(f"exported the text part of {ARCHITECTURE}, without its vision tower", file=sys.stderr)
+    if not exported.tokenizer:
+        print("exported without a tokenizer: the checkpoint has none in a file", file=sys.stderr)
     return 0
 
 

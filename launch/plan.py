@@ -101,15 +101,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_arguments(argv)
     config = cli.load_config(arguments.config, arguments.overrides)
+    # Imported once the config is known to be right, as Orbax takes seconds.
+    from fam_jax.checkpoint.new_file import check_output_file, output_file
+
+    out = arguments.out and arguments.out.expanduser()
+    if out:
+        check_output_file(out)  # the plan takes minutes
     logging.set_verbosity(logging.WARNING)  # JAX logs that there is no TPU
     console = Console()
     plan = plan_training_run if arguments.what == "train" else plan_streams
     report = plan(console, config, arguments)
-    if arguments.out:
-        path = arguments.out.expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written to {path}")
+    if out:
+        with output_file(out) as file:
+            file.write(f"{json.dumps(report, indent=1)}\n".encode())
+        print(f"written to {out}")
     return 0 if report["fits"] else DOES_NOT_FIT
 
 

@@ -2,8 +2,10 @@
 
     python -m launch.train --config=configs/passkey.py --workdir=runs/passkey
 
-Ctrl-C stops after the current step and saves; run the same command again to resume. On the hosts of a TPU slice, run
-it on all of them. For jobs of several processes elsewhere, see launch/processes.py.
+Ctrl-C stops after the current step and saves; run the same command again to resume. A workdir without a checkpoint
+takes any config. Later, fields that do not change the result may differ; others only if --allow_change names them.
+--fork=RUN/STEP starts a new run from the state of another. On the hosts of a TPU slice, run the same command on all of
+them. For jobs of several processes elsewhere, see launch/processes.py.
 """
 
 import argparse
@@ -41,6 +43,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FIRST,LAST",
         help="trace these steps for XProf, to WORKDIR/profile",
     )
+    add(
+        "--allow_change",
+        type=cli.words,
+        default=(),
+        metavar="FIELD,...",
+        help="fields that may differ from the run so far, such as optimizer.learning_rate",
+    )
+    add(
+        "--fork",
+        default="",
+        metavar="RUN[/STEP]",
+        help="start a new run from the state of another: parameters, optimizer, step and data",
+    )
     add("--quiet", action="store_true", help="print no progress")
     return parser.parse_args(argv)
 
@@ -76,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.workdir,
             restore_step=arguments.restore_step,
             profile_steps=arguments.profile_steps,
+            allow_change=arguments.allow_change,
+            fork=arguments.fork,
             quiet=arguments.quiet,
         )
     except Interrupted as stopped:

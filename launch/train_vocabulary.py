@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 from etils import epath
 from rich.console import Console
 
-from fam_jax.config import UserError
-
 from . import cli
 
 if TYPE_CHECKING:
@@ -84,19 +82,17 @@ def train(
     Raises:
       UserError: a file cannot be read or written, or the text is too short for that many pieces.
     """
+    from fam_jax.checkpoint.new_file import check_output_file, output_file
     from fam_jax.data.documents import Documents, find_files
     from fam_jax.data.text_vocabulary import train_text_vocabulary
 
     out = out.expanduser()
-    if not out.parent.is_dir():
-        raise UserError(f"--out={out}: there is no folder {out.parent}; make it first")
+    check_output_file(out)
     documents = Documents(find_files(files, suffixes, "--files"), "--files")
     with Console(stderr=True).status(f"counting pieces of {len(documents):,} documents"):
         model = train_text_vocabulary(sample(documents, megabytes), size, threads=os.cpu_count() or 1)
-    try:
-        out.write_bytes(model)
-    except OSError as error:
-        raise UserError(f"--out={out}: cannot be written ({error.strerror}); give another file") from error
+    with output_file(out) as file:
+        file.write(model)
     print(f"{size} pieces written to {out}", file=sys.stderr)
 
 

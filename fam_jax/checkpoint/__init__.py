@@ -1,33 +1,61 @@
-"""Checkpoints: saved in the background, restored on any mesh, checked for damage, parameters loadable alone.
+"""Save checkpoints in the background, restore them on any mesh, detect damage, and load parameters alone.
 
-A run's folder holds
+The folder of a run holds
 
-    config.json          the resolved config of the run, to be read by people and by evaluation
+    config.json          the resolved config of the run, and the history of its changes
     500/, 1000/, ...     one folder per saved step, written by Orbax
+    huggingface/         of an imported model, or of the run's base: config.json and tokenizer
+    vocabulary/          the vocabulary's file, if it is not in huggingface/
 
-and each step three parts: `params` (nested dict of arrays), `training` (everything else that the next
-step depends on) and `contents` (JSON: where the data stands; shape, dtype and checksum of every array). A
-step appears under its own name only when all of them are complete, so a killed job leaves the steps before
-it intact.
+Each step has three parts: `params` (nested dict of arrays), `training` (the rest of the training state) and `contents`
+(JSON: the position in the data; shape, dtype and checksum of every array; digests of the vocabulary and the base). A
+step appears under its final name only when all parts are complete, so a killed job leaves the earlier steps intact.
 
-Orbax notices neither flipped nor zeroed bytes, so the checksums are this package's own. They are
-computed where the arrays live (see `manifest.py`), go into the same atomic step and are compared after
-every restore.
+Orbax does not detect flipped or zeroed bytes, so this package adds its own checksums. They are computed on the devices
+that hold the arrays (see `manifest.py`), saved with the step, and compared after every restore.
 """
 
-from fam_jax.checkpoint.folder import MAY_CHANGE, CheckpointError, absolute, read_config, saved_steps
-from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders, with_vocabulary_found
-from fam_jax.checkpoint.steps import Checkpoints, load_params
+from fam_jax.checkpoint.folder import (
+    CheckpointError,
+    absolute,
+    check_name,
+    locate,
+    read_config,
+    read_config_file,
+    saved_steps,
+)
+from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders
+from fam_jax.checkpoint.loading import choose_step, load_params, load_state
+from fam_jax.checkpoint.origin import VOCABULARY, find_vocabulary, settle_origin
+from fam_jax.checkpoint.run_config import (
+    MAY_CHANGE,
+    changeable_fields,
+    changed_fields,
+    changes_of_result,
+    check_changes,
+)
+from fam_jax.checkpoint.steps import Checkpoints
 
 __all__ = [
     "COMPANIONS",
     "MAY_CHANGE",
+    "VOCABULARY",
     "CheckpointError",
     "Checkpoints",
     "absolute",
+    "changeable_fields",
+    "changed_fields",
+    "changes_of_result",
+    "check_changes",
+    "check_name",
+    "choose_step",
     "companion_folders",
+    "find_vocabulary",
     "load_params",
+    "load_state",
+    "locate",
     "read_config",
+    "read_config_file",
     "saved_steps",
-    "with_vocabulary_found",
+    "settle_origin",
 ]

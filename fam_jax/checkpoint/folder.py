@@ -1,48 +1,64 @@
 """The folder of a run: its path, its `config.json`, the steps that it holds."""
 
-import dataclasses
-import fnmatch
 import json
 import os
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from fam_jax.config import Config, UserError, fields_with_effect
+from fam_jax.config import UserError
 from fam_jax.config.format1 import FORMAT, upgrade_config
 
 CONFIG_FILE = "config.json"
 
-MAY_CHANGE = tuple(sorted(fields_with_effect(Config, "execution")))
-"""Fields that say how long, how often, where and on what a run executes, not what it computes."""
+# Orbax searches folders with glob, and does not escape these characters of the path.
+PATTERN = "*?[]{}"
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, or does not belong to this run; the message says what to do."""
+    """A checkpoint is missing or damaged, or belongs to another run. The message says what to do."""
 
 
 def absolute(folder: str | os.PathLike[str]) -> epath.Path:
-    """Path of `folder`, made absolute unless it names a bucket (`gs://...`)."""
+    """Return the path of `folder`, made absolute unless it names a bucket (`gs://...`)."""
     text = os.fspath(folder)
     return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
 
 
+def check_name(folder: epath.Path) -> None:
+    """Raise :class:`CheckpointError` if Orbax could not save in `folder` because its path looks like a pattern."""
+    if found := sorted(set(PATTERN) & set(os.fspath(folder))):
+        raise CheckpointError(
+            f"{folder}: no checkpoint can be saved here, because Orbax takes {' '.join(found)} in a path for a "
+            "pattern; give a folder without it"
+        )
+
+
+def locate(name: str) -> tuple[epath.Path, int | None]:
+    """Return folder and step of a checkpoint named as WORKDIR (the step is None) or WORKDIR/STEP."""
+    folder = absolute(name)
+    return (folder.parent, int(folder.name)) if folder.name.isdigit() else (folder, None)
+
+
 def saved_steps(folder: epath.Path) -> list[int]:
-    """Completed steps in `folder`, rising; what a killed job left half-written is not among them."""
+    """Return the complete steps in `folder`, in ascending order. Skip steps that a killed job left unfinished."""
     names = ocp.path.step.standard_name_format()
     return sorted(found.step for found in names.find_all(folder)) if folder.is_dir() else []
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config of the run in `folder`, as nested dict; `fam_jax.config.resolve` takes it.
+    """Read the config of the run in `folder` as a nested dict, for `fam_jax.config.resolve`.
 
     Raises:
-      CheckpointError: there is no such folder, its config is missing or unreadable, or it is a folder in Hugging Face
-        format.
+      CheckpointError: the folder does not exist, is in Hugging Face format, or has no readable config.
     """
+    config, _ = read_config_file(folder)
+    return config
+
+
+def read_config_file(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read the config of the run in `folder`, as :func:`read_config` does, and the history of its changes."""
     path = absolute(folder) / CONFIG_FILE
     if not path.parent.is_dir():
         raise CheckpointError(f"{path.parent}: no such folder; give the workdir of a training run")
@@ -51,9 +67,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); repair it from a copy") from error
+        raise CheckpointError(f"{path}: is not valid JSON ({error}); restore it from a copy") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected groups of fields; repair it from a copy")
+        raise CheckpointError(f"{path}: expected groups of fields; restore it from a copy")
     if "model" not in config and ("architectures" in config or "model_type" in config):
         raise CheckpointError(
             f"{path.parent}: is a folder in Hugging Face format; import it first: "
@@ -62,57 +78,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     written = config.pop("format", 1)
     if written not in (1, FORMAT):
         raise CheckpointError(
-            f"{path}: is of format {written}, written by a newer fam_jax; this one reads up to {FORMAT}"
+            f"{path}: has format {written}, but this version of fam_jax reads formats up to {FORMAT}; update fam_jax"
         )
-    return upgrade_config(config) if written == 1 else config
-
-
-def settle_config(folder: epath.Path, config: Mapping[str, Any], may_change: Sequence[str]) -> None:
-    """Writes `config` to a new folder, or checks that it continues the run that the folder holds.
-
-    Fields that match a pattern of `may_change` may differ; the file then takes their new values.
-
-    Raises:
-      CheckpointError: other fields differ (the message lists them with both values), or the folder
-        cannot be written.
-    """
-    new = json.loads(json.dumps(config))  # tuples become lists, as in the file
-    if (folder / CONFIG_FILE).exists():
-        old = read_config(folder)
-        _check_same_run(folder, old, new, may_change)
-        if old == new:
-            return
-    new = {"format": FORMAT, **new}
-    if jax.process_index() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = folder / f"{CONFIG_FILE}.tmp"
-            unfinished.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
-            unfinished.replace(folder / CONFIG_FILE)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be written ({error}); give another workdir") from error
-
-
-def _check_same_run(
-    folder: epath.Path, old: dict[str, Any], new: dict[str, Any], may_change: Sequence[str]
-) -> None:
-    # A field that came after the run began stands at its default.
-    defaults = _flat(json.loads(json.dumps(dataclasses.asdict(Config()))))
-    before, now = defaults | _flat(old), defaults | _flat(new)
-    differing = [
-        f"{field} was {json.dumps(before.get(field))}, is {json.dumps(now.get(field))}"
-        for field in sorted(before.keys() | now.keys())
-        if before.get(field) != now.get(field) and not any(fnmatch.fnmatch(field, p) for p in may_change)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{folder}: holds a run with another config ({'; '.join(differing)}); "
-            "set these fields back to continue it, or give a new workdir"
-        )
-
-
-def _flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in group.items():
-        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return fields
+    history = config.pop("history", [])
+    return (upgrade_config(config) if written == 1 else config), history

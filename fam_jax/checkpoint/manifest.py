@@ -1,9 +1,9 @@
-"""What a step holds: arrays by name, and the record of their shapes, dtypes and checksums.
+"""The contents of a step: arrays by name, and a record of their shapes, dtypes and checksums.
 
-A checksum is two sums, modulo 2^32, over the words of an array, each word mixed with its index. Sums of
-integers do not depend on their order, so the value is the same under every sharding and is computed on
-the devices that hold the array, at the speed of one read of it. The first sum weighs words by odd
-numbers: whatever happens to one word alone changes it. Any other damage goes unseen with probability 2^-64.
+A checksum is two sums, modulo 2^32, over the words of an array, each word mixed with its index. The order of integer
+additions does not change their sum, so the checksum is the same under every sharding. The devices that hold the array
+compute it in one pass over the data. The first sum multiplies words by odd numbers, so any change of a single word
+changes it. Other damage goes undetected with probability 2^-64.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ PARTS = ("params", "training")
 
 
 class Damage(Exception):
-    """What is stored is not what was saved; the message says where, for `steps.py` to complete."""
+    """A step is damaged. The message says where; `steps.py` adds the step and the remedy."""
 
 
 PyTree = Any
@@ -32,18 +32,18 @@ Record = dict[str, Any]
 
 
 def by_name(tree: PyTree) -> Arrays:
-    """Leaves of `tree` under their paths, such as `layers/query/kernel` or `optimizer/0/mu`."""
+    """Return the leaves of `tree` by path, such as `layers/query/kernel` or `optimizer/0/mu`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict whose paths are the names of `arrays`."""
+    """Return the nested dict whose paths are the names of `arrays`."""
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def raw(arrays: Arrays) -> Arrays:
-    """`arrays` as they are stored: the words of PRNG keys for the keys, nothing for empty arrays."""
+    """Return `arrays` as they are stored: PRNG keys as their words, empty arrays left out."""
     return {
         name: jax.random.key_data(array) if _is_key(array) else array
         for name, array in arrays.items()
@@ -52,7 +52,7 @@ def raw(arrays: Arrays) -> Arrays:
 
 
 def abstract(like: Arrays) -> Arrays:
-    """What to ask Orbax for in order to get `like` (`ShapeDtypeStruct`s): as :func:`raw`, unread."""
+    """Return the `ShapeDtypeStruct`s of :func:`raw` for those of `like`."""
 
     def stored(leaf: Any) -> Any:
         if not _is_key(leaf):
@@ -64,7 +64,7 @@ def abstract(like: Arrays) -> Arrays:
 
 
 def rebuild(like: PyTree, arrays: Arrays, record: Record) -> PyTree:
-    """The inverse of :func:`by_name` and :func:`raw`: stored `arrays` in the structure of `like`."""
+    """Return stored `arrays` in the structure of `like`; the inverse of :func:`by_name` and :func:`raw`."""
 
     def leaf(name: str, struct: Any) -> Any:
         if not struct.size:
@@ -78,7 +78,7 @@ def rebuild(like: PyTree, arrays: Arrays, record: Record) -> PyTree:
 
 
 def describe(arrays: Arrays) -> Record:
-    """The record of `arrays`: per name its shape, dtype, checksum and, for PRNG keys, their kind."""
+    """Return the record of `arrays`: shape, dtype, checksum and, for PRNG keys, implementation by name."""
     sums = checksums(raw(arrays))
     record = {}
     for name, array in arrays.items():
@@ -88,16 +88,16 @@ def describe(arrays: Arrays) -> Record:
 
 
 def seal(record: Record) -> Record:
-    """`record`, as JSON gives it back, with its own digest."""
+    """Return `record`, converted to JSON types, with its digest."""
     record = json.loads(json.dumps(record))
     return {"digest": _digest(record), "record": record}
 
 
 def unseal(sealed: Any) -> Record:
-    """The inverse of :func:`seal`.
+    """Return the record that :func:`seal` was given.
 
     Raises:
-      Damage: the digest does not fit.
+      Damage: the digest does not match.
     """
     if not isinstance(sealed, dict) or sealed.get("digest") != _digest(sealed.get("record")):
         raise Damage("its record of contents does not match its digest")
@@ -105,13 +105,13 @@ def unseal(sealed: Any) -> Record:
 
 
 def upgrade(record: Record) -> tuple[Record, dict[str, dict[str, str]]]:
-    """Return the record with the array names of today, and under which name each array of each part is stored."""
+    """Return the record with current array names, and by part the stored name of each array."""
     if record.get("format", 1) == FORMAT:
         return record, {part: {name: name for name in record[part]} for part in PARTS if part in record}
     new, names = dict(record), {}
     for part in PARTS:
         if part in record:
-            # Format 1 had an empty array where there was nothing to save.
+            # Format 1 saved an empty array if there was nothing to save.
             kept = [
                 name for name, entry in record[part].items() if name not in EMPTIED or 0 not in entry["shape"]
             ]
@@ -121,7 +121,7 @@ def upgrade(record: Record) -> tuple[Record, dict[str, dict[str, str]]]:
 
 
 def check_fit(part: str, record: Record, like: Arrays) -> None:
-    """Raises :class:`CheckpointError` unless `like` has the names, shapes and dtypes of `record`."""
+    """Raise :class:`CheckpointError` unless `like` has the names, shapes and dtypes of `record`."""
     for name in sorted(record.keys() | like.keys()):
         here, there = like.get(name), record.get(name)
         wanted = f"{here.dtype}{list(here.shape)}" if here is not None else "absent"
@@ -133,15 +133,15 @@ def check_fit(part: str, record: Record, like: Arrays) -> None:
 
 
 def check_sums(part: str, record: Record, arrays: Arrays) -> None:
-    """Raises :class:`Damage` if an array's checksum is not the one that was saved."""
+    """Raise :class:`Damage` if the checksum of an array differs from the saved one."""
     for name, found in checksums(arrays).items():
         if found != record[name]["checksum"]:
             raise Damage(f"the values of {part}/{name} do not match their checksum")
 
 
 def checksums(arrays: Arrays) -> dict[str, str]:
-    """Checksum of each array (`jax.Array` or numpy, no PRNG keys), as 16 hexadecimal digits."""
-    groups: dict[Any, Arrays] = {}  # one jit takes only arrays of one mesh, or of the same devices
+    """Return the checksum of each array (`jax.Array` or numpy, no PRNG keys) as 16 hexadecimal digits."""
+    groups: dict[Any, Arrays] = {}  # all arrays of a jitted call must be on the same devices
     cpu = jax.local_devices(backend="cpu")[0]
     for name, array in arrays.items():
         if not isinstance(array, jax.Array):
@@ -160,7 +160,7 @@ def _sums(arrays: Arrays) -> dict[str, tuple[jax.Array, jax.Array]]:
 
 
 def _words(array: jax.Array) -> jax.Array:
-    """The bits of `array` as uint32: one word per element, two per 64-bit element, on a last axis of 2."""
+    """Return the bits of `array` as uint32: a word per element; two, on a new last axis, if it has 64 bits."""
     if array.dtype == jnp.bool_:
         return array.astype(jnp.uint32)
     word = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
@@ -176,7 +176,7 @@ def _sum_words(words: jax.Array) -> tuple[jax.Array, jax.Array]:
         stride *= words.shape[axis]
     weight = _mix(index + jnp.uint32(0x9E3779B9))
     zero = jnp.uint32(0)
-    return jax.lax.reduce(  # both sums in one reduction: a quarter of the compile time of two
+    return jax.lax.reduce(  # one reduction compiles in a quarter of the time of two
         (words * (weight | jnp.uint32(1)), _mix(words ^ weight)),
         (zero, zero),
         lambda left, right: (left[0] + right[0], left[1] + right[1]),
@@ -185,7 +185,7 @@ def _sum_words(words: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _mix(words: jax.Array) -> jax.Array:
-    """A bijection of uint32 in which every input bit moves every output bit (MurmurHash3's last steps)."""
+    """Map uint32 to uint32 one to one, so that each input bit affects each output bit (MurmurHash3's finalizer)."""
     words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
     words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
     return words ^ (words >> 16)

@@ -5,6 +5,8 @@ from fam_jax.config.fields import constraint_of, group, setting
 
 PASSKEY, TEXT, SEQIO, MIXED = "passkey", "text", "seqio", "text+passkey"
 PACKED = (TEXT, SEQIO)
+# Vocabularies that are no files.
+NAMED_VOCABULARIES = (PASSKEY, "bytes")
 
 
 @group("data")

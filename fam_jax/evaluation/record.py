@@ -1,19 +1,17 @@
 """The record of an evaluation: its results, how they were made, and its files."""
 
-import contextlib
 import dataclasses
-import errno
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import rich.table
 from etils import epath
 
+from fam_jax.checkpoint.new_file import check_output_file, output_file
 from fam_jax.config import Config, UserError
 from fam_jax.evaluation.task import Measured
 from fam_jax.evaluation.tasks import find_task
@@ -47,8 +45,7 @@ class Evaluation:
     @property
     def files(self) -> list[epath.Path]:
         """Return the JSON file, and the PNG beside it if the task has a plot."""
-        path = epath.Path(self.path)
-        return [path] if find_task(self.task).plot is None else [path, path.with_suffix(".png")]
+        return _files(self.path, self.task)
 
     def line(self) -> str:
         """Return the headline figures in one line."""
@@ -76,10 +73,10 @@ class Evaluation:
         values = dataclasses.asdict(self)
         del values["path"]
         plot, (path, *beside) = find_task(self.task).plot, self.files
-        with _writing(path) as file:
+        with output_file(path) as file:
             file.write(f"{json.dumps(values, indent=2)}\n".encode())
         if plot is not None:
-            with _writing(beside[0]) as file:
+            with output_file(beside[0]) as file:
                 plot(self.details, file, self._title(run))
 
 
@@ -122,33 +119,17 @@ def evaluation_path(workdir: str | os.PathLike[str], step: int, task: str) -> ep
     return epath.Path(workdir).expanduser() / FOLDER / str(step) / f"{task}.json"
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise :class:`UserError` if `path` cannot be written. Call it before a long evaluation."""
-    with contextlib.suppress(_NotWritten), _writing(path):
-        raise _NotWritten
+def check_output(path: str | os.PathLike[str], task: str) -> None:
+    """Raise :class:`UserError` if the results of a task could not be written to `path` and beside it."""
+    if epath.Path(path).suffix.lower() == ".png":
+        raise UserError(f"--out={path}: .png is the ending of the plot; give FILE.json")
+    for file in _files(path, task):
+        check_output_file(file)
 
 
-class _NotWritten(Exception):
-    """Leave :func:`_writing` without writing the file."""
-
-
-@contextlib.contextmanager
-def _writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file that appears only if the block ends without an error; folders are created."""
+def _files(path: str | os.PathLike[str], task: str) -> list[epath.Path]:
     whole = epath.Path(path)
-    unfinished = whole.parent / f".{whole.name}.unfinished"
-    try:
-        if whole.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with unfinished.open("wb") as file:
-                yield file
-            unfinished.replace(whole)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
+    return [whole] if find_task(task).plot is None else [whole, whole.with_suffix(".png")]
 
 
 def _version(package: str) -> str:

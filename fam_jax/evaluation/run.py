@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
+from fam_jax.checkpoint import read_config
 from fam_jax.config import Config, MeshConfig, resolve
 from fam_jax.data.vocabulary import check_vocabulary_size
-from fam_jax.evaluation.record import Evaluation, check_writable, evaluation_path, make_evaluation
+from fam_jax.evaluation.record import Evaluation, check_output, evaluation_path, make_evaluation
 from fam_jax.evaluation.task import OnProgress, Setting
 from fam_jax.evaluation.tasks import default_task, find_task
 from fam_jax.generation.streaming import Streamer
@@ -53,19 +54,18 @@ def evaluate(
     Raises:
       UserError: the checkpoint or the data cannot be read, the results cannot be written, or a setting is not allowed.
     """
-    if task is not None:
-        find_task(task)
+    name = task or default_task(resolve(read_config(checkpoint)).data)
+    find_task(name)
     if out is not None and jax.process_index() == 0:
-        check_writable(os.path.expanduser(out))
+        check_output(os.path.expanduser(out), name)
     mesh = mesh or MeshConfig()
     config, params, step = load_model(checkpoint, step, make_mesh(mesh))
     values = dataclasses.asdict(config)
     values["evaluate"] |= settings
     config = resolve({**values, "mesh": dataclasses.asdict(mesh)})
-    name = task or default_task(config.data)
     path = evaluation_path(checkpoint, step, name) if out is None else os.path.expanduser(out)
     if jax.process_index() == 0:
-        check_writable(path)
+        check_output(path, name)
     measure = _prepare(name, _setting(config, files, suffixes), on_progress)
     found = make_evaluation(config, name, step, measure(params), command=command, path=path)
     if jax.process_index() == 0:

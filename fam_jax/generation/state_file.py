@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
+from fam_jax.checkpoint.new_file import new_file
 from fam_jax.config import ModelConfig, UserError, fields_with_effect
 from fam_jax.config.format1 import former_array_name, upgrade_array_name, upgrade_model
 from fam_jax.model import StreamState, Transformer
@@ -218,15 +218,10 @@ def _by_name(state: StreamState) -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    unfinished = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            unfinished = Path(file.name)
+        with new_file(path) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
     except OSError as error:
-        if unfinished is not None:
-            unfinished.unlink(missing_ok=True)
         raise StateFileError(f"{path}: cannot be written ({error.strerror}); give another path") from error

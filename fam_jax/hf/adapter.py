@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from fam_jax.checkpoint.new_file import mode_of_umask
 from fam_jax.config import Config
 from fam_jax.hf.config_json import ConvertError
 from fam_jax.hf.memory_file import write_memory
@@ -17,11 +19,19 @@ from fam_jax.model import lora
 from fam_jax.model.layer_types import is_memory
 from fam_jax.model.parameters import flatten
 
-PREFIX = "base_model.model."  # PEFT puts it before the names of the base model's modules
+# PEFT puts it before the names of the base model's modules.
+PREFIX = "base_model.model."
+# The layers of a text model, and those of the text part of a model with a vision tower.
+TEXT_LAYERS, MULTIMODAL_LAYERS = "model.layers.", "model.language_model.layers."
 
 
 def export_adapter(
-    path: str | os.PathLike[str], config: Config, params: Mapping[str, Any], base_name: str = ""
+    path: str | os.PathLike[str],
+    config: Config,
+    params: Mapping[str, Any],
+    base_name: str | None = None,
+    *,
+    multimodal: bool = False,
 ) -> None:
     """Write `adapter_config.json`, `adapter_model.safetensors` and the parameters of the memory into a new folder.
 
@@ -29,7 +39,8 @@ def export_adapter(
       path: a folder that is empty or does not exist.
       config: of the run, with its LoRA.
       params: nested dict of the run's parameters, with `lora_a` and `lora_b`.
-      base_name: where PEFT finds the base model: a folder or a name.
+      base_name: Hugging Face folder or name of the base model, from which PEFT loads it; None: unknown.
+      multimodal: whether the base model has a vision tower. The adapter then fits its text part.
 
     Raises:
       ConvertError: the run has no LoRA, LoRA trained other parameters too, or the folder cannot be written.
@@ -46,6 +57,7 @@ def export_adapter(
         raise ConvertError(
             f"config.lora.train: {others[0]} was trained too, and an adapter cannot hold it; export the merged model"
         )
+    layers = MULTIMODAL_LAYERS if multimodal else TEXT_LAYERS
     arrays: dict[str, np.ndarray] = {}
     modules = set()
     for tensor in tensors(config.model):
@@ -55,15 +67,18 @@ def export_adapter(
         modules.add(tensor.name.split(".")[-2])
         for layer, name in enumerate(tensor.names):
             a, b = (np.asarray(leaves[f"{group}/{part}"][layer]) for part in lora.ADAPTERS)
-            module = PREFIX + name.removesuffix(".weight")
+            module = PREFIX + name.removesuffix(".weight").replace(TEXT_LAYERS, layers, 1)
             arrays[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, rank).T)
             arrays[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.reshape(rank, -1).T)
+    # A pattern for a model with a vision tower, which has modules of the same names.
+    pattern = rf"{re.escape(layers)}\d+\.\w+\.({'|'.join(sorted(modules))})"
     adapter_config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "bias": "none",
         "r": rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0, "inference_mode": True,
-        "target_modules": sorted(modules),
+        "target_modules": pattern if multimodal else sorted(modules),
     }  # fmt: skip
     with new_folder(path) as folder:
-        save_file(arrays, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        with mode_of_umask(folder / "adapter_model.safetensors"):
+            save_file(arrays, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_memory(folder, config.model, leaves)
         (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """Export a model to a Hugging Face folder that transformers loads."""
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -11,7 +12,8 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save_file
 
-from fam_jax.checkpoint import companion_folders, load_params
+from fam_jax.checkpoint import companion_folders, find_vocabulary, load_params
+from fam_jax.checkpoint.new_file import mode_of_umask
 from fam_jax.config import Config, ModelConfig, resolve
 from fam_jax.hf.adapter import export_adapter
 from fam_jax.hf.config_json import read_json
@@ -19,8 +21,8 @@ from fam_jax.hf.folder import CONFIG, INDEX, SINGLE, copy_companions
 from fam_jax.hf.memory_file import write_memory
 from fam_jax.hf.multimodal import is_multimodal, text_part
 from fam_jax.hf.names import Tensor, tensors
-from fam_jax.hf.output_folder import check_new_folder, new_folder
-from fam_jax.hf.tokenizer import copy_tokenizer
+from fam_jax.hf.output_folder import SOURCE, check_new_folder, new_folder
+from fam_jax.hf.tokenizer import copy_tokenizer, find_tokenizer
 from fam_jax.hf.written_config import check_same, hf_config, updated_config
 from fam_jax.model import lora
 from fam_jax.model.parameters import flatten
@@ -38,6 +40,10 @@ class ExportedModel(NamedTuple):
     architecture: str | None
     # Whether the model was imported without its vision tower.
     text_part: bool
+    # Whether a tokenizer was exported.
+    tokenizer: bool = False
+    # Of an adapter: the base model that it names.
+    base: str | None = None
 
 
 def export_model(
@@ -46,6 +52,7 @@ def export_model(
     step: int | None = None,
     *,
     lora_updates: str = "merged",
+    base: str | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     on_progress: OnProgress | None = None,
@@ -58,6 +65,8 @@ def export_model(
       step: the saved step; None takes the latest.
       lora_updates: what to export of a run with LoRA: "merged", the model with the updates merged into its weights;
         "base", the model without them; or "adapter", the updates alone, for PEFT.
+      base: Hugging Face folder or name of the base model that an adapter names; None: the folder that was imported, if
+        it still exists, or the name in its config.json.
       dtype: of the tensors; None keeps that of the checkpoint, or takes float32 for merged weights.
       shard_bytes: largest size of a safetensors file.
       on_progress: called with the number of tensors written so far and in total.
@@ -68,27 +77,21 @@ def export_model(
     """
     check_new_folder(out)
     params, values, step = load_params(checkpoint, step)  # in host memory
-    config = resolve(values)
+    config = find_vocabulary(resolve(values), checkpoint, step)
+    companions = find_companions(checkpoint, config)
     if lora_updates == "adapter":
-        export_adapter(out, config, params, config.train.init_from)
-        return ExportedModel(step, None, text_part=False)
+        name, multimodal = _base_of_adapter(companions, base)
+        export_adapter(out, config, params, name, multimodal=multimodal)
+        return ExportedModel(step, None, text_part=False, base=name)
     if config.lora.rank and lora_updates == "merged":
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             params, dtype = lora.merge(params, config.lora), dtype or "float32"
-    companions = find_companions(checkpoint, config)
     stored = str(params["embedding"]["table"].dtype)
     original = {} if companions is None else read_json(companions / CONFIG)
     if companions is None:
         hf = hf_config(config.model, dtype=stored)
     else:
         hf = updated_config(config.model, text_part(original), dtype=stored)
-
-    def write_companions(folder: Path) -> None:
-        if companions is None:
-            copy_tokenizer(config.data.vocabulary, folder)
-        else:
-            copy_companions(companions, folder, config=False)
-
     export_folder(
         out,
         config.model,
@@ -97,15 +100,43 @@ def export_model(
         dtype=dtype,
         shard_bytes=shard_bytes,
         on_progress=on_progress,
-        write_more=write_companions,
+        write_more=functools.partial(_write_companions, companions, config.data.vocabulary),
     )
-    return ExportedModel(step, hf["architectures"][0], is_multimodal(original))
+    has_tokenizer = find_tokenizer(Path(out).expanduser()) is not None
+    return ExportedModel(step, hf["architectures"][0], is_multimodal(original), has_tokenizer)
 
 
 def find_companions(checkpoint: str | os.PathLike[str], config: Config) -> epath.Path | None:
     """Return the folder with the config.json and tokenizer that a run's model, or its base, was imported with."""
     found = companion_folders(config, checkpoint)
     return next((folder for folder in found if (folder / CONFIG).is_file()), None)
+
+
+def _write_companions(companions: epath.Path | None, vocabulary: str, folder: Path) -> None:
+    """Write the companions of a model into the folder of its export, or else its vocabulary."""
+    if companions is not None:
+        copy_companions(companions, folder, config=False)
+    if find_tokenizer(folder) is None:
+        copy_tokenizer(vocabulary, folder)
+
+
+def _base_of_adapter(companions: epath.Path | None, base: str | None) -> tuple[str | None, bool]:
+    """Return the base model that an adapter names, and whether it has a vision tower.
+
+    Args:
+      companions: of the imported model; None: the run did not begin with one.
+      base: the name that the user gave; None: none.
+    """
+    hf = {} if companions is None else read_json(companions / CONFIG)
+    if base is None and companions is not None:
+        record = companions / SOURCE
+        source = read_json(record).get("source") if record.exists() else None
+        # A fine-tuned model may keep the name of the model before it, so the folder comes first.
+        known = isinstance(source, str) and (Path(source) / CONFIG).is_file()
+        base = source if known else hf.get("_name_or_path") or None
+    if base is not None and (Path(base).expanduser() / CONFIG).is_file():
+        hf = read_json(Path(base).expanduser() / CONFIG)
+    return base, is_multimodal(hf)
 
 
 def export_folder(
@@ -196,7 +227,8 @@ def _write_tensors(folder: Path, files: list[list[_Part]], on_progress: OnProgre
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
     done, total = 0, sum(map(len, files))
     for name, parts in zip(names, files, strict=True):
-        save_file({part.name: part.values() for part in parts}, folder / name, metadata={"format": "pt"})
+        with mode_of_umask(folder / name):
+            save_file({part.name: part.values() for part in parts}, folder / name, metadata={"format": "pt"})
         done += len(parts)
         if on_progress is not None:
             on_progress(done, total)

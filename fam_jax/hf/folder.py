@@ -1,5 +1,6 @@
 """A folder in Hugging Face format, read one tensor at a time."""
 
+import fnmatch
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,10 +186,11 @@ def copy_companions(source: epath.PathLike, target: epath.PathLike, *, config: b
     source, target = epath.Path(source), epath.Path(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for pattern in (CONFIG, *COMPANION_FILES) if config else COMPANION_FILES:
-            for file in source.glob(pattern):
-                if file.is_file():
-                    (target / file.name).write_bytes(file.read_bytes())
+        patterns = (CONFIG, *COMPANION_FILES) if config else COMPANION_FILES
+        # Not source.glob, which takes characters of the folder's path for a pattern.
+        for file in source.iterdir():
+            if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in patterns) and file.is_file():
+                (target / file.name).write_bytes(file.read_bytes())
     except OSError as error:
         path = error.filename or target
         raise ConvertError(

@@ -18,6 +18,8 @@ from fam_jax.model.parameters import unflatten
 Shapes = dict[str, jax.ShapeDtypeStruct]
 # XLA on a CPU takes an array without a copy if its address is a multiple of this many bytes.
 ALIGNMENT = 64
+# Values that are checked at a time.
+CHECKED = 1 << 20
 # Rows of a table that are compared at a time.
 ROWS = 4096
 
@@ -49,7 +51,8 @@ def import_parameters(
       The parameters as nested dict.
 
     Raises:
-      ConvertError: a tensor is missing or unexpected, or has another shape or dtype than the model needs.
+      ConvertError: a tensor is missing or unexpected, has another shape or dtype than the model needs, or has values
+        that are not finite.
     """
     wanted = tensors(model)
     check_tensors(folder, model, wanted)
@@ -128,14 +131,29 @@ def _load(folder: Folder, tensor: Tensor, dtype: Any, sharding: jax.sharding.Sha
         out = _aligned(shape, dtype)
         if not tensor.stacked:
             tensor.copy_from_file(folder.read(tensor.name, tensor.file_index(index)), out)
+            _check_finite(folder, tensor.name, out)
             return out
         layers = range(*index[0].indices(tensor.layers))
         for row, layer in zip(out, layers, strict=True):
             name = tensor.names[layer]
             tensor.copy_from_file(folder.read(name, tensor.file_index(index[1:])), row)
+            _check_finite(folder, name, row)
         return out
 
     return jax.make_array_from_callback(tensor.shape, sharding, read_shard, dtype=dtype)
+
+
+def _check_finite(folder: Folder, name: str, values: np.ndarray) -> None:
+    """Raise :class:`ConvertError` if a tensor, in the dtype of its parameter, has NaN or infinite values."""
+    # An exponent of ones, looked for in the bits: numpy has no fast isfinite for bfloat16.
+    exponent = np.frombuffer(np.array(np.inf, values.dtype).tobytes(), f"u{values.dtype.itemsize}")[0]
+    bits = values.reshape(-1).view(exponent.dtype)
+    for begin in range(0, bits.size, CHECKED):
+        if ((bits[begin : begin + CHECKED] & exponent) == exponent).any():
+            raise ConvertError(
+                f"{folder.path}: tensor {folder.where(name)} has values that are not finite as {values.dtype}; "
+                "download the file again, or import with another --param_dtype"
+            )
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

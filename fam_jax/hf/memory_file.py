@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from fam_jax.checkpoint.new_file import mode_of_umask
 from fam_jax.config import ModelConfig
 from fam_jax.config.format1 import upgrade_model
 from fam_jax.hf.config_json import ConvertError, first_line
@@ -98,4 +99,5 @@ def write_memory(folder: Path, model: ModelConfig, leaves: Mapping[str, Any]) ->
     found = {path: np.asarray(leaf) for path, leaf in leaves.items() if is_memory(path)}
     if found:
         config = json.dumps({"block_size": model.block_size, "memory": dataclasses.asdict(model.memory)})
-        save_file(found, folder / MEMORY_FILE, metadata={"format": FORMAT, "config": config})
+        with mode_of_umask(folder / MEMORY_FILE):
+            save_file(found, folder / MEMORY_FILE, metadata={"format": FORMAT, "config": config})

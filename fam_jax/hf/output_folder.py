@@ -1,6 +1,8 @@
 """Output folders of imports and exports: checked before anything is read, and removed if writing fails."""
 
 import contextlib
+import errno
+import json
 import os
 import re
 import shutil
@@ -12,21 +14,26 @@ import safetensors
 from etils import epath
 from jax.experimental import multihost_utils
 
-from fam_jax.checkpoint import COMPANIONS, absolute, saved_steps
+from fam_jax.checkpoint import COMPANIONS, VOCABULARY, absolute, check_name, saved_steps
 from fam_jax.config import UserError
 from fam_jax.hf.config_json import ConvertError
 from fam_jax.hf.folder import copy_companions
 
 UNFINISHED = ".unfinished_export"
 # Names in the folder of an unfinished import.
-UNFINISHED_IMPORT = rf"{COMPANIONS}|config\.json(\.tmp)?|0(\.orbax-checkpoint-tmp.*)?"
+UNFINISHED_IMPORT = (
+    rf"{COMPANIONS}|{VOCABULARY}|\.lock|config\.json(\.tmp)?|\.config\.json\.unfinished|"
+    r"0(\.orbax-checkpoint-tmp.*)?"
+)
+# A file among the companions with the path of the folder that was imported.
+SOURCE = "source.json"
 
 
 def check_new_folder(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a folder that an export may write.
 
     Raises:
-      ConvertError: there is a file, a mounted file system, or a folder that is not empty.
+      ConvertError: there is a file, a mounted file system, or a folder that is not empty, or it cannot be created.
     """
     folder = Path(path).expanduser().resolve()
     if folder.exists() and not folder.is_dir():
@@ -37,7 +44,18 @@ def check_new_folder(path: str | os.PathLike[str]) -> Path:
         )
     if folder.is_dir() and any(folder.iterdir()):
         raise ConvertError(f"{folder}: is not empty; give a new folder as --out")
+    _check_writable(folder, folder.parent)  # the export is written beside it
     return folder
+
+
+def _check_writable(out: Path, place: Path) -> None:
+    """Raise :class:`ConvertError` if nothing can be created in `place`, or below the part of it that exists."""
+    found = next(folder for folder in (place, *place.parents) if folder.exists())
+    number = 0 if found.is_dir() else errno.ENOTDIR
+    if not number and not os.access(found, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(found).f_flag & os.ST_RDONLY else errno.EACCES
+    if number:
+        raise ConvertError(f"{out}: cannot be created ({os.strerror(number)}); give another --out")
 
 
 @contextlib.contextmanager
@@ -73,14 +91,16 @@ def check_new_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
     """Return the absolute path of a checkpoint folder that an import may write.
 
     Raises:
-      UserError: there is a file, or a folder that is not empty. A folder that an unfinished import left is fine.
+      UserError: there is a file, or a folder that is not empty, or it cannot be created. A folder that an unfinished
+        import left is fine.
     """
     out = absolute(path)
-    if not out.exists():
-        return out
-    if not out.is_dir():
+    check_name(out)
+    if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a new folder as --out")
-    names = [path.name for path in out.iterdir()]
+    if "://" not in os.fspath(out):
+        _check_writable(Path(out), Path(out))
+    names = [path.name for path in out.iterdir()] if out.exists() else []
     # An import writes the companions first and the step last.
     unfinished = COMPANIONS in names and not saved_steps(out)
     if names and not (unfinished and all(re.fullmatch(UNFINISHED_IMPORT, name) for name in names)):
@@ -111,6 +131,8 @@ def new_checkpoint(out: epath.Path, source: Path) -> Iterator[None]:
     try:
         if jax.process_index() == 0:
             copy_companions(source, out / COMPANIONS)
+            record = json.dumps({"source": str(source.resolve())}, indent=2)
+            (out / COMPANIONS / SOURCE).write_text(record + "\n")
         multihost_utils.sync_global_devices("companions")  # nothing of an earlier import is left from here on
         yield
     except BaseException:

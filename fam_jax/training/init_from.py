@@ -4,20 +4,13 @@ import dataclasses
 from typing import Any
 
 import jax
-from etils import epath
 
-from fam_jax.checkpoint import absolute, load_params, read_config, with_vocabulary_found
+from fam_jax.checkpoint import find_vocabulary, load_params, locate, read_config
 from fam_jax.config import Config, ConfigError, ModelConfig, fields_with_effect, resolve
 from fam_jax.model import lora
 from fam_jax.model.layer_types import is_memory, start_of_memory
 from fam_jax.model.parameters import flatten, unflatten
 from fam_jax.sharding import param_shardings
-
-
-def locate(name: str) -> tuple[epath.Path, int | None]:
-    """Return the folder and the step (None for the latest) of a base such as WORKDIR or WORKDIR/STEP."""
-    folder = absolute(name)
-    return (folder.parent, int(folder.name)) if folder.name.isdigit() else (folder, None)
 
 
 def base_config(name: str) -> Config:
@@ -27,8 +20,8 @@ def base_config(name: str) -> Config:
       CheckpointError: there is no such checkpoint.
       ConfigError: this version cannot read its config.
     """
-    folder, _ = locate(name)
-    return with_vocabulary_found(resolve(read_config(folder)), folder)
+    folder, step = locate(name)
+    return find_vocabulary(resolve(read_config(folder)), folder, step)
 
 
 def check_named(config: Config) -> None:
@@ -52,7 +45,12 @@ def load_base(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     folder, step = locate(config.train.init_from)
     base = base_config(config.train.init_from)
     _check_same_model(config, base)
-    params, _, _ = load_params(folder, step, shardings=lambda shapes: param_shardings(shapes, mesh))
+    params, _, _ = load_params(
+        folder,
+        step,
+        shardings=lambda shapes: param_shardings(shapes, mesh),
+        flag=f"--config.train.init_from={folder}/{{step}}",
+    )
 
     def adapt(params: dict[str, Any]) -> dict[str, Any]:
         flat = flatten(lora.merge(params, base.lora))

@@ -4,14 +4,21 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
 from fam_jax import sharding
-from fam_jax.checkpoint import Checkpoints, absolute, saved_steps
+from fam_jax.checkpoint import (
+    MAY_CHANGE,
+    Checkpoints,
+    absolute,
+    check_name,
+    find_vocabulary,
+    saved_steps,
+)
 from fam_jax.config import Config, UserError
 from fam_jax.data.build import make_batches
 from fam_jax.data.interface import Batches
@@ -25,6 +32,14 @@ from fam_jax.training.interruption import Interrupted, stop_requests
 from fam_jax.training.metrics import MetricsWriter
 from fam_jax.training.optimizer import make_optimizer
 from fam_jax.training.progress import ProgressReport
+from fam_jax.training.start import (
+    change_notes,
+    check_allowed,
+    decide_batches,
+    find_fork,
+    load_from,
+    restore_batches,
+)
 from fam_jax.training.state import TrainState, init_state
 from fam_jax.training.step import BATCH_TYPES, make_train_step
 from fam_jax.training.trace import StepTrace
@@ -86,12 +101,15 @@ def train(
     evaluate: Evaluate | None = None,
     restore_step: int | None = None,
     profile_steps: tuple[int, int] | None = None,
+    allow_change: Sequence[str] = (),
+    fork: str = "",
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train until config.train.steps, from the latest checkpoint of `workdir` if there is one.
 
-    Writes below `workdir`: `config.json`, a folder per checkpoint, `metrics.jsonl`, `tensorboard/`, `profile/`. In a
-    job of several processes, call it in all of them; the first one reports.
+    A folder without a checkpoint takes any config. Later, fields whose effect is "execution" may change. Writes
+    `config.json`, a folder per checkpoint, `metrics.jsonl`, `tensorboard/` and `profile/` below `workdir`. In a job of
+    several processes, call it in all of them; the first one reports.
 
     Args:
       config: the experiment.
@@ -100,6 +118,10 @@ def train(
         None: the evaluation task of the run's data, by :func:`fam_jax.evaluation.evaluate_in_training`.
       restore_step: checkpoint to go back to, instead of the latest; later ones are deleted.
       profile_steps: first and last step of a profiler trace.
+      allow_change: other fields that may change now, such as "optimizer.learning_rate". The run keeps its state, and
+        config.json records the change.
+      fork: WORKDIR or WORKDIR/STEP of a run from whose state (parameters, optimizer, step, data) a new run starts.
+        Fields that do not decide what the parameters mean may differ. If the batches do, the data starts over.
       quiet: show nothing on the terminal.
 
     Returns:
@@ -109,21 +131,17 @@ def train(
       UserError: for example, LoRA has no base, the folder belongs to another config, or the loss is not finite.
       Interrupted: a signal asked to stop; a checkpoint of the last step was saved.
     """
-    check_named(config)
+    folder, first = absolute(workdir), jax.process_index() == 0
+    config = find_vocabulary(config, folder, restore_step, resuming=True)
     if evaluate is None and config.evaluate.every:
         evaluate = evaluate_in_training(config, workdir)
-    trainer, batches = make_trainer(config), _checked_batches(config)
-    folder, first = absolute(workdir), jax.process_index() == 0
-    state = None
-    if restore_step is None and not saved_steps(folder):
-        state = trainer.create()  # before the folder is made: if the base is missing, no folder remains
-    with Checkpoints(
-        folder, config=dataclasses.asdict(config), keep=config.train.keep_checkpoints
-    ) as checkpoints:
-        if state is None:
-            values, position = checkpoints.restore(restore_step, _as_dict(trainer.state_shapes))
-            state = TrainState(**values)
-            batches.restore(position)
+    with _open(config, folder, restore_step, allow_change, fork) as (
+        trainer,
+        checkpoints,
+        state,
+        batches,
+        notes,
+    ):
         done = int(state.step)
         remaining = range(done + 1, config.train.steps + 1)
         writing: contextlib.AbstractContextManager[MetricsWriter | None] = (
@@ -134,10 +152,47 @@ def train(
             ProgressReport(config.train.steps, done, quiet=quiet or not first) as progress,
             StepTrace(folder, profile_steps, remaining=remaining) as trace,
         ):
-            for line in _header(config, trainer, state, batches.longest_row, folder):
+            for line in (*_header(config, trainer, state, batches.longest_row, folder), *notes):
                 progress.say(line)
             run = _Run(trainer, batches, checkpoints, writer, progress, trace, evaluate, folder)
             return run(state, remaining)
+
+
+@contextlib.contextmanager
+def _open(
+    config: Config, folder: epath.Path, restore_step: int | None, allow_change: Sequence[str], fork: str
+) -> Iterator[tuple[Trainer, Checkpoints, TrainState, Batches, list[str]]]:
+    """Open the folder of a run, for the arguments of :func:`train`.
+
+    Yields:
+      The trainer, the checkpoints, the state and the batches to go on with, and lines about what is different now.
+    """
+    check_named(config)
+    check_name(folder)
+    changing = check_allowed(allow_change, config)
+    source = find_fork(fork, folder, config, restore_step) if fork else None
+    trainer, batches, notes = make_trainer(config), _checked_batches(config), list[str]()
+    state = None
+    if restore_step is None and source is None and not saved_steps(folder):
+        state = trainer.create()  # before the folder is made, so that a missing base leaves no trace
+    with Checkpoints(
+        folder,
+        config=dataclasses.asdict(config),
+        keep=config.train.keep_checkpoints,
+        may_change=(*MAY_CHANGE, *changing),
+        step=restore_step,
+        forked_from=source.name if source else "",
+    ) as checkpoints:
+        if state is None:
+            values, position = load_from(checkpoints, restore_step, source, _as_dict(trainer.state_shapes))
+            state, before = TrainState(**values), source.config if source else checkpoints.previous_config
+            start_over = source is not None or decide_batches(changing)
+            batches, notes = restore_batches(batches, position, lambda: _checked_batches(config), start_over)
+            notes += change_notes(before, config, int(state.step))
+            if source:
+                checkpoints.save(source.step, _as_dict(state), batches.state(), wait=True)
+                notes.insert(0, f"forked from {source.name}")
+        yield trainer, checkpoints, state, batches, notes
 
 
 def _checked_batches(config: Config) -> Batches:
@@ -241,7 +296,12 @@ class _Run:
                     raise Interrupted(step, signal_number)
         if remaining:
             self.checkpoints.wait()
-        self.progress.say(f"finished: {config.train.steps} steps, results in {self.folder}")
+            self.progress.say(f"finished: {config.train.steps} steps, results in {self.folder}")
+        else:
+            self.progress.say(
+                f"nothing to do: {int(state.step)} steps are done and train.steps is {config.train.steps}; "
+                "raise it to go on"
+            )
         return last
 
     def _step(
@@ -262,9 +322,15 @@ class _Run:
         for name in ("loss", "update_norm"):
             value = float(metrics[name])
             if not math.isfinite(value):
+                saved = self.checkpoints.latest_step()
+                go_on = (
+                    f"to go on from step {saved}, add --allow_change=optimizer.learning_rate,optimizer.clip_norm"
+                    if saved is not None
+                    else f"no checkpoint is saved yet, so {self.folder} takes the new values"
+                )
                 return (
                     f"the {name.replace('_', ' ')} is {value} at step {step}: lower config.optimizer.learning_rate "
-                    f"or clip_norm; checkpoints before it are in {self.folder}"
+                    f"or clip_norm; {go_on}"
                 )
         return ""
 

@@ -332,6 +332,8 @@ def test_what_a_change_affects_is_said_on_the_field() -> None:
     execution = fields_with_effect(Config, "execution")
     assert execution == {
         "train.steps",
+        "train.accumulation",
+        "train.loss_chunk",
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",

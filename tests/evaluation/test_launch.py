@@ -101,14 +101,16 @@ def test_help_does_not_load_tensorflow(argument: str) -> None:
         (["--checkpoint=RUN", "--mesh=3,1,1"], "config.mesh: data * fsdp * tensor = 3, but there are 8 devices"),
         (["--checkpoint=RUN", "--mesh=1,1,8"], "8 does not divide model.vocab_size 51"),
         (["--checkpoint=RUN", "--task=copy"], "task 'copy': is unknown; choose one of passkey, text"),
-        (["--checkpoint=RUN", "--out=RUN"], "cannot be written"),
+        (["--checkpoint=RUN", "--out=RUN"], "RUN: cannot be written (it is a folder); give another --out"),
+        (["--checkpoint=RUN", "--out=RUN/config.json/x.json"], "cannot be written (Not a directory)"),
+        (["--checkpoint=RUN", "--out=x.png"], "--out=x.png: .png is the ending of the plot; give FILE.json"),
     ],
     ids=str,
 )  # fmt: skip
 def test_mistakes(run: pathlib.Path, arguments: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         evaluate.main([part.replace("RUN", str(run)) for part in arguments])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message.replace("RUN", str(run)) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_config_with_an_unknown_field(tmp_path: pathlib.Path, run: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ def save(folder: pathlib.Path, config: Config) -> None:
 
 
 def test_the_vocabulary_of_a_moved_checkpoint_is_found(tmp_path: pathlib.Path) -> None:
-    """The vocabulary of the run, or of the base that it began with."""
+    """Find the vocabulary in the run, or in the base that it began with; a run keeps a copy of its own."""
     imported, run = tmp_path / "imported", tmp_path / "run"
     config = Config(
         model=CONFIG, data=DataConfig(vocabulary=str(imported / "huggingface" / "tokenizer.json"))
@@ -31,12 +32,13 @@ def test_the_vocabulary_of_a_moved_checkpoint_is_found(tmp_path: pathlib.Path) -
     file.parent.mkdir()
     file.touch()
     save(run, dataclasses.replace(config, train=TrainConfig(init_from=str(tmp_path / "moved" / "1"))))
+    assert load_model(run)[0].data.vocabulary == str(run / "vocabulary" / "tokenizer.json")
+    shutil.rmtree(run / "vocabulary")
     assert load_model(imported)[0] == config
     moved = imported.rename(tmp_path / "moved")
     for folder in (moved, run):
-        found = load_model(folder)[0].data.vocabulary
-        assert found == str(moved / "huggingface" / "tokenizer.json")
-    assert base_config(str(moved)).data.vocabulary == found
+        assert load_model(folder)[0].data.vocabulary == str(moved / "huggingface" / "tokenizer.json")
+    assert base_config(str(moved)).data.vocabulary == str(moved / "huggingface" / "tokenizer.json")
     (moved / "huggingface" / "tokenizer.json").unlink()
     assert load_model(moved)[0] == config
 

@@ -300,3 +300,29 @@ def test_windows_that_are_not_supported(name, changes, says):
     with pytest.raises(ConvertError) as caught:
         describe_model(Folder(DATA / name).config | changes)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+def test_values_that_are_not_finite(folder, name, dtype, value):
+    def spoil(tensors):
+        for each in tensors:
+            tensors[each] = tensors[each].astype(dtype)
+        tensors[name].reshape(-1)[-1] = value
+
+    edit_tensors(folder, spoil)
+    assert f"tensor {name} in model.safetensors has values that are not finite as {dtype}" in message_of(
+        folder
+    )
+
+
+def test_the_largest_values_are_finite(folder):
+    def enlarge(tensors):
+        tensors["model.norm.weight"][:2] = np.finfo("f4").max, np.finfo("f4").smallest_subnormal
+
+    edit_tensors(folder, enlarge)
+    _, params = imported(folder)
+    assert params["final_norm"]["scale"][0] == np.finfo("f4").max

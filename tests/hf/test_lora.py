@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from fam_jax.checkpoint import COMPANIONS, Checkpoints
-from fam_jax.config import Config, LoraConfig, TrainConfig
+from fam_jax.config import Config, LoraConfig, TrainConfig, UserError
 from fam_jax.hf import ConvertError, export_adapter
 from fam_jax.model import create_model, from_dict, lora, to_dict
 from launch import export_hf
@@ -102,6 +102,67 @@ def test_peft_loads_the_adapter_upon_the_base(name, targets, tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(DATA / name, attn_implementation="eager")
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     np.testing.assert_allclose(logits_of(model, recorded_tokens()), logits, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_fits_the_model_with_vision_that_was_imported(tmp_path):
+    name = "gemma3_vision"
+    few = dataclasses.replace(LORA, targets=("layers/query/kernel", "layers/down/kernel"))
+    config, params, logits = run_with_lora(name, few)
+    export_adapter(tmp_path / "adapter", config, params, str(DATA / name), multimodal=True)
+    peft = pytest.importorskip("peft", reason="only PEFT itself can read it")
+    import transformers
+
+    from tests.hf.hf_models import logits_of
+
+    base = transformers.Gemma3ForConditionalGeneration.from_pretrained(
+        DATA / name, attn_implementation="eager"
+    )
+    assert np.abs(logits_of(base, recorded_tokens()) - logits).max() > 0.1
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    np.testing.assert_allclose(logits_of(model, recorded_tokens()), logits, rtol=0, atol=1e-4)
+    assert not [path for path, _ in model.named_parameters() if "lora" in path and "vision" in path]
+
+
+def base_named(run, out, *arguments):
+    export(run, out, "--lora=adapter", *arguments)
+    return json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_an_adapter_names_the_hugging_face_base(workdir, tmp_path, capsys):
+    run, logits = workdir
+    companions = run.parent / "base" / COMPANIONS
+    assert base_named(run, tmp_path / "none") is None
+    assert "pass --base=NAME" in capsys.readouterr().err
+    described = json.loads((companions / "config.json").read_text())
+    (companions / "config.json").write_text(json.dumps(described | {"_name_or_path": "some/model"}))
+    assert base_named(run, tmp_path / "name") == "some/model"
+    for source, expected in ((tmp_path / "gone", "some/model"), (DATA / "gemma2", str(DATA / "gemma2"))):
+        (companions / "source.json").write_text(json.dumps({"source": str(source)}))
+        assert base_named(run, tmp_path / f"source_{source.name}") == expected
+    assert base_named(run, tmp_path / "given", "--base=other/model") == "other/model"
+    with pytest.raises(UserError, match="--base: names the base model of an adapter"):
+        export(run, tmp_path / "merged", "--base=other/model")
+    peft = pytest.importorskip("peft", reason="only PEFT itself can read it")
+    from tests.hf.hf_models import logits_of
+
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "source_gemma2", attn_implementation="eager"
+    )
+    np.testing.assert_allclose(logits_of(model, recorded_tokens()), logits, rtol=0, atol=1e-4)
+
+
+def test_the_base_decides_which_layers_an_adapter_names(workdir, tmp_path):
+    """A run whose import had a vision tower; --base names a folder without one."""
+    run, _ = workdir
+    shutil.copyfile(DATA / "gemma3_vision" / "config.json", run.parent / "base" / COMPANIONS / "config.json")
+
+    def names(out, *arguments):
+        export(run, out, "--lora=adapter", *arguments)
+        return load_file(out / "adapter_model.safetensors").keys()
+
+    assert all(".model.language_model.layers." in name for name in names(tmp_path / "vision"))
+    text = names(tmp_path / "text", f"--base={DATA / 'gemma2'}")
+    assert all(name.startswith("base_model.model.model.layers.") for name in text)
 
 
 def test_the_initial_fam_is_beside_the_adapter(tmp_path):

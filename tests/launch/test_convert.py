@@ -151,6 +151,56 @@ def test_a_run_s_own_vocabulary_goes_with_its_export(source, tmp_path):
     run(import_hf, "--source", out, "--out", again, "--block_size=8")
 
 
+def test_an_export_without_a_tokenizer_says_so(source, tmp_path, capsys):
+    run(import_hf, "--source", source, "--out", tmp_path / "ckpt", "--block_size=8", "--tokenizer=none")
+    (tmp_path / "ckpt" / "huggingface" / "tokenizer.json").unlink()
+    run(export_hf, "--checkpoint", tmp_path / "ckpt", "--out", tmp_path / "out")
+    assert "exported without a tokenizer" in capsys.readouterr().err
+
+
+def test_a_moved_run_is_exported_with_its_tokenizer(source, tmp_path, capsys):
+    """The run, not its base, is what is left."""
+    base, work = tmp_path / "base", tmp_path / "run"
+    run(import_hf, "--source", source, "--out", base, "--block_size=8")
+    params, values, _ = load_params(base)
+    values["train"]["init_from"] = str(base)
+    with Checkpoints(work, config=values, keep=1) as checkpoints:
+        checkpoints.save(3, {"params": params}, {})
+    shutil.rmtree(base)
+    work = work.rename(tmp_path / "moved")
+    run(export_hf, "--checkpoint", work, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "chat_template.jinja").exists()
+    assert "without a tokenizer" not in capsys.readouterr().err
+
+
+def test_a_tokenizer_given_by_a_flag_is_carried(source, tmp_path):
+    mine = shutil.move(source / "tokenizer.json", tmp_path / "mine.json")
+    run(import_hf, "--source", source, "--out", tmp_path / "ckpt", "--block_size=8", "--tokenizer", mine)
+    text = mine.read_text()
+    mine.unlink()
+    config, _, _ = load_model(tmp_path / "ckpt")
+    assert config.data.vocabulary == str(tmp_path / "ckpt" / "vocabulary" / "mine.json")
+    run(export_hf, "--checkpoint", tmp_path / "ckpt", "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == text
+
+
+def test_paths_that_look_like_patterns(source, tmp_path):
+    """They can be read, and an export can be written there; Orbax cannot save there."""
+    odd = tmp_path / "exp [v1]"
+    source = source.rename(tmp_path / "a [b]*")
+    assert "for a pattern; give a folder without" in error_of(
+        import_hf, "--source", source, "--out", odd / "ckpt"
+    )
+    assert not odd.exists()
+    run(import_hf, "--source", source, "--out", tmp_path / "ckpt", "--block_size=8")
+    assert (tmp_path / "ckpt" / "huggingface" / "tokenizer.json").exists()
+    (tmp_path / "ckpt").rename(tmp_path / "[ckpt]")
+    run(export_hf, "--checkpoint", tmp_path / "[ckpt]", "--out", odd / "out")
+    assert (odd / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert (odd / "out" / "tokenizer.json").exists()
+
+
 def test_mistakes(source, tmp_path):
     out = tmp_path / "ckpt"
     (tmp_path / "file").touch()
@@ -224,7 +274,7 @@ def test_companions_are_files_and_one_that_cannot_be_read_leaves_nothing(monkeyp
     how = ("--source", source, "--out", out, "--block_size=8")
     run(import_hf, *how)
     assert {path.name for path in (out / "huggingface").iterdir()} == {
-        "config.json", "tokenizer.json", "chat_template.jinja",
+        "config.json", "tokenizer.json", "chat_template.jinja", "source.json",
     }  # fmt: skip
     shutil.rmtree(out)
 

@@ -15,7 +15,7 @@ from etils.epath.testing import mock_epath
 
 from fam_jax import sharding
 from fam_jax.checkpoint import absolute, read_config
-from fam_jax.checkpoint.folder import settle_config
+from fam_jax.checkpoint.run_config import settle_config
 from fam_jax.config import UserError
 from fam_jax.data.curriculum import PasskeyCurriculum
 from fam_jax.training import loop, metrics

@@ -1,0 +1,194 @@
+"""The vocabulary and the base of a run: their digests, copies in its folder, and where they are now.
+
+The record of a step has the SHA-256 of the vocabulary's file and a digest of the base's parameters. So both may move,
+but no other file can take their place. The folder of a run holds
+
+    huggingface/     companions of an imported model: config.json, tokenizer; a run has those of its base
+    vocabulary/      the file of data.vocabulary, if it is not one of the companions
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from fam_jax.checkpoint.folder import (
+    CONFIG_FILE,
+    CheckpointError,
+    absolute,
+    locate,
+    read_config,
+    saved_steps,
+)
+from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders
+from fam_jax.checkpoint.orbax_io import read_record
+from fam_jax.config import Config, resolve
+from fam_jax.config.data import NAMED_VOCABULARIES, SEQIO
+
+VOCABULARY = "vocabulary"
+# Files beside a vocabulary that say which of its pieces are special, and how to use it.
+BESIDE = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
+
+# Digests by what they are of, "vocabulary" and "base". One is missing if the run has no such thing, or an earlier
+# version of this package saved the step.
+Origin = dict[str, str]
+
+
+def find_vocabulary(
+    config: Config, folder: epath.PathLike, step: int | None = None, *, resuming: bool = False
+) -> Config:
+    """Return `config` of the run in `folder` with the path at which its vocabulary is now.
+
+    The run's own copy comes first, then the path in `config`, then a file of that name in the folders of the base.
+
+    Args:
+      config: config of the run.
+      folder: folder of the run.
+      step: the saved step whose vocabulary is meant; None: the latest.
+      resuming: whether the path in `config` comes first, because the user has just named it.
+
+    Raises:
+      CheckpointError: there are such files, but none is the one that the run was trained with.
+    """
+    name = config.data.vocabulary
+    if name in NAMED_VOCABULARIES:
+        return config
+    named, file = epath.Path(name).expanduser(), name.rpartition("/")[2]
+    if resuming and named.exists():
+        return config
+    own, *base = companion_folders(config, folder)
+    places = [absolute(folder) / VOCABULARY / file, own / file]
+    places += [
+        named,
+        *(place / file for place in base),
+        *(place.parent / VOCABULARY / file for place in base),
+    ]
+    found = [place for place in places if place.exists()]
+    digest = saved_origin(absolute(folder), step).get("vocabulary")
+    right = [place for place in found if digest in (None, file_digest(place))]
+    if found and not right:
+        raise wrong_vocabulary(found[0], absolute(folder))
+    chosen = str(right[0]) if right and right[0] != named else name
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, vocabulary=chosen))
+
+
+def wrong_vocabulary(file: epath.PathLike, folder: epath.Path) -> CheckpointError:
+    """Return the error for a vocabulary that the run in `folder` was not trained with."""
+    return CheckpointError(
+        f"vocabulary {str(file)!r}: is not the one that the run in {folder} was trained with (its SHA-256 differs); "
+        "put that file back, or name it with --config.data.vocabulary"
+    )
+
+
+def saved_origin(folder: epath.Path, step: int | None = None) -> Origin:
+    """Return the digests in the record of a saved step; empty if there is no such step or no readable record."""
+    steps = saved_steps(folder)
+    step = steps[-1] if step is None and steps else step
+    return read_record(folder / str(step)).get("origin", {}) if step in steps else {}
+
+
+def settle_origin(
+    folder: epath.Path, config: Mapping[str, Any], step: int | None = None, forked_from: str = ""
+) -> tuple[Origin, list[str]]:
+    """Return the digests for the record of the steps to come, and the fields that name the same content elsewhere.
+
+    Args:
+      folder: folder of the run.
+      config: its config, as nested dict.
+      step: the saved step that it goes on from; None: the latest.
+      forked_from: WORKDIR/STEP of the checkpoint that a new run starts from; empty: none.
+
+    Raises:
+      CheckpointError: the vocabulary is not the one that the run, or the run that it is forked from, was trained with.
+    """
+    if not saved_steps(folder):
+        if not forked_from:
+            return origin_of(config), []
+        folder, step = locate(forked_from)
+    saved, now = saved_origin(folder, step), vocabulary_digest(config)
+    if saved.get("vocabulary") and now and now != saved["vocabulary"]:
+        raise wrong_vocabulary(config["data"]["vocabulary"], folder)
+    before = read_config(folder) if (folder / CONFIG_FILE).exists() else config
+    same = []
+    if now and now == (saved.get("vocabulary") or _vocabulary_of_old_run(before, folder, step)):
+        same.append("data.vocabulary")
+    base = config.get("train", {}).get("init_from")
+    if base and base != before.get("train", {}).get("init_from") and saved.get("base"):
+        same += ["train.init_from"] if same_base(base, saved["base"]) else []
+    return saved | ({"vocabulary": now} if now else {}), same
+
+
+def _vocabulary_of_old_run(config: Mapping[str, Any], folder: epath.Path, step: int | None) -> str:
+    """Return the digest of the vocabulary of a run whose steps do not have it."""
+    return vocabulary_digest(dataclasses.asdict(find_vocabulary(resolve(config), folder, step)))
+
+
+def origin_of(config: Mapping[str, Any]) -> Origin:
+    """Return the digests of the vocabulary and of the base that a config names now."""
+    found = {"vocabulary": vocabulary_digest(config), "base": ""}
+    if base := config.get("train", {}).get("init_from"):
+        folder, step = locate(base)
+        found["base"] = params_digest(
+            folder, step if step is not None else max(saved_steps(folder), default=0)
+        )
+    return {name: digest for name, digest in found.items() if digest}
+
+
+def vocabulary_digest(config: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the file that data.vocabulary names; empty if it names none, or there is no such file."""
+    name = config.get("data", {}).get("vocabulary", NAMED_VOCABULARIES[0])
+    file = epath.Path(name).expanduser()
+    return file_digest(file) if name not in NAMED_VOCABULARIES and file.exists() else ""
+
+
+def file_digest(file: epath.Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def params_digest(folder: epath.Path, step: int) -> str:
+    """Return a digest of the parameters of a saved step; empty if there is no such step."""
+    record = read_record(folder / str(step)) if step in saved_steps(folder) else {}
+    return hashlib.sha256(json.dumps(record["params"], sort_keys=True).encode()).hexdigest() if record else ""
+
+
+def same_base(place: str, digest: str) -> bool:
+    """Return whether `place`, such as WORKDIR or WORKDIR/STEP, has the parameters of a digest."""
+    folder, step = locate(place)
+    return digest in [params_digest(folder, each) for each in saved_steps(folder) if step in (None, each)]
+
+
+def keep_copies(folder: epath.Path, config: Mapping[str, Any]) -> None:
+    """Copy the vocabulary into the folder of a run, with the companions of the base if they are of that vocabulary.
+
+    Files that are there already stay as they are.
+
+    Raises:
+      OSError: a file cannot be read or written.
+    """
+    data, base = config.get("data", {}), config.get("train", {}).get("init_from")
+    digest, file = vocabulary_digest(config), epath.Path(data.get("vocabulary", "")).expanduser()
+    companions = locate(base)[0] / COMPANIONS if base else None
+    if companions is not None and companions.is_dir() and not (folder / COMPANIONS).exists():
+        files = [found for found in companions.iterdir() if found.is_file()]
+        # The vocabulary of a seqio task is not known here.
+        if data.get("task", "").startswith(f"{SEQIO}:") or (digest and digest in map(file_digest, files)):
+            _copy(files, folder / COMPANIONS)
+    kept = [place / file.name for place in (folder / VOCABULARY, folder / COMPANIONS)]
+    if digest and digest not in [file_digest(copy) for copy in kept if copy.exists()]:
+        beside = [file.parent / name for name in BESIDE]
+        _copy([file, *(other for other in beside if other.exists())], folder / VOCABULARY)
+
+
+def _copy(files: list[epath.Path], target: epath.Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        unfinished = target / f".{file.name}.unfinished"
+        unfinished.write_bytes(file.read_bytes())
+        unfinished.replace(target / file.name)
