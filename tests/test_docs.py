@@ -12,7 +12,7 @@ import pytest
 import yaml
 from flax import nnx
 
-from fam_jax.checkpoint.folder import MAY_CHANGE
+from fam_jax.checkpoint import MAY_CHANGE
 from fam_jax.config import EvaluateConfig, ModelConfig, UserError, check_field, default_config, field_type
 from fam_jax.config.fields import field_types
 from fam_jax.config.memory import memory_config_type

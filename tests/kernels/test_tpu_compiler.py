@@ -11,6 +11,10 @@ from tests.kernels import compile_kernels
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 RESIDENT = {"block_attention_forward", "block_attention_backward"}
 SMALL = {"rotary_embedding", "update_attention_forward", "update_attention_backward"}
+# Two generations in every run of the tests: one core per chip, and two. The others are slow tests.
+OFTEN = [
+    pytest.param(name, marks=[] if name[:3] in ("v5e", "v5p") else pytest.mark.slow) for name in TOPOLOGIES
+]
 STREAMED = {f"block_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dextra")}
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
@@ -27,7 +31,7 @@ def compiled(topology: str, *names: str) -> dict[str, set[str]]:
     return kernels
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", OFTEN)
 def test_training_kernels_compile(topology: str) -> None:
     names = [name for name in compile_kernels.SHAPES if name.startswith("training")]
     kernels = compiled(topology, *names, "small")
@@ -37,7 +41,7 @@ def test_training_kernels_compile(topology: str) -> None:
         assert kernels[name] == RESIDENT, name
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", OFTEN)
 def test_general_kernels_compile(topology: str) -> None:
     names = [name for name in compile_kernels.SHAPES if name.startswith("prefill")]
     kernels = compiled(topology, *names)
