@@ -95,13 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             on_progress=show,
         )
     if exported.architecture is None:
-        print(
-            f"adapter of step {exported.step} written to {arguments.out}, for {exported.base or 'any base'}"
-        )
+        print(f"adapter of step {exported.step} written to {arguments.out}")
         if exported.base is None:
-            print(
-                "the adapter names no base model, as none is known; name it with --base=NAME", file=sys.stderr
-            )
+            print("the adapter names no base model, because none is known; pass --base=NAME", file=sys.stderr)
+        else:
+            print(f"the adapter names {exported.base} as its base model", file=sys.stderr)
         return 0
     print(f"step {exported.step} written to {arguments.out}, for {exported.architecture}")
     if exported.text_part:

@@ -65,7 +65,7 @@ def test_adapters(umask: int, tmp_path: pathlib.Path) -> None:
 def test_memories_and_outputs(umask: int, tmp_path: pathlib.Path) -> None:
     params = params_of(CONFIG)
     _, state = Streamer(CONFIG, params).read([[1, 2, 3]])
-    save_state(tmp_path / "out" / "saved.memory", state, CONFIG, params)
     with output_file(tmp_path / "out" / "results.json") as file:
         file.write(b"{}")
+    save_state(tmp_path / "out" / "saved.memory", state, CONFIG, params)
     assert_modes(tmp_path / "out", umask)

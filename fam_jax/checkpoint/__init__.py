@@ -26,7 +26,7 @@ from fam_jax.checkpoint.folder import (
 )
 from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders
 from fam_jax.checkpoint.loading import choose_step, load_params, load_state
-from fam_jax.checkpoint.origin import VOCABULARY, find_vocabulary, settle_origin
+from fam_jax.checkpoint.origin import VOCABULARY, find_vocabulary, settle_origin, vocabulary_digest
 from fam_jax.checkpoint.run_config import (
     MAY_CHANGE,
     changeable_fields,
@@ -58,4 +58,5 @@ __all__ = [
     "read_config_file",
     "saved_steps",
     "settle_origin",
+    "vocabulary_digest",
 ]

@@ -14,6 +14,7 @@ from etils import epath
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from fam_jax.config import UserError
+from fam_jax.data.text_files import BOM
 
 SETTINGS = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"
@@ -79,7 +80,7 @@ def load_tokenizer(path: epath.PathLike) -> FolderTokenizer:
       UserError: a file beside it is damaged.
     """
     file = epath.Path(path)
-    text = file.read_bytes().decode("utf-8-sig")
+    text = _read_text(file)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     # The library raises nothing more specific.
@@ -117,12 +118,16 @@ def read_object(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_bytes().decode("utf-8-sig"))
+        found = json.loads(_read_text(path))
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON; correct it or fetch it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object; correct it or fetch it again")
     return found
+
+
+def _read_text(path: epath.Path) -> str:
+    return path.read_text(encoding="utf-8").removeprefix(BOM)
 
 
 def spelling(token: Any) -> str | None:

@@ -5,6 +5,7 @@ state means, a fingerprint of the model's parameters, how many tokens each strea
 file, computed with zeros in place of the checksum itself.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,7 +21,6 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from fam_jax.checkpoint.new_file import new_file
 from fam_jax.config import ModelConfig, UserError, fields_with_effect
 from fam_jax.config.format1 import former_array_name, upgrade_array_name, upgrade_model
 from fam_jax.model import StreamState, Transformer
@@ -63,7 +63,11 @@ def fingerprint(params: dict[str, Any], rename: Callable[[str], str] = str) -> s
 
 
 def save_state(
-    path: str | os.PathLike[str], state: StreamState, model: ModelConfig, params: dict[str, Any]
+    path: str | os.PathLike[str],
+    state: StreamState,
+    model: ModelConfig,
+    params: dict[str, Any],
+    vocabulary: str = "",
 ) -> None:
     """Write the state of streams of a model; the file appears only when it is complete.
 
@@ -72,6 +76,7 @@ def save_state(
       state: of any number of streams.
       model: config of the model.
       params: its parameters, for the fingerprint.
+      vocabulary: SHA-256 of the vocabulary's file; empty: unknown.
 
     Raises:
       StateFileError: the file cannot be written.
@@ -84,7 +89,7 @@ def save_state(
         "fingerprint": fingerprint(params),
         "tokens_read": json.dumps(state.tokens_read.tolist()),
         "sha256": NO_CHECKSUM,
-    }
+    } | ({"vocabulary": vocabulary} if vocabulary else {})
     content = safetensors.numpy.save(arrays, metadata)
     found = CHECKSUM.search(content)
     assert found is not None
@@ -92,17 +97,20 @@ def save_state(
     _write(Path(path), content[: found.start(1)] + checksum + content[found.end(1) :])
 
 
-def load_state(path: str | os.PathLike[str], model: ModelConfig, params: dict[str, Any]) -> StreamState:
+def load_state(
+    path: str | os.PathLike[str], model: ModelConfig, params: dict[str, Any], vocabulary: str = ""
+) -> StreamState:
     """Read a state that :func:`save_state` wrote, to be continued by the same model.
 
     Args:
       path: of the file.
       model: config of the model.
       params: its parameters.
+      vocabulary: SHA-256 of the vocabulary's file; empty: unknown.
 
     Raises:
-      StateFileError: the file is missing, not a state file, damaged, or of another model; the message names the config
-        fields that differ, or says that the weights do.
+      StateFileError: the file is missing, not a state file, damaged, or of another model or vocabulary; the message
+        names the config fields that differ, or says that the weights or the vocabulary do.
     """
     try:
         content = Path(path).read_bytes()
@@ -113,6 +121,10 @@ def load_state(path: str | os.PathLike[str], model: ModelConfig, params: dict[st
     metadata = _checked_metadata(path, content)
     former = metadata["version"] == FORMER_VERSION
     _check_model(path, metadata, model, params, former=former)
+    if vocabulary and metadata.get("vocabulary", vocabulary) != vocabulary:
+        raise StateFileError(
+            f"{path}: is of the same model with another vocabulary; load it with the checkpoint that it was saved from"
+        )
     stored = dict(safetensors.deserialize(content))
     if former:
         stored = {upgrade_array_name(name): entry for name, entry in stored.items()}
@@ -218,10 +230,15 @@ def _by_name(state: StreamState) -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes) -> None:
+    # Opened as any file is, so that its mode follows the umask.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with new_file(path) as file:
+        with unfinished.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        unfinished.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         raise StateFileError(f"{path}: cannot be written ({error.strerror}); give another path") from error

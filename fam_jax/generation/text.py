@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from fam_jax.checkpoint import vocabulary_digest
 from fam_jax.config import Config, UserError
 from fam_jax.data.vocabulary import bos_ids, check_ids, check_vocabulary_size, load_vocabulary
 from fam_jax.generation.sampling import GREEDY, Sampling
@@ -182,7 +183,7 @@ class TextModel:
 
     def save(self, path: str | os.PathLike[str], state: TextState) -> None:
         """Write `state` to a file; see :func:`save_state`."""
-        save_state(path, state.streams, self.config.model, self.streamer.params)
+        save_state(path, state.streams, self.config.model, self.streamer.params, self._vocabulary_digest())
 
     def load(self, path: str | os.PathLike[str]) -> TextState:
         """Read a state of this model from a file; see :func:`load_state`.
@@ -191,13 +192,16 @@ class TextModel:
           StateFileError: the file is missing or damaged, or belongs to another model.
           UserError: it holds several streams.
         """
-        streams = load_state(path, self.config.model, self.streamer.params)
+        streams = load_state(path, self.config.model, self.streamer.params, self._vocabulary_digest())
         if streams.batch_size != 1:
             raise UserError(
                 f"{path}: holds {streams.batch_size} streams instead of one; choose one with StreamState.select([row]) "
                 "before saving"
             )
         return TextState(streams, None)
+
+    def _vocabulary_digest(self) -> str:
+        return vocabulary_digest(dataclasses.asdict(self.config))
 
 
 class _Writer:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from fam_jax.config import UserError
+from fam_jax.data.text_files import BOM
 
 
 class ConvertError(UserError):
@@ -124,7 +125,7 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     """
     check_no_pointer(path)
     try:
-        content = json.loads(epath.Path(path).read_bytes().decode("utf-8-sig"))
+        content = json.loads(epath.Path(path).read_text(encoding="utf-8").removeprefix(BOM))
     except (ValueError, OSError) as error:
         raise ConvertError(
             f"{path}: cannot be read as JSON ({first_line(error)}); download it again"

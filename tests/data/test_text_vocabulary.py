@@ -73,7 +73,7 @@ def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
         (files, "--size=300", where): "--files: the folder",
         (files, "--suffixes=.py", "--size=20", where): "size: expected more than 259, the pieces",
         (files, "--suffixes=.py", "--size=x", where): "argument --size: expected a whole number, got 'x'",
-        (files, "--suffixes=.py", "--size=300", "--out=/no/folder/x"): "there is no folder",
+        (files, "--suffixes=.py", "--size=300", "--out=/proc/none/x"): "cannot be written",
         ("--size=300", where): "missing --files",
     }.items():
         with pytest.raises(UserError) as caught:
