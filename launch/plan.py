@@ -12,7 +12,6 @@ evaluate plans what launch.evaluate runs for the config's task.
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fam_jax.config import Config, MeshConfig, UserError
+from fam_jax.config.strict_json import dump_json
 from launch import cli
 
 DOES_NOT_FIT = 1
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out:
         path = arguments.out.expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        path.write_text(dump_json(report, indent=1) + "\n")
         print(f"written to {path}")
     return 0 if report["fits"] else DOES_NOT_FIT
 

@@ -16,7 +16,7 @@ every restore.
 """
 
 from fam_jax.checkpoint.folder import MAY_CHANGE, CheckpointError, absolute, read_config, saved_steps
-from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders, with_vocabulary_found
+from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders, end_ids, with_vocabulary_found
 from fam_jax.checkpoint.steps import Checkpoints, load_params
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Checkpoints",
     "absolute",
     "companion_folders",
+    "end_ids",
     "load_params",
     "read_config",
     "saved_steps",

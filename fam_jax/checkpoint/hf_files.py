@@ -1,13 +1,18 @@
 """The folder of a checkpoint that holds what an imported model came with: its tokenizer, its config.json."""
 
 import dataclasses
+import json
+from typing import Any
 
 from etils import epath
 
-from fam_jax.checkpoint.folder import absolute
-from fam_jax.config import Config
+from fam_jax.checkpoint.folder import CheckpointError, absolute, read_config
+from fam_jax.config import Config, resolve
+from fam_jax.config.data import SEQIO
 
 COMPANIONS = "huggingface"
+# Files among the companions that name the tokens that end a text.
+NAME_END_IDS = ("config.json", "generation_config.json")
 
 
 def companion_folders(config: Config, folder: epath.PathLike) -> list[epath.Path]:
@@ -30,3 +35,51 @@ def with_vocabulary_found(config: Config, folder: epath.PathLike) -> Config:
         if file.exists():
             return dataclasses.replace(config, data=dataclasses.replace(config.data, vocabulary=str(file)))
     return config
+
+
+def end_ids(config: Config, folder: epath.PathLike) -> list[int]:
+    """Return the ids that end a text, as the companions of the run in `folder` say; none if it has no companions.
+
+    A run that began with another run inherits its ids, unless its vocabulary is another.
+
+    Raises:
+      CheckpointError: a file cannot be read, or its ids are not whole numbers.
+    """
+    place = absolute(folder)
+    seen = set()
+    while not (place / COMPANIONS).is_dir() and config.train.init_from and place not in seen:
+        seen.add(place)
+        base = absolute(config.train.init_from)
+        place = base.parent if base.name.isdigit() else base  # a run may begin with workdir/STEP
+        try:
+            base_config = resolve(read_config(place))
+        except CheckpointError:  # the base is gone
+            return []
+        # A seqio task brings its vocabulary along, and data.vocabulary does not name it.
+        if not config.data.task.startswith(f"{SEQIO}:") and _file(config) != _file(base_config):
+            return []
+        config = base_config
+    found = {token for name in NAME_END_IDS for token in _end_ids_in(place / COMPANIONS / name)}
+    return sorted(found)
+
+
+def _file(config: Config) -> str:
+    """Return the name of the vocabulary's file; its folder may have been moved."""
+    return config.data.vocabulary.rpartition("/")[2]
+
+
+def _end_ids_in(path: epath.Path) -> list[int]:
+    """Return `eos_token_id` of a file, of a model with a vision tower that of its text part too."""
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy it from the source") from error
+    groups = [content, content.get("text_config")] if isinstance(content, dict) else []
+    named: list[Any] = [group.get("eos_token_id") for group in groups if isinstance(group, dict)]
+    found = [token for value in named for token in (value if isinstance(value, list) else [value])]
+    found = [token for token in found if token is not None]
+    if not all(type(token) is int for token in found):
+        raise CheckpointError(f"{path}: eos_token_id: expected token ids, got {named}; correct it")
+    return found

@@ -56,6 +56,10 @@ class TokenizerVocabulary(seqio.Vocabulary):
         """Return the id of the unknown token; None for byte-level tokenizers, which can encode everything."""
         return self._id("unk_token")
 
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token whose text is exactly `text`; None: there is none."""
+        return self._tokenizer.token_to_id(text)
+
     @property
     def _base_vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)

@@ -15,6 +15,7 @@ import rich.table
 from etils import epath
 
 from fam_jax.config import Config, UserError
+from fam_jax.config.strict_json import dump_json
 from fam_jax.evaluation.task import Measured
 from fam_jax.evaluation.tasks import find_task
 
@@ -77,7 +78,7 @@ class Evaluation:
         del values["path"]
         plot, (path, *beside) = find_task(self.task).plot, self.files
         with _writing(path) as file:
-            file.write(f"{json.dumps(values, indent=2)}\n".encode())
+            file.write(f"{dump_json(values, indent=2)}\n".encode())
         if plot is not None:
             with _writing(beside[0]) as file:
                 plot(self.details, file, self._title(run))

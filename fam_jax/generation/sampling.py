@@ -38,14 +38,26 @@ class Sampling:
 
 
 GREEDY = Sampling()
+SEEDS = 1 << 32
 
 
-def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Sample a token for every row.
+def check_seed(seed: int) -> int:
+    """Return `seed`.
+
+    Raises:
+      UserError: it is not one of the 2^32 seeds that JAX tells apart.
+    """
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"seed: must be from 0 to {SEEDS - 1}, got {seed}")
+    return seed
+
+
+def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """Sample a token for every row. A row's token depends on its own logits and key alone.
 
     Args:
       logits: (B, V); -inf forbids a token.
-      key: typed PRNG key; greedy decoding ignores it.
+      keys: (B,) typed PRNG keys; greedy decoding ignores them.
       sampling: static under `jax.jit`.
 
     Returns:
@@ -53,12 +65,13 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draw = jax.vmap(jax.random.categorical)
     # With the largest logit at zero, no temperature overflows, however small it is.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
     vocabulary = logits.shape[-1]
     kept = min(sampling.top_k or vocabulary, vocabulary)
     if kept == vocabulary and sampling.top_p == 1:
-        return jax.random.categorical(key, scaled).astype(jnp.int32)
+        return draw(keys, scaled).astype(jnp.int32)
     scaled, ids = jax.lax.top_k(scaled, kept)  # in descending order, equal ones in the order of their ids
     if sampling.top_p < 1:
         probabilities = jax.nn.softmax(scaled)
@@ -66,5 +79,5 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         # The likeliest token always stays, whatever rounding does.
         outside = (likelier >= sampling.top_p).at[..., 0].set(False)
         scaled = jnp.where(outside, -jnp.inf, scaled)
-    choice = jax.random.categorical(key, scaled)
+    choice = draw(keys, scaled)
     return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)

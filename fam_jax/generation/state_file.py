@@ -5,12 +5,12 @@ state means, a fingerprint of the model's parameters, how many tokens each strea
 file, computed with zeros in place of the checksum itself.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from flax import nnx
 
 from fam_jax.config import ModelConfig, UserError, fields_with_effect
 from fam_jax.config.format1 import former_array_name, upgrade_array_name, upgrade_model
+from fam_jax.config.strict_json import dump_json
 from fam_jax.model import StreamState, Transformer
 
 FORMAT = "fam_jax state"
@@ -80,9 +81,9 @@ def save_state(
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "config": json.dumps(_meaning(model), sort_keys=True),
+        "config": dump_json(_meaning(model), sort_keys=True),
         "fingerprint": fingerprint(params),
-        "tokens_read": json.dumps(state.tokens_read.tolist()),
+        "tokens_read": dump_json(state.tokens_read.tolist()),
         "sha256": NO_CHECKSUM,
     }
     content = safetensors.numpy.save(arrays, metadata)
@@ -163,7 +164,7 @@ def _intact_former(content: bytes, entries: dict[str, Any], metadata: dict[str, 
     """Check a file of version 1, whose checksum covers the header without the checksum, and the arrays."""
 
     def head(metadata: dict[str, str]) -> bytes:
-        text = json.dumps({"__metadata__": metadata, **entries}, sort_keys=True).encode()
+        text = dump_json({"__metadata__": metadata, **entries}, sort_keys=True).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
@@ -181,7 +182,7 @@ def _check_model(
     if former:
         saved = _flat(upgrade_model(saved))
     differing = [
-        f"{field} was {json.dumps(saved.get(field))}, is {json.dumps(own.get(field))}"
+        f"{field} was {dump_json(saved.get(field))}, is {dump_json(own.get(field))}"
         for field in sorted(saved.keys() | own.keys())
         if saved.get(field) != own.get(field)
     ]
@@ -218,15 +219,15 @@ def _by_name(state: StreamState) -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    unfinished = None
+    # Opened as any file is, so that its mode follows the umask.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            unfinished = Path(file.name)
+        with unfinished.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        if unfinished is not None:
+        with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise StateFileError(f"{path}: cannot be written ({error.strerror}); give another path") from error

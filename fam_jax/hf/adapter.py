@@ -1,6 +1,5 @@
 """LoRA updates as an adapter, which the PEFT library adds to the base model."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fam_jax.config import Config
+from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.config_json import ConvertError
 from fam_jax.hf.memory_file import write_memory
 from fam_jax.hf.names import tensors
@@ -66,4 +66,4 @@ def export_adapter(
     with new_folder(path) as folder:
         save_file(arrays, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_memory(folder, config.model, leaves)
-        (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n")
+        (folder / "adapter_config.json").write_text(dump_json(adapter_config, indent=2) + "\n")

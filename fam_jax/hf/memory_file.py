@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from fam_jax.config import ModelConfig
 from fam_jax.config.format1 import upgrade_model
+from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.config_json import ConvertError, first_line
 from fam_jax.hf.names import memory_shapes
 from fam_jax.model.layer_types import is_memory
@@ -97,5 +98,5 @@ def write_memory(folder: Path, model: ModelConfig, leaves: Mapping[str, Any]) ->
     """
     found = {path: np.asarray(leaf) for path, leaf in leaves.items() if is_memory(path)}
     if found:
-        config = json.dumps({"block_size": model.block_size, "memory": dataclasses.asdict(model.memory)})
+        config = dump_json({"block_size": model.block_size, "memory": dataclasses.asdict(model.memory)})
         save_file(found, folder / MEMORY_FILE, metadata={"format": FORMAT, "config": config})

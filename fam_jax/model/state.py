@@ -58,6 +58,13 @@ class StreamState:
         """Return one state of the streams of all `states`, which belong to one model."""
         return _by_rows(states, jnp.concatenate)
 
+    def replace_row(self, row: int | jax.Array, stream: "StreamState") -> "StreamState":
+        """Return the state with another stream, a state of one row, in place of row `row`."""
+        return _by_rows(
+            [self, stream],
+            lambda parts, axis: jax.lax.dynamic_update_slice_in_dim(parts[0], parts[1], row, axis),
+        )
+
     def __repr__(self) -> str:
         """Show names and shapes, not numbers."""
         arrays = (
