@@ -33,6 +33,7 @@ from fam_jax.config import Config, ConfigError, MeshConfig, UserError
 from fam_jax.config.fields import field_types
 from fam_jax.config.memory import memory_config_type
 from fam_jax.config.overrides import Override
+from fam_jax.config.training import MAX_SEED
 from launch import processes
 from launch.config_file import load_config
 from launch.errors import user_errors
@@ -49,6 +50,7 @@ __all__ = [
     "progress_bar",
     "progress_bars",
     "run",
+    "seed",
     "words",
 ]
 
@@ -205,6 +207,14 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def seed(text: str) -> int:
+    """Argument type: one of the seeds that JAX tells apart."""
+    number = at_least(0)(text)
+    if number > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_SEED}, got {number}")
+    return number
 
 
 def mesh(text: str) -> MeshConfig:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fam_jax.config import UserError
+from fam_jax.config.training import MAX_SEED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,6 @@ class Sampling:
 
 
 GREEDY = Sampling()
-SEEDS = 1 << 32
 
 
 def check_seed(seed: int) -> int:
@@ -47,8 +47,8 @@ def check_seed(seed: int) -> int:
     Raises:
       UserError: it is not one of the 2^32 seeds that JAX tells apart.
     """
-    if not 0 <= seed < SEEDS:
-        raise UserError(f"seed: must be from 0 to {SEEDS - 1}, got {seed}")
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed: must be from 0 to {MAX_SEED}, got {seed}")
     return seed
 
 

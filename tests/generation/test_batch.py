@@ -4,16 +4,18 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fam_jax.config import Config, UserError
+from fam_jax.config import Config, MeshConfig, UserError
 from fam_jax.generation import batch as batch_module
 from fam_jax.generation.batch import Batch, HowToComplete
 from fam_jax.generation.sampling import Sampling
 from fam_jax.generation.streaming import NotFiniteError
 from fam_jax.generation.text import TextModel
+from fam_jax.sharding import make_mesh, param_shardings
 from tests.generation.tiny import CONFIG
 from tests.model.tiny import params_of, variant
 
@@ -120,6 +122,17 @@ def test_a_greedy_text_is_that_of_generate(model: TextModel, tmp_path: pathlib.P
         expected = model.generate(state, max_tokens=37, stop=("\0",))
         assert (record["text"], record["tokens"]) == (expected.text, expected.tokens)
         assert (record["ended_by"], record["tokens_read"]) == (expected.ended_by, state.tokens_read)
+
+
+def test_streams_spread_over_a_mesh(tmp_path: pathlib.Path) -> None:
+    config = Config(model=variant(CONFIG, vocab_size=264))
+    params, mesh = params_of(config.model), make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices())
+    spread = jax.device_put(params, param_shardings(params, mesh))
+    one, other = (
+        complete(TextModel(config, values, Visible()), tmp_path, LINES[:4], HowToComplete(9), name, streams=2)
+        for name, values in (("one", params), ("spread", spread))
+    )
+    assert one == other and sum("text" in record for record in one) == 3
 
 
 def test_an_interrupted_batch_is_continued(
