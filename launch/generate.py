@@ -166,7 +166,7 @@ def reading_progress() -> Iterator[Callable[[int], None]]:
 
     def line() -> str:
         seconds = time.perf_counter() - began
-        return f"read {read:,} tokens in {seconds:.1f} s ({read / seconds:,.0f} tokens/s)"
+        return f"read {rate(read, seconds)}"
 
     with rich.progress.Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
@@ -218,17 +218,15 @@ def _digest(path: str) -> str:
 def batch_progress() -> Iterator[Callable[[BatchProgress], None]]:
     """Show lines, tokens, tokens/s and the time left on stderr: a bar on a terminal, elsewhere a line per minute."""
     console = rich.console.Console(stderr=True)
-    columns = (rich.progress.BarColumn(), rich.progress.TextColumn("{task.description}"))
+    columns = (rich.progress.BarColumn(bar_width=10), rich.progress.TextColumn("{task.description}"))
     began = reported = time.perf_counter()
-    first: int | None = None  # lines that were done before
 
     def text(now: BatchProgress, seconds: float) -> str:
-        tokens = f"{now.tokens:,} tokens ({now.tokens / seconds:,.1f} tokens/s)"
-        new = now.done - (first or 0)
-        left = seconds * (now.lines - now.done) / new if new else None
-        return f"{now.done:,} of {now.lines:,} lines, {tokens}" + (
-            f", {datetime.timedelta(seconds=round(left))} left" if left else ""
-        )
+        found = f"{now.done:,} of {now.lines:,} lines, {rate(now.tokens, seconds)}"
+        if 0 < now.done < now.lines:
+            left = datetime.timedelta(seconds=round(seconds * (now.lines - now.done) / now.done))
+            found += f", {left} left"
+        return found
 
     with rich.progress.Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
@@ -236,9 +234,7 @@ def batch_progress() -> Iterator[Callable[[BatchProgress], None]]:
         task = bar.add_task("reading", total=None)
 
         def show(now: BatchProgress) -> None:
-            nonlocal first, reported
-            if first is None:
-                first = max(now.done - 1, 0)
+            nonlocal reported
             at = time.perf_counter()
             line = text(now, at - began)
             bar.update(task, description=line, completed=now.done, total=now.lines)
@@ -247,6 +243,11 @@ def batch_progress() -> Iterator[Callable[[BatchProgress], None]]:
                 print(line, file=sys.stderr, flush=True)
 
         yield show
+
+
+def rate(tokens: int, seconds: float) -> str:
+    """Return a number of tokens and their rate, for people."""
+    return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.1f} tokens/s)"
 
 
 def run_batch(model: TextModel, batch: Batch, found: argparse.Namespace, state: TextState | None) -> None:
@@ -272,7 +273,7 @@ def run_batch(model: TextModel, batch: Batch, found: argparse.Namespace, state: 
             on_progress=on_progress,
         )
     seconds = time.perf_counter() - began
-    print(f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.1f} tokens/s)", file=sys.stderr)
+    print(rate(tokens, seconds), file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of {count} lines could not be answered; their errors are in {found.out}")
     print(f"{count} lines are answered in {found.out}", file=sys.stderr)
@@ -296,11 +297,7 @@ def answer(model: TextModel, found: argparse.Namespace, state: TextState) -> Non
     )
     print(flush=True)
     seconds = time.perf_counter() - began
-    print(
-        f"{done.tokens} tokens in {seconds:.1f} s ({done.tokens / seconds:,.1f} tokens/s); ended by "
-        f"{done.ended_by!r}",
-        file=sys.stderr,
-    )
+    print(f"{rate(done.tokens, seconds)}; ended by {done.ended_by!r}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

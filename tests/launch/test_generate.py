@@ -221,6 +221,20 @@ def test_streams_and_settings_of_a_batch(
     assert launch(*kept, of=str(moved))[0] == 0
 
 
+def test_progress_of_a_batch(launch: Launch, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "REPORT_SECONDS", 0.0)
+    (tmp_path / "in.jsonl").write_text('{"question": "Who?"}\n' * 4)
+    code, _, err = launch(f"--batch={tmp_path}/in.jsonl", f"--out={tmp_path}/out.jsonl", LIMIT, "--streams=2")
+    rate = r"tokens in [\d.]+ s \([\d.,]+ tokens/s\)"
+    for line in (
+        f"0 of 4 lines, 24 {rate}",
+        rf"2 of 4 lines, 24 {rate}, 0:\d\d:\d\d left",
+        f"4 of 4 lines, 48 {rate}",
+    ):
+        assert re.search(f"^{line}$", err, re.MULTILINE), err
+    assert code == 0 and err.endswith(f"4 lines are answered in {tmp_path}/out.jsonl\n")
+
+
 def test_command_lines_that_are_not_text(checkpoint: str) -> None:
     for flag, value in (("prompt", b"bad \xff"), ("question", b"\xe9"), ("stop", b"a\x80")):
         arguments = [
