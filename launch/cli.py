@@ -33,7 +33,6 @@ from fam_jax.config import Config, ConfigError, MeshConfig, UserError
 from fam_jax.config.fields import field_types
 from fam_jax.config.memory import memory_config_type
 from fam_jax.config.overrides import Override
-from fam_jax.config.training import MAX_SEED
 from launch import processes
 from launch.config_file import load_config
 from launch.errors import user_errors
@@ -50,7 +49,6 @@ __all__ = [
     "progress_bar",
     "progress_bars",
     "run",
-    "seed",
     "words",
 ]
 
@@ -207,14 +205,6 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return number
 
     return parse
-
-
-def seed(text: str) -> int:
-    """Argument type: one of the seeds that JAX tells apart."""
-    number = at_least(0)(text)
-    if number > MAX_SEED:
-        raise argparse.ArgumentTypeError(f"must be at most {MAX_SEED}, got {number}")
-    return number
 
 
 def mesh(text: str) -> MeshConfig:

@@ -259,7 +259,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--workdir", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
     add("--clean", action="store_true", help="delete the workdir first")
-    add("--seed", type=cli.seed, default=0, metavar="N", help="default: %(default)s")
+    add("--seed", type=cli.at_least(0), default=0, metavar="N", help="default: %(default)s")
     add(
         "--keys",
         type=cli.at_least(1),

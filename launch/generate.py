@@ -71,7 +71,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--top-k", type=int, metavar="K", default=0, help="sample among the K likeliest tokens; 0: off")
     top_p = "sample among the likeliest tokens of this total probability; 1: off"
     add("--top-p", type=float, metavar="P", default=1.0, help=top_p)
-    add("--seed", type=cli.seed, metavar="N", default=0, help="seed of the sampling")
+    add("--seed", type=int, metavar="N", default=0, help="seed of the sampling")
     stop = (
         r"string or special token that ends the text and is left out of it; \n: end of line; may be repeated"
     )
@@ -306,8 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     mesh = None if found.mesh is None else make_mesh(found.mesh)
     with prompt(found) as source:
         model = TextModel.restore(found.checkpoint, found.step, mesh)
-        batch = None if found.batch is None else open_batch(model, found)
         state = None if found.load_memory is None else model.load(found.load_memory)
+        batch = None if found.batch is None else open_batch(model, found)
         if source is not None:
             with reading_progress() as show:
                 state = model.read(source, state, chunk_blocks=found.chunk_blocks, on_progress=show)

@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help="option of config.json that does not change what the model computes; may be repeated",
     )
-    add("--seed", type=cli.seed, default=0, help="seed of the initial parameters of the memory")
+    add("--seed", type=int, default=0, help="seed of the initial parameters of the memory")
     cli.add_mesh(parser)
     add = parser.add_argument_group("short forms of config fields").add_argument
     for name in MODEL_FIELDS:

@@ -38,34 +38,29 @@ def with_vocabulary_found(config: Config, folder: epath.PathLike) -> Config:
 
 
 def end_ids(config: Config, folder: epath.PathLike) -> list[int]:
-    """Return the ids that end a text, as the companions of the run in `folder` say; none if it has no companions.
+    """Return the ids that end a text, as the companions of an imported model say; none if there are no companions.
 
-    A run that began with another run inherits its ids, unless its vocabulary is another.
+    A run that began with an imported model (config.train.init_from), or with such a run, inherits the ids unless its
+    vocabulary is another.
 
     Raises:
       CheckpointError: a file cannot be read, or its ids are not whole numbers.
     """
-    place = absolute(folder)
-    seen = set()
+    place, vocabulary = absolute(folder), config.data.vocabulary.rpartition("/")[2]
+    # A seqio task brings its vocabulary along, and data.vocabulary does not name it.
+    same, seen = config.data.task.startswith(f"{SEQIO}:") or not config.train.init_from, set()
     while not (place / COMPANIONS).is_dir() and config.train.init_from and place not in seen:
         seen.add(place)
         base = absolute(config.train.init_from)
         place = base.parent if base.name.isdigit() else base  # a run may begin with workdir/STEP
         try:
-            base_config = resolve(read_config(place))
+            config = resolve(read_config(place))
         except CheckpointError:  # the base is gone
             return []
-        # A seqio task brings its vocabulary along, and data.vocabulary does not name it.
-        if not config.data.task.startswith(f"{SEQIO}:") and _file(config) != _file(base_config):
-            return []
-        config = base_config
-    found = {token for name in NAME_END_IDS for token in _end_ids_in(place / COMPANIONS / name)}
-    return sorted(found)
-
-
-def _file(config: Config) -> str:
-    """Return the name of the vocabulary's file; its folder may have been moved."""
-    return config.data.vocabulary.rpartition("/")[2]
+        same = same or config.data.vocabulary.rpartition("/")[2] == vocabulary
+    if not same and not (place / COMPANIONS / vocabulary).exists():
+        return []
+    return sorted({token for name in NAME_END_IDS for token in _end_ids_in(place / COMPANIONS / name)})
 
 
 def _end_ids_in(path: epath.Path) -> list[int]:

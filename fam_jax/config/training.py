@@ -5,9 +5,6 @@ from fam_jax.config.fields import group, setting
 
 ABLATIONS = ("zeroed", "shuffled", "frozen")
 
-# JAX tells 2^32 seeds apart.
-MAX_SEED = (1 << 32) - 1
-
 
 @group("optimizer")
 class OptimizerConfig:
@@ -54,9 +51,7 @@ class TrainConfig:
     steps: int = setting(default=1000, doc="Optimizer steps of the run.", minimum=1, effect="execution")
     batch_size: int = setting(default=16, doc="B, rows of a step.", minimum=1)
     accumulation: int = setting(default=1, doc="Micro-batches of a step; divides batch_size.", minimum=1)
-    seed: int = setting(
-        default=0, doc="Seed of parameters, data order and steps.", minimum=0, maximum=MAX_SEED
-    )
+    seed: int = setting(default=0, doc="Seed of parameters, data order and steps.", minimum=0)
     loss_chunk: int = setting(default=4096, doc="Tokens whose logits exist at one time.", minimum=1)
     z_loss: float = setting(default=0.0, doc="Weight of log(Z)^2 in the loss.", minimum=0)
     random_state_passing: float = setting(

@@ -54,7 +54,7 @@ class Rows:
         self._keys = jax.random.split(jax.random.key(0), count)
         self._generated = np.zeros(count, np.int32)
         self._busy = np.zeros(count, bool)
-        self._max_tokens, self._width = max_tokens, tokens_per_call
+        self._max_tokens, self._width = min(max_tokens, np.iinfo(np.int32).max), tokens_per_call
         self._sampling, self._stops = sampling, np.asarray([*stop_tokens], np.int32)
 
     @property

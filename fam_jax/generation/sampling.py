@@ -1,13 +1,14 @@
 """Sampling of the next token from logits."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from fam_jax.config import UserError
-from fam_jax.config.training import MAX_SEED
+
+# Those by which float32 logits can be divided.
+TEMPERATURES = (1e-37, 1e37)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise UserError(f"temperature: must be 0 (greedy) or a positive number, got {self.temperature}")
+        low, high = TEMPERATURES
+        if not (self.temperature == 0 or low <= self.temperature <= high):
+            raise UserError(
+                f"temperature: must be 0 (greedy) or from {low} to {high}, got {self.temperature}"
+            )
         if self.top_k < 0 or self.top_k != int(self.top_k):
             raise UserError(f"top_k: must be 0 (off) or a number of tokens, got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -39,6 +43,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+# JAX drops the bits above the 32nd: a larger seed would be another one in disguise.
+MAX_SEED = (1 << 32) - 1
 
 
 def check_seed(seed: int) -> int:

@@ -169,7 +169,7 @@ class Streamer:
                 stopped=stopped,
                 keys=keys,
                 begin=np.full(batch, generated, np.int32),
-                limits=np.full(batch, max_tokens - generated, np.int32),
+                limits=np.full(batch, min(max_tokens - generated, tokens_per_call), np.int32),
                 stop_tokens=stops,
                 sampling=sampling,
                 width=tokens_per_call,

@@ -115,6 +115,14 @@ def test_equal_lines_are_drawn_apart(model: TextModel, tmp_path: pathlib.Path) -
     assert len({record["text"] for record in greedy}) == 1
 
 
+def test_no_number_of_tokens_is_too_large(model: TextModel, tmp_path: pathlib.Path) -> None:
+    text = model.generate(model.read("a"), max_tokens=9).text
+    how = HowToComplete(10**20, stop=(text[5],))
+    (record,) = complete(model, tmp_path, [{"prompt": "a"}], how)
+    assert record["text"] == text[: text.index(text[5])]
+    assert model.generate(model.read("a"), max_tokens=10**20, stop=[text[5]]).text == record["text"]
+
+
 def test_a_greedy_text_is_that_of_generate(model: TextModel, tmp_path: pathlib.Path) -> None:
     found = complete(model, tmp_path, LINES[:3], HowToComplete(37, stop=("\0",)), streams=2)
     for line, record in zip(LINES, found, strict=False):

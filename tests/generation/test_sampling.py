@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from fam_jax.config import UserError
-from fam_jax.config.training import MAX_SEED
-from fam_jax.generation.sampling import GREEDY, Sampling, check_seed, sample
+from fam_jax.generation.sampling import GREEDY, MAX_SEED, Sampling, check_seed, sample
 from tests.model.tiny import quick_jit
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
@@ -113,6 +112,8 @@ def test_seeds_that_are_none(seed: int) -> None:
         ({"temperature": -0.1}, "temperature: must be"),
         ({"temperature": float("nan")}, "temperature: must be"),
         ({"temperature": float("inf")}, "temperature: must be"),
+        ({"temperature": 1e-40}, "temperature: must be 0 .greedy. or from 1e-37 to 1e.37, got 1e-40"),
+        ({"temperature": 1e39}, "temperature: must be"),
         ({"temperature": 1.0, "top_k": -1}, "top_k: must be"),
         ({"temperature": 1.0, "top_k": 1.5}, "top_k: must be"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p: must be"),
