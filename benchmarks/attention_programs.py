@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks.splash import SplashTiles, make_splash, static_schedule
 from fam_jax.config import MeshConfig
+from fam_jax.config.strict_json import dump_json
 from fam_jax.kernels import block_attention
 from fam_jax.plan import Chip, chip_of, compile_on, topology_devices
 from fam_jax.sharding import make_mesh, replicated
@@ -143,7 +144,7 @@ def compile_case(case: Case, *, static: bool = False) -> jax.stages.Compiled:
 
 def to_json(case: Case) -> str:
     """Return a case as JSON text, for the command line."""
-    return json.dumps(dataclasses.asdict(case))
+    return dump_json(dataclasses.asdict(case))
 
 
 def from_json(text: str) -> Case:

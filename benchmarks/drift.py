@@ -20,8 +20,8 @@ from rich.table import Table
 from benchmarks.record import write_record
 from fam_jax.checkpoint import load_params
 from fam_jax.config import Config, MeshConfig, UserError, resolve
+from fam_jax.data.build import task_vocabulary
 from fam_jax.data.passkey import passkey_examples
-from fam_jax.data.vocabulary import load_vocabulary
 from fam_jax.generation.streaming import Streamer
 from fam_jax.model import StreamState
 from fam_jax.sharding import make_mesh, param_shardings
@@ -44,7 +44,7 @@ def measure(config: Config, params: Any, blocks: int, keys: int) -> dict[str, An
         raise UserError(
             f"config.model.memory.kind: {config.model.memory.kind} has no feedback vectors; use a run with fam"
         )
-    vocabulary = load_vocabulary(config.data.vocabulary)
+    vocabulary = task_vocabulary(config.data)
     size, chunk = config.model.block_size, config.evaluate.chunk_blocks
     examples = passkey_examples(config.data, vocabulary, blocks * size, keys, config.evaluate.seed)
     prompts, answers = [prompt for prompt, _ in examples], np.stack([answer for _, answer in examples])

@@ -4,7 +4,6 @@ The benchmark writes a checkpoint with random parameters and a text file of each
 """
 
 import dataclasses
-import json
 import random
 import re
 import subprocess
@@ -22,6 +21,7 @@ from benchmarks.report import print_table
 from benchmarks.workload import random_parameters
 from fam_jax.checkpoint import Checkpoints
 from fam_jax.config import Config, DataConfig
+from fam_jax.config.strict_json import dump_json
 from launch.cli import ArgumentParser, integers
 from launch.errors import user_errors
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
         for length in arguments.lengths:
             write_prompt(prompt, length, arguments.seed)
             samples.append(measure(checkpoint, prompt))
-            print(json.dumps(samples[-1]), file=sys.stderr, flush=True)
+            print(dump_json(samples[-1]), file=sys.stderr, flush=True)
     growth = samples[-1]["peak_rss_bytes"] / samples[0]["peak_rss_bytes"]
     rows = [
         (

@@ -8,7 +8,6 @@ and the result. The slope of the peak over their sum shows how much memory a lar
 """
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from safetensors.numpy import save_file
 from benchmarks.record import write_record
 from benchmarks.report import print_table
 from fam_jax.config import ModelConfig, UserError
+from fam_jax.config.strict_json import dump_json
 from fam_jax.hf import hf_config
 from fam_jax.hf.folder import INDEX
 from fam_jax.hf.names import tensors
@@ -57,7 +57,7 @@ def llama(width: int, num_layers: int = 32) -> ModelConfig:
 def write_model(folder: Path, model: ModelConfig, seed: int) -> list[int]:
     """Write a random model in bfloat16, and return the sizes of its files in bytes."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf_config(model, dtype="bfloat16")))
+    (folder / "config.json").write_text(dump_json(hf_config(model, dtype="bfloat16")))
     named = [(name, tensor.file_shape) for tensor in tensors(model) for name in tensor.names]
     named.sort(key=lambda item: [int(part) if part.isdigit() else -1 for part in item[0].split(".")])
     total = sum(int(np.prod(shape)) for _, shape in named)
@@ -75,7 +75,7 @@ def write_model(folder: Path, model: ModelConfig, seed: int) -> list[int]:
             save_file(arrays, folder / file)
             sizes.append((folder / file).stat().st_size)
             arrays = {}
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(dump_json({"weight_map": weight_map}))
     return sizes
 
 

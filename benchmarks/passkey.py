@@ -16,6 +16,7 @@ from rich.table import Table
 
 from benchmarks.record import environment
 from fam_jax.config import UserError
+from fam_jax.config.strict_json import dump_json
 from launch.cli import ArgumentParser
 from launch.demo import VARIANTS
 from launch.errors import user_errors
@@ -105,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
             "runs": runs,
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        arguments.json.write_text(dump_json(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

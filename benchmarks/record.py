@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from fam_jax.config.strict_json import dump_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ def write_record(path: Path, benchmark: str, argv: Sequence[str], settings: Any,
         "results": results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, default=dataclasses.asdict) + "\n")
+    path.write_text(dump_json(record, indent=1, default=dataclasses.asdict) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from fam_jax.config import UserError, to_json
 from fam_jax.config.overrides import Override
+from fam_jax.config.strict_json import dump_json
 from fam_jax.evaluation import read_evaluation
 
 from . import cli
@@ -158,10 +159,10 @@ def run_demo(demo: Demo) -> dict[str, Any]:
                 raise
     finally:
         seconds = before + time.perf_counter() - began
-        clock.write_text(json.dumps(seconds))
+        clock.write_text(dump_json(seconds))
     models = exact_matches(demo)
     results = {"models": models, "keys": demo.keys, "seconds": round(seconds, 1), "seed": demo.seed}
-    (demo.workdir / "passkey.json").write_text(json.dumps(results, indent=2) + "\n")
+    (demo.workdir / "passkey.json").write_text(dump_json(results, indent=2) + "\n")
     draw(demo.workdir, models)
     return results
 

@@ -9,23 +9,33 @@ docs/generation.md has the details, and the same in Python.
 
 import argparse
 import contextlib
+import datetime
+import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import rich.console
 import rich.progress
 
 from fam_jax.config import UserError
-from fam_jax.generation.batch import complete_lines, open_text
+from fam_jax.generation.batch import Batch, BatchProgress, HowToComplete, open_text
 from fam_jax.generation.sampling import Sampling
-from fam_jax.generation.text import Completion, TextModel, TextState
+from fam_jax.generation.state_file import fingerprint
+from fam_jax.generation.text import TextModel, TextState
+from fam_jax.generation.tokenize import check_unicode
 from fam_jax.sharding import make_mesh
 
 from . import cli
+
+# What --stop understands beside the characters themselves.
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", "\\\\": "\\"}
+# Seconds between the lines that tell of a batch's progress where there is no terminal.
+REPORT_SECONDS = 60.0
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,6 +56,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--save-memory", metavar="FILE", help="save the memory after the prompt")
     add("--batch", type=Path, metavar="FILE.jsonl", help="lines with prompt_file, prompt or question")
     add("--out", type=Path, metavar="FILE.jsonl", help="results of --batch; continued if it exists")
+    add(
+        "--streams",
+        type=cli.at_least(1),
+        metavar="N",
+        default=1,
+        help="lines of --batch to generate together",
+    )
     blocks = "blocks to read at once; default: %(default)s"
     add("--chunk-blocks", type=cli.at_least(1), metavar="N", default=16, help=blocks)
     add = parser.add_argument_group("what to generate").add_argument
@@ -56,11 +73,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     top_p = "sample among the likeliest tokens of this total probability; 1: off"
     add("--top-p", type=float, metavar="P", default=1.0, help=top_p)
     add("--seed", type=int, metavar="N", default=0, help="seed of the sampling")
-    stop = "string that ends the text and is left out of it; may be repeated"
-    add("--stop", action="append", default=[], metavar="TEXT", help=stop)
+    stop = (
+        r"string or special token that ends the text and is left out of it; \n: end of line; may be repeated"
+    )
+    add("--stop", action="append", default=[], type=unescape, metavar="TEXT", help=stop)
     found = parser.parse_args(arguments)
     _check(found)
     return found
+
+
+def unescape(text: str) -> str:
+    r"""Argument type: text in which \n, \t, \r and \\ are a line feed, a tab, a carriage return and a backslash."""
+    return re.sub(r"\\[ntr\\]", lambda match: ESCAPES[match[0]], text)
 
 
 def _check(found: argparse.Namespace) -> None:
@@ -70,7 +94,10 @@ def _check(found: argparse.Namespace) -> None:
         if condition:
             raise UserError(message)
 
-    Sampling(found.temperature, found.top_k, found.top_p)
+    how_to_complete(found)
+    for flag, texts in (("prompt", [found.prompt]), ("question", [found.question]), ("stop", found.stop)):
+        for text in texts:
+            check_unicode(text or "", f"argument --{flag}")
     for flag, place in (("--save-memory", found.save_memory), ("--out", found.out)):
         if place is not None:  # found out now, as reading may take hours
             file = Path(place)
@@ -87,6 +114,9 @@ def _check(found: argparse.Namespace) -> None:
     refuse("" in found.stop, "argument --stop: must not be empty")
     refuse((found.batch is None) != (found.out is None), "--batch and --out: give both or neither")
     refuse(
+        found.streams > 1 and found.batch is None, "--streams: has a meaning for --batch alone; leave it out"
+    )
+    refuse(
         found.save_memory is not None
         and found.batch is not None
         and (found.prompt, found.prompt_file, found.load_memory) == (None, None, None),
@@ -95,6 +125,10 @@ def _check(found: argparse.Namespace) -> None:
     refuse(
         found.batch is not None and found.question is not None,
         "--question: cannot be combined with --batch; put the questions into its lines",
+    )
+    refuse(
+        found.batch is not None and found.prompt_file == "-",
+        "--prompt-file: with --batch, it must be a file; standard input cannot be read again to continue the batch",
     )
     refuse(
         found.max_tokens == 0 and (found.batch is not None or found.save_memory is None),
@@ -133,7 +167,7 @@ def reading_progress() -> Iterator[Callable[[int], None]]:
 
     def line() -> str:
         seconds = time.perf_counter() - began
-        return f"read {read:,} tokens in {seconds:.1f} s ({read / seconds:,.0f} tokens/s)"
+        return f"read {rate(read, seconds)}"
 
     with rich.progress.Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
@@ -150,38 +184,121 @@ def reading_progress() -> Iterator[Callable[[int], None]]:
         print(line(), file=sys.stderr)
 
 
-def completer(
-    model: TextModel, found: argparse.Namespace, *, aloud: bool
-) -> Callable[[TextState], Completion]:
-    """Return a function that generates as the command line says; `aloud` prints the text as it comes."""
+def how_to_complete(found: argparse.Namespace) -> HowToComplete:
+    """Return how the command line wants texts to be completed."""
     sampling = Sampling(found.temperature, found.top_k, found.top_p)
-
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    return lambda state: model.generate(
-        state,
-        max_tokens=found.max_tokens,
-        sampling=sampling,
-        seed=found.seed,
-        stop=found.stop,
-        on_text=write if aloud else None,
-    )
+    return HowToComplete(found.max_tokens, sampling, found.seed, tuple(found.stop))
 
 
-def run_batch(model: TextModel, found: argparse.Namespace, state: TextState | None) -> None:
+def open_batch(model: TextModel, found: argparse.Namespace) -> Batch:
+    """Open --batch and --out.
+
+    Raises:
+      UserError: a file cannot be read, or --out holds results of other lines or settings.
+    """
+    settings: dict[str, Any] = {
+        "checkpoint": os.path.abspath(found.checkpoint),
+        "step": model.step,
+        "weights": fingerprint(model.streamer.params)[:16],
+        "end_ids": model.end_ids,
+        "load_memory": None if found.load_memory is None else _digest(found.load_memory),
+        "prompt": None if found.prompt is None else hashlib.sha256(found.prompt.encode()).hexdigest()[:16],
+        "prompt_file": None if found.prompt_file is None else _digest(found.prompt_file),
+    }
+    for name in ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop"):
+        settings[name] = getattr(found, name)
+    return Batch(found.batch, found.out, settings)
+
+
+def _digest(path: str) -> str:
+    with open_text(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def batch_progress() -> Iterator[Callable[[BatchProgress], None]]:
+    """Show lines, tokens, tokens/s and the time left on stderr: a bar on a terminal, elsewhere a line per minute."""
+    console = rich.console.Console(stderr=True)
+    columns = (rich.progress.BarColumn(bar_width=10), rich.progress.TextColumn("{task.description}"))
+    began = reported = time.perf_counter()
+
+    def text(now: BatchProgress, seconds: float) -> str:
+        found = f"{now.done:,} of {now.lines:,} lines, {rate(now.tokens, seconds)}"
+        if 0 < now.done < now.lines:
+            left = datetime.timedelta(seconds=round(seconds * (now.lines - now.done) / now.done))
+            found += f", {left} left"
+        return found
+
+    with rich.progress.Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def show(now: BatchProgress) -> None:
+            nonlocal reported
+            at = time.perf_counter()
+            line = text(now, at - began)
+            bar.update(task, description=line, completed=now.done, total=now.lines)
+            if not console.is_terminal and at - reported > REPORT_SECONDS:
+                reported = at
+                print(line, file=sys.stderr, flush=True)
+
+        yield show
+
+
+def rate(tokens: int, seconds: float) -> str:
+    """Return a number of tokens and their rate, for people."""
+    return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.1f} tokens/s)"
+
+
+def run_batch(model: TextModel, batch: Batch, found: argparse.Namespace, state: TextState | None) -> None:
     """Answer the lines of --batch.
 
     Raises:
       UserError: some lines could not be answered; all others are.
     """
-    complete = completer(model, found, aloud=False)
-    with cli.progress_bar("lines") as show:
-        count, failed = complete_lines(model, found.batch, found.out, complete, state=state, on_line=show)
-    print(f"{count} lines are answered in {found.out}", file=sys.stderr)
+    began, tokens = time.perf_counter(), 0
+    with batch_progress() as show:
+
+        def on_progress(now: BatchProgress) -> None:
+            nonlocal tokens
+            tokens = now.tokens
+            show(now)
+
+        count, failed = batch.complete(
+            model,
+            how_to_complete(found),
+            state=state,
+            streams=found.streams,
+            chunk_blocks=found.chunk_blocks,
+            on_progress=on_progress,
+        )
+    seconds = time.perf_counter() - began
+    print(rate(tokens, seconds), file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of {count} lines could not be answered; their errors are in {found.out}")
+    print(f"{count} lines are answered in {found.out}", file=sys.stderr)
+
+
+def answer(model: TextModel, found: argparse.Namespace, state: TextState) -> None:
+    """Generate a text and print it as it comes."""
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    began, how = time.perf_counter(), how_to_complete(found)
+    done = model.generate(
+        state,
+        max_tokens=how.max_tokens,
+        sampling=how.sampling,
+        seed=how.seed,
+        stop=how.stop,
+        on_text=write,
+    )
+    print(flush=True)
+    seconds = time.perf_counter() - began
+    print(f"{rate(done.tokens, seconds)}; ended by {done.ended_by!r}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,27 +308,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     with prompt(found) as source:
         model = TextModel.restore(found.checkpoint, found.step, mesh)
         state = None if found.load_memory is None else model.load(found.load_memory)
+        batch = None if found.batch is None else open_batch(model, found)
         if source is not None:
             with reading_progress() as show:
                 state = model.read(source, state, chunk_blocks=found.chunk_blocks, on_progress=show)
     if found.save_memory is not None and state is not None:
         model.save(found.save_memory, state)
         print(f"memory of {state.tokens_read:,} tokens written to {found.save_memory}", file=sys.stderr)
-    if found.batch is not None:
-        run_batch(model, found, state)
+    if batch is not None:
+        run_batch(model, batch, found, state)
     elif found.max_tokens:
         if found.question is not None:
             state = model.read(found.question, state)
         assert state is not None
-        began = time.perf_counter()
-        done = completer(model, found, aloud=True)(state)
-        print(flush=True)
-        seconds = time.perf_counter() - began
-        print(
-            f"{done.tokens} tokens in {seconds:.1f} s ({done.tokens / seconds:,.1f} tokens/s); ended by "
-            f"{done.ended_by!r}",
-            file=sys.stderr,
-        )
+        answer(model, found, state)
     return 0
 
 

@@ -12,7 +12,6 @@ evaluate plans what launch.evaluate runs for the config's task.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fam_jax.config import Config, MeshConfig, UserError
+from fam_jax.config.strict_json import dump_json
 
 from . import cli
 from .tpu.slices import parse_slice
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = plan(console, config, arguments)
     if out:
         with output_file(out) as file:
-            file.write(f"{json.dumps(report, indent=1)}\n".encode())
+            file.write(f"{dump_json(report, indent=1)}\n".encode())
         print(f"written to {out}")
     return 0 if report["fits"] else DOES_NOT_FIT
 

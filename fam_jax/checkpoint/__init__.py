@@ -24,7 +24,7 @@ from fam_jax.checkpoint.folder import (
     read_config_file,
     saved_steps,
 )
-from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders
+from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders, end_ids
 from fam_jax.checkpoint.loading import choose_step, load_params, load_state
 from fam_jax.checkpoint.origin import VOCABULARY, find_vocabulary, settle_origin, vocabulary_digest
 from fam_jax.checkpoint.run_config import (
@@ -50,6 +50,7 @@ __all__ = [
     "check_name",
     "choose_step",
     "companion_folders",
+    "end_ids",
     "find_vocabulary",
     "load_params",
     "load_state",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import typing
 from typing import Any
 
@@ -14,6 +13,7 @@ from fam_jax.config.fields import check_type, field_types
 from fam_jax.config.format1 import moved_field
 from fam_jax.config.memory import MemoryConfig, check_memory_field, kinds_with_field, memory_config_type
 from fam_jax.config.model import ModelConfig
+from fam_jax.config.strict_json import dump_json
 from fam_jax.config.training import EvaluateConfig, LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 
@@ -65,7 +65,7 @@ def resolve(values: Any) -> Config:
 
 def to_json(config: Config) -> str:
     """Return the config as indented JSON. :func:`resolve` restores it from the parsed JSON."""
-    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
+    return dump_json(dataclasses.asdict(config), indent=2, sort_keys=True)
 
 
 def changed(config: Config, **groups: dict[str, Any]) -> Config:

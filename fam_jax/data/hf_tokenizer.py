@@ -48,6 +48,10 @@ class TokenizerVocabulary(seqio.Vocabulary):
         """Return the id of the unknown token; None for byte-level tokenizers, which can encode everything."""
         return self._folder.id_of("unk_token")
 
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token whose text is exactly `text`; None: there is none."""
+        return self._tokenizer.token_to_id(text)
+
     @functools.cached_property
     def ordinary_size(self) -> int:
         """Return one more than the highest id of a piece that is not an added token."""

@@ -157,3 +157,18 @@ def first_input(vocabulary: Any, data: DataConfig) -> int:
       ConfigError: data.add_bos is set, but the vocabulary has no start token.
     """
     return (*bos_ids(vocabulary, data), vocabulary.eos_id or 0)[0]
+
+
+def special_token_id(vocabulary: Any, text: str) -> int | None:
+    """Return the id of the special token that `text` names, such as "<|eot_id|>"; None if there is none.
+
+    Special tokens are those that decoding leaves out.
+    """
+    if hasattr(vocabulary, "token_id"):
+        token = vocabulary.token_id(text)
+    elif hasattr(vocabulary, "sp_model"):
+        token = vocabulary.tokenizer.PieceToId(text)
+        token = token if vocabulary.tokenizer.IdToPiece(token) == text else None
+    else:
+        token = None
+    return None if token is None or text in vocabulary.decode([token]) else token

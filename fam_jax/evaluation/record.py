@@ -13,6 +13,7 @@ from etils import epath
 
 from fam_jax.checkpoint.new_file import check_output_file, output_file
 from fam_jax.config import Config, UserError
+from fam_jax.config.strict_json import dump_json
 from fam_jax.evaluation.task import Measured
 from fam_jax.evaluation.tasks import find_task
 
@@ -74,7 +75,7 @@ class Evaluation:
         del values["path"]
         plot, (path, *beside) = find_task(self.task).plot, self.files
         with output_file(path) as file:
-            file.write(f"{json.dumps(values, indent=2)}\n".encode())
+            file.write(f"{dump_json(values, indent=2)}\n".encode())
         if plot is not None:
             with output_file(beside[0]) as file:
                 plot(self.details, file, self._title(run))

@@ -1,93 +1,230 @@
 """Completion of many prompts, from JSON lines to JSON lines. An interrupted batch continues where it stopped."""
 
+import contextlib
+import dataclasses
 import io
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from fam_jax.config import UserError
-from fam_jax.generation.text import Completion, TextModel, TextState
+from fam_jax.config.strict_json import dump_json, finite
+from fam_jax.generation.endings import TextWriter
+from fam_jax.generation.rows import Rows, RowTokens
+from fam_jax.generation.sampling import GREEDY, Sampling, check_seed
+from fam_jax.generation.streaming import NotFiniteError
+from fam_jax.generation.text import TextModel, TextState
 
 # Fields of a line, in the order in which they are read.
 TEXTS = ("prompt", "question")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Named in a message about other settings, but not a reason for it: a run may be moved.
+INFORMATION = ("checkpoint",)
+
+# A line that is nested deeper is not taken for JSON: how deep Python can go depends on where it is.
+LEVELS = 50
+
+Record = dict[str, Any]
 
 
-def complete_lines(
-    model: TextModel,
-    source: Path,
-    out: Path,
-    complete: Callable[[TextState], Completion],
-    *,
-    state: TextState | None = None,
-    on_line: Callable[[int, int], None] | None = None,
-) -> tuple[int, int]:
-    """Complete every line of `source`, an object with "prompt_file", "prompt" or "question", read in this order.
-
-    Each result is appended to `out` as soon as it is complete: {"line", "input", "text", "tokens", "tokens_read",
-    "ended_by"}, or {"line", "input", "error"} for a line that cannot be completed. Such a line does not affect the
-    others. Results that `out` already holds are kept.
-
-    Args:
-      model: reads the texts.
-      source: file of JSON lines.
-      out: file of JSON lines to create or continue.
-      complete: generates from the state after a line's texts.
-      state: state that every line continues; None: every line starts a new stream.
-      on_line: called with the number of lines done and the number of all lines.
-
-    Returns:
-      The number of lines, and how many of them have an error in `out`.
+@dataclasses.dataclass(frozen=True)
+class HowToComplete:
+    """What decides how a text is completed.
 
     Raises:
-      UserError: `source` cannot be read, or `out` cannot be written or holds the results of other lines.
+      UserError: the seed is out of range.
     """
-    try:
-        lines = source.read_text("utf-8").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); give a file of JSON lines") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: is not valid UTF-8 at byte {error.start}; convert it to UTF-8") from error
-    done = _done(out, lines)
-    failed = sum("error" in record for record in done)
-    try:
-        with out.open("a", encoding="utf-8") as file:
-            for number, line in enumerate(lines[len(done) :], len(done) + 1):
-                record = {"line": number, **_complete_line(model, line, complete, state)}
-                failed += "error" in record
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
-                if on_line is not None:
-                    on_line(number, len(lines))
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
-    return len(lines), failed
+
+    max_tokens: int
+    sampling: Sampling = GREEDY
+    # Line n is sampled with `fold_in(key(seed), n)`.
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
 
-def _complete_line(
-    model: TextModel, line: str, complete: Callable[[TextState], Completion], state: TextState | None
-) -> dict[str, Any]:
-    given = _parse(line)
-    try:
-        if not isinstance(given, dict):
-            raise UserError("expected a JSON object with prompt, prompt_file or question")
-        texts = [given[name] for name in TEXTS if name in given]
-        if "prompt_file" not in given and not texts:
-            raise UserError(f"has none of prompt_file, {', '.join(TEXTS)}; give at least one")
-        if not all(isinstance(text, str) for text in (*texts, given.get("prompt_file", ""))):
-            raise UserError("prompt_file, prompt and question must be strings")
-        if "prompt_file" in given:
-            with open_text(given["prompt_file"]) as file:
-                state = model.read(file, state)
-        for text in texts:
-            state = model.read(text, state)
-        assert state is not None
-        before = state.tokens_read
-        found = complete(state)
-    except UserError as error:
-        return {"input": given, "error": str(error)}
-    counts = {"tokens": found.tokens, "tokens_read": before}
-    return {"input": given, "text": found.text, **counts, "ended_by": found.ended_by}
+@dataclasses.dataclass(frozen=True)
+class BatchProgress:
+    """How far a call of :meth:`Batch.complete` is; results of earlier calls do not count."""
+
+    # Lines completed, and lines to complete.
+    done: int
+    lines: int
+    # Tokens generated.
+    tokens: int
+
+
+class Batch:
+    """The lines of a file, and the file of their results.
+
+    A line is a JSON object with "prompt_file", "prompt" or "question", read in this order. Its result is {"line",
+    "input", "text", "tokens", "tokens_read", "ended_by"}, or {"line", "input", "error"} if it cannot be completed. Such
+    a line does not affect the others. Results are in the order of the lines; each is written as soon as those before it
+    are.
+    """
+
+    def __init__(self, source: Path, out: Path, settings: Mapping[str, Any]):
+        """Read the lines, and the results that an earlier call left.
+
+        Args:
+          source: file of JSON lines.
+          out: file of JSON lines to create or continue.
+          settings: what the results depend on, by name. They are stored in `out`.settings.json.
+
+        Raises:
+          UserError: `source` cannot be read; `out` cannot be written, or holds results of other lines or settings.
+        """
+        try:
+            content = source.read_bytes().removeprefix(BYTE_ORDER_MARK)
+        except OSError as error:
+            raise UserError(
+                f"{source}: cannot be read ({error.strerror}); give a file of JSON lines"
+            ) from error
+        self._lines = content.removesuffix(b"\n").split(b"\n")
+        self._results = _Results(out, self._lines, settings)
+
+    def complete(
+        self,
+        model: TextModel,
+        how: HowToComplete,
+        *,
+        state: TextState | None = None,
+        streams: int = 1,
+        chunk_blocks: int = 16,
+        on_progress: Callable[[BatchProgress], None] | None = None,
+    ) -> tuple[int, int]:
+        """Complete the lines that have no result yet, or an error.
+
+        A result depends on its line, its place and `how`. It does not depend on `streams` or on the other lines, apart
+        from rounding: programs for more rows may add numbers in another order.
+
+        Args:
+          model: reads and writes the texts.
+          how: how each text is completed.
+          state: state that every line continues; None: every line starts a new stream.
+          streams: lines that generate together.
+          chunk_blocks: blocks to read at once.
+          on_progress: called when lines are done or tokens generated.
+
+        Returns:
+          The number of lines, and how many of them have an error.
+
+        Raises:
+          UserError: the results cannot be written.
+        """
+        results, done, tokens = self._results, 0, 0
+
+        def read(line: Mapping[str, Any]) -> TextState:
+            return _read_line(model, line, state, chunk_blocks)
+
+        pending = results.pending()
+        if not pending:
+            return len(self._lines), 0
+        lines = ((number, self._lines[number - 1]) for number in pending)
+        count = min(streams, len(pending))
+        for event in _completions(model, lines, how, count, read):
+            if isinstance(event, int):
+                tokens += event
+            else:
+                results.put(event)
+                done += 1
+            if on_progress is not None:
+                on_progress(BatchProgress(done, len(pending), tokens))
+        return len(self._lines), results.failed
+
+
+@dataclasses.dataclass
+class _Stream:
+    """A line that generates."""
+
+    number: int
+    given: Any
+    tokens_read: int
+    writer: TextWriter
+    tokens: int = 0
+
+    def add(self, new: RowTokens) -> Record | None:
+        """Add tokens; return the result if the text has ended."""
+        self.tokens += self.writer.add(new.tokens, stopped=new.stopped)
+        head = {"line": self.number, "input": self.given}
+        if self.writer.ended_by is None and not new.complete:
+            if new.finite:
+                return None
+            return {**head, "error": NotFiniteError.reason(self.tokens_read + self.tokens)}
+        text = self.writer.finish()
+        counts = {"tokens": self.tokens, "tokens_read": self.tokens_read}
+        return {**head, "text": text, **counts, "ended_by": self.writer.ended_by}
+
+
+def _completions(
+    model: TextModel,
+    lines: Iterator[tuple[int, bytes]],
+    how: HowToComplete,
+    count: int,
+    read: Callable[[Mapping[str, Any]], TextState],
+) -> Iterator[Record | int]:
+    """Yield the result of each line when it is complete, and after each call the number of tokens that it generated.
+
+    The other rows wait while a prompt is read. That costs no time: reading alone keeps the device busy.
+    """
+    endings, key = model.endings(how.stop), jax.random.key(how.seed)
+    rows = Rows(
+        model.streamer,
+        count,
+        max_tokens=how.max_tokens,
+        sampling=how.sampling,
+        stop_tokens=endings.tokens,
+    )
+    running: dict[int, _Stream] = {}
+    while True:
+        for row in rows.free:
+            for number, line in lines:
+                given, problem = _parse(line)
+                try:
+                    if problem:
+                        raise UserError(problem)
+                    state = read(given)
+                except UserError as error:
+                    yield {"line": number, "input": given, "error": str(error)}
+                    continue
+                assert state.logits is not None
+                rows.fill(row, state.streams, state.logits, jax.random.fold_in(key, number))
+                writer = TextWriter(model.vocabulary.decode, endings)
+                running[row] = _Stream(number, given, state.tokens_read, writer)
+                break
+        if not running:
+            return
+        generated = rows.generate()
+        yield sum(len(new.tokens) for new in generated)
+        for new in generated:
+            record = running[new.row].add(new)
+            if record is not None:
+                yield record
+                rows.release(new.row)
+                del running[new.row]
+
+
+def _read_line(
+    model: TextModel, line: Mapping[str, Any], state: TextState | None, chunk_blocks: int
+) -> TextState:
+    texts = [line[name] for name in TEXTS if name in line]
+    if "prompt_file" not in line and not texts:
+        raise UserError(f"has none of prompt_file, {', '.join(TEXTS)}; give at least one")
+    if not all(isinstance(text, str) for text in (*texts, line.get("prompt_file", ""))):
+        raise UserError("prompt_file, prompt and question must be strings")
+    if "prompt_file" in line:
+        with open_text(line["prompt_file"]) as file:
+            state = model.read(file, state, chunk_blocks=chunk_blocks)
+    for text in texts:
+        state = model.read(text, state, chunk_blocks=chunk_blocks)
+    assert state is not None
+    return state
 
 
 def open_text(path: str) -> io.BufferedReader:
@@ -98,37 +235,134 @@ def open_text(path: str) -> io.BufferedReader:
     """
     try:
         return Path(path).open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file of UTF-8 text") from error
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot be read ({reason}); give a file of UTF-8 text") from error
 
 
-def _done(out: Path, lines: list[str]) -> list[dict[str, Any]]:
-    """Return the results that `out` holds, and remove an incomplete last line, which a killed process leaves."""
-    if not out.exists():
-        return []
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError."""
     try:
-        content = out.read_bytes()
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
+
+
+def _parse(line: bytes) -> tuple[Any, str]:
+    """Return what a line holds, as it comes back from the file of results, and what is wrong with it, if anything."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        return line.decode(errors="backslashreplace"), f"is not valid UTF-8 at byte {error.start}"
+    try:
+        value = json.loads(text)
+        value = text if _is_deeper(value, LEVELS) else finite(value)
+    except (ValueError, RecursionError):
+        value = text
+    if not isinstance(value, dict):
+        return value, "expected a JSON object with prompt, prompt_file or question"
+    return value, ""
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Return whether a value of JSON is nested more than `levels` deep."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return parts is not None and (levels == 0 or any(_is_deeper(part, levels - 1) for part in parts))
+
+
+class _Results:
+    """The file of results, in the order of the lines, and the file that says with which settings they were made."""
+
+    def __init__(self, out: Path, lines: list[bytes], settings: Mapping[str, Any]):
+        self._out, self._count = out, len(lines)
+        self._settings_file = out.with_name(f"{out.name}.settings.json")
+        # Results in the file, by place, and those that wait for the result of a line before them, by line.
+        self._written: list[str] = []
+        self._waiting: dict[int, str] = {}
+        self._failed: set[int] = set()
+        if out.exists() and out.stat().st_size:
+            self._check_settings(settings)
+            self._load(lines)
+        else:
+            self._replace(self._settings_file, dump_json(settings, indent=1) + "\n")
+
+    @property
+    def failed(self) -> int:
+        """Return the number of lines with an error."""
+        return len(self._failed)
+
+    def pending(self) -> list[int]:
+        """Return the lines to complete: those with an error first, then those without a result."""
+        return [*sorted(self._failed), *range(len(self._written) + 1, self._count + 1)]
+
+    def put(self, record: Record) -> None:
+        """Write the result of a line."""
+        number, text = record["line"], dump_json(record, ensure_ascii=False) + "\n"
+        (self._failed.add if "error" in record else self._failed.discard)(number)
+        if number <= len(self._written):
+            if text != self._written[number - 1]:
+                self._written[number - 1] = text
+                self._replace(self._out, "".join(self._written))
+            return
+        self._waiting[number] = text
+        ready: list[str] = []
+        while (following := len(self._written) + len(ready) + 1) in self._waiting:
+            ready.append(self._waiting.pop(following))
+        if ready:
+            self._written += ready
+            with _writing(self._out), self._out.open("a", encoding="utf-8", newline="") as file:
+                file.write("".join(ready))
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads(self._settings_file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self._settings_file}: cannot be read, so the settings of {self._out} are unknown; give another --out"
+            ) from error
+        now = json.loads(dump_json(settings))
+        before = before if isinstance(before, dict) else {}
+        differing = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        if {*differing} - {*INFORMATION}:
+            changes = (
+                f"{name} was {dump_json(before.get(name))}, is {dump_json(now.get(name))}"
+                for name in differing
+            )
+            raise UserError(
+                f"{self._out}: was made with other settings ({'; '.join(changes)}); set them back, or give another "
+                "--out"
+            )
+
+    def _load(self, lines: list[bytes]) -> None:
+        """Read the results, and remove an incomplete last line, which a killed process leaves."""
+        with _writing(self._out):
+            content = self._out.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        records = [json.loads(line) for line in whole.splitlines()]
-        same = len(records) <= len(lines) and all(
-            record["line"] == number and record["input"] == _parse(line)
-            for number, (record, line) in enumerate(zip(records, lines, strict=False), 1)
-        )
-    except OSError as error:
-        raise UserError(f"{out}: cannot be read ({error.strerror}); give another --out") from error
-    except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise UserError(f"{out}: does not hold results of these lines; give another --out")
-    if len(whole) < len(content):
-        with out.open("rb+") as file:
-            file.truncate(len(whole))
-    return records
+        try:
+            self._written = [f"{line}\n" for line in whole.decode().split("\n")[:-1]]
+            records = [json.loads(text) for text in self._written]
+            same = len(records) <= len(lines) and all(
+                record["line"] == number
+                and record["input"] == _parse(line)[0]
+                and ("error" in record or "text" in record)
+                for number, (record, line) in enumerate(zip(records, lines, strict=False), 1)
+            )
+        except (ValueError, KeyError, TypeError, RecursionError):
+            same = False
+        if not same:
+            raise UserError(f"{self._out}: does not hold results of these lines; give another --out")
+        self._failed = {record["line"] for record in records if "error" in record}
+        if len(whole) < len(content):
+            with _writing(self._out), self._out.open("rb+") as file:
+                file.truncate(len(whole))
 
-
-def _parse(line: str) -> Any:
-    """Return the value of a line of JSON, or the line itself if it is not JSON."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return line
+    def _replace(self, path: Path, text: str) -> None:
+        """Write a file that appears when it is complete."""
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        with _writing(path):
+            try:
+                unfinished.write_text(text, "utf-8", newline="")
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)

@@ -28,6 +28,8 @@ class Calls(NamedTuple):
     """Jitted functions. Those that take a state consume it: its buffers become those of the returned state."""
 
     start: Callable[..., StreamState]
+    # Puts one stream and its logits into a row of a batch.
+    replace_row: Callable[..., tuple[jax.Array, StreamState]]
     read_blocks: Callable[..., tuple[jax.Array, StreamState]]
     read_piece: Callable[..., tuple[jax.Array, StreamState]]
     logits: Callable[..., jax.Array]
@@ -47,6 +49,8 @@ class Decoded(NamedTuple):
     counts: jax.Array
     # (B,) bool
     stopped: jax.Array
+    # (B,) bool; False: the row rests, as the logits of its next token are not finite.
+    finite: jax.Array
     # () int32
     steps: jax.Array
     # (B, V) logits of each row's next token.
@@ -140,6 +144,13 @@ def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
     def start(params: Params) -> StreamState:
         return model(params).init_state(rows)
 
+    def replace_row(
+        state: StreamState, logits: jax.Array, row: jax.Array, stream: StreamState, its_logits: jax.Array
+    ) -> tuple[jax.Array, StreamState]:
+        return jax.lax.dynamic_update_index_in_dim(logits, its_logits[0], row, 0), state.replace_row(
+            row, stream
+        )
+
     def read_blocks(params: Params, state: StreamState, tokens: jax.Array) -> tuple[jax.Array, StreamState]:
         hidden, state = model(params).hidden(tokens, state, aligned=True)
         return hidden[:, -1], state
@@ -173,6 +184,7 @@ def compiled_calls(config: ModelConfig, mesh: Mesh | None, rows: int) -> Calls:
     consuming = functools.partial(jax.jit, donate_argnames="state", **placed["both"])
     return Calls(
         start=jax.jit(start, **placed["state"]),
+        replace_row=consuming(replace_row),
         read_blocks=consuming(read_blocks if mesh is None else traced_for(mesh, read_blocks)),
         read_piece=consuming(read_piece),
         logits=jax.jit(logits, **placed["one"]),
@@ -189,46 +201,61 @@ def _decode(
     state: StreamState,
     logits: jax.Array,
     stopped: jax.Array,
-    key: jax.Array,
+    keys: jax.Array,
     begin: jax.Array,
-    limit: jax.Array,
+    limits: jax.Array,
     stop_tokens: jax.Array,
     *,
     sampling: Sampling,
     width: int,
 ) -> tuple[Decoded, StreamState]:
-    """Generate up to min(limit, width) tokens; `begin` () tokens were generated before them (it seeds each draw)."""
+    """Generate up to `width` tokens in each row.
+
+    A row rests once it has stopped, has `limits` (B,) new tokens, or has logits that are not finite. It generated
+    `begin` (B,) tokens before this call: its next one is sampled with `fold_in(keys[row], begin[row])`.
+    """
     rows = logits.shape[0]
     none_yet = Decoded(
         tokens=jnp.zeros((rows, width), jnp.int32),
         logprobs=jnp.zeros((rows, width), logits.dtype),
         counts=jnp.zeros(rows, jnp.int32),
         stopped=stopped,
+        finite=_finite(logits),
         steps=jnp.zeros((), jnp.int32),
         logits=logits,
     )
 
+    def active_rows(done: Decoded) -> jax.Array:
+        return ~done.stopped & done.finite & (done.counts < limits)
+
     def unfinished(carry: tuple[Decoded, StreamState]) -> jax.Array:
-        return (carry[0].steps < jnp.minimum(limit, width)) & ~carry[0].stopped.all()
+        return (carry[0].steps < width) & active_rows(carry[0]).any()
 
     def step(carry: tuple[Decoded, StreamState]) -> tuple[Decoded, StreamState]:
         done, state = carry
-        active = ~done.stopped
-        token = sample(done.logits, jax.random.fold_in(key, begin + done.steps), sampling)
+        active = active_rows(done)
+        token = sample(done.logits, jax.vmap(jax.random.fold_in)(keys, begin + done.counts), sampling)
         token = jnp.where(active, token, 0)
         logprob = jnp.where(active, _logprob(done.logits, token), 0)
         after, state = model(token[:, None], state, lengths=active.astype(jnp.int32))
+        logits = jnp.where(active[:, None], after[:, 0], done.logits)
         done = Decoded(
             tokens=done.tokens.at[:, done.steps].set(token),
             logprobs=done.logprobs.at[:, done.steps].set(logprob),
             counts=done.counts + active,
             stopped=done.stopped | (active & (token[:, None] == stop_tokens).any(axis=1)),
+            finite=_finite(logits),
             steps=done.steps + 1,
-            logits=jnp.where(active[:, None], after[:, 0], done.logits),
+            logits=logits,
         )
         return done, state
 
     return jax.lax.while_loop(unfinished, step, (none_yet, state))
+
+
+def _finite(logits: jax.Array) -> jax.Array:
+    """Return which rows (B,) can be sampled from: none of their logits is NaN or inf, and not all are -inf."""
+    return jnp.isfinite(logits.max(axis=-1))
 
 
 def _score(

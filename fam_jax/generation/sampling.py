@@ -1,12 +1,14 @@
 """Sampling of the next token from logits."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from fam_jax.config import UserError
+
+# Those by which float32 logits can be divided.
+TEMPERATURES = (1e-37, 1e37)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +27,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise UserError(f"temperature: must be 0 (greedy) or a positive number, got {self.temperature}")
+        low, high = TEMPERATURES
+        if not (self.temperature == 0 or low <= self.temperature <= high):
+            raise UserError(
+                f"temperature: must be 0 (greedy) or from {low} to {high}, got {self.temperature}"
+            )
         if self.top_k < 0 or self.top_k != int(self.top_k):
             raise UserError(f"top_k: must be 0 (off) or a number of tokens, got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -38,14 +43,27 @@ class Sampling:
 
 
 GREEDY = Sampling()
+# JAX drops the bits above the 32nd: a larger seed would be another one in disguise.
+MAX_SEED = (1 << 32) - 1
 
 
-def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Sample a token for every row.
+def check_seed(seed: int) -> int:
+    """Return `seed`.
+
+    Raises:
+      UserError: it is not one of the 2^32 seeds that JAX tells apart.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed: must be from 0 to {MAX_SEED}, got {seed}")
+    return seed
+
+
+def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """Sample a token for every row. A row's token depends on its own logits and key alone.
 
     Args:
       logits: (B, V); -inf forbids a token.
-      key: typed PRNG key; greedy decoding ignores it.
+      keys: (B,) typed PRNG keys; greedy decoding ignores them.
       sampling: static under `jax.jit`.
 
     Returns:
@@ -53,12 +71,13 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draw = jax.vmap(jax.random.categorical)
     # With the largest logit at zero, no temperature overflows, however small it is.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
     vocabulary = logits.shape[-1]
     kept = min(sampling.top_k or vocabulary, vocabulary)
     if kept == vocabulary and sampling.top_p == 1:
-        return jax.random.categorical(key, scaled).astype(jnp.int32)
+        return draw(keys, scaled).astype(jnp.int32)
     scaled, ids = jax.lax.top_k(scaled, kept)  # in descending order, equal ones in the order of their ids
     if sampling.top_p < 1:
         probabilities = jax.nn.softmax(scaled)
@@ -66,5 +85,5 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         # The likeliest token always stays, whatever rounding does.
         outside = (likelier >= sampling.top_p).at[..., 0].set(False)
         scaled = jnp.where(outside, -jnp.inf, scaled)
-    choice = jax.random.categorical(key, scaled)
+    choice = draw(keys, scaled)
     return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -23,6 +23,7 @@ from flax import nnx
 
 from fam_jax.config import ModelConfig, UserError, fields_with_effect
 from fam_jax.config.format1 import former_array_name, upgrade_array_name, upgrade_model
+from fam_jax.config.strict_json import dump_json
 from fam_jax.model import StreamState, Transformer
 
 FORMAT = "fam_jax state"
@@ -85,9 +86,9 @@ def save_state(
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "config": json.dumps(_meaning(model), sort_keys=True),
+        "config": dump_json(_meaning(model), sort_keys=True),
         "fingerprint": fingerprint(params),
-        "tokens_read": json.dumps(state.tokens_read.tolist()),
+        "tokens_read": dump_json(state.tokens_read.tolist()),
         "sha256": NO_CHECKSUM,
     } | ({"vocabulary": vocabulary} if vocabulary else {})
     content = safetensors.numpy.save(arrays, metadata)
@@ -175,7 +176,7 @@ def _intact_former(content: bytes, entries: dict[str, Any], metadata: dict[str, 
     """Check a file of version 1, whose checksum covers the header without the checksum, and the arrays."""
 
     def head(metadata: dict[str, str]) -> bytes:
-        text = json.dumps({"__metadata__": metadata, **entries}, sort_keys=True).encode()
+        text = dump_json({"__metadata__": metadata, **entries}, sort_keys=True).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
@@ -193,7 +194,7 @@ def _check_model(
     if former:
         saved = _flat(upgrade_model(saved))
     differing = [
-        f"{field} was {json.dumps(saved.get(field))}, is {json.dumps(own.get(field))}"
+        f"{field} was {dump_json(saved.get(field))}, is {dump_json(own.get(field))}"
         for field in sorted(saved.keys() | own.keys())
         if saved.get(field) != own.get(field)
     ]

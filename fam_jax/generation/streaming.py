@@ -42,6 +42,18 @@ class Generated:
     state: StreamState
 
 
+class NotFiniteError(UserError):
+    """The model's logits are NaN or inf: its weights or its activations are not finite."""
+
+    @staticmethod
+    def reason(tokens_read: int) -> str:
+        """Return the message for a stream of so many tokens."""
+        return (
+            f"the model's logits are not finite (NaN or inf) after {tokens_read:,} tokens; use another step of the "
+            "run, or float32 activations (config.model.dtype)"
+        )
+
+
 class Streamer:
     """A model that reads and writes streams. A state passed in stays valid, so it can be continued in several ways.
 
@@ -66,7 +78,7 @@ class Streamer:
 
     def start(self, batch_size: int) -> StreamState:
         """Return the state of `batch_size` streams that have read nothing."""
-        return self._calls(batch_size).start(self.params)
+        return self.calls(batch_size).start(self.params)
 
     def read(
         self,
@@ -95,7 +107,7 @@ class Streamer:
             raise UserError(f"chunk_blocks: must be at least 1, got {chunk_blocks}")
         rows = self._checked(prompts, "prompt")
         state = self.start(len(rows)) if state is None else self._copied(state, len(rows))
-        calls = self._calls(len(rows))
+        calls = self.calls(len(rows))
         last = jnp.zeros((len(rows), self.config.model_dim), self.config.dtype)
         lengths = np.array([len(row) for row in rows])
         done = np.zeros_like(lengths)
@@ -133,22 +145,20 @@ class Streamer:
           state: of the same B streams.
           max_tokens: tokens to generate in each row.
           sampling: how tokens are sampled.
-          key: typed PRNG key, needed unless greedy; token t of this call is sampled with `fold_in(key, t)`.
+          key: typed PRNG keys (B,), or one from which row b gets `fold_in(key, b)`; needed unless greedy. Token t of
+            this call is sampled with `fold_in(key of its row, t)`.
           stop_tokens: ids that end a row.
           on_tokens: called with the tokens (B, n) since the last call and their number (B,) in each row.
           tokens_per_call: tokens between these calls; they leave the device together.
 
         Raises:
           UserError: max_tokens is not positive, or there is no key to sample with.
+          NotFiniteError: the model's logits are NaN or inf, so no token can be chosen.
         """
         if max_tokens < 1:
             raise UserError(f"max_tokens: must be at least 1, got {max_tokens}")
-        if key is None and sampling.temperature > 0:
-            raise UserError("key: sampling at a temperature above 0 needs a random key")
-        key = jax.random.key(0) if key is None else key
-        batch = logits.shape[0]
-        state = self._copied(state, batch)
-        calls, stops = self._calls(batch), np.asarray([*stop_tokens], np.int32)
+        batch, stops = logits.shape[0], np.asarray([*stop_tokens], np.int32)
+        calls, keys, state = self.calls(batch), _row_keys(key, batch, sampling), self._copied(state, batch)
         stopped: Any = np.zeros(batch, bool)
         parts, generated = [], 0
         while generated < max_tokens:
@@ -157,14 +167,17 @@ class Streamer:
                 state=state,
                 logits=logits,
                 stopped=stopped,
-                key=key,
-                begin=np.int32(generated),
-                limit=np.int32(max_tokens - generated),
+                keys=keys,
+                begin=np.full(batch, generated, np.int32),
+                limits=np.full(batch, min(max_tokens - generated, tokens_per_call), np.int32),
                 stop_tokens=stops,
                 sampling=sampling,
                 width=tokens_per_call,
             )
             logits, stopped, steps = out.logits, out.stopped, int(out.steps)
+            failed = ~np.asarray(out.finite | stopped) & (np.asarray(out.counts) < max_tokens - generated)
+            for row in np.flatnonzero(failed):
+                raise NotFiniteError(f"row {row}: {NotFiniteError.reason(state.tokens_read[row])}")
             part = [np.asarray(x) for x in (out.tokens[:, :steps], out.logprobs[:, :steps], out.counts)]
             parts.append(part)
             generated += steps
@@ -200,7 +213,7 @@ class Streamer:
         for begin in range(0, int(lengths.max()), width):
             counts = np.clip(lengths - begin, 0, width)
             tokens = self._placed(_window(rows, np.full_like(lengths, begin), counts, width))
-            out, state = self._calls(len(rows)).score(
+            out, state = self.calls(len(rows)).score(
                 self.params, state=state, logits=logits, tokens=tokens, counts=counts.astype(np.int32)
             )
             logits = out.logits
@@ -235,7 +248,7 @@ class Streamer:
         self._checked([*inputs], "input")
         self._checked([*targets], "target")
         rows = len(inputs)
-        out, state = self._calls(rows).measure_blocks(
+        out, state = self.calls(rows).measure_blocks(
             self.params,
             state=self._copied(state, rows),
             inputs=self._placed(inputs),
@@ -244,7 +257,8 @@ class Streamer:
         )
         return np.asarray(out.likeliest), np.asarray(out.logprobs), state
 
-    def _calls(self, rows: int) -> Calls:
+    def calls(self, rows: int) -> Calls:
+        """Return the compiled functions for batches of `rows` rows."""
         return compiled_calls(self.config, self._mesh, rows)
 
     def _placed(self, tokens: np.ndarray) -> Any:
@@ -282,6 +296,16 @@ class Streamer:
                     "was it tokenized with another vocabulary?"
                 )
         return [row.astype(np.int32) for row in rows]
+
+
+def _row_keys(key: jax.Array | None, rows: int, sampling: Sampling) -> jax.Array:
+    """Return keys (B,), from keys (B,), from one key, or for greedy decoding from none."""
+    if key is None and sampling.temperature > 0:
+        raise UserError("key: sampling at a temperature above 0 needs a random key")
+    if key is not None and key.ndim:
+        return key
+    key = jax.random.key(0) if key is None else key
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(rows))
 
 
 def _joined(

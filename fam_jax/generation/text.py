@@ -14,15 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from fam_jax.checkpoint import vocabulary_digest
+from fam_jax.checkpoint import end_ids, vocabulary_digest
 from fam_jax.config import Config, UserError
-from fam_jax.data.vocabulary import bos_ids, check_ids, check_vocabulary_size, load_vocabulary
-from fam_jax.generation.sampling import GREEDY, Sampling
+from fam_jax.data.vocabulary import bos_ids, check_ids, check_vocabulary_size
+from fam_jax.generation.endings import Endings, TextWriter
+from fam_jax.generation.sampling import GREEDY, Sampling, check_seed
 from fam_jax.generation.state_file import load_state, save_state
-from fam_jax.generation.streaming import Streamer
-from fam_jax.generation.tokenize import Detokenizer, encode_pieces, read_text
+from fam_jax.generation.streaming import NotFiniteError, Streamer
+from fam_jax.generation.tokenize import check_unicode, encode_pieces, read_text
 from fam_jax.memories.window_cache import ShownByShape
 from fam_jax.model import StreamState
 from fam_jax.restore import load_model
@@ -54,7 +57,7 @@ class Completion:
     text: str
     # Tokens generated, those of the stop string included.
     tokens: int
-    # "length", "end" (the vocabulary's end token) or the stop string.
+    # "length", "end" (an end token) or the stop string.
     ended_by: str
     # After all of these tokens.
     state: TextState
@@ -63,25 +66,49 @@ class Completion:
 class TextModel:
     """A model that reads and writes text through a state of constant size."""
 
-    def __init__(self, config: Config, params: dict[str, Any], vocabulary: Any):
-        """Take parameters, with any LoRA merged, and a vocabulary from `fam_jax.data.vocabulary`.
+    def __init__(
+        self,
+        config: Config,
+        params: dict[str, Any],
+        vocabulary: Any,
+        *,
+        end_ids: Iterable[int] = (),
+        step: int | None = None,
+    ):
+        """Create a model that ends a text at the vocabulary's end token.
+
+        Args:
+          config: of the run.
+          params: with any LoRA merged.
+          vocabulary: of the run's data task; see :func:`fam_jax.data.build.task_vocabulary`.
+          end_ids: more tokens that end a text.
+          step: the saved step that the parameters come from.
 
         Raises:
           UserError: the parameters do not fit the model, the vocabulary is larger than the model's, or it has no start
             token although config.data.add_bos asks for one.
         """
         check_vocabulary_size(vocabulary, config.model, config.data)
-        self.config, self.vocabulary = config, vocabulary
+        self.config, self.vocabulary, self.step = config, vocabulary, step
         self.streamer = Streamer(config.model, params)
         self._begin = bos_ids(vocabulary, config.data)
+        self._warned_of_begin = False
+        eos = vocabulary.eos_id
+        self.end_ids = sorted({*end_ids} | ({eos} if eos is not None and eos >= 0 else set()))
 
     @classmethod
     def restore(
         cls, folder: str | os.PathLike[str], step: int | None = None, mesh: jax.sharding.Mesh | None = None
     ) -> "TextModel":
-        """Load the model of a training run; arguments and errors are those of :func:`load_model`."""
-        config, params, _ = load_model(folder, step, mesh)
-        return cls(config, params, load_vocabulary(config.data.vocabulary))
+        """Load the model of a run, with the vocabulary of its data task and the end tokens of an imported base.
+
+        Arguments and errors are those of :func:`load_model`.
+        """
+        # TensorFlow takes seconds to import.
+        from fam_jax.data.build import task_vocabulary
+
+        config, params, step = load_model(folder, step, mesh)
+        return cls(config, params, task_vocabulary(config.data), end_ids=end_ids(config, folder), step=step)
 
     def read(
         self,
@@ -101,10 +128,12 @@ class TextModel:
           on_progress: called with the number of tokens read so far.
 
         Raises:
-          UserError: the text is empty or not UTF-8, or has a token that the model has no embedding for.
+          UserError: the text is empty or not valid Unicode, or has a token that the model has no embedding for.
+          NotFiniteError: the model's logits after the text are NaN or inf.
         """
         if isinstance(source, str):
             name, texts = "the text", iter([source])
+            check_unicode(source, name)
         else:
             name = str(getattr(source, "name", "the text"))
             texts = read_text(source, name)
@@ -115,7 +144,7 @@ class TextModel:
         first = chunk_blocks * size - (int(state.streams.position.filled[0]) if state is not None else 0)
         pieces = encode_pieces(self.vocabulary.encode, texts)
         if state is None:
-            pieces = _with_start(self._begin, pieces)
+            pieces = self._with_start(pieces)
         for tokens in _chunks(pieces, first, chunk_blocks * size):
             check_ids(tokens, self.vocabulary, self.config.model.vocab_size)
             logits, streams = self.streamer.read([tokens], streams, chunk_blocks=chunk_blocks)
@@ -125,7 +154,18 @@ class TextModel:
                 on_progress(done)
         if streams is None or logits is None:
             raise UserError(f"{name}: holds no tokens; give at least one character to read")
-        return TextState(streams, logits)
+        found = TextState(streams, logits)
+        if not jnp.isfinite(logits.max()):
+            raise NotFiniteError(f"{name}: {NotFiniteError.reason(found.tokens_read)}")
+        return found
+
+    def endings(self, stop: Sequence[str]) -> Endings:
+        """Return what ends a text: the end tokens of the model, and `stop`.
+
+        Raises:
+          UserError: a stop string is empty.
+        """
+        return Endings(self.vocabulary, self.end_ids, stop)
 
     def generate(
         self,
@@ -141,45 +181,43 @@ class TextModel:
 
         Args:
           state: from :meth:`read`.
-          max_tokens: where the text ends at the latest; the vocabulary's end token ends it too.
+          max_tokens: largest number of tokens to generate; an end token ends the text too.
           sampling: how tokens are sampled.
           seed: of the sampling.
-          stop: strings that end the text and are left out.
+          stop: strings that end the text and are left out; the text of a special token stands for that token.
           on_text: called with the text as it comes; text that may be the start of a stop string is held back.
 
         Raises:
-          UserError: max_tokens is not positive, a stop string is empty, or the state comes from a file and nothing was
-            read since.
+          UserError: max_tokens is not positive, the seed is out of range, a stop string is empty, or the state comes
+            from a file and nothing was read since.
+          NotFiniteError: the model's logits are NaN or inf.
         """
-        if any(not text for text in stop):
-            raise UserError("stop: must not be an empty string")
+        endings, key = self.endings(stop), jax.random.key(check_seed(seed))
         if state.logits is None:
             raise UserError("a loaded memory does not say what comes next; read a question or a prompt first")
-        end = self.vocabulary.eos_id
-        writer = _Writer(Detokenizer(self.vocabulary.decode), stop, on_text)
+        writer = TextWriter(self.vocabulary.decode, endings, on_text)
         logits, streams, done = state.logits, state.streams, 0
-        key = jax.random.key(seed)
         while True:
             out = self.streamer.generate(
                 logits,
                 streams,
                 max_tokens=min(TOKENS_PER_CALL, max_tokens - done),
                 sampling=sampling,
-                key=jax.random.fold_in(key, done),
-                stop_tokens=[] if end is None else [end],
+                key=jax.random.fold_in(key, done)[None],
+                stop_tokens=endings.tokens,
                 tokens_per_call=TOKENS_PER_CALL,
             )
-            tokens = out.tokens[0, : out.lengths[0]]
-            ended = bool(out.stopped[0])
-            taken = writer.add(tokens[: len(tokens) - ended].tolist())
-            if taken is not None:  # a stop string: discard the tokens after it
-                kept = tokens[:taken]
-                logits, streams = self.streamer.read([kept], streams)
-                return writer.completion(done + taken, TextState(streams, logits))
-            done += len(tokens)
-            logits, streams = out.logits, out.state
-            if ended or done >= max_tokens:
-                return writer.completion(done, TextState(streams, logits), "end" if ended else "length")
+            tokens = out.tokens[0, : out.lengths[0]].tolist()
+            taken = writer.add(tokens, stopped=bool(out.stopped[0]))
+            done += taken
+            if taken < len(tokens):  # the others come after a stop string: read again without them
+                logits, streams = self.streamer.read([np.asarray(tokens[:taken])], streams)
+            else:
+                logits, streams = out.logits, out.state
+            if writer.ended_by is not None or done >= max_tokens:
+                text = writer.finish()
+                assert writer.ended_by is not None
+                return Completion(text, done, writer.ended_by, TextState(streams, logits))
 
     def save(self, path: str | os.PathLike[str], state: TextState) -> None:
         """Write `state` to a file; see :func:`save_state`."""
@@ -203,54 +241,18 @@ class TextModel:
     def _vocabulary_digest(self) -> str:
         return vocabulary_digest(dataclasses.asdict(self.config))
 
-
-class _Writer:
-    """Collect generated text, and pass on what cannot be the start of a stop string."""
-
-    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], on_text: Callable[[str], None] | None):
-        self._detokenizer, self._stop, self._on_text = detokenizer, stop, on_text
-        self._text, self._passed_on = "", 0
-        self._ended_by: str | None = None
-
-    def add(self, tokens: Sequence[int]) -> int | None:
-        """Add tokens. Return how many of them completed a stop string, or None if none is complete."""
-        for count, token in enumerate(tokens, 1):
-            self._text += self._detokenizer.add([token])
-            found = [(self._text.find(stop, self._passed_on), stop) for stop in self._stop]
-            places = [(place, stop) for place, stop in found if place >= 0]
-            if places:
-                place, self._ended_by = min(places)
-                self._text = self._text[:place]
-                self._pass_on(place)
-                return count
-        self._pass_on(
-            len(self._text) - max((_partial_stop(self._text, stop) for stop in self._stop), default=0)
-        )
-        return None
-
-    def completion(self, tokens: int, state: TextState, ended_by: str = "") -> Completion:
-        """Return the whole text, after passing on the rest."""
-        if self._ended_by is None:
-            self._text += self._detokenizer.finish()
-        self._pass_on(len(self._text))
-        return Completion(self._text, tokens, self._ended_by or ended_by, state)
-
-    def _pass_on(self, until: int) -> None:
-        if self._on_text is not None and until > self._passed_on:
-            self._on_text(self._text[self._passed_on : until])
-        self._passed_on = max(self._passed_on, until)
-
-
-def _partial_stop(text: str, stop: str) -> int:
-    """Return how many characters at the end of `text` are the start of `stop`."""
-    return max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-
-
-def _with_start(begin: list[int], pieces: Iterable[list[int]]) -> Iterator[list[int]]:
-    """Yield the pieces of a text with `begin` before the first token; nothing for a text without tokens."""
-    for piece in pieces:
-        yield [*begin, *piece] if piece else piece
-        begin = [] if piece else begin
+    def _with_start(self, pieces: Iterable[list[int]]) -> Iterator[list[int]]:
+        """Yield the pieces of a new stream: the start token, if any, before the first token; nothing for no tokens."""
+        begin = self._begin
+        for piece in pieces:
+            if piece and begin and piece[0] == begin[0] and not self._warned_of_begin:
+                self._warned_of_begin = True
+                logging.warning(
+                    "the text begins with the start token, which every new stream gets anyway: the model reads it "
+                    "twice; leave it out"
+                )
+            yield [*begin, *piece] if piece else piece
+            begin = [] if piece else begin
 
 
 def _chunks(pieces: Iterable[list[int]], first: int, size: int) -> Iterator[np.ndarray]:

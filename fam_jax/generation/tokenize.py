@@ -21,13 +21,13 @@ BORDER = re.compile(r"(?<=\S)(?=\s)")
 
 
 def read_text(file: BinaryIO, name: str) -> Iterator[str]:
-    """Yield the UTF-8 text of a binary file as it is read.
+    """Yield the UTF-8 text of a binary file as it is read, without a byte-order mark at its head.
 
     Raises:
       UserError: the file is not UTF-8 (the message names the byte), is empty, or cannot be read.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    before = 0
+    before, at_head = 0, True
     while True:
         try:
             content = file.read(BYTES)
@@ -45,10 +45,24 @@ def read_text(file: BinaryIO, name: str) -> Iterator[str]:
                 f"{name}: is not valid UTF-8 at byte {before - held + error.start} "
                 f"(0x{error.object[error.start]:02x}: {error.reason}); convert it to UTF-8"
             ) from error
+        if at_head and text:
+            text, at_head = text.removeprefix("\ufeff"), False
         yield text
         if not content:
             return
         before += len(content)
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raise :class:`UserError` if a text holds half of a surrogate pair, which no vocabulary can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise UserError(
+            f"{name}: is not valid Unicode at character {error.start} ({half}, half of a surrogate pair); write it as "
+            "UTF-8"
+        ) from error
 
 
 def encode_pieces(

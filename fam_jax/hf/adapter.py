@@ -1,6 +1,5 @@
 """LoRA updates as an adapter, which the PEFT library adds to the base model."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from safetensors.numpy import save_file
 
 from fam_jax.checkpoint.new_file import mode_of_umask
 from fam_jax.config import Config
+from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.config_json import ConvertError
 from fam_jax.hf.memory_file import write_memory
 from fam_jax.hf.names import tensors
@@ -81,4 +81,4 @@ def export_adapter(
         with mode_of_umask(folder / "adapter_model.safetensors"):
             save_file(arrays, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_memory(folder, config.model, leaves)
-        (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n")
+        (folder / "adapter_config.json").write_text(dump_json(adapter_config, indent=2) + "\n")

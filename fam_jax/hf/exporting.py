@@ -1,7 +1,6 @@
 """Export a model to a Hugging Face folder that transformers loads."""
 
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.numpy import save_file
 from fam_jax.checkpoint import companion_folders, find_vocabulary, load_params
 from fam_jax.checkpoint.new_file import mode_of_umask
 from fam_jax.config import Config, ModelConfig, resolve
+from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.adapter import export_adapter
 from fam_jax.hf.config_json import read_json
 from fam_jax.hf.folder import CONFIG, INDEX, SINGLE, copy_companions
@@ -173,7 +173,7 @@ def export_folder(
     with new_folder(path) as folder:
         _write_tensors(folder, files, on_progress)
         write_memory(folder, model, leaves)
-        (folder / CONFIG).write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
+        (folder / CONFIG).write_text(dump_json(hf, indent=2, sort_keys=True) + "\n")
         if write_more is not None:
             write_more(folder)
 
@@ -236,4 +236,4 @@ def _write_tensors(folder: Path, files: list[list[_Part]], on_progress: OnProgre
         weight_map = {part.name: name for name, parts in zip(names, files, strict=True) for part in parts}
         size = sum(part.nbytes for parts in files for part in parts)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(dump_json(index, indent=2) + "\n")

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from fam_jax.checkpoint.new_file import mode_of_umask
 from fam_jax.config import ModelConfig
 from fam_jax.config.format1 import upgrade_model
+from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.config_json import ConvertError, first_line
 from fam_jax.hf.names import memory_shapes
 from fam_jax.model.layer_types import is_memory
@@ -98,6 +99,6 @@ def write_memory(folder: Path, model: ModelConfig, leaves: Mapping[str, Any]) ->
     """
     found = {path: np.asarray(leaf) for path, leaf in leaves.items() if is_memory(path)}
     if found:
-        config = json.dumps({"block_size": model.block_size, "memory": dataclasses.asdict(model.memory)})
+        config = dump_json({"block_size": model.block_size, "memory": dataclasses.asdict(model.memory)})
         with mode_of_umask(folder / MEMORY_FILE):
             save_file(found, folder / MEMORY_FILE, metadata={"format": FORMAT, "config": config})

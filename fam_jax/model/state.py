@@ -58,6 +58,13 @@ class StreamState(ShownByShape):
         """Return one state with the streams of all `states`, which must belong to one model."""
         return _by_rows(states, jnp.concatenate)
 
+    def replace_row(self, row: int | jax.Array, stream: "StreamState") -> "StreamState":
+        """Return the state with another stream, a state of one row, in place of row `row`."""
+        return _by_rows(
+            [self, stream],
+            lambda parts, axis: jax.lax.dynamic_update_slice_in_dim(parts[0], parts[1], row, axis),
+        )
+
 
 def _by_rows(
     states: Sequence[StreamState], merge: Callable[[list[jax.Array], int], jax.Array]

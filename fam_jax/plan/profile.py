@@ -17,7 +17,6 @@ What the figures mean, found by experiments with libtpu 0.0.42:
 - The simulator does not support v4.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fam_jax.config import UserError
+from fam_jax.config.strict_json import dump_json
 from fam_jax.plan.chips import Chip
 from fam_jax.plan.compile import ENVIRONMENT, LIBRARY, require_compiler
 
@@ -120,7 +120,7 @@ def kernel_cycles(module: str, task: Mapping[str, Any], kernel: str, macs: float
       UserError: the TPU compiler is not installed, or the figure is less than the matrix units alone need.
     """
     try:
-        count = static_profile(module, [json.dumps(task)], (kernel,), timeout=LIMIT_S)[kernel]
+        count = static_profile(module, [dump_json(task)], (kernel,), timeout=LIMIT_S)[kernel]
     except (ProfileError, subprocess.TimeoutExpired):
         return None
     check_floor(kernel, count, macs, chip)

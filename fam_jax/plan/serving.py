@@ -259,16 +259,16 @@ class _Programs:
         """Trace the program of `Streamer.generate`."""
         call: Any = self.calls.decode
         whole = functools.partial(jax.ShapeDtypeStruct, sharding=replicated(self.mesh))
-        number = whole((), jnp.int32)
+        numbers = whole((self.streams,), jnp.int32)
         logits = jnp.promote_types(self.config.model.dtype, jnp.float32)
         return call.trace(
             self.params,
             state=self.state,
             logits=whole((self.streams, self.config.model.vocab_size), logits),
             stopped=whole((self.streams,), bool),
-            key=jax.eval_shape(lambda: jax.random.key(0)),
-            begin=number,
-            limit=number,
+            keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.streams)),
+            begin=numbers,
+            limits=numbers,
             stop_tokens=whole((1,), jnp.int32),
             sampling=GREEDY,
             width=TOKENS_PER_CALL,

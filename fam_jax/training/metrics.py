@@ -8,6 +8,7 @@ from typing import Any, Self
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from fam_jax.config.strict_json import dump_json
 from fam_jax.training.bucket_sync import Mirror
 
 # Seconds between uploads of a run's metrics to its bucket; every checkpoint uploads them too.
@@ -31,7 +32,7 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append a line of JSON; numbers also go to TensorBoard. Values that are not finite become null."""
-        self._file.write(json.dumps(_without_nan({"step": step, **values}), allow_nan=False) + "\n")
+        self._file.write(dump_json({"step": step, **values}) + "\n")
         for name, value in _scalars(values):
             if math.isfinite(value):
                 self._events.add_scalar(name, value, step)
@@ -51,13 +52,6 @@ class MetricsWriter:
         self._file.close()
         self._events.close()
         self._mirror.close()
-
-
-def _without_nan(value: Any) -> Any:
-    """Replace values that are not finite, which JSON cannot hold."""
-    if isinstance(value, dict):
-        return {name: _without_nan(each) for name, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: str) -> float:

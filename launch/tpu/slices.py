@@ -11,12 +11,12 @@ https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus (labels of no
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Sequence
 
 from fam_jax.config import UserError
+from fam_jax.config.strict_json import dump_json
 
 from .. import cli
 
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     if arguments.field is None:
-        print(json.dumps(dataclasses.asdict(arguments.slice), indent=2))
+        print(dump_json(dataclasses.asdict(arguments.slice), indent=2))
         return 0
     value = getattr(arguments.slice, arguments.field, None)
     if value is None:

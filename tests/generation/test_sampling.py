@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 
 from fam_jax.config import UserError
-from fam_jax.generation.sampling import GREEDY, Sampling, sample
+from fam_jax.generation.sampling import GREEDY, MAX_SEED, Sampling, check_seed, sample
 from tests.model.tiny import quick_jit
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
 DRAWS = 20_000
 
+keys = quick_jit(lambda seed, count: jax.random.split(jax.random.key(seed), count), static_argnums=1)
 jitted = quick_jit(sample, static_argnames="sampling")
 
 
 def frequencies(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (DRAWS, len(logits)))
-    tokens = jitted(rows, jax.random.key(0), sampling=sampling)
+    tokens = jitted(rows, keys(0, DRAWS), sampling=sampling)
     assert tokens.shape == (DRAWS,) and tokens.dtype == jnp.int32
     return np.bincount(np.asarray(tokens), minlength=len(logits)) / DRAWS
 
@@ -56,7 +57,7 @@ def test_frequencies(options: dict, expected: np.ndarray) -> None:
 
 def test_greedy_takes_the_first_of_equals() -> None:
     logits = jnp.array([[0.0, 2.0, 2.0], [3.0, 3.0, -1.0]])
-    np.testing.assert_array_equal(jitted(logits, jax.random.key(0), sampling=GREEDY), [1, 0])
+    np.testing.assert_array_equal(jitted(logits, keys(0, 2), sampling=GREEDY), [1, 0])
 
 
 def test_top_k_keeps_k_of_equals() -> None:
@@ -82,10 +83,27 @@ def test_tiny_temperature_is_greedy() -> None:
 
 def test_rows_are_independent() -> None:
     logits = jnp.zeros((2000, 2))
-    tokens = np.asarray(jitted(logits, jax.random.key(3), sampling=Sampling(temperature=1.0)))
+    tokens = np.asarray(jitted(logits, keys(3, 2000), sampling=Sampling(temperature=1.0)))
     assert abs(tokens.mean() - 0.5) < 0.06
-    again = np.asarray(jitted(logits, jax.random.key(4), sampling=Sampling(temperature=1.0)))
+    again = np.asarray(jitted(logits, keys(4, 2000), sampling=Sampling(temperature=1.0)))
     assert abs((tokens == again).mean() - 0.5) < 0.06
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
+def test_a_row_depends_on_its_own_logits_and_key(options: dict) -> None:
+    sampling = Sampling(temperature=1.0, **options)
+    logits, its_keys = jax.random.normal(jax.random.key(1), (50, 5)), keys(2, 50)
+    together = jitted(logits, its_keys, sampling=sampling)
+    for chosen in (np.array([7]), np.array([30, 7, 8])):
+        alone = jitted(logits[chosen], its_keys[chosen], sampling=sampling)
+        np.testing.assert_array_equal(alone, together[chosen])
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32, 10**20])
+def test_seeds_that_are_none(seed: int) -> None:
+    with pytest.raises(UserError, match=rf"seed: must be from 0 to 4294967295, got {seed}"):
+        check_seed(seed)
+    assert [check_seed(seed) for seed in (0, MAX_SEED)] == [0, MAX_SEED]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +112,8 @@ def test_rows_are_independent() -> None:
         ({"temperature": -0.1}, "temperature: must be"),
         ({"temperature": float("nan")}, "temperature: must be"),
         ({"temperature": float("inf")}, "temperature: must be"),
+        ({"temperature": 1e-40}, "temperature: must be 0 .greedy. or from 1e-37 to 1e.37, got 1e-40"),
+        ({"temperature": 1e39}, "temperature: must be"),
         ({"temperature": 1.0, "top_k": -1}, "top_k: must be"),
         ({"temperature": 1.0, "top_k": 1.5}, "top_k: must be"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p: must be"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -195,6 +196,16 @@ def test_a_failed_save_leaves_the_old_file(
         save_state(path, random_state("float32", seed=1)[1], CONFIG, PARAMS)
     assert [*tmp_path.iterdir()] == [path]
     assert_same_bits(load_state(path, CONFIG, PARAMS), random_state("float32")[1])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_mode_follows_the_umask(tmp_path: pathlib.Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_state(tmp_path / "some.memory", random_state("float32")[1], CONFIG, PARAMS)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "some.memory").stat().st_mode & 0o777 == mode
 
 
 FORMER = pathlib.Path(__file__).resolve().parents[1] / "format1" / "data" / "heldout.memory"

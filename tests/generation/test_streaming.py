@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from fam_jax.config import MeshConfig, UserError
 from fam_jax.generation.sampling import Sampling
-from fam_jax.generation.streaming import Streamer, plan_reads
+from fam_jax.generation.streaming import NotFiniteError, Streamer, plan_reads
 from fam_jax.model import StreamState
 from fam_jax.sharding import make_mesh, param_shardings
 from tests.generation.tiny import CONFIG, forward, streamer, texts
@@ -208,6 +208,29 @@ def test_sampled_tokens_depend_on_the_key_alone(ragged) -> None:
     assert [counts.tolist() for _, counts in told[:3]] == [[4] * 3, [4] * 3, [1] * 3]
 
 
+def test_a_row_is_drawn_by_its_own_key(ragged) -> None:
+    _, logits, memory = ragged
+    keys = jax.random.split(jax.random.key(9), 3)
+    how = {"max_tokens": 9, "sampling": SAMPLED, "tokens_per_call": 4}
+    together = streamer().generate(logits, memory, key=keys, **how).tokens
+    alone = streamer().generate(logits[1:2], memory.select([1]), key=keys[1:2], **how).tokens
+    np.testing.assert_array_equal(alone, together[1:2])
+    same = jnp.broadcast_to(logits[:1], logits.shape)
+    drawn = streamer().generate(same, memory.select([0, 0, 0]), key=jax.random.key(1), **how).tokens
+    assert len({tuple(row) for row in drawn.tolist()}) == 3  # one key draws for each row apart
+
+
+def test_logits_that_are_not_finite(ragged) -> None:
+    _, logits, memory = ragged
+    for value in (jnp.nan, jnp.inf):
+        with pytest.raises(
+            NotFiniteError, match=rf"row 2: the model's logits are not finite .* {RAGGED[2]} tokens"
+        ):
+            streamer().generate(logits.at[2, 3].set(value), memory, max_tokens=3, tokens_per_call=4)
+    forbidden = logits.at[:, 3].set(-jnp.inf)
+    assert streamer().generate(forbidden, memory, max_tokens=1, tokens_per_call=4).lengths.tolist() == [1] * 3
+
+
 def test_score(ragged, greedy) -> None:
     prompts, logits, memory = ragged
     given_texts = texts(9, 2, 5, seed=1)
@@ -232,6 +255,8 @@ def test_branches_of_a_memory(ragged) -> None:
     assert found.lengths.tolist() == [3, 3, 3]
     parts = [memory.select([row]) for row in range(3)]
     assert_same_memory(StreamState.join(parts), memory, exact=True)
+    replaced = memory.replace_row(1, memory.select([2]))
+    assert_same_memory(replaced, memory.select([0, 2, 2]), exact=True)
     for rows in ([3], [-1], []):
         with pytest.raises(UserError, match="0 to 2"):
             memory.select(rows)

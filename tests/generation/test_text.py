@@ -1,12 +1,15 @@
 """Text models: a file is read as its ids are, states branch, stops end a text exactly."""
 
+import dataclasses
 import io
 import pathlib
 
 import numpy as np
 import pytest
 
-from fam_jax.config import Config, ConfigError, UserError
+from fam_jax.checkpoint import Checkpoints
+from fam_jax.config import Config, ConfigError, DataConfig, UserError
+from fam_jax.data.build import task_vocabulary
 from fam_jax.data.vocabulary import load_vocabulary
 from fam_jax.generation.sampling import Sampling
 from fam_jax.generation.state_file import StateFileError, save_state
@@ -125,6 +128,38 @@ def test_the_start_of_a_stop_is_passed_on_at_the_end(model: TextModel, state: Te
     assert found.text == text == "".join(told)
 
 
+def test_a_start_token_that_is_typed_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Vocabulary:
+        vocab_size, bos_id, eos_id = 259, 3 + ord("^"), None
+        encode, decode = load_vocabulary("bytes").encode, load_vocabulary("bytes").decode
+
+    config = Config(model=variant(CONFIG, vocab_size=259), data=DataConfig(add_bos=True))
+    model = TextModel(config, params_of(config.model), Vocabulary())
+    with caplog.at_level("WARNING", "absl"):
+        state = model.read("a^b")
+        model.read("^b", state)  # no new stream
+        assert not caplog.messages
+        assert model.read("^b").tokens_read == 3
+        model.read("^c")
+    assert len(caplog.messages) == 1 and "begins with the start token" in caplog.messages[0]
+
+
+def test_a_seqio_run_uses_the_vocabulary_of_its_task(tmp_path: pathlib.Path) -> None:
+    data = DataConfig(
+        task="seqio:fam_test_questions", imports=("tests.data.text_seqio_tasks",), sequence_length=32
+    )
+    config = Config(model=variant(CONFIG, vocab_size=259), data=data)
+    with Checkpoints(tmp_path / "run", config=dataclasses.asdict(config), keep=1) as checkpoints:
+        checkpoints.save(1, {"params": params_of(config.model)}, {}, wait=True)
+    model = TextModel.restore(tmp_path / "run")
+    assert (model.vocabulary, model.step) == (task_vocabulary(data), 1)
+    own = TextModel(config, params_of(config.model), load_vocabulary("bytes"))
+    text = "What is 3 plus 4?"
+    state = model.read(text)
+    assert state.tokens_read == len(text)
+    assert model.generate(state, max_tokens=9).text == own.generate(own.read(text), max_tokens=9).text
+
+
 def test_mistakes(model: TextModel, state: TextState) -> None:
     with pytest.raises(ConfigError, match=r"vocab_size: 200 is smaller than the vocabulary .* 259 pieces"):
         model_of(vocab_size=200)
@@ -136,3 +171,9 @@ def test_mistakes(model: TextModel, state: TextState) -> None:
         model.generate(state, max_tokens=0)
     with pytest.raises(UserError, match="stop: must not be an empty string"):
         model.generate(state, max_tokens=1, stop=[""])
+    with pytest.raises(UserError, match="seed: must be from 0 to 4294967295"):
+        model.generate(state, max_tokens=1, seed=1 << 32)
+    with pytest.raises(
+        UserError, match=r"the text: is not valid Unicode at character 2 \(U\+D83D, half of a"
+    ):
+        model.read("a \ud83d")

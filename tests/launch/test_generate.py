@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import pathlib
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -154,6 +156,7 @@ def test_a_batch_answers_what_can_be_answered(
     errors = [record.get("error", "") for record in found]
     assert [bool(error) for error in errors] == [False, False, True, True, True, True, False]
     assert "missing.txt: cannot be read" in errors[5]
+    assert re.search(r"^36 tokens in [\d.]+ s \([\d.]+ tokens/s\)$", err, re.MULTILINE)
 
     # Killed in the middle of a line, and taken up again.
     whole = out.read_bytes()
@@ -178,6 +181,88 @@ def test_a_batch_of_separate_streams(launch: Launch, checkpoint: str, tmp_path: 
     ]
 
 
+def test_streams_and_settings_of_a_batch(
+    launch: Launch, checkpoint: str, book: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source, memory = tmp_path / "in.jsonl", tmp_path / "book.memory"
+    source.write_text("".join(json.dumps({"question": "W" * (1 + 9 * i)}) + "\n" for i in range(5)))
+    assert launch(f"--prompt-file={book}", f"--save-memory={memory}", "--max-tokens=0")[0] == 0
+    how = [f"--batch={source}", f"--load-memory={memory}", LIMIT, "--temperature=1", "--seed=3", r"--stop=\n"]
+    found = []
+    for streams in (1, 3, 8):
+        out = tmp_path / f"{streams}.jsonl"
+        assert launch(*how, f"--out={out}", f"--streams={streams}")[0] == 0
+        found.append(out.read_bytes())
+    assert found[0] == found[1] == found[2] and found[0].count(b"\n") == 5
+
+    kept = [*how, f"--out={out}"]
+    assert launch(*kept, "--chunk-blocks=1")[0] == 0  # it changes no result
+    plain, other = [how[0], f"--out={tmp_path}/plain.jsonl", LIMIT], save(tmp_path / "other", seed=1)
+    assert launch(*plain)[0] == 0
+    assert launch("--prompt=x", f"--save-memory={tmp_path}/x.memory", "--max-tokens=0")[0] == 0
+    book.write_text("another")
+    for arguments, of, names in (
+        ([*kept, "--max-tokens=11"], checkpoint, ["max_tokens was 12, is 11"]),
+        (
+            [*kept, "--temperature=0.5", "--seed=4"],
+            checkpoint,
+            ["temperature was 1.0, is 0.5", "seed was 3, is 4"],
+        ),
+        ([*kept, "--top-k=3", "--top-p=0.5"], checkpoint, ["top_k was 0, is 3", "top_p was 1.0, is 0.5"]),
+        ([*kept, "--stop=b"], checkpoint, ['stop was ["\\n"], is ["\\n", "b"]']),
+        ([*kept, f"--load-memory={tmp_path}/x.memory"], checkpoint, ["load_memory was "]),
+        ([*kept, "--prompt=more"], checkpoint, ["prompt was null, is "]),
+        ([*kept, f"--prompt-file={book}"], checkpoint, ["prompt_file was null, is "]),
+        (plain, other, [f'checkpoint was "{checkpoint}", is "{other}"', "weights was "]),
+    ):
+        message = one_line(launch(*arguments, of=of))
+        assert "was made with other settings" in message and all(name in message for name in names)
+    assert out.read_bytes() == found[0]
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    assert launch(*kept, of=str(moved))[0] == 0
+
+
+def test_progress_of_a_batch(launch: Launch, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "REPORT_SECONDS", 0.0)
+    (tmp_path / "in.jsonl").write_text('{"question": "Who?"}\n' * 4)
+    code, _, err = launch(f"--batch={tmp_path}/in.jsonl", f"--out={tmp_path}/out.jsonl", LIMIT, "--streams=2")
+    rate = r"tokens in [\d.]+ s \([\d.,]+ tokens/s\)"
+    for line in (
+        f"0 of 4 lines, 24 {rate}",
+        rf"2 of 4 lines, 24 {rate}, 0:\d\d:\d\d left",
+        f"4 of 4 lines, 48 {rate}",
+    ):
+        assert re.search(f"^{line}$", err, re.MULTILINE), err
+    assert code == 0 and err.endswith(f"4 lines are answered in {tmp_path}/out.jsonl\n")
+
+
+def test_command_lines_that_are_not_text(checkpoint: str) -> None:
+    for flag, value in (("prompt", b"bad \xff"), ("question", b"\xe9"), ("stop", b"a\x80")):
+        arguments = [
+            *command("launch.generate", f"--checkpoint={checkpoint}", "--prompt=a"),
+            b"--%s=%s" % (flag.encode(), value),
+        ]
+        done = subprocess.run(
+            arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: argument --{flag}: is not valid Unicode at character ")
+        assert done.stderr.count("\n") == 1 and "half of a surrogate pair" in done.stderr
+
+
+def test_escapes_of_stops() -> None:
+    texts = [r"\n", r"a\tb\r", r"\\n", r"\d\.", "\n", r"\\\n"]
+    assert [generate.unescape(text) for text in texts] == ["\n", "a\tb\r", r"\n", r"\d\.", "\n", "\\\n"]
+
+
+def test_a_byte_order_mark_is_dropped(launch: Launch, checkpoint: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + BOOK.encode())
+    code, out, err = launch(f"--prompt-file={tmp_path}/marked.txt", LIMIT)
+    assert (code, out) == (0, expected(checkpoint, BOOK) + "\n") and f"read {len(BOOK):,} tokens" in err
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf")
+    assert "mark.txt: holds no tokens" in one_line(launch(f"--prompt-file={tmp_path}/mark.txt"))
+
+
 def one_line(result: tuple[int, str, str]) -> str:
     code, out, err = result
     assert (code, out) == (2, ""), err
@@ -188,7 +273,7 @@ def one_line(result: tuple[int, str, str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--temperature=-1"], "temperature: must be 0 (greedy) or a positive number, got -1.0"),
+        (["--temperature=-1"], "temperature: must be 0 (greedy) or from 1e-37 to 1e+37, got -1.0"),
         (["--top-p=0", "--temperature=1"], "top_p: must be above 0"),
         (["--top-k=5"], "temperature: 0 is greedy and ignores top_k"),
         (["--max-tokens=-1"], "argument --max-tokens: must be at least 0, got -1"),
@@ -202,10 +287,16 @@ def one_line(result: tuple[int, str, str]) -> str:
         (["--load-memory=a"], "--load-memory: a memory does not say what comes next"),
         (["--batch=a", "--out=b", "--question=c"], "--question: cannot be combined with --batch"),
         (["--batch=a", "--out=b", "--save-memory=c"], "--save-memory: with --batch, it needs a --prompt-file"),
+        (["--prompt=a", "--streams=2"], "--streams: has a meaning for --batch alone"),
+        (["--batch=a", "--out=b", "--streams=0"], "argument --streams: must be at least 1, got 0"),
+        (["--batch=a", "--out=b", "--prompt-file=-"], "--prompt-file: with --batch, it must be a file"),
+        (["--seed=12345678901234567890"], "seed: must be from 0 to 4294967295, got 12345678901234567890"),
+        (["--seed=-1"], "seed: must be from 0 to 4294967295, got -1"),
         (["--tempratur=1"], "unrecognized arguments: --tempratur=1; --help lists the flags"),
         (["--prompt=a", "--step=4"], ": has no step 4; saved are 5"),
         (["--prompt-file=missing.txt"], "missing.txt: cannot be read (No such file or directory)"),
         (["--load-memory=missing.memory", "--question=a"], "missing.memory: cannot be read"),
+        (["--load-memory=missing.memory", "--batch=a", "--out=b"], "missing.memory: cannot be read (No such file or"),
         (["--batch=missing.jsonl", "--out=out.jsonl"], "missing.jsonl: cannot be read"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

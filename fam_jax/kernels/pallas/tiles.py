@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from fam_jax.config.strict_json import dump_json
 from fam_jax.kernels.pallas.geometry import Geometry
 
 # Lanes of a vector register, and the side of a matrix unit.
@@ -117,7 +118,7 @@ def record(chip: str, geometry: Geometry, dtype: Any, choice: dict[str, int]) ->
     """Add the best fields of :class:`Tiles` for a call to `RECORD`."""
     recorded = dict(_recorded())
     recorded[_key(chip, geometry, dtype)] = dict(sorted(choice.items()))
-    RECORD.write_text(json.dumps(dict(sorted(recorded.items())), indent=1) + "\n")
+    RECORD.write_text(dump_json(dict(sorted(recorded.items())), indent=1) + "\n")
     _recorded.cache_clear()
 
 

@@ -1,0 +1,49 @@
+"""Write strict JSON, which has no NaN: the one way in which this package writes JSON."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def dump_json(
+    value: Any,
+    *,
+    indent: int | None = None,
+    sort_keys: bool = False,
+    ensure_ascii: bool = True,
+    default: Callable[[Any], Any] | None = None,
+) -> str:
+    """Return `value` as JSON, with null for numbers that are not finite.
+
+    Args:
+      value: of what `json.dumps` takes.
+      indent: spaces per level; None: one line.
+      sort_keys: whether to sort objects by their keys.
+      ensure_ascii: whether to escape all characters outside ASCII. A text with half of a surrogate pair, which UTF-8
+        cannot encode, is always escaped.
+      default: converts objects of other types.
+    """
+    if default is not None:
+        value = json.loads(json.dumps(value, default=default))
+
+    def dump(ensure_ascii: bool) -> str:
+        return json.dumps(
+            finite(value), indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii, allow_nan=False
+        )
+
+    text = dump(ensure_ascii)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = dump(ensure_ascii=True)
+    return text
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with None for every float in it that is NaN or infinite; tuples become lists."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
