@@ -135,13 +135,8 @@ def train(
     config = find_vocabulary(config, folder, restore_step, resuming=True)
     if evaluate is None and config.evaluate.every:
         evaluate = evaluate_in_training(config, workdir)
-    with _open(config, folder, restore_step, allow_change, fork) as (
-        trainer,
-        checkpoints,
-        state,
-        batches,
-        notes,
-    ):
+    opened = _open(config, folder, restore_step, allow_change, fork)
+    with opened as (trainer, checkpoints, state, batches, notes):
         done = int(state.step)
         remaining = range(done + 1, config.train.steps + 1)
         writing: contextlib.AbstractContextManager[MetricsWriter | None] = (
