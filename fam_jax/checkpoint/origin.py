@@ -29,10 +29,12 @@ from fam_jax.config import Config, resolve
 from fam_jax.config.data import NAMED_VOCABULARIES, SEQIO
 
 VOCABULARY = "vocabulary"
-# Files beside a tokenizer.json that add tokens to it or name special ones.
-ADD_TOKENS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# Files beside a vocabulary that say how to use it. The model_type in config.json decides the class of a tokenizer.
-BESIDE = (*ADD_TOKENS, "config.json", "generation_config.json", "chat_template.jinja")
+# Files beside a vocabulary that say which of its pieces are special, and how to use it. The model_type in config.json
+# decides the class of a tokenizer.
+BESIDE = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 # Digests by what they are of, "vocabulary" and "base". One is missing if the run has no such thing, or an earlier
 # version of this package saved the step.
@@ -147,14 +149,8 @@ def vocabulary_digest(config: Mapping[str, Any]) -> str:
 
 
 def file_digest(file: epath.Path) -> str:
-    """Return the SHA-256 of a vocabulary's file; for a tokenizer.json, of the files beside it that add tokens too."""
-    beside = [file.parent / name for name in ADD_TOKENS] if file.name.endswith(".json") else []
-    digests = [
-        hashlib.sha256(part.read_bytes()).hexdigest()
-        for part in (file, *beside)
-        if part == file or part.exists()
-    ]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def params_digest(folder: epath.Path, step: int) -> str:

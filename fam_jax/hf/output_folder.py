@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from fam_jax.checkpoint import COMPANIONS, VOCABULARY, absolute, check_name, saved_steps
 from fam_jax.config import UserError
+from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.config_json import ConvertError
 from fam_jax.hf.folder import copy_companions
 
@@ -131,7 +131,7 @@ def new_checkpoint(out: epath.Path, source: Path) -> Iterator[None]:
     try:
         if jax.process_index() == 0:
             copy_companions(source, out / COMPANIONS)
-            record = json.dumps({"source": str(source.resolve())}, indent=2)
+            record = dump_json({"source": str(source.resolve())}, indent=2)
             (out / COMPANIONS / SOURCE).write_text(record + "\n")
         multihost_utils.sync_global_devices("companions")  # nothing of an earlier import is left from here on
         yield

@@ -18,7 +18,8 @@ from tests.training.tiny import changed
 
 __all__ = ["finished", "one_device", "uninterrupted"]  # fixtures
 
-RATE = changed(RUN, optimizer__learning_rate=0.007)
+# Without evaluations, whose figures would be lines of their own.
+RATE = changed(RUN, optimizer__learning_rate=0.007, evaluate__every=0)
 
 
 def history(folder: pathlib.Path) -> list[dict[str, Any]]:
