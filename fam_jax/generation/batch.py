@@ -25,6 +25,9 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Named in a message about other settings, but not a reason for it: a run may be moved.
 INFORMATION = ("checkpoint",)
 
+# Products with a single row are rounded otherwise than those with several. With an empty row beside it, the text of a
+# line alone is that of a line among others, nearly always in bfloat16 too.
+LEAST_ROWS = 2
 # A line that is nested deeper is not taken for JSON: how deep Python can go depends on where it is.
 LEVELS = 50
 
@@ -127,7 +130,7 @@ class Batch:
         if not pending:
             return len(self._lines), 0
         lines = ((number, self._lines[number - 1]) for number in pending)
-        count = min(streams, len(pending))
+        count = max(LEAST_ROWS, min(streams, len(pending)))
         for event in _completions(model, lines, how, count, read):
             if isinstance(event, int):
                 tokens += event
