@@ -3,8 +3,8 @@
 from fam_jax.config.errors import require
 from fam_jax.config.fields import group, setting
 
-# JAX takes seeds of 64 bits with a sign.
-LARGEST_SEED = 2**63 - 1
+# JAX uses the lower 32 bits of a seed.
+LARGEST_SEED = 2**32 - 1
 ABLATIONS = ("zeroed", "shuffled", "frozen")
 
 

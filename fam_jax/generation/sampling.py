@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fam_jax.config import UserError
+from fam_jax.config.training import LARGEST_SEED
 
 # Those by which float32 logits can be divided.
 TEMPERATURES = (1e-37, 1e37)
@@ -43,8 +44,6 @@ class Sampling:
 
 
 GREEDY = Sampling()
-# JAX drops the bits above the 32nd: a larger seed would be another one in disguise.
-MAX_SEED = (1 << 32) - 1
 
 
 def check_seed(seed: int) -> int:
@@ -53,8 +52,8 @@ def check_seed(seed: int) -> int:
     Raises:
       UserError: it is not one of the 2^32 seeds that JAX tells apart.
     """
-    if not 0 <= seed <= MAX_SEED:
-        raise UserError(f"seed: must be from 0 to {MAX_SEED}, got {seed}")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed: must be from 0 to {LARGEST_SEED}, got {seed}")
     return seed
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fam_jax.config import UserError
-from fam_jax.generation.sampling import GREEDY, MAX_SEED, Sampling, check_seed, sample
+from fam_jax.config.training import LARGEST_SEED
+from fam_jax.generation.sampling import GREEDY, Sampling, check_seed, sample
 from tests.model.tiny import quick_jit
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
@@ -103,7 +104,7 @@ def test_a_row_depends_on_its_own_logits_and_key(options: dict) -> None:
 def test_seeds_that_are_none(seed: int) -> None:
     with pytest.raises(UserError, match=rf"seed: must be from 0 to 4294967295, got {seed}"):
         check_seed(seed)
-    assert [check_seed(seed) for seed in (0, MAX_SEED)] == [0, MAX_SEED]
+    assert [check_seed(seed) for seed in (0, LARGEST_SEED)] == [0, LARGEST_SEED]
 
 
 @pytest.mark.parametrize(

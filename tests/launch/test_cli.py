@@ -104,7 +104,7 @@ def test_words_and_integers() -> None:
     assert cli.words("a, b,") == ("a", "b") and cli.words("") == ()
     assert cli.paths("a,b") == cli.paths("('a', 'b')") == ("a", "b")
     assert cli.paths("('a, b.txt',)") == ("a, b.txt",)
-    assert cli.seed("9223372036854775807") == 2**63 - 1
+    assert cli.seed("4294967295") == 2**32 - 1
     for text in ("-1", "9223372036854775808", "99999999999999999999"):
         with pytest.raises(argparse.ArgumentTypeError):
             cli.seed(text)
