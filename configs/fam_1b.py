@@ -1,6 +1,9 @@
-"""The paper's 1B model (section 3.1, table 3): 1.19B parameters without embeddings, on 32 chips.
+r"""The paper's 1B model (section 3.1, table 3): 1.19B parameters without embeddings, on 32 chips.
 
-    python -m launch.train --config=configs/fam_1b.py --workdir=gs://BUCKET/fam_1b
+    python -m launch.train --config=configs/fam_1b.py:pretrain --workdir=gs://BUCKET/pretrained \
+        --config.data.vocabulary=gs://BUCKET/books.model
+    python -m launch.train --config=configs/fam_1b.py --workdir=gs://BUCKET/fam_1b \
+        --config.data.vocabulary=gs://BUCKET/books.model --config.train.init_from=gs://BUCKET/pretrained
     python -m launch.plan --config=configs/fam_1b.py --topology=v5p:2x4x4
 
 For the argument, as in `configs/fam_1b.py:bswa,pretrain`, see configs/paper.py.

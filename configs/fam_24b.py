@@ -1,6 +1,9 @@
-"""The paper's 24B model (section 3.1, table 3): 24.5B parameters without embeddings, on 128 chips.
+r"""The paper's 24B model (section 3.1, table 3): 24.5B parameters without embeddings, on 128 chips.
 
-    python -m launch.train --config=configs/fam_24b.py --workdir=gs://BUCKET/fam_24b
+    python -m launch.train --config=configs/fam_24b.py:pretrain --workdir=gs://BUCKET/pretrained \
+        --config.data.vocabulary=gs://BUCKET/books.model
+    python -m launch.train --config=configs/fam_24b.py --workdir=gs://BUCKET/fam_24b \
+        --config.data.vocabulary=gs://BUCKET/books.model --config.train.init_from=gs://BUCKET/pretrained
     python -m launch.plan --config=configs/fam_24b.py --topology=v5p:4x4x8
 
 For the argument, as in `configs/fam_24b.py:bswa,pretrain`, see configs/paper.py.

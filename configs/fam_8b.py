@@ -1,6 +1,9 @@
-"""The paper's 8B model (section 3.1, table 3): 8.6B parameters without embeddings, on 64 chips.
+r"""The paper's 8B model (section 3.1, table 3): 8.6B parameters without embeddings, on 64 chips.
 
-    python -m launch.train --config=configs/fam_8b.py --workdir=gs://BUCKET/fam_8b
+    python -m launch.train --config=configs/fam_8b.py:pretrain --workdir=gs://BUCKET/pretrained \
+        --config.data.vocabulary=gs://BUCKET/books.model
+    python -m launch.train --config=configs/fam_8b.py --workdir=gs://BUCKET/fam_8b \
+        --config.data.vocabulary=gs://BUCKET/books.model --config.train.init_from=gs://BUCKET/pretrained
     python -m launch.plan --config=configs/fam_8b.py --topology=v5p:4x4x4
 
 For the argument, as in `configs/fam_8b.py:bswa,pretrain`, see configs/paper.py.

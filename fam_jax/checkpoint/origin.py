@@ -61,7 +61,7 @@ def find_vocabulary(
     if name in NAMED_VOCABULARIES:
         return config
     named, file = epath.Path(name).expanduser(), name.rpartition("/")[2]
-    if resuming and named.exists():
+    if resuming and named.is_file():
         return config
     own, *base = companion_folders(config, folder)
     places = [absolute(folder) / VOCABULARY / file, own / file]
@@ -70,7 +70,7 @@ def find_vocabulary(
         *(place / file for place in base),
         *(place.parent / VOCABULARY / file for place in base),
     ]
-    found = [place for place in places if place.exists()]
+    found = [place for place in places if place.is_file()]
     digest = saved_origin(absolute(folder), step).get("vocabulary")
     right = [place for place in found if digest in (None, file_digest(place))]
     if found and not right:
@@ -145,7 +145,7 @@ def vocabulary_digest(config: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the file that data.vocabulary names; empty if it names none, or there is no such file."""
     name = config.get("data", {}).get("vocabulary", NAMED_VOCABULARIES[0])
     file = epath.Path(name).expanduser()
-    return file_digest(file) if name not in NAMED_VOCABULARIES and file.exists() else ""
+    return file_digest(file) if name not in NAMED_VOCABULARIES and file.is_file() else ""
 
 
 def file_digest(file: epath.Path) -> str:
@@ -182,9 +182,9 @@ def keep_copies(folder: epath.Path, config: Mapping[str, Any]) -> None:
         if data.get("task", "").startswith(f"{SEQIO}:") or (digest and digest in map(file_digest, files)):
             _copy(files, folder / COMPANIONS)
     kept = [place / file.name for place in (folder / VOCABULARY, folder / COMPANIONS)]
-    if digest and digest not in [file_digest(copy) for copy in kept if copy.exists()]:
+    if digest and digest not in [file_digest(copy) for copy in kept if copy.is_file()]:
         beside = [file.parent / name for name in BESIDE]
-        _copy([file, *(other for other in beside if other.exists())], folder / VOCABULARY)
+        _copy([file, *(other for other in beside if other.is_file())], folder / VOCABULARY)
 
 
 def _copy(files: list[epath.Path], target: epath.Path) -> None:

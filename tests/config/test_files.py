@@ -22,6 +22,9 @@ from fam_jax.config import (
 from fam_jax.memories.fam import FamConfig
 from fam_jax.memories.registry import memory_kinds
 from fam_jax.memories.window import BlockSlidingWindowConfig
+from fam_jax.training.init_from import check_named
+from launch.cli import load_config
+from launch.train import parse_arguments
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG_FILES = sorted(
@@ -81,6 +84,20 @@ def arguments(path: pathlib.Path) -> list[str]:
 def test_config_files_resolve(path: pathlib.Path, argument: str | None) -> None:
     get_config = load(path).get_config
     resolve(get_config() if argument is None else get_config(argument))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIG_FILES if path.stem != "retrofit"], ids=lambda p: p.stem
+)
+def test_commands_in_docstrings_name_all_that_training_needs(path: pathlib.Path) -> None:
+    lines = (load(path).__doc__ or "").replace("\\\n", " ").splitlines()
+    commands = [line.split()[3:] for line in lines if line.startswith("    python -m launch.train ")]
+    assert commands
+    for command in commands:
+        given = parse_arguments(command)
+        config = load_config(given.config, given.overrides)
+        check_named(config)
+        assert config.data.vocabulary
 
 
 def test_the_passkey_models_differ_in_their_memory_only() -> None:
