@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"imported the text part only; left out {imported.left_out} tensors of the vision tower and its projector",
             file=sys.stderr,
         )
-    if not model.memory.has_state:
+    if not (model.memory.has_state or imported.has_blocks):
         equal = (model.memory_segments + 1) * model.block_size
         print(
             f"equal to the original for the first {equal} tokens; after them, each token sees a window of blocks",

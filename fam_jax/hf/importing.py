@@ -51,6 +51,8 @@ class ImportedModel(NamedTuple):
     config: Config
     # Number of tensors of a vision tower and its projector, which are not imported.
     left_out: int
+    # Whether the folder is an export for PyTorch, whose model had blocks before.
+    has_blocks: bool
 
 
 def import_model(
@@ -102,7 +104,7 @@ def import_model(
             on_progress=on_progress,
         )
         save_parameters(folder_out, config, params)
-    return ImportedModel(config, folder.left_out)
+    return ImportedModel(config, folder.left_out, bool(folder.memory))
 
 
 def choose_tokenizer(folder: Folder, out: epath.Path, choice: str | None) -> tuple[Path | None, str | None]:
@@ -150,7 +152,7 @@ def imported_config(
     for override in overrides:
         _check_free(override.path)
     description = describe_model(folder.config, ignored_options)
-    stored = read_memory_config(folder.path)
+    stored = folder.memory or read_memory_config(folder.path)
     table = "model.embed_tokens.weight"
     dtype = str(folder.dtype(table)) if table in folder.names else "float32"
     model = {
