@@ -5,7 +5,8 @@
 
 The export writes config.json, safetensors files, the tokenizer that the model was imported with (else the vocabulary
 that the run was trained with) and, if the memory has parameters, memory.safetensors. transformers has neither blocks
-nor memory: there the model attends to its whole context.
+nor memory: there the model attends to its whole context. --with_fam writes modeling_fam.py as well, PyTorch code with
+which AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) loads the model with its blocks and memory.
 
 A run with LoRA is exported with its updates merged into the weights, in float32 by default; --lora=base leaves them
 out, and --lora=adapter exports them alone, for the PEFT library. An adapter names its base model: the folder that was
@@ -42,6 +43,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--base",
         metavar="NAME",
         help="adapter: Hugging Face folder or name of the base model; default: the folder that was imported",
+    )
+    add(
+        "--with_fam",
+        action="store_true",
+        help="write PyTorch code that computes FAM, or the window of a model without FAM, too",
     )
     add(
         "--dtype",
@@ -90,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.step,
             lora_updates=arguments.lora,
             base=arguments.base,
+            with_fam=arguments.with_fam,
             dtype=arguments.dtype,
             shard_bytes=int(arguments.shard_gb * 2**30),
             on_progress=show,

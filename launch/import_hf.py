@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"imported the text part only; left out {imported.left_out} tensors of the vision tower and its projector",
             file=sys.stderr,
         )
-    if not model.memory.has_state:
+    if not (model.memory.has_state or imported.has_blocks):
         tokens = imported.exact_tokens
         print(
             "equal to the original for texts of any length"

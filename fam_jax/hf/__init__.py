@@ -5,6 +5,8 @@
     config_json.py    the options of a config.json and their types
     families.py       the supported families: from config.json to ModelConfig
     written_config.py from ModelConfig to config.json
+    torch_model.py    exports for PyTorch, with the memory
+    assets/           the code of their models
     multimodal.py     the text part of a model with a vision tower
     names.py          names and layouts of tensors
     folder.py         the tensors of a folder
@@ -25,6 +27,7 @@ from fam_jax.hf.folder import Folder
 from fam_jax.hf.importing import ImportedModel, import_model, imported_config
 from fam_jax.hf.loading import import_parameters
 from fam_jax.hf.tokenizer import adds_bos, check_tokenizer, copy_tokenizer, find_tokenizer
+from fam_jax.hf.torch_model import torch_config
 from fam_jax.hf.written_config import hf_config, updated_config
 
 __all__ = [
@@ -45,5 +48,6 @@ __all__ = [
     "import_model",
     "import_parameters",
     "imported_config",
+    "torch_config",
     "updated_config",
 ]

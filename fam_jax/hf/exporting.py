@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +16,17 @@ from fam_jax.checkpoint.new_file import mode_of_umask
 from fam_jax.config import Config, ModelConfig, resolve
 from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.adapter import export_adapter
-from fam_jax.hf.config_json import read_json
+from fam_jax.hf.config_json import ConvertError, read_json
 from fam_jax.hf.folder import CONFIG, INDEX, SINGLE, copy_companions
 from fam_jax.hf.memory_file import write_memory
 from fam_jax.hf.multimodal import is_multimodal, text_part
-from fam_jax.hf.names import Tensor, tensors
+from fam_jax.hf.names import Tensor, memory_tensors, tensors
 from fam_jax.hf.output_folder import SOURCE, check_new_folder, new_folder
 from fam_jax.hf.tokenizer import copy_tokenizer, find_tokenizer
-from fam_jax.hf.written_config import check_same, hf_config, updated_config
+from fam_jax.hf.torch_model import base_config, check_torch_config, has_torch_code, torch_config, write_code
+from fam_jax.hf.written_config import check_same, updated_config
 from fam_jax.model import lora
+from fam_jax.model.layer_types import is_memory
 from fam_jax.model.parameters import flatten
 
 OnProgress = Callable[[int, int], None]
@@ -53,6 +55,7 @@ def export_model(
     *,
     lora_updates: str = "merged",
     base: str | None = None,
+    with_fam: bool = False,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     on_progress: OnProgress | None = None,
@@ -67,15 +70,20 @@ def export_model(
         "base", the model without them; or "adapter", the updates alone, for PEFT.
       base: Hugging Face folder or name of the base model that an adapter names; None: the folder that was imported, if
         it still exists, or the name in its config.json.
+      with_fam: write PyTorch code that computes the memory too, so that transformers runs the model as it was trained.
       dtype: of the tensors; None keeps that of the checkpoint, or takes float32 for merged weights.
       shard_bytes: largest size of a safetensors file.
       on_progress: called with the number of tensors written so far and in total.
 
     Raises:
-      UserError: the checkpoint cannot be read, no supported family computes what the model does, or the folder cannot
-        be written.
+      UserError: the checkpoint cannot be read, no supported family computes what the model does, PyTorch code cannot
+        compute the memory or go with an adapter, or the folder cannot be written.
     """
     check_new_folder(out)
+    if with_fam and lora_updates == "adapter":
+        raise ConvertError(
+            "an adapter holds no code that computes the memory; leave out --with_fam, or export with --lora=merged"
+        )
     params, values, step = load_params(checkpoint, step)  # in host memory
     config = find_vocabulary(resolve(values), checkpoint, step)
     companions = find_companions(checkpoint, config)
@@ -88,10 +96,8 @@ def export_model(
             params, dtype = lora.merge(params, config.lora), dtype or "float32"
     stored = str(params["embedding"]["table"].dtype)
     original = {} if companions is None else read_json(companions / CONFIG)
-    if companions is None:
-        hf = hf_config(config.model, dtype=stored)
-    else:
-        hf = updated_config(config.model, text_part(original), dtype=stored)
+    describe = torch_config if with_fam else updated_config
+    hf = describe(config.model, base_config(text_part(original)), dtype=stored)
     export_folder(
         out,
         config.model,
@@ -152,11 +158,14 @@ def export_folder(
 ) -> None:
     """Write `config.json`, safetensors files and, if the memory has parameters, `memory.safetensors`.
 
+    An export for PyTorch has the code of the model instead of the last.
+
     Args:
       path: a folder that is empty or does not exist.
       model: config of the model.
       params: nested dict of arrays, all of them addressable by this process. LoRA updates are left out.
-      hf: content of `config.json`, from :func:`fam_jax.hf.hf_config` or from the folder that the model came from.
+      hf: content of `config.json`, from :func:`fam_jax.hf.hf_config` or :func:`fam_jax.hf.torch_config`, or from the
+        folder that the model came from.
       dtype: of the tensors; None keeps that of the parameters.
       shard_bytes: largest size of a safetensors file, and of the host memory that is needed beside the parameters.
       on_progress: called with the number of tensors written so far and in total.
@@ -165,14 +174,22 @@ def export_folder(
     Raises:
       ConvertError: `hf` does not describe `model`, or the folder cannot be written.
     """
-    check_same(model, hf, ignored=tuple(hf))
+    has_code = has_torch_code(hf)
+    if has_code:
+        check_torch_config(model, hf)
+    else:
+        check_same(model, hf, ignored=tuple(hf))
     leaves = flatten(dict(params))
     if dtype is not None:
         hf = {key: value for key, value in hf.items() if key != "dtype"} | {"torch_dtype": dtype}
-    files = _divide(model, leaves, dtype, shard_bytes)
+    written = [*tensors(model), *(memory_tensors(model) if has_code else ())]
+    files = _divide(written, leaves, dtype, shard_bytes)
     with new_folder(path) as folder:
         _write_tensors(folder, files, on_progress)
-        write_memory(folder, model, leaves)
+        if has_code:
+            write_code(folder)
+        else:
+            write_memory(folder, model, leaves)
         (folder / CONFIG).write_text(dump_json(hf, indent=2, sort_keys=True) + "\n")
         if write_more is not None:
             write_more(folder)
@@ -201,15 +218,16 @@ class _Part(NamedTuple):
 
 
 def _divide(
-    model: ModelConfig, leaves: Mapping[str, Any], dtype: str | None, shard_bytes: int
+    written: Sequence[Tensor], leaves: Mapping[str, Any], dtype: str | None, shard_bytes: int
 ) -> list[list[_Part]]:
-    """Divide the tensors of a model into files of at most `shard_bytes`."""
+    """Divide the tensors of a model into files of at most `shard_bytes`. Those of the memory keep their dtype."""
     parts = []
-    for tensor in tensors(model):
+    for tensor in written:
         leaf = leaves[tensor.path]
+        own = None if is_memory(tensor.path) else dtype
         for layer, name in enumerate(tensor.names):
             which = layer if tensor.stacked else None
-            parts.append(_Part(name, tensor, leaf, which, np.dtype(dtype or leaf.dtype)))
+            parts.append(_Part(name, tensor, leaf, which, np.dtype(own or leaf.dtype)))
     parts.sort(key=lambda part: -1 if part.layer is None else part.layer)  # keeps a layer in one file
     files: list[list[_Part]] = [[]]
     size = 0

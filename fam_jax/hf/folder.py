@@ -12,6 +12,7 @@ from etils import epath
 
 from fam_jax.hf.config_json import ConvertError, check_no_pointer, first_line, read_json, short
 from fam_jax.hf.multimodal import is_multimodal, text_name, text_part
+from fam_jax.hf.torch_model import base_config, stored_memory
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -43,7 +44,9 @@ class Folder:
 
     Attributes:
       path: the folder.
-      config: content of `config.json`; for a model with a vision tower, that of its text part.
+      config: content of `config.json`; for a model with a vision tower, that of its text part; for an export for
+        PyTorch, that of the base model.
+      memory: `block_size` and the group `memory` of an export for PyTorch; empty for all others.
       left_out: number of tensors of the vision tower and its projector.
     """
 
@@ -61,7 +64,8 @@ class Folder:
                 f"{path}: holds no {CONFIG}; give the folder of a model in Hugging Face format"
             )
         whole = read_json(self.path / CONFIG)
-        self.config = text_part(whole)
+        self.config = base_config(text_part(whole))
+        self.memory = stored_memory(whole)
         self.left_out = 0
         self._open: tuple[Path, Any] | None = None
         self._entries: dict[str, _Entry] = {}

@@ -53,6 +53,8 @@ class ImportedModel(NamedTuple):
     left_out: int
     # How many tokens from the start the model computes what the original does; None: all.
     exact_tokens: int | None
+    # Whether the folder is an export for PyTorch, whose model had blocks before.
+    has_blocks: bool
 
 
 def import_model(
@@ -105,7 +107,7 @@ def import_model(
         )
         save_parameters(folder_out, config, params)
     window = describe_model(folder.config, ignored_options).window
-    return ImportedModel(config, folder.left_out, exact_tokens(config.model, window))
+    return ImportedModel(config, folder.left_out, exact_tokens(config.model, window), bool(folder.memory))
 
 
 def exact_tokens(model: ModelConfig, window: int) -> int | None:
@@ -172,7 +174,7 @@ def imported_config(
     for override in overrides:
         _check_free(override.path)
     description = describe_model(folder.config, ignored_options)
-    stored = read_memory_config(folder.path)
+    stored = folder.memory or read_memory_config(folder.path)
     table = "model.embed_tokens.weight"
     dtype = str(folder.dtype(table)) if table in folder.names else "float32"
     model = {

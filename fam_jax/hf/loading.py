@@ -11,7 +11,7 @@ from fam_jax.config import ModelConfig
 from fam_jax.hf.config_json import ConvertError
 from fam_jax.hf.folder import Folder
 from fam_jax.hf.memory_file import read_memory
-from fam_jax.hf.names import Tensor, memory_shapes, tensors
+from fam_jax.hf.names import Tensor, is_memory_tensor, memory_shapes, tensors
 from fam_jax.model.layer_types import start_of_memory
 from fam_jax.model.parameters import unflatten
 
@@ -66,15 +66,15 @@ def import_parameters(
         done += tensor.layers
         if on_progress is not None:
             on_progress(done, total)
-    folder.close()
     if memory:
-        stored = read_memory(folder.path, model)
+        stored = read_memory(folder, model)
         where = {path: placed[path] for path in memory}
         if stored is None:
             start = jax.jit(lambda table: start_of_memory(model, table, seed), out_shardings=where)
             params |= start(params["embedding/table"])
         else:
             params |= {path: jax.device_put(array, where[path]) for path, array in stored.items()}
+    folder.close()
     return unflatten(params)
 
 
@@ -83,6 +83,8 @@ def check_tensors(folder: Folder, model: ModelConfig, wanted: Sequence[Tensor]) 
     expected = {name: tensor.file_shape for tensor in wanted for name in tensor.names}
     # Old files store this buffer, which is computed here.
     present = {name for name in folder.names if not name.endswith("rotary_emb.inv_freq")}
+    if folder.memory:  # read_memory checks its tensors
+        present = {name for name in present if not is_memory_tensor(name)}
     if model.tie_embeddings and "lm_head.weight" in present:
         present.remove("lm_head.weight")
         _check_tied(folder)

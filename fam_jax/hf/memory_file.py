@@ -1,8 +1,9 @@
-"""The parameters of a memory, in a file beside the tensors of the model.
+"""The parameters of a memory, in a file beside the tensors of the model, or among them.
 
 transformers knows no memory, so `memory.safetensors` holds the memory's parameters under their paths, such as
 memory/initial_fam, and in its metadata the config fields that they were trained with. Version 0.1 of this package wrote
-`fam.safetensors`, with one tensor initial_fam; it is read too.
+`fam.safetensors`, with one tensor initial_fam; it is read too. An export for PyTorch has no such file: its code knows
+the memory, so the parameters are tensors of the model.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from fam_jax.config import ModelConfig
 from fam_jax.config.format1 import upgrade_model
 from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.config_json import ConvertError, first_line
-from fam_jax.hf.names import memory_shapes
+from fam_jax.hf.folder import Folder
+from fam_jax.hf.names import is_memory_tensor, memory_shapes, memory_tensors
 from fam_jax.model.layer_types import is_memory
 
 MEMORY_FILE = "memory.safetensors"
@@ -63,13 +65,43 @@ def read_memory_config(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_memory(folder: Path, model: ModelConfig) -> dict[str, np.ndarray] | None:
-    """Read the parameters of a memory by path; None if the folder has no memory file.
+def read_memory(folder: Folder, model: ModelConfig) -> dict[str, np.ndarray] | None:
+    """Read the parameters of a memory by path; None if the folder holds none.
 
     Raises:
       ConvertError: the parameters are not those of the memory of `model`.
     """
-    path, shapes = find_memory_file(folder), memory_shapes(model)
+    values = _read_tensors(folder, model) if folder.memory else _read_file(folder.path, model)
+    if values is None:
+        return None
+    shapes = memory_shapes(model)
+    for name, like in shapes.items():
+        found = f"has shape {list(values[name].shape)}" if name in values else "is missing"
+        if name not in values or values[name].shape != like.shape:
+            raise ConvertError(
+                f"{find_memory_file(folder.path) or folder.path}: {name} {found}, but the model needs shape "
+                f"{list(like.shape)}; set the fields of the memory to those that it was trained with, "
+                + ("or choose a memory without it" if folder.memory else "or remove the file")
+            )
+    return {name: values[name] for name in shapes}
+
+
+def _read_tensors(folder: Folder, model: ModelConfig) -> dict[str, np.ndarray] | None:
+    """Read the parameters from the tensors of an export for PyTorch."""
+    if not any(map(is_memory_tensor, folder.names)):
+        return None
+    values = {}
+    for tensor in memory_tensors(model):
+        whole = folder.names.issuperset(tensor.names)
+        if whole and len({folder.shape(name) for name in tensor.names}) == 1:
+            layers = [folder.read(name, (slice(None), slice(None))) for name in tensor.names]
+            values[tensor.path] = (np.stack(layers) if tensor.stacked else layers[0]).astype(np.float32)
+    return values
+
+
+def _read_file(folder: Path, model: ModelConfig) -> dict[str, np.ndarray] | None:
+    """Read the parameters from a memory file."""
+    path = find_memory_file(folder)
     if path is None:
         return None
     try:
@@ -78,15 +110,8 @@ def read_memory(folder: Path, model: ModelConfig) -> dict[str, np.ndarray] | Non
     except (safetensors.SafetensorError, OSError) as error:
         raise ConvertError(f"{path}: cannot be read ({first_line(error)}); download it again") from error
     if path.name == FORMAT1_FILE and FORMAT1_NAME in values:
-        values = dict.fromkeys(shapes, values[FORMAT1_NAME])
-    for name, like in shapes.items():
-        found = f"has shape {list(values[name].shape)}" if name in values else "is missing"
-        if name not in values or values[name].shape != like.shape:
-            raise ConvertError(
-                f"{path}: {name} {found}, but the model needs shape {list(like.shape)}; set the fields of the memory "
-                "to those that it was trained with, or remove the file"
-            )
-    return {name: values[name] for name in shapes}
+        return dict.fromkeys(memory_shapes(model), values[FORMAT1_NAME])
+    return values
 
 
 def write_memory(folder: Path, model: ModelConfig, leaves: Mapping[str, Any]) -> None:

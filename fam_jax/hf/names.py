@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -54,7 +55,9 @@ class Tensor(NamedTuple):
         """Return the shape of each tensor."""
         if self.in_axes:
             return math.prod(self.layer_shape[self.in_axes :]), math.prod(self.layer_shape[: self.in_axes])
-        return self.layer_shape if self.path.startswith("embedding") else (math.prod(self.layer_shape),)
+        if self.path.startswith("embedding") or is_memory(self.path):
+            return self.layer_shape
+        return (math.prod(self.layer_shape),)
 
     def file_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
         """Return the slices of a tensor that hold the slices `index` of one layer of the parameter.
@@ -113,6 +116,19 @@ def tensors(model: ModelConfig) -> list[Tensor]:
             in_axes = 0 if not path.endswith("kernel") else 2 if path == "layers/output/kernel" else 1
             found.append(Tensor(path, names[path], leaf.shape, in_axes))
     return found
+
+
+def memory_tensors(model: ModelConfig) -> list[Tensor]:
+    """Return the parameters of a model's memory, as an export for PyTorch has them among its tensors."""
+    return [
+        Tensor(path, f"model.{path.replace('layers/', 'layers/{layer}/').replace('/', '.')}", leaf.shape, 0)
+        for path, leaf in memory_shapes(model).items()
+    ]
+
+
+def is_memory_tensor(name: str) -> bool:
+    """Return whether a tensor of an export for PyTorch belongs to the memory."""
+    return re.match(r"model\.(layers\.\d+\.)?memory\.", name) is not None
 
 
 def _names(model: ModelConfig) -> dict[str, str]:

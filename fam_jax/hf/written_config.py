@@ -62,7 +62,7 @@ def updated_config(model: ModelConfig, original: HfConfig, *, dtype: str = "floa
 
     Args:
       model: config of the model as it is now.
-      original: content of the file that the model was imported with.
+      original: content of the file that the model was imported with; empty if it was not imported.
       dtype: of the tensors.
 
     Raises:
@@ -71,9 +71,14 @@ def updated_config(model: ModelConfig, original: HfConfig, *, dtype: str = "floa
     try:
         check_same(model, original, ignored=tuple(original))
     except ConvertError:  # for example, the model's window was replaced by blocks
-        kept = (INERT | {"max_position_embeddings"}) - {"dtype", "torch_dtype"}
-        return hf_config(model, dtype=dtype) | {key: original[key] for key in kept & original.keys()}
+        return new_config(model, original, dtype=dtype)
     return dict(original)
+
+
+def new_config(model: ModelConfig, original: HfConfig, *, dtype: str = "float32") -> dict[str, Any]:
+    """Return :func:`hf_config`, with the options of `original` that do not change what the model computes."""
+    kept = (INERT | {"max_position_embeddings"}) - {"dtype", "torch_dtype"}
+    return hf_config(model, dtype=dtype) | {key: original[key] for key in kept & original.keys()}
 
 
 def check_same(model: ModelConfig, hf: HfConfig, ignored: Collection[str] = ()) -> None:
