@@ -212,9 +212,7 @@ def describe_config() -> str:
         groups[f"config.model.memory, if its kind is {kind}"] = memory_config_type(kind)
     sections = []
     for title, group in groups.items():
-        documentation = inspect.cleandoc(group.__doc__ or "").replace(
-            "\n  memory:\n", "\n  memory: A group of fields that depend on its kind; see the end.\n"
-        )
+        documentation = inspect.cleandoc(group.__doc__ or "")
         sections.append(f"{title}\n{'=' * len(title)}\n{documentation}\n")
     return "\n".join(sections)
 

@@ -25,7 +25,10 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     unfinished = whole.parent / f".{whole.name}.unfinished"
     if whole.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
-    whole.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        whole.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
     try:
         with unfinished.open("wb") as file:
             yield file

@@ -81,9 +81,7 @@ def export_model(
     """
     check_new_folder(out)
     if with_fam and lora_updates == "adapter":
-        raise ConvertError(
-            "an adapter holds no code that computes the memory; leave out --with_fam, or export with --lora=merged"
-        )
+        raise ConvertError("an adapter holds no code; leave out --with_fam, or export with --lora=merged")
     params, values, step = load_params(checkpoint, step)  # in host memory
     config = find_vocabulary(resolve(values), checkpoint, step)
     companions = find_companions(checkpoint, config)

@@ -6,7 +6,6 @@ that the models gave, their evaluations, and a memory of heldout.txt.
 """
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.launch.running import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DATA = pathlib.Path(__file__).resolve().parent / "data"
@@ -55,11 +56,10 @@ def recorded(folder: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def replayed(folder: pathlib.Path, recorded: Any) -> dict[str, Any]:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.format1.replay"],
         cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,

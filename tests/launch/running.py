@@ -15,10 +15,13 @@ TINY = [
 ]  # fmt: skip
 
 
+# Compile fast, as tests.model.tiny.quick_jit does: no program of the tests runs long enough to need the optimizations.
+QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
 def environment() -> dict[str, str]:
-    """Return the environment of the tests, with one device."""
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return {**kept, "JAX_PLATFORMS": "cpu"}
+    """Return the environment of the tests, with one device and fast compilation."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_FLAGS}
 
 
 def command(*arguments: str) -> list[str]:

@@ -141,7 +141,7 @@ def test_help_config_lists_the_fields_of_every_group_and_memory(capsys: pytest.C
         "  context: ",
     ):
         assert says in text
-    assert "  memory: A group of fields that depend on its kind; see the end.\n" in text
+    assert "  memory: The memory of global layers; `kind` names it and decides its other fields.\n" in text
 
 
 def raising(error: BaseException) -> Any:
