@@ -22,7 +22,7 @@ SHAPE = {"block_size": 128, "head_dim": 8, "num_heads": 2, "num_kv_heads": 1, "s
 @pytest.mark.parametrize(
     "changes",
     [
-        {"length": 3},
+        pytest.param({"length": 3}, marks=pytest.mark.slow),
         {"previous_blocks": 2, "stop_gradient": True},
         {"length": 16, "head_dim": 128},
     ],

@@ -27,7 +27,7 @@ def gradients(case: Case, implementation: str) -> Any:
     "case",
     [
         Case(length=16, slots=0, counted=False, past_blocks=(0, 0), heads=2, kv_heads=1),
-        Case(length=8, past_blocks=(1, 0), heads=2, kv_heads=1),
+        pytest.param(Case(length=8, past_blocks=(1, 0), heads=2, kv_heads=1), marks=pytest.mark.slow),
     ],
     ids=["training", "prefill"],
 )

@@ -133,6 +133,7 @@ def first_half(folder: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
     return to
 
 
+@pytest.mark.slow  # tests/training/test_processes.py compares steps in every run of the tests
 def test_two_processes_train_as_one(together: pathlib.Path, alone: pathlib.Path) -> None:
     assert_same_run(together / "run", alone)
 
