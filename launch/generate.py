@@ -34,7 +34,7 @@ from . import cli
 
 # What --stop understands beside the characters themselves.
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", "\\\\": "\\"}
-# Seconds between the lines that tell of a batch's progress where there is no terminal.
+# Seconds between the progress lines of a batch where there is no terminal.
 REPORT_SECONDS = 60.0
 
 

@@ -27,7 +27,7 @@ from fam_jax.training.loop import make_trainer
 from fam_jax.training.optimizer import make_optimizer
 from fam_jax.training.state import TrainState, init_state, model_structure
 from tests.hf.recorded import DATA, LENGTH, recorded_logits, recorded_tokens
-from tests.model.tiny import quick_jit
+from tests.model.tiny import quick_compilation
 
 # Parameters as the publishers count them; for Gemma 3 27B, those of its text model.
 PARAMETERS = {
@@ -41,10 +41,9 @@ BLOCK = 4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Any:
+def compile_fast() -> Any:
     """Compile quickly: nothing here runs long enough to need XLA's optimizations."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", quick_jit)
+    with quick_compilation():
         yield
 
 

@@ -14,7 +14,7 @@ from fam_jax.checkpoint.orbax_io import read_parts
 PyTree = Any
 Shardings = jax.sharding.Sharding | Callable[[PyTree], PyTree]
 
-# How programs are told to use another step.
+# The flags that choose another step, for messages.
 STEP_FLAG, RESTORE_FLAG = "--step={step}", "--restore_step={step}"
 
 

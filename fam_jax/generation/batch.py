@@ -1,16 +1,17 @@
 """Completion of many prompts, from JSON lines to JSON lines. An interrupted batch continues where it stopped."""
 
+import codecs
 import contextlib
 import dataclasses
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from fam_jax.checkpoint.new_file import output_file
 from fam_jax.config import UserError
 from fam_jax.config.strict_json import dump_json, finite
 from fam_jax.generation.endings import TextWriter
@@ -21,7 +22,6 @@ from fam_jax.generation.text import TextModel, TextState
 
 # Fields of a line, in the order in which they are read.
 TEXTS = ("prompt", "question")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Named in a message about other settings, but not a reason for it: a run may be moved.
 INFORMATION = ("checkpoint",)
 
@@ -84,7 +84,7 @@ class Batch:
           UserError: `source` cannot be read; `out` cannot be written, or holds results of other lines or settings.
         """
         try:
-            content = source.read_bytes().removeprefix(BYTE_ORDER_MARK)
+            content = source.read_bytes().removeprefix(codecs.BOM_UTF8)
         except OSError as error:
             raise UserError(
                 f"{source}: cannot be read ({error.strerror}); give a file of JSON lines"
@@ -362,10 +362,5 @@ class _Results:
 
     def _replace(self, path: Path, text: str) -> None:
         """Write a file that appears when it is complete."""
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        with _writing(path):
-            try:
-                unfinished.write_text(text, "utf-8", newline="")
-                unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+        with output_file(path) as file:
+            file.write(text.encode())

@@ -132,9 +132,8 @@ def load_state(
     rows = len(json.loads(metadata["tokens_read"]))
     like = jax.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)).init_state(rows))
     leaves = []
-    for name, leaf in _by_name(
-        like
-    ).items():  # of the shapes and dtypes of the config, which has been compared
+    # The config is that of the file, so shapes and dtypes are too.
+    for name, leaf in _by_name(like).items():
         array = np.frombuffer(stored[name]["data"], leaf.dtype).reshape(stored[name]["shape"])
         leaves.append(jnp.asarray(array))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

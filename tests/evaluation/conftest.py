@@ -10,16 +10,15 @@ import pytest
 
 from fam_jax.config import Config, EvaluateConfig
 from tests.generation.tiny import CONFIG
-from tests.model.tiny import params_of, quick_jit
+from tests.model.tiny import params_of, quick_compilation
 
 VOCABULARY_SIZE = 51  # of the vocabulary that ships with the package
 
 
 @pytest.fixture(autouse=True, scope="package")
-def quick_compilation() -> Iterator[None]:
+def compile_fast() -> Iterator[None]:
     """Compile with few optimizations: compilation takes most of the time of these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", quick_jit)
+    with quick_compilation():
         yield
 
 

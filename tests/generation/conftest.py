@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 
-import jax
 import pytest
 
-from tests.model.tiny import quick_jit
+from tests.model.tiny import quick_compilation
 
 
 @pytest.fixture(autouse=True, scope="package")
-def quick_compilation() -> Iterator[None]:
+def compile_fast() -> Iterator[None]:
     """Compile with few optimizations: compilation takes most of the time of these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", quick_jit)
+    with quick_compilation():
         yield

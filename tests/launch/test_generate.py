@@ -23,16 +23,15 @@ from launch import generate
 from launch.errors import user_errors
 from tests.generation.tiny import CONFIG
 from tests.launch.running import ROOT, command, environment
-from tests.model.tiny import params_of, quick_jit
+from tests.model.tiny import params_of, quick_compilation
 
 BOOK = "The quick brown fox jumps over the lazy dog.\n" * 9
 LIMIT = "--max-tokens=12"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", quick_jit)
+def compile_fast() -> Iterator[None]:
+    with quick_compilation():
         yield
 
 
