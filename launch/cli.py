@@ -70,6 +70,7 @@ PROGRAMS = {
     "import": "import_hf",
     "export": "export_hf",
     "demo": "demo",
+    "demo-data": "demo_data",
     "train-vocabulary": "train_vocabulary",
     "jobset": "tpu.jobset",
 }

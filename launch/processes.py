@@ -148,6 +148,7 @@ def join(flags: argparse.Namespace, *, stop_together: bool) -> None:
     except RuntimeError as error:
         print(f"error: this process could not join its job ({error}); {JOINING}", file=sys.stderr)
         sys.exit(WORKER_LOST)
+    _divert_native_output()
     index, count = jax.process_index(), jax.process_count()
     print(f"{PLACE}{index}/{count}", file=sys.stderr, flush=True)
     if index:
@@ -224,9 +225,13 @@ def supervise() -> int:
 class ChildLog:
     """Passes the lines of a child's stderr on, but holds back what JAX's runtime prints when a peer died.
 
-    Of all processes but the first, it drops the runtime's warnings and notes.
+    Of all processes but the first, it drops the runtime's warnings and notes. Of all, it drops those on connections.
     """
 
+    # A note for every group of devices that Gloo connects.
+    _CONNECTED = re.compile(r"\[Gloo\] |connected peer ranks is")
+    # Several threads print it at once, piece by piece, so its last number and the end of the line may come late.
+    _REMAINDER = re.compile(r"\d*\s*")
     # Warnings and notes of the runtime, and of Python's loggers.
     _MINOR = re.compile(r"[IW]\d{4} \d\d:|(INFO|WARNING):\w+:")
     # Lines of the coordination service, in the form [severity][date] [time] [thread] [file]:[line]] [message].
@@ -241,6 +246,7 @@ class ChildLog:
         self._prefix = ""
         self._joined = False
         self._held: list[str] = []
+        self._connecting = False
 
     def pass_on(self) -> None:
         """Pass lines on until the child ends."""
@@ -251,8 +257,14 @@ class ChildLog:
                 self._joined = True
             elif self._held or self._LOST.match(line):
                 self._held.append(line)
-            elif not (self._prefix and self._MINOR.match(line)):
+            elif not (self._connects(line) or (self._prefix and self._MINOR.match(line))):
                 self.write(line)
+
+    def _connects(self, line: str) -> bool:
+        """Return whether a line is a note of Gloo on connections, or what remains of one."""
+        remainder = self._connecting and self._REMAINDER.fullmatch(line)
+        self._connecting = bool(remainder or self._CONNECTED.search(line))
+        return self._connecting
 
     def write(self, line: str) -> None:
         """Write a line with the prefix of its process."""
@@ -282,6 +294,15 @@ def _has_libtpu(flags: argparse.Namespace) -> bool:
     """Return whether JAX would use a TPU, so that this host may belong to a slice."""
     platforms = os.environ.get("JAX_PLATFORMS", "") or "tpu"
     return not flags.cpu_devices and "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
+
+
+def _divert_native_output() -> None:
+    """Send to stderr what C++ code prints to stdout, so that the parent sees it; Python's prints still go to stdout."""
+    sys.stdout.flush()
+    python = os.dup(1)
+    os.dup2(2, 1)
+    lines = 1 if os.isatty(python) else -1
+    sys.stdout = open(python, "w", lines, encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
 
 
 def _die_with_parent() -> None:

@@ -5,6 +5,7 @@ setting can stop it, and would otherwise reserve the memory of all GPUs, which J
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -34,6 +35,15 @@ def _stderr_held_back() -> Iterator[None]:
             os.close(saved)
 
 
+def _is_needed(record: logging.LogRecord) -> bool:
+    """Return whether a message of seqio tells the user something.
+
+    It advises against reading a function as a source, because a restart would repeat its order. Here a restart goes on
+    in the same order, and every epoch has its own.
+    """
+    return not str(record.msg).startswith("Using an uncached FunctionDataset for training")
+
+
 # Silences information and warnings of later calls.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 with _stderr_held_back():
@@ -44,5 +54,7 @@ with _stderr_held_back():
         # Too late if the program runs TensorFlow already; then the choice of devices is its own.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], _kind)
+
+logging.getLogger("absl").addFilter(_is_needed)
 
 __all__ = ["seqio", "tf"]

@@ -59,33 +59,62 @@ def plot_loss_by_position(
 ) -> None:
     """Plot loss against the position in the document on a log scale.
 
+    If buckets have a `difference`, a second panel shows it with its confidence interval. Differences between ablations
+    are far smaller than those between positions, so the first panel cannot show them.
+
     Args:
       curves: buckets of positions (`by_position` of the task "text"), by the label of each curve.
       path: path of the picture, whose suffix selects the format; or an open file, which becomes a PNG.
       trained_tokens: longest row in training; the background is gray up to there. 0 shows no gray area.
       title: title above the axes.
     """
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
-    axes = _axes(figure)
-    for label, buckets in curves.items():
+    compared = any(bucket.get("difference") for buckets in curves.values() for bucket in buckets)
+    figure = Figure(figsize=(7.2, 6.4 if compared else 4.0), layout="constrained")
+    panels = _panels(figure, 2 if compared else 1)
+    for (label, buckets), (color, _) in zip(curves.items(), itertools.cycle(STYLES), strict=False):
         seen = [bucket for bucket in buckets if bucket["loss"] is not None]
         ends, losses = [bucket["end"] for bucket in seen], [bucket["loss"] for bucket in seen]
-        axes.plot(ends, losses, label=label, marker="o", linewidth=2, markersize=5)
-    axes.set_xscale("log", base=2)
-    if trained_tokens:
-        low, high = axes.get_xlim()
-        axes.axvspan(low, trained_tokens, color="0.93", zorder=0, label="trained up to here")
-        axes.set_xlim(low, max(high, trained_tokens))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlabel("position in the document (tokens, end of bucket)")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=9)
+        style: dict[str, Any] = {"color": color, "marker": "o", "linewidth": 2, "markersize": 5}
+        panels[0].plot(ends, losses, label=label, **style)
+        if differing := [bucket for bucket in seen if bucket.get("difference")]:
+            _plot_differences(panels[1], differing, style)
+    low, high = panels[0].get_xlim()
+    for axes in panels:
+        axes.set_xscale("log", base=2)
+        if trained_tokens:
+            axes.axvspan(low, trained_tokens, color="0.93", zorder=0, label="trained up to here")
+            axes.set_xlim(low, max(high, trained_tokens))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    panels[-1].set_xlabel("position in the document (tokens, end of bucket)")
+    panels[0].set_ylabel("loss (nats per token)")
+    panels[0].set_title(title, fontsize=10)
+    panels[0].legend(frameon=False, fontsize=9)
+    if compared:
+        panels[1].axhline(0, color="0.4", linewidth=1)
+        panels[1].set_ylabel("loss added by the ablation\n(nats per token, 95 % interval)")
     figure.savefig(path, dpi=150)
 
 
+def _plot_differences(axes: Axes, buckets: Sequence[Mapping[str, Any]], style: dict[str, Any]) -> None:
+    """Plot the differences of buckets, and a band for the interval of those that have one."""
+    axes.plot([each["end"] for each in buckets], [each["difference"]["mean"] for each in buckets], **style)
+    sure = [each for each in buckets if each["difference"]["low"] is not None]
+    lows, highs = ([each["difference"][limit] for each in sure] for limit in ("low", "high"))
+    axes.fill_between(
+        [each["end"] for each in sure], lows, highs, color=style["color"], alpha=0.2, linewidth=0
+    )
+
+
 def _axes(figure: Figure) -> Axes:
-    axes: Axes = figure.subplots()
-    axes.grid(axis="y", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
+    [axes] = _panels(figure, 1)
     return axes
+
+
+def _panels(figure: Figure, count: int) -> list[Axes]:
+    """Return axes one below the other, of the same positions; the first is twice as high as the others."""
+    heights = [2] + [1] * (count - 1)
+    panels: list[Axes] = [*figure.subplots(count, squeeze=False, sharex=True, height_ratios=heights)[:, 0]]
+    for axes in panels:
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    return panels

@@ -1,8 +1,8 @@
 """Loss on held-out documents of any length, streamed through a state of constant size without truncation.
 
 Each document is read in full, by blocks, from an empty state. Ablation shows whether the memory is used: the same
-documents are read again, and the memory is zeroed, shuffled or frozen after each block. If the loss does not rise, the
-model ignores its memory.
+documents are read again, and the memory is zeroed, shuffled or frozen after each block. Each document is compared with
+itself; docs/evaluation.md says how to read the differences.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 import rich.table
 
 from fam_jax.config import UserError, ceil_div
+from fam_jax.evaluation.paired import Difference, difference_per_token
 from fam_jax.evaluation.task import Measured, Metric, OnProgress, Setting, make_table
 from fam_jax.generation.streaming import Streamer
 from fam_jax.model import StreamState, ablated
@@ -74,11 +75,14 @@ def measure_documents(
         loss_after_first_block: loss of the tokens that a memory could help with.
         loss_by_position/END: loss in the bucket of positions that ends at END.
         zeroed/loss and so on: the same with the memory ablated.
+        zeroed/difference_after_first_block: its loss after the first block minus the intact one's.
       Details: documents, tokens, tokens_read (counted while reading, equal to tokens), longest_document (tokens),
       text_bytes, seconds, the figures above (or None), and
         by_position: buckets of positions in the document, each twice as long as the one before: begin, end, documents
           that reach it, tokens, loss, next_token_accuracy.
-        ablations: for each of evaluate.ablations, its loss, loss_after_first_block and by_position.
+        ablations: for each of evaluate.ablations, its loss, loss_after_first_block and by_position, and how much the
+          memory's loss exceeds the intact one's (difference_after_first_block, and `difference` of every bucket): mean
+          in nats per token, and low and high, the limits of a 95 % confidence interval over documents.
 
     Raises:
       UserError: no token has a loss weight, or a batch has only one document and states cannot be shuffled.
@@ -94,10 +98,11 @@ def measure_documents(
     scores = reader.read(None)
     details = {**_totals(scores, examples), **_summary(scores, streamer.config.block_size)}
     details["perplexity"] = math.exp(min(details["loss"], 700.0))
-    ablations = {name: _summary(reader.read(name), streamer.config.block_size) for name in evaluate.ablations}
-    kept = ("loss", "loss_after_first_block", "by_position")
     details |= {
-        "ablations": {name: {key: found[key] for key in kept} for name, found in ablations.items()},
+        "ablations": {
+            name: _ablation(scores, reader.read(name), streamer.config.block_size)
+            for name in evaluate.ablations
+        },
         "block_size": streamer.config.block_size,
         "trained_tokens": documents.trained_tokens,
         "seconds": round(time.perf_counter() - began, 3),
@@ -124,6 +129,9 @@ def _scalars(details: dict[str, Any]) -> dict[str, float]:
     for prefix, part in [("", details), *((f"{name}/", part) for name, part in details["ablations"].items())]:
         found |= {f"{prefix}{name}": part[name] for name in ("loss", "loss_after_first_block")}
         found |= {f"{prefix}loss_by_position/{each['end']}": each["loss"] for each in part["by_position"]}
+    for name, part in details["ablations"].items():
+        difference = part["difference_after_first_block"]
+        found[f"{name}/difference_after_first_block"] = difference and difference["mean"]
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -245,6 +253,27 @@ def _summary(scores: list[Scores], block_size: int) -> dict[str, Any]:
     }
 
 
+def _ablation(intact: list[Scores], ablated: list[Scores], block_size: int) -> dict[str, Any]:
+    """Return the losses with the memory ablated, and their differences to those with the memory intact."""
+
+    def difference(begin: int, end: int | None) -> dict[str, float | None] | None:
+        sums, tokens = [], []
+        for before, after in zip(intact, ablated, strict=True):
+            counted = before.counted[begin:end]
+            changes = (after.nats[begin:end] - before.nats[begin:end])[counted]
+            sums.append(changes.sum(dtype=np.float64))
+            tokens.append(int(counted.sum()))
+        if not any(tokens):
+            return None
+        return difference_per_token(np.array(sums), np.array(tokens))._asdict()
+
+    found = _summary(ablated, block_size)
+    for bucket in found["by_position"]:
+        bucket["difference"] = difference(bucket["begin"], bucket["end"])
+    kept = {name: found[name] for name in ("loss", "loss_after_first_block", "by_position")}
+    return {**kept, "difference_after_first_block": difference(block_size, None)}
+
+
 def document_tables(details: dict[str, Any], title: str) -> list[rich.table.Table]:
     """Return a table of totals, and one with a row per bucket of positions."""
     total = rich.table.Table(title=title, show_header=False)
@@ -256,7 +285,8 @@ def document_tables(details: dict[str, Any], title: str) -> list[rich.table.Tabl
     for name, found in details["ablations"].items():
         if found["loss_after_first_block"] is not None:
             label = f"{METRICS['loss_after_first_block'].label}, memory {name}"
-            total.add_row(label, f"{found['loss_after_first_block']:.4f}")
+            change = Difference(**found["difference_after_first_block"])
+            total.add_row(label, f"{found['loss_after_first_block']:.4f}  ({change})")
     ablations = [f"memory {name}" for name in details["ablations"]]
     headings = ("from", "to", "documents", "tokens", "loss", *ablations)
     places = make_table("Loss by position in the document", headings)

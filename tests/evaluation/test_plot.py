@@ -22,6 +22,20 @@ def test_files_and_formats(tmp_path: pathlib.Path) -> None:
         assert file.getvalue().startswith(b"\x89PNG")
 
 
+def test_differences_have_a_panel_of_their_own(tmp_path: pathlib.Path) -> None:
+    interval = {"mean": 0.01, "low": 0.005, "high": 0.015}
+    ablated = [dict(bucket, difference=interval) for bucket in BUCKETS]
+    alone = [dict(bucket, difference={"mean": 0.01, "low": None, "high": None}) for bucket in BUCKETS]
+    for name, curves in {
+        "one": {"intact": BUCKETS},
+        "two": {"intact": BUCKETS, "zeroed": ablated},
+        "no interval": {"intact": BUCKETS, "zeroed": alone},
+    }.items():
+        path = tmp_path / f"{name}.svg"
+        plot_loss_by_position(curves, path, trained_tokens=32)
+        assert path.read_text().count('id="axes_') == (1 if name == "one" else 2)
+
+
 def test_the_backend_of_a_session_is_not_changed() -> None:
     code = (
         "import io, sys\nfrom fam_jax.evaluation.plot import plot_loss_by_position\n"

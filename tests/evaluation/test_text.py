@@ -147,6 +147,22 @@ def test_shuffling_the_states_of_equal_documents_changes_nothing() -> None:
     assert abs(found["ablations"]["zeroed"]["loss"] - found["loss"]) > 1e-5
 
 
+def test_differences_are_those_of_the_losses() -> None:
+    found = run(ablations=("zeroed", "frozen"))
+    for part in found["ablations"].values():
+        whole = part["difference_after_first_block"]
+        assert whole["mean"] == pytest.approx(
+            part["loss_after_first_block"] - found["loss_after_first_block"], abs=1e-6
+        )
+        assert whole["low"] < whole["mean"] < whole["high"]
+        for before, after in zip(found["by_position"], part["by_position"], strict=True):
+            assert after["difference"]["mean"] == pytest.approx(after["loss"] - before["loss"], abs=1e-6)
+    # A document of one block: nothing to compare after it.
+    short = run([example(np.array([3, 4], np.int32))], ablations=("zeroed",))["ablations"]["zeroed"]
+    assert short["difference_after_first_block"] is None
+    assert short["by_position"][0]["difference"]["low"] is None
+
+
 def test_a_memory_that_nobody_reads_can_be_ablated() -> None:
     """With an output projection of zero, attention has no effect, whatever FAM holds."""
     params = jax.tree.map(np.array, params_of(CONFIG))
@@ -227,6 +243,7 @@ def test_every_figure_has_a_name_that_does_not_change() -> None:
         expected |= {f"{prefix}{name}": part[name] for name in ("loss", "loss_after_first_block")}
         for end, bucket in zip((16, 32, 64), part["by_position"], strict=True):
             expected[f"{prefix}loss_by_position/{end}"] = bucket["loss"]
+    expected["zeroed/difference_after_first_block"] = zeroed["difference_after_first_block"]["mean"]
     assert found.scalars == expected and all(isinstance(value, float) for value in expected.values())
 
     # One token: nothing after the first block, and no text to count bytes of.

@@ -220,6 +220,7 @@ PROGRAMS = {
         "--restore_step N",
         "--coordinator HOST:PORT",
     ],
+    "demo_data": ["--out DIR", "--parts PART,...", "--fresh"],
     "train_vocabulary": ["--files", "--size", "--out FILE"],
 }
 

@@ -77,6 +77,18 @@ def test_other_processes_are_marked_and_only_their_errors_are_shown() -> None:
     assert passed_on(text.replace("3/16", "0/16"))[1] == f"{minor}Traceback\n  line\n"
 
 
+def test_notes_on_connections_are_not_shown() -> None:
+    expected = "Expected number of connected peer ranks is : "
+    note = f"[Gloo] Rank 0 is connected to 1 peer ranks. {expected}1\n"
+    # Two threads at once.
+    mixed = f"[Gloo] Rank [Gloo] Rank 01 is connected to 1 peer ranks. {expected}{expected}1\n1\n\n"
+    for process in ("0/2", "1/2"):
+        log = f"fam_jax-process {process}\n\nstep 1\n{note}{note}step 2\n{mixed}7\nTraceback\n\n  line\n12\n"
+        kept = ("", "step 1", "step 2", "Traceback", "", "  line", "12")
+        prefix = "" if process == "0/2" else f"[{process}] "
+        assert passed_on(log)[1] == "".join(f"{prefix}{line}\n" for line in kept)
+
+
 def test_lines_that_were_held_back_are_shown_if_the_process_goes_on() -> None:
     log, written = passed_on(f"{SILENT}Traceback\n")
     assert written == ""
