@@ -1,4 +1,4 @@
-"""Sources that seqio reads: its tasks and mixtures, and prepared TFDS datasets."""
+"""Sources that seqio reads: its tasks and mixtures."""
 
 import dataclasses
 import importlib
@@ -10,7 +10,7 @@ import numpy as np
 
 from fam_jax.config import ConfigError
 from fam_jax.data.interface import Example
-from fam_jax.data.quiet_seqio import seqio, tf
+from fam_jax.data.quiet_seqio import seqio
 from fam_jax.data.randomness import random_key
 
 
@@ -113,68 +113,3 @@ def _mistake_in(provider: Any, split: str) -> str:
     if split not in provider.splits:
         return f"has no split {split}, only {', '.join(provider.splits) or 'none'}; add it to the task"
     return ""
-
-
-def tfds_source(
-    name: str, split: str, vocabulary: seqio.Vocabulary, seed: int, field: str, *, shuffle: bool = True
-) -> SeqioSource:
-    """Return the documents of a prepared TFDS dataset: its feature "text", or its only text feature.
-
-    Args:
-      name: of the dataset, such as pg19 or c4/en:3.0.1.
-      split: such as train or train[:90%].
-      vocabulary: with an end-of-sequence id, which ends each document.
-      seed: of the order.
-      field: the config field that names the dataset, for error messages.
-      shuffle: see :class:`SeqioSource`.
-
-    Raises:
-      ConfigError: TFDS has no such dataset or split, it is not prepared on this machine, or it has several texts.
-    """
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder(name)
-    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
-        raise ConfigError(f"{field}: TFDS has no dataset {name}; check the name") from error
-    # Preparing it here would download for hours on every process of a job, or retry for minutes without a network.
-    if not builder.is_prepared():
-        raise ConfigError(
-            f"{field}: {name} is not prepared in {builder.data_path}; run `tfds build {name}`, or set TFDS_DATA_DIR"
-        )
-    texts = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
-    text = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
-    if text is None:
-        raise ConfigError(
-            f"{field}: {name} has no feature text, and its text features are {', '.join(texts) or 'none'}; "
-            "register a seqio task that chooses one"
-        )
-    try:
-        builder.as_dataset(split=split)
-    except ValueError as error:
-        raise ConfigError(
-            f"{field}: {name} has no split {split}; use one of {', '.join(builder.info.splits)}"
-        ) from error
-
-    def load(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        read = tfds.ReadConfig(shuffle_seed=seed, enable_ordering_guard=False)
-        return builder.as_dataset(split=split, shuffle_files=shuffle_files, read_config=read)
-
-    task = seqio.Task(
-        "tfds_text",
-        source=seqio.FunctionDataSource(load, splits=(split,)),
-        preprocessors=[
-            _as_targets(text),
-            seqio.preprocessors.tokenize,
-            seqio.preprocessors.append_eos,
-        ],
-        output_features={"targets": seqio.Feature(vocabulary)},
-    )
-    return SeqioSource(task, split, seed, shuffle)
-
-
-def _as_targets(text: str) -> Any:
-    def rename(dataset: tf.data.Dataset) -> tf.data.Dataset:
-        return dataset.map(lambda example: {"targets": example[text]})
-
-    return rename
