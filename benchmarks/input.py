@@ -144,7 +144,6 @@ def deliver(batches: Any) -> tuple[int, float, float]:
 
 def measure_rates(vocabularies: dict[str, str], files: str, rounds: int) -> list[dict[str, Any]]:
     """Return tokens of the global batch per second for every vocabulary, layout and number of processes."""
-
     rows = []
     for name, vocabulary in vocabularies.items():
         cases = {

@@ -3,23 +3,29 @@
 import dataclasses
 import importlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from fam_jax.config import ConfigError
 from fam_jax.data.interface import Example
-from fam_jax.data.quiet_seqio import seqio
+from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.randomness import random_key
+
+# Steps of preprocessing that make one example of each, and draw nothing at random.
+TOKENIZATION = (seqio.preprocessors.tokenize, seqio.preprocessors.append_eos)
+# Name of the feature for examples that are not yet tokenized.
+HELD_BACK = "fam_jax_held_back"
 
 
 @dataclasses.dataclass(frozen=True)
 class SeqioSource:
     """Examples of a seqio task or mixture: inputs, of loss weight 0, then targets, of weight 1 (section 3.1).
 
-    seqio has no access by number: to start at an example, those before it are made and dropped. Random preprocessing
-    repeats exactly if it takes its seeds from seqio.
+    seqio has no access by number: to start at an example, those before it are made and dropped. Those of a task are not
+    tokenized if tokenization is the last step of its preprocessing. Random preprocessing repeats exactly if it takes
+    its seeds from seqio.
     """
 
     # seqio.Task | seqio.Mixture.
@@ -49,22 +55,53 @@ class SeqioSource:
             each = (dataclasses.replace(self, provider=task).epoch(epoch) for task in tasks)
             yield from itertools.islice(itertools.chain.from_iterable(each), first, None)
             return
+        task, last = (self.provider, []) if mixture else _without_tokenization(self.provider)
         seed = random_key("seqio", self.seed, epoch) % 2**31
         with seqio.map_seed_manager(seed):
-            dataset = self.provider.get_dataset(
+            dataset = task.get_dataset(
                 # Longer examples are not truncated.
                 sequence_length=None,
                 split=self.split,
                 shuffle=self.shuffle,
                 seed=seed,
                 num_epochs=None if mixture else 1,
-            )
+            ).skip(first)
+        for step in last:
+            dataset = step(dataset)
         names = [name for name in ("inputs", "targets") if name in self.provider.output_features]
-        for example in dataset.skip(first).as_numpy_iterator():
+        for example in dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
             parts = [np.asarray(example[name], np.int32) for name in names]
             weights = np.repeat(np.arange(2 - len(parts), 2), [len(part) for part in parts])
             text = example.get("targets_pretokenized", b"") if len(parts) == 1 else b""
             yield Example(np.concatenate(parts), weights.astype(np.float32), len(text))
+
+
+def _without_tokenization(task: Any) -> tuple[Any, list[Callable[[tf.data.Dataset], tf.data.Dataset]]]:
+    """Return a task whose examples are not yet tokenized, and what makes those of `task` of them.
+
+    The examples have the order of those of `task`, because steps that make one example of each, and draw nothing at
+    random, can be taken before or after shuffling.
+    """
+    features, steps = task.output_features, [*task.preprocessors]
+    end = len(steps)
+    while end and steps[end - 1] in TOKENIZATION:
+        end -= 1
+    if end == len(steps) or type(task) is not seqio.Task:
+        return task, []
+
+    def hold_back(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        # seqio checks that a task's examples have its features.
+        empty = {name: tf.zeros([0] * feature.rank, feature.dtype) for name, feature in features.items()}
+        return dataset.map(lambda example: {**empty, HELD_BACK: example})
+
+    def give_back(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        return dataset.map(lambda example: example[HELD_BACK])
+
+    last = [
+        seqio.utils.add_kwargs_to_transform(step, sequence_length=None, output_features=features)
+        for step in steps[end:]
+    ]
+    return task.replace(preprocessors=[*steps[:end], hold_back]), [give_back, *last]
 
 
 def seqio_source(
