@@ -42,6 +42,11 @@ class Config:
             f"{self.model.block_size}",
         )
         require(
+            self.data.layout != "continuous" or self.data.sequence_length % self.model.block_size == 0,
+            f"config.data.sequence_length: {self.data.sequence_length} is not a multiple of model.block_size "
+            f"{self.model.block_size}, as the layout continuous needs; change one of the two",
+        )
+        require(
             not self.evaluate.ablations or remembers,
             f"config.evaluate.ablations: {self.model.memory.kind} has no state beyond its window to ablate",
         )

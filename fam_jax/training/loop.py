@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from fam_jax import sharding
 from fam_jax.checkpoint import (
@@ -198,9 +200,15 @@ def _checked_batches(config: Config) -> Batches:
         seed=config.train.seed,
         shard=(jax.process_index(), jax.process_count()),
         vocab_size=config.model.vocab_size,
+        gather=gather_rows if jax.process_count() > 1 else None,
     )
     check_vocabulary_size(batches.vocabulary, config.model, config.data)
     return batches
+
+
+def gather_rows(own: np.ndarray) -> np.ndarray:
+    """Return the arrays of all processes, joined along the first axis; all processes have to call this together."""
+    return multihost_utils.process_allgather(own, tiled=True)
 
 
 def _header(
