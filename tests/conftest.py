@@ -1,6 +1,10 @@
 """Settings of all tests: CPU with eight simulated devices, exact matmuls, reproducible Hypothesis runs."""
 
+import gc
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 
 DEVICES = 8
 
@@ -10,8 +14,17 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
 )
 
+# Compiled programs, shared by the workers of pytest-xdist, which inherit the environment, and the programs that tests
+# start.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+own_cache = tempfile.mkdtemp(prefix="fam_jax_tests_") if CACHE not in os.environ else None
+if own_cache:
+    os.environ[CACHE] = own_cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -19,3 +32,17 @@ jax.config.update("jax_default_matmul_precision", "highest")
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_unconfigure() -> None:
+    """Remove the compiled programs, in the process that made the folder."""
+    if own_cache:
+        shutil.rmtree(own_cache, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_collect() -> Iterator[None]:
+    """Keep the garbage collector from searching what all earlier modules left, again and again: it takes minutes."""
+    yield
+    gc.collect()
+    gc.freeze()

@@ -71,6 +71,7 @@ def assert_spread(found: dict[str, float], *, positive: bool = True) -> None:
     assert np.isfinite(found["median"]) and (found["q1"] > 0 or not positive)
 
 
+@pytest.mark.slow
 def test_records_tell_what_was_run(records: dict[str, Any]) -> None:
     assert records.keys() == {"training", "decoding"}
     for name, record in records.items():

@@ -18,6 +18,7 @@ from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params, read_c
 from fam_jax.checkpoint.manifest import checksums
 from fam_jax.config import UserError
 from fam_jax.config.format1 import FORMAT
+from tests.variants import rest_slow
 
 CONFIG = {"model": {"model_dim": 96, "attention": "xla"}, "train": {"steps": 10}, "mesh": {"fsdp": 2}}
 
@@ -188,12 +189,20 @@ DAMAGE = {
 
 @pytest.mark.parametrize(
     ("file", "damage"),
-    [
-        *[("params/ocdbt.process_0/d/*", damage) for damage in DAMAGE],
-        *[("contents/data.json", damage) for damage in DAMAGE],
-        ("params/_METADATA", "truncated"),
-        ("params/manifest.ocdbt", "flipped"),
-    ],
+    rest_slow(
+        [
+            *[("params/ocdbt.process_0/d/*", damage) for damage in DAMAGE],
+            *[("contents/data.json", damage) for damage in DAMAGE],
+            ("params/_METADATA", "truncated"),
+            ("params/manifest.ocdbt", "flipped"),
+        ],
+        [
+            ("params/ocdbt.process_0/d/*", "flipped"),
+            ("contents/data.json", "truncated"),
+            ("params/_METADATA", "truncated"),
+            ("params/manifest.ocdbt", "flipped"),
+        ],
+    ),
 )
 def test_damage_is_found(
     run: pathlib.Path, file: str, damage: str, capfd: pytest.CaptureFixture[str]
@@ -210,6 +219,7 @@ def test_damage_is_found(
     assert load_params(run, step=10)[2] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of abandoned reads
 @settings(max_examples=25)
 @given(data=st.data())

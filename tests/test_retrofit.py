@@ -28,6 +28,7 @@ from fam_jax.training.optimizer import make_optimizer
 from fam_jax.training.state import TrainState, init_state, model_structure
 from tests.hf.recorded import DATA, LENGTH, recorded_logits, recorded_tokens
 from tests.model.tiny import quick_compilation
+from tests.variants import rest_slow
 
 # Parameters as the publishers count them; for Gemma 3 27B, those of its text model.
 PARAMETERS = {
@@ -162,7 +163,7 @@ def last_logits(config: Config, params: Any) -> np.ndarray:
     return np.asarray(Streamer(config.model, params).read(list(recorded_tokens()))[0])
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen3"])
+@pytest.mark.parametrize("name", rest_slow(["llama3", "gemma2", "gemma3", "qwen3"], ["gemma3"]))
 def test_at_the_start_with_all_visible_it_is_the_original(imported: Any, name: str) -> None:
     """The recorded tokens cross the windows of local layers."""
     config = config_for(imported(name), length=0)
@@ -181,7 +182,7 @@ def with_random_updates(params: Any) -> Any:
     return lora.unflatten(flat | drawn)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mistral"])
+@pytest.mark.parametrize("name", rest_slow(["gemma2", "mistral"], ["gemma2"]))
 def test_merged_is_applied(imported: Any, name: str) -> None:
     """The model has FAM, the tokens reach beyond every window, and the results agree to float32 rounding."""
     config = config_for(imported(name), segments=2)

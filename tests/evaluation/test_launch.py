@@ -39,6 +39,7 @@ def launch(*arguments: str, devices: int) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_on_four_devices(run: pathlib.Path, config: Config, parrot_accuracy: float) -> None:
     done = launch(f"--checkpoint={run}", "--lengths=1", "--batch_size=4", "--mesh=data=2,fsdp=2", devices=4)
     assert done.returncode == 0, done.stderr

@@ -131,6 +131,7 @@ def test_training_evaluates_as_a_checkpoint_does(text_run: pathlib.Path, tmp_pat
     assert (tmp_path / "run" / "evaluations" / "3" / "text.png").exists()
 
 
+@pytest.mark.slow
 def test_training_with_lora_evaluates_merged_weights(text_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = resolve(read_config(text_run))
     adapted = changed(config, lora={"rank": 2, "random_base": True})

@@ -132,6 +132,7 @@ def test_a_greedy_text_is_that_of_generate(model: TextModel, tmp_path: pathlib.P
         assert (record["ended_by"], record["tokens_read"]) == (expected.ended_by, state.tokens_read)
 
 
+@pytest.mark.slow
 def test_streams_spread_over_a_mesh(tmp_path: pathlib.Path) -> None:
     config = Config(model=variant(CONFIG, vocab_size=264))
     params, mesh = params_of(config.model), make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices())

@@ -262,6 +262,7 @@ def test_branches_of_a_memory(ragged) -> None:
             memory.select(rows)
 
 
+@pytest.mark.slow
 def test_spread_over_a_mesh(ragged) -> None:
     """Numbers of rows that the devices divide, and that they do not."""
     prompts, logits, _ = ragged

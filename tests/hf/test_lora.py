@@ -104,6 +104,7 @@ def test_peft_loads_the_adapter_upon_the_base(name, targets, tmp_path):
     np.testing.assert_allclose(logits_of(model, recorded_tokens()), logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_adapter_fits_the_model_with_vision_that_was_imported(tmp_path):
     name = "gemma3_vision"
     few = dataclasses.replace(LORA, targets=("layers/query/kernel", "layers/down/kernel"))

@@ -14,6 +14,7 @@ from fam_jax.sharding import make_mesh, replicated, traced_for
 from tests.kernels.cases import attend, draw
 from tests.kernels.test_block_attention import TRAINING, single
 from tests.model.tiny import build, params_of, quick_jit, some_tokens, variant
+from tests.variants import rest_slow
 
 SHAPE = {"block_size": 128, "head_dim": 8, "num_heads": 2, "num_kv_heads": 1, "segments": 1}
 
@@ -23,7 +24,7 @@ SHAPE = {"block_size": 128, "head_dim": 8, "num_heads": 2, "num_kv_heads": 1, "s
     "changes",
     [
         pytest.param({"length": 3}, marks=pytest.mark.slow),
-        {"previous_blocks": 2, "stop_gradient": True},
+        pytest.param({"previous_blocks": 2, "stop_gradient": True}, marks=pytest.mark.slow),
         {"length": 16, "head_dim": 128},
     ],
     ids=["padded FAM", "two FAMs, stop-gradient", "all kernels"],
@@ -57,7 +58,7 @@ def test_kernels_and_xla_agree(changes: dict[str, Any], past_slots: bool) -> Non
     jax.tree_util.tree_map_with_path(close, got, want)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("kv_heads", rest_slow([1, 2], [2]))
 def test_devices_share_rows_and_heads(kv_heads: int) -> None:
     """On a mesh (fsdp 2, tensor 2) each device computes its part, and gradients of shared arrays are summed."""
     case = dataclasses.replace(TRAINING, heads=4, kv_heads=kv_heads, length=8).wider()

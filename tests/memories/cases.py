@@ -106,6 +106,11 @@ CASES = {
     "read_write, window": Case(toys.ReadWriteConfig(segments=1, window=3), everything),
     "associative": Case(toys.AssociativeConfig(segments=0), everything),
 }
+# One of every kind, and what differs most; the other cases are slow tests.
+ALWAYS = (
+    "full", "swa", "bswa", "transformer_xl", "fam", "fam, prefix, R=2", "running_mean", "read_write", "associative",
+)  # fmt: skip
+assert {CASES[name].memory.kind for name in ALWAYS} == {case.memory.kind for case in CASES.values()}
 assert {case.memory.kind for case in CASES.values()} == {*memory_kinds(), *OWN}, (
     "a registered memory has no case"
 )

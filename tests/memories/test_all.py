@@ -18,17 +18,19 @@ from fam_jax.memories.window_cache import start_position
 from fam_jax.model import StreamState, ablated, empty_state, from_dict, passed_on, with_passed_on
 from fam_jax.model.layer_types import memory_of
 from fam_jax.model.parameters import flatten
-from tests.memories.cases import BLOCKS, CASES, SIZE, class_of, random_parameters
+from tests.memories.cases import ALWAYS, BLOCKS, CASES, SIZE, class_of, random_parameters
 from tests.memories.reference import associative_forward, read_write_forward
 from tests.model.tiny import Reader, build, quick_jit
+from tests.variants import rest_slow
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 LENGTH = 14  # three blocks and a half
 ROWS = 2
 WIDTH = 5  # of pieces that are not aligned: longer than a block
 
-every_memory = pytest.mark.parametrize("name", CASES)
-with_state = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.memory.has_state])
+every_memory = pytest.mark.parametrize("name", rest_slow(CASES, ALWAYS))
+WITH_STATE = [name for name, case in CASES.items() if case.memory.has_state]
+with_state = pytest.mark.parametrize("name", rest_slow(WITH_STATE, {*WITH_STATE} & {*ALWAYS}))
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +209,7 @@ FASTER = [
 ]
 
 
-@pytest.mark.parametrize("name", FASTER)
+@pytest.mark.parametrize("name", rest_slow(FASTER, {*FASTER} & {*ALWAYS}))
 def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
     """A faster `read_blocks` equals the default, which uses `read_piece` and `close_block`.
 

@@ -21,6 +21,7 @@ from tests.memories import toys
 from tests.memories.cases import CASES, random_parameters
 from tests.model.tiny import Reader
 from tests.training.tiny import assert_close, changed, quick_trainer, run, some_batch, start
+from tests.variants import rest_slow
 
 NEW = {
     "running_mean": RunningMeanConfig(segments=1, rate=0.5),
@@ -50,9 +51,9 @@ def test_training_learns_and_trains_every_parameter(memory: Any) -> None:
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(state.carried))
 
 
-@every_new_memory
-def test_a_sharded_step_is_the_step_of_one_device(memory: Any) -> None:
-    base = changed(train__random_state_passing=1.0, model__memory=memory)
+@pytest.mark.parametrize("name", rest_slow(NEW, ["running_mean"]))
+def test_a_sharded_step_is_the_step_of_one_device(name: str) -> None:
+    base = changed(train__random_state_passing=1.0, model__memory=NEW[name])
     config = changed(base, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, train__accumulation=2)
     expected, metrics = run(base, 2)
     trainer = quick_trainer(config, make_trainer)

@@ -146,7 +146,11 @@ def test_parallel_and_piecewise_gradients_are_equal(changes):
         assert_same(gradients(config), gradients(config, aligned=False), **EXACT)
 
 
-@pytest.mark.parametrize("changes", [{}, {"layer_pattern": ("local", "global"), "local_window": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"layer_pattern": ("local", "global"), "local_window": 4}, marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize("remat", ["dots", "wide", "full"])
 def test_rematerialization_changes_no_gradient(remat, changes):
     with jax.enable_x64(True):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fam_jax.memories.window_cache import visible_blocks
 from fam_jax.model.layer_types import layer_types
@@ -33,6 +34,7 @@ def test_local_layers_alone_are_sliding_window_attention():
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_depth():
     def size(num_layers):
         config = variant(layer_pattern=("local", "global"), local_window=4, num_layers=num_layers)

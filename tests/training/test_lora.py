@@ -198,6 +198,7 @@ def test_restored_for_inference_it_is_the_plain_model(adapted: pathlib.Path) -> 
     assert not any("lora" in name for name in lora.flatten(params))
 
 
+@pytest.mark.slow
 def test_an_adapted_model_may_be_a_base(adapted: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Fine-tune the merged model in full, at a learning rate of zero."""
     config = adapting(adapted, lora__rank=0, optimizer__learning_rate=0.0, train__steps=1)
@@ -205,6 +206,7 @@ def test_an_adapted_model_may_be_a_base(adapted: pathlib.Path, tmp_path: pathlib
     assert_equal(params_at(tmp_path / "run"), lora.flatten(load_model(adapted)[1]))
 
 
+@pytest.mark.slow
 def test_a_step_of_the_base_may_be_named(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = adapting(base, train__steps=1)
     config = changed(config, train__init_from=f"{base}/2")

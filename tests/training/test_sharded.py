@@ -32,9 +32,9 @@ def mesh_of(data: int, fsdp: int, tensor: int, base: Config = ALWAYS) -> Config:
     ("base", "config"),
     [
         (ALWAYS, mesh_of(2, 2, 2, changed(ALWAYS, train__accumulation=2))),
-        (ALWAYS, mesh_of(2, 1, 4)),
+        pytest.param(ALWAYS, mesh_of(2, 1, 4), marks=pytest.mark.slow),
         pytest.param(ALWAYS, mesh_of(0, 4, 1), marks=pytest.mark.slow),
-        (OPEN, mesh_of(2, 2, 2, OPEN)),
+        pytest.param(OPEN, mesh_of(2, 2, 2, OPEN), marks=pytest.mark.slow),
     ],
     ids=["data_fsdp_tensor_accumulation", "data_tensor", "data_fsdp", "options_of_open_checkpoints"],
 )
