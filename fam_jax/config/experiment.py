@@ -144,11 +144,17 @@ def _build(cls: Any, values: Any, path: str) -> Any:
 def _convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path)
-    if isinstance(value, list) and typing.get_origin(kind) is tuple:
-        value = tuple(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind == tuple[float, ...] and isinstance(value, tuple):
-        value = tuple(float(entry) if isinstance(entry, int) else entry for entry in value)
+    value = _plain(kind, value)
     check_type(kind, value, path)
+    return value
+
+
+def _plain(kind: Any, value: Any) -> Any:
+    """Return a value with tuples for the lists of JSON, and floats for the integers of float fields."""
+    if isinstance(value, list | tuple) and typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        kinds = [items[0]] * len(value) if items[-1] is ... else [*items, *[Any] * len(value)]
+        return tuple(_plain(item, entry) for item, entry in zip(kinds, value, strict=False))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     return value

@@ -10,15 +10,21 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from absl import logging
+from etils import epath
+
 from fam_jax.config import ConfigError, DataConfig, EvaluateConfig
-from fam_jax.config.data import MIXED, PASSKEY, SEQIO, TEXT
+from fam_jax.config.data import INSTRUCTIONS, MIXED, PASSKEY, SEQIO, TEXT
 from fam_jax.data.curriculum import PasskeyCurriculum, stage_tokens
 from fam_jax.data.documents import Documents, check_apart, find_files
+from fam_jax.data.instructions import InstructionSource, chat_template
 from fam_jax.data.interface import Batches, Example, Source
 from fam_jax.data.mixture import MixedBatches
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.quiet_seqio import seqio
+from fam_jax.data.records import SUFFIXES, is_rows
 from fam_jax.data.seqio_source import SeqioSource, seqio_source, tfds_source
+from fam_jax.data.source_mixture import SourceMixture
 from fam_jax.data.sources import Shuffled, TextSource
 from fam_jax.data.vocabulary import load_vocabulary
 
@@ -82,12 +88,7 @@ class DataTask(abc.ABC):
           seed: of the order.
           shuffle: if False, the documents of a TFDS dataset come in its order. Those of files are always shuffled.
         """
-        vocabulary = self.vocabulary()
-        if vocabulary.eos_id is None or vocabulary.eos_id < 0:
-            raise ConfigError(
-                f"config.data.vocabulary: {self.data.vocabulary!r} has no end-of-sequence id to end documents with; "
-                "use another vocabulary"
-            )
+        vocabulary = self._ending_vocabulary()
         if not any(map(_is_tfds, entries)):
             documents = Documents(find_files(entries, self.data.file_suffixes, field), field)
             return Shuffled(TextSource(documents, vocabulary), seed)
@@ -97,6 +98,16 @@ class DataTask(abc.ABC):
                 f"{field}: expected files, or one tfds:NAME:SPLIT alone, got {', '.join(entries)}"
             )
         return tfds_source(found["name"], found["split"], vocabulary, seed, field, shuffle=shuffle)
+
+    def _ending_vocabulary(self) -> seqio.Vocabulary:
+        """Return the vocabulary, after checking that it can end documents."""
+        vocabulary = self.vocabulary()
+        if vocabulary.eos_id is None or vocabulary.eos_id < 0:
+            raise ConfigError(
+                f"config.data.vocabulary: {self.data.vocabulary!r} has no end-of-sequence id to end documents with; "
+                "use another vocabulary"
+            )
+        return vocabulary
 
 
 class PasskeyTask(DataTask):
@@ -154,6 +165,44 @@ class TextTask(PackedTask):
         return source
 
 
+class InstructionsTask(PackedTask):
+    """Rows of files with prompts and answers, of one source or of several with a rate each."""
+
+    def source(self, seed: int) -> Source:
+        """Return the rows of data.train_files or data.mixture, which may share no file with data.heldout_files."""
+        data, field = self.data, "config.data.mixture" if self.data.mixture else "config.data.train_files"
+        entries = [(files,) for files, _ in data.mixture] or [data.train_files]
+        found = [self._files(each, field) for each in entries]
+        if not any(map(_is_tfds, data.heldout_files)):
+            heldout = self._files(data.heldout_files, "config.data.heldout_files")
+            check_apart([path for paths in found for path in paths], heldout)
+        parts = [self._rows(paths, field, seed) for paths in found]
+        if not data.mixture:
+            return Shuffled(parts[0], seed)
+        return SourceMixture(parts, [rate for _, rate in data.mixture], seed)
+
+    def text(self, entries: Sequence[str], field: str, seed: int, *, shuffle: bool) -> Source:
+        """Return the rows of files; of files without rows, such as .txt, the documents. See :meth:`DataTask.text`."""
+        if any(map(_is_tfds, entries)):
+            return super().text(entries, field, seed, shuffle=shuffle)
+        paths = self._files(entries, field)
+        if not any(is_rows(path.name) for path in paths):
+            return super().text(entries, field, seed, shuffle=shuffle)
+        return Shuffled(self._rows(paths, field, seed), seed)
+
+    def _files(self, entries: Sequence[str], field: str) -> list[epath.Path]:
+        suffixes = self.data.file_suffixes
+        return find_files(entries, SUFFIXES if suffixes == DataConfig().file_suffixes else suffixes, field)
+
+    def _rows(self, paths: Sequence[epath.Path], field: str, seed: int) -> InstructionSource:
+        vocabulary = self._ending_vocabulary()
+        template = chat_template(self.data, vocabulary)
+        source = InstructionSource(paths, field, self.data, vocabulary, template, seed)
+        if skipped := source.records.skipped:
+            logging.warning("%s: left out %d rows, %d examples are left", field, skipped, len(source))
+        return source
+
+
 class SeqioTask(PackedTask):
     """A seqio task or mixture that a module of data.imports registers; data.task is seqio:NAME."""
 
@@ -201,6 +250,7 @@ TASKS: dict[str, type[DataTask]] = {
     PASSKEY: PasskeyTask,
     TEXT: TextTask,
     SEQIO: SeqioTask,
+    INSTRUCTIONS: InstructionsTask,
     MIXED: MixedTask,
 }
 
