@@ -282,6 +282,13 @@ def _shape_of(row: Row) -> str:
         for name, shape in SHAPES.items():
             if keys >= {*shape.needs}:
                 return name
+    lacking = [
+        f"{', '.join(sorted({*shape.needs} - row.value.keys()))} ({name})"
+        for name, shape in SHAPES.items()
+        if row.value.keys() & {*shape.needs}
+    ]
+    if lacking:
+        raise RowError(f"{row.where}: lacks {' or '.join(lacking)}, got {_names(row)}; add it, or {SKIP}")
     known = ", ".join(f"{name} ({' + '.join(shape.needs)})" for name, shape in SHAPES.items())
     raise RowError(
         f"{row.where}: expected the keys of one of {known}, got {_names(row)}; rename them, or {SKIP}"

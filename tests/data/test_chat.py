@@ -1,6 +1,7 @@
 """Chat templates: the ids of transformers, and weight 1 on the assistant's turns and their end tokens alone."""
 
 import pathlib
+import unicodedata
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.data.chat_templates import (
     unmarked,
     write_folder,
 )
+from tests.hf.real_tokenizers import fetch_tokenizer
 
 
 def turns(*contents: str, first: str = "user") -> list[Message]:
@@ -257,3 +259,44 @@ def test_where_a_template_comes_from(tmp_path: pathlib.Path) -> None:
         chat.find_template(write_folder(tmp_path / "d", "qwen", several[:1]), "")
     with pytest.raises(ConfigError, match=r"^config\.data\.chat_template: .*gone\.jinja: cannot be read"):
         chat.find_template(path, str(tmp_path / "gone.jinja"))
+
+
+# What the assistant's last turn begins with, and the token that ends it. None: the template is refused.
+REAL = {
+    "gemma3": ("", "<end_of_turn>"),
+    "llama3_1": ("", "<|eot_id|>"),
+    "qwen3": ("<think>\n\n</think>\n\n", "<|im_end|>"),
+    "llama3": None,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_templates_of_real_models(name: str, tmp_path: pathlib.Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = fetch_tokenizer(name, tmp_path, "llama" if name == "llama3_1" else "")
+    path, expected = str(folder / "tokenizer.json"), REAL[name]
+    vocabulary = load_vocabulary(path)
+    if expected is None:
+        with pytest.raises(ConfigError, match="begins a turn of the assistant at the end of every chat"):
+            chat_template(DataConfig(vocabulary=path), vocabulary)
+        return
+    template, tokens = chat_template(DataConfig(vocabulary=path), vocabulary), TokenWeights(vocabulary)
+    auto = transformers.AutoTokenizer.from_pretrained(folder)
+    assert template is not None
+    for messages in (*CHATS.values(), MORE["system"]):
+        answers = [each["content"] for each in messages if each["role"] == "assistant"]
+        if name == "qwen3" and (len(answers) > 1 or messages[-1]["role"] == "user"):
+            # The thoughts of turns before the last question are left out.
+            with pytest.raises(ConfigError, match="renders the beginning of a chat in another way"):
+                template.render(messages, where="x")
+            continue
+        [(ids, weights)] = tokens.encode([template.render(messages, where="x").runs])
+        assert ids.tolist() == auto.apply_chat_template(messages)["input_ids"]
+        before, end = expected
+        wanted = "".join(f"{before}{answer.strip()}{end}" for answer in answers)
+        # Qwen normalizes text.
+        learned, wanted = (
+            unicodedata.normalize("NFC", text) for text in (auto.decode(ids[weights > 0]), wanted)
+        )
+        assert learned.replace(" ", "") == wanted.replace(" ", "")

@@ -345,6 +345,8 @@ def test_held_out_rows_are_measured_on_their_targets(corpus: pathlib.Path) -> No
 MISTAKES = {
     "another shape": ({"question": "a", "answer": "b"}, {}, "expected the keys of one of natural_instructions (D"),
     "no keys": ({}, {}, "got no keys; rename them"),
+    "missing": ({"inputs": "a", "target": "b"}, {}, "lacks targets (flan), got inputs, target; add it"),
+    "one of two": ({"instruction": "a"}, {}, "lacks response (dolly) or output (alpaca), got instruction; add it"),
     "forced": ({"inputs": "a", "targets": "b"}, {"format": "alpaca"}, "format alpaca needs the key 'instruction', got"),
     "null": ({"inputs": "a", "targets": None}, {}, "expected a text under 'targets' (format flan), but it is null"),
     "type": ({"inputs": "a", "targets": ["b"]}, {}, "expected a text under 'targets' (format flan), but it is list"),
@@ -357,7 +359,7 @@ MISTAKES = {
     "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {}, "messages 1: expected a text"),
     "role": ({"conversations": [{"from": "bot", "value": "a"}]}, {}, "conversations 1: from 'bot' is unknown; expecte"),
     "nobody": ({"messages": [{"role": "system", "content": "a"}]}, {}, "has no turn of the assistant to learn from"),
-    "outputs": ({"Definition": "a", "Instances": [{"input": "b", "output": []}]}, {}, "Instances 1: expected a text or"),
+    "outputs": ({"Definition": "a", "Instances": [{"input": "b", "output": []}]}, {}, "Instances 1: expected a text"),
     "input": ({"Definition": "a", "Instances": [{"output": "b"}]}, {}, "Instances 1: expected a text under 'input' ("),
 }  # fmt: skip
 
