@@ -96,6 +96,13 @@ class DataConfig:
         minimum=0,
         tasks=PACKED,
     )
+    repeat_before_blocks: int = setting(
+        default=0,
+        doc="Blocks between the segment and the block in which its repetition begins, so that a window of as many "
+        "blocks does not see it; 0: it may lie anywhere.",
+        minimum=0,
+        tasks=PACKED,
+    )
     repeat_weight: float = setting(default=0.1, doc="Loss weight of the repetition.", minimum=0, tasks=PACKED)
     # Text and instructions.
     train_files: tuple[str, ...] = setting(

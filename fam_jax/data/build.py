@@ -144,6 +144,7 @@ class PackedTask(DataTask):
             seed=spec.seed,
             shard=spec.shard,
             vocab_size=spec.vocab_size,
+            block_size=spec.block_size,
         )
 
     def longest_row(self, block_size: int) -> int:
@@ -171,7 +172,7 @@ class InstructionsTask(PackedTask):
     def source(self, seed: int) -> Source:
         """Return the rows of data.train_files or data.mixture, which may share no file with data.heldout_files."""
         data, field = self.data, "config.data.mixture" if self.data.mixture else "config.data.train_files"
-        entries = [(files,) for files, _ in data.mixture] or [data.train_files]
+        entries: list[Sequence[str]] = [(files,) for files, _ in data.mixture] or [data.train_files]
         found = [self._files(each, field) for each in entries]
         if not any(map(_is_tfds, data.heldout_files)):
             heldout = self._files(data.heldout_files, "config.data.heldout_files")

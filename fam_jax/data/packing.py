@@ -14,6 +14,7 @@ import numpy as np
 from fam_jax.config import ConfigError, DataConfig, UserError
 from fam_jax.data.interface import Batch, Source, check_state, new_streams, own_rows
 from fam_jax.data.randomness import permutation, random_key, random_words
+from fam_jax.data.repetition import segment_places
 from fam_jax.data.vocabulary import check_ids, first_input
 
 REPEAT_PROMPT = "[repeat random segment]:"
@@ -60,6 +61,7 @@ class PackedBatches:
         seed: int,
         shard: tuple[int, int] = (0, 1),
         vocab_size: int | None = None,
+        block_size: int | None = None,
     ):
         """Prepare the batches. The first call of :meth:`next` reads the first examples.
 
@@ -70,6 +72,7 @@ class PackedBatches:
           seed: of shuffling and of the repeated segments.
           shard: (index, count) of this process.
           vocab_size: V of the model; None: not checked.
+          block_size: C, tokens, for data.repeat_before_blocks.
 
         Raises:
           ConfigError: a row is too short for the segment.
@@ -90,6 +93,8 @@ class PackedBatches:
                 f"config.data.repeat_segment: {data.repeat_segment} tokens and their prompt of {len(self._prompt)} "
                 f"leave too little of sequence_length {data.sequence_length} to repeat; change one of the two"
             )
+        self._places = segment_places(data, self._body, block_size) if data.repeat_segment else 0
+        self._block_size = block_size
         self._start(0, Position())
 
     # There is no curriculum.
@@ -155,7 +160,9 @@ class PackedBatches:
     def _identity(self) -> dict[str, Any]:
         """Return what the batches after a position depend on."""
         data = self.data
-        return {
+        # States of versions without it go on to fit.
+        before = {"repeat_before_blocks": data.repeat_before_blocks, "block_size": self._block_size}
+        return (before if data.repeat_segment and data.repeat_before_blocks else {}) | {
             "seed": self.seed,
             "batch_size": self.batch_size,
             "sequence_length": data.sequence_length,
@@ -227,7 +234,7 @@ class PackedBatches:
         if segment := self.data.repeat_segment:
             key, count = random_key("repeat", self.seed), len(targets)
             draws = [random_words(key, first + row)[0] for row in range(count)]
-            begin = np.array([draw % (self._body - segment + 1) for draw in draws])
+            begin = np.array([draw % self._places for draw in draws])
             repeated = targets[np.arange(count)[:, None], begin[:, None] + np.arange(segment)]
             tail = np.concatenate([np.tile(self._prompt, (count, 1)), repeated], axis=1)
             inputs = np.concatenate([inputs, targets[:, -1:], tail[:, :-1]], axis=1)

@@ -31,6 +31,16 @@ def test_a_config_with_argument_and_overrides(tmp_path: pathlib.Path) -> None:
     assert (config.train.steps, config.train.batch_size, config.model.memory.kind) == (9, 3, "bswa")
 
 
+def test_file_and_argument_may_have_commas_and_colons(tmp_path: pathlib.Path) -> None:
+    data = "{'task': 'text', 'train_files': (arg,), 'vocabulary': 'bytes'}"
+    text = f"def get_config(arg='none'):\n    return {{'data': {data}}}\n"
+    (tmp_path / "a:b,c").mkdir()
+    path = written(tmp_path / "a:b,c", text, "my:config.py")
+    assert load_config(f"{path}").data.train_files == ("none",)
+    for argument in ("gs://x:y", "", ":,:"):
+        assert load_config(f"{path}:{argument}").data.train_files == (argument,)
+
+
 def test_a_plain_dict_is_a_config(tmp_path: pathlib.Path) -> None:
     path = written(tmp_path, "def get_config():\n    return {'train': {'steps': 4}}\n")
     assert load_config(f"{path}", [Override("config.train.seed", "2")]).train.steps == 4
