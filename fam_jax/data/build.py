@@ -6,9 +6,8 @@ rows, and add a line to :data:`TASKS`. Its config fields and its name go to `fam
 
 import abc
 import dataclasses
-import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from absl import logging
 from etils import epath
@@ -22,14 +21,12 @@ from fam_jax.data.interface import Batches, Example, Source
 from fam_jax.data.mixture import MixedBatches
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.quiet_seqio import seqio
-from fam_jax.data.records import SUFFIXES, is_rows
+from fam_jax.data.records import SUFFIXES, Row, is_rows, read_rows
 from fam_jax.data.seqio_source import SeqioSource, seqio_source, tfds_source
 from fam_jax.data.source_mixture import SourceMixture
 from fam_jax.data.sources import Shuffled, TextSource
+from fam_jax.data.tfds_rows import TFDS, tfds_rows
 from fam_jax.data.vocabulary import load_vocabulary
-
-# The name may contain a version, as in c4/en:3.0.1, and the split a slice, as in train[:90%].
-TFDS = re.compile(r"tfds:(?P<name>.+?):(?P<split>[A-Za-z_]\w*(\[.*\])?)")
 
 
 class Heldout(NamedTuple):
@@ -167,38 +164,38 @@ class TextTask(PackedTask):
 
 
 class InstructionsTask(PackedTask):
-    """Rows of files with prompts and answers, of one source or of several with a rate each."""
+    """Rows of files or TFDS datasets with prompts and answers, of one source or of several with a rate each."""
 
     def source(self, seed: int) -> Source:
         """Return the rows of data.train_files or data.mixture, which may share no file with data.heldout_files."""
         data, field = self.data, "config.data.mixture" if self.data.mixture else "config.data.train_files"
         entries: list[Sequence[str]] = [(files,) for files, _ in data.mixture] or [data.train_files]
-        found = [self._files(each, field) for each in entries]
-        if not any(map(_is_tfds, data.heldout_files)):
-            heldout = self._files(data.heldout_files, "config.data.heldout_files")
-            check_apart([path for paths in found for path in paths], heldout)
-        parts = [self._rows(paths, field, seed) for paths in found]
+        found = [self._sources(each, field) for each in entries]
+        heldout = self._sources(data.heldout_files, "config.data.heldout_files")
+        check_apart(_paths([each for sources in found for each in sources]), _paths(heldout))
+        parts = [self._rows(sources, field, seed) for sources in found]
         if not data.mixture:
             return Shuffled(parts[0], seed)
         return SourceMixture(parts, [rate for _, rate in data.mixture], seed)
 
     def text(self, entries: Sequence[str], field: str, seed: int, *, shuffle: bool) -> Source:
-        """Return the rows of files; of files without rows, such as .txt, the documents. See :meth:`DataTask.text`."""
-        if any(map(_is_tfds, entries)):
+        """Return the rows of files or TFDS datasets; of files without rows, such as .txt, the documents."""
+        sources = self._sources(entries, field)
+        if not any(isinstance(each, str) or is_rows(each.name) for each in sources):
             return super().text(entries, field, seed, shuffle=shuffle)
-        paths = self._files(entries, field)
-        if not any(is_rows(path.name) for path in paths):
-            return super().text(entries, field, seed, shuffle=shuffle)
-        return Shuffled(self._rows(paths, field, seed), seed)
+        return Shuffled(self._rows(sources, field, seed), seed)
 
-    def _files(self, entries: Sequence[str], field: str) -> list[epath.Path]:
+    def _sources(self, entries: Sequence[str], field: str) -> list[epath.Path | str]:
+        """Return the files of entries, and those that are TFDS datasets as they are."""
         suffixes = self.data.file_suffixes
-        return find_files(entries, SUFFIXES if suffixes == DataConfig().file_suffixes else suffixes, field)
+        suffixes = SUFFIXES if suffixes == DataConfig().file_suffixes else suffixes
+        files = [entry for entry in entries if not _is_tfds(entry)]
+        return [*find_files(files, suffixes, field), *filter(_is_tfds, entries)]
 
-    def _rows(self, paths: Sequence[epath.Path], field: str, seed: int) -> InstructionSource:
+    def _rows(self, sources: Sequence[epath.Path | str], field: str, seed: int) -> InstructionSource:
         vocabulary = self._ending_vocabulary()
         template = chat_template(self.data, vocabulary)
-        source = InstructionSource(paths, field, self.data, vocabulary, template, seed)
+        source = InstructionSource(sources, field, self.data, vocabulary, template, seed, read=_read_rows)
         if skipped := source.records.skipped:
             logging.warning("%s: left out %d rows, %d examples are left", field, skipped, len(source))
         return source
@@ -346,6 +343,17 @@ def task_vocabulary(data: DataConfig) -> seqio.Vocabulary:
       UserError: the vocabulary cannot be loaded.
     """
     return find_task(data).vocabulary()
+
+
+def _paths(sources: Sequence[epath.Path | str]) -> list[epath.Path]:
+    return [each for each in sources if not isinstance(each, str)]
+
+
+def _read_rows(source: epath.Path | str, field: str, **options: Any) -> Iterator[Row]:
+    """Yield the rows of a file, or of tfds:NAME:SPLIT."""
+    if isinstance(source, str):
+        return tfds_rows(source, field, **options)
+    return read_rows(source, field, **options)
 
 
 def _is_tfds(entry: str) -> bool:

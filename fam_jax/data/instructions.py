@@ -22,7 +22,7 @@ from fam_jax.data.chat import (
 )
 from fam_jax.data.interface import Example
 from fam_jax.data.randomness import random_key, random_words
-from fam_jax.data.records import SKIP, Records, Row, RowError
+from fam_jax.data.records import SKIP, ReadRows, Records, Row, RowError, read_rows
 from fam_jax.data.token_weights import TokenWeights
 
 if TYPE_CHECKING:
@@ -315,16 +315,18 @@ class InstructionSource:
         vocabulary: "seqio.Vocabulary",
         template: ChatTemplate | None,
         seed: int,
+        read: ReadRows = read_rows,
     ):
         """Read and check the files.
 
         Args:
-          paths: of :func:`fam_jax.data.documents.find_files`.
+          paths: files, of :func:`fam_jax.data.documents.find_files`, or whatever `read` reads.
           field: the config field or flag that names them, for messages.
           data: format, skip_bad, as_chat, separator, positive_examples, add_bos.
           vocabulary: with an end-of-sequence id.
           template: renders chats; None: there is none.
           seed: of the choice among several outputs.
+          read: yields the rows of a path.
 
         Raises:
           ConfigError: a file or a row cannot be used, or there are chats and no template.
@@ -333,7 +335,7 @@ class InstructionSource:
         self._reading = Reading(seed, data.separator, data.positive_examples)
         self._weights = TokenWeights(vocabulary)
         self._control = control_pattern(self._weights.control_tokens)
-        self.records = Records(paths, field, self._convert, keys=KEYS, skip_bad=data.skip_bad)
+        self.records = Records(paths, field, self._convert, keys=KEYS, skip_bad=data.skip_bad, read=read)
 
     @property
     def fingerprint(self) -> str:

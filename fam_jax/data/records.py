@@ -51,6 +51,8 @@ class Row(NamedTuple):
 
 # What a reader does with a row that cannot be used: raise the error, or count it.
 OnBad = Callable[[RowError], None]
+# A function as read_rows.
+ReadRows = Callable[..., Iterator[Row]]
 
 
 def is_rows(name: str) -> bool:
@@ -218,21 +220,23 @@ class Records:
 
     def __init__(
         self,
-        paths: Sequence[epath.Path],
+        paths: Sequence[Any],
         field: str,
         make: Callable[[Row], Iterable[Any]] = lambda row: (row.value,),
         *,
         keys: Iterable[str] = (),
         skip_bad: bool = False,
+        read: ReadRows = read_rows,
     ):
         """Read the files.
 
         Args:
-          paths: of :func:`fam_jax.data.documents.find_files`.
+          paths: of :func:`fam_jax.data.documents.find_files`, or whatever `read` reads.
           field: the config field or flag that names them, for messages.
           make: returns the values of a row, which may be none; raises :class:`RowError` if it cannot be used.
           keys: see :func:`read_rows`.
           skip_bad: count rows that cannot be used in `skipped`, instead of raising their error.
+          read: yields the rows of a path, as :func:`read_rows`.
 
         Raises:
           ConfigError: a file cannot be read, is damaged or of another format, a row cannot be used, or no row is left.
@@ -246,7 +250,7 @@ class Records:
         bad = self._count if skip_bad else refuse
         try:
             for path in paths:
-                for row in read_rows(path, field, keys=keys, bad=bad):
+                for row in read(path, field, keys=keys, bad=bad):
                     try:
                         values = [*make(row)]
                     except RowError as error:

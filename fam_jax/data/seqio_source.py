@@ -12,6 +12,7 @@ from fam_jax.config import ConfigError
 from fam_jax.data.interface import Example
 from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.randomness import random_key
+from fam_jax.data.tfds_rows import check_split, prepared_builder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,15 +134,7 @@ def tfds_source(
     """
     import tensorflow_datasets as tfds
 
-    try:
-        builder = tfds.builder(name)
-    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
-        raise ConfigError(f"{field}: TFDS has no dataset {name}; check the name") from error
-    # Preparing it here would download for hours on every process of a job, or retry for minutes without a network.
-    if not builder.is_prepared():
-        raise ConfigError(
-            f"{field}: {name} is not prepared in {builder.data_path}; run `tfds build {name}`, or set TFDS_DATA_DIR"
-        )
+    builder = prepared_builder(name, field)
     texts = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
     text = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if text is None:
@@ -149,12 +142,7 @@ def tfds_source(
             f"{field}: {name} has no feature text, and its text features are {', '.join(texts) or 'none'}; "
             "register a seqio task that chooses one"
         )
-    try:
-        builder.as_dataset(split=split)
-    except ValueError as error:
-        raise ConfigError(
-            f"{field}: {name} has no split {split}; use one of {', '.join(builder.info.splits)}"
-        ) from error
+    check_split(builder, name, split, field)
 
     def load(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         read = tfds.ReadConfig(shuffle_seed=seed, enable_ordering_guard=False)

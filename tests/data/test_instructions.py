@@ -435,3 +435,46 @@ def test_a_chat_ends_with_the_end_of_its_template(tmp_path: pathlib.Path) -> Non
     assert chat.weights[chat.ids == turn].tolist() == [0, 1] and chat.weights[-1] == 0
     assert (pair.ids == end).sum() == 1 and pair.ids[-1] == end and pair.weights[-1] == 1
     assert (pair.ids == turn).sum() == 0 and loaded._decode(pair.ids) == "a <end_of_turn> b<eos>c"
+
+
+def test_rows_of_a_prepared_tfds_dataset(tmp_path: pathlib.Path, template: str, corpus: pathlib.Path) -> None:
+    """Alone, as a part of a mixture, and held out; with nested features and those that no shape reads."""
+    import tensorflow_datasets as tfds
+
+    rows = [{"inputs": f"é{n}", "targets": f"a{n}", "score": n} for n in range(7)]
+    chats = [{"messages": [dict(message) for message in MESSAGES[: 3 + 2 * (n % 2)]]} for n in range(4)]
+    text, file_utils = tfds.features.Text(), tfds.core.utils.file_utils
+    features = {
+        "fam_pairs": {"inputs": text, "targets": text, "score": tfds.features.Scalar(np.int64)},
+        "fam_chats": {"messages": tfds.features.Sequence({"role": text, "content": text})},
+    }
+    file_utils.add_data_dir(tmp_path)
+    try:
+        for name, examples in (("fam_pairs", rows), ("fam_chats", chats)):
+            tfds.dataset_builders.store_as_tfds_dataset(
+                name=name,
+                version="1.0.0",
+                features=tfds.features.FeaturesDict(features[name]),
+                split_datasets={"train": [*enumerate(examples)]},
+                data_dir=tmp_path,
+                disable_shuffling=True,
+            )
+        config = config_of(
+            ["tfds:fam_pairs:train[:5]", corpus / "held.jsonl"], heldout_files=("tfds:fam_pairs:train[5:]",)
+        )
+        expected = [naive([(f"é{n}", 0), (f"a{n}</s>", 1)]) for n in range(7)]
+        found = [*map(pairs, examples_of(config))]
+        assert found == [naive([("held?", 0), ("out</s>", 1)]), *expected[:5]]
+        held = build.heldout_examples(config.data, config.evaluate).examples
+        assert sorted(map(pairs, held)) == sorted(expected[5:])
+        parts = (("tfds:fam_chats:train", 0.5), ("tfds:fam_pairs:train", 0.5))
+        source = source_of(config_of(mixture=parts, chat_template=template))
+        assert [*map(pairs, (source.parts[0][i] for i in (1, 3)))] == [naive(CHAT)] * 2
+        for entry, says in {
+            "tfds:fam_pairs": "expected tfds:NAME:SPLIT",
+            "tfds:fam_pairs:test": "has no split test",
+        }.items():
+            with pytest.raises(ConfigError, match=rf"^config\.data\.train_files: .*{says}"):
+                source_of(config_of([entry]))
+    finally:
+        file_utils.clear_registered_data_dirs()
