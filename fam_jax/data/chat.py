@@ -20,6 +20,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Macro
 
 from fam_jax.config import ConfigError
+from fam_jax.config.data import NAMED_VOCABULARIES
 from fam_jax.data.records import SKIP, RowError
 from fam_jax.data.text_files import BOM
 from fam_jax.data.tokenizer_folder import SETTINGS, read_object
@@ -92,18 +93,19 @@ def find_template(vocabulary: str, file: str) -> tuple[str, str] | None:
       ConfigError: the file cannot be read, or the tokenizer has several templates and none is the default.
       UserError: tokenizer_config.json is damaged.
     """
-    path = (
-        epath.Path(file).expanduser() if file else epath.Path(vocabulary).expanduser().parent / TEMPLATE_FILE
-    )
-    if file or ("." in vocabulary and path.exists()):
+    if not file and vocabulary in ("", *NAMED_VOCABULARIES):
+        return None
+    beside = epath.Path(vocabulary).expanduser().parent
+    path = epath.Path(file).expanduser() if file else beside / TEMPLATE_FILE
+    if file or path.exists():
         try:
             return path.read_text(encoding="utf-8").removeprefix(BOM), str(path)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"config.data.chat_template: {path}: cannot be read ({error}); name the file of a chat template"
             ) from error
-    settings = path.parent / SETTINGS
-    found = read_object(settings).get("chat_template") if "." in vocabulary else None
+    settings = beside / SETTINGS
+    found = read_object(settings).get("chat_template")
     if isinstance(found, list):
         named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
         if "default" not in named:
@@ -200,7 +202,9 @@ class ChatTemplate:
     def _turn(self, text: str, messages: list[Message], turn: int, tools: Any, where: str) -> tuple[int, int]:
         """Return begin and end of a turn of the assistant in the whole text."""
         before, _ = self._text(messages[:turn], tools, where=where, prompt=True)
-        after, _ = self._text(messages[: turn + 1], tools, where=where)
+        after = text
+        if turn + 1 < len(messages):
+            after, _ = self._text(messages[: turn + 1], tools, where=where)
         if not (text.startswith(after) and after.startswith(before)):
             raise self._untold(where)
         return len(before), len(after)

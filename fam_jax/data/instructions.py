@@ -5,6 +5,7 @@ model is given, 1 on what it is to write. A chat is rendered by a template; see 
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -233,8 +234,13 @@ def _tools(row: Fields) -> list[Any] | None:
     tools = row.values.get("tools")
     if not tools:
         return None
+    if isinstance(tools, str):  # some files have them as JSON
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise row.error("tools", "a list, or JSON of one") from None
     if not isinstance(tools, list):
-        raise row.error("tools", "a list")
+        raise row.error("tools", "a list, or JSON of one")
     return [_not_null(tool) for tool in tools]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import operator
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -244,6 +245,32 @@ def test_sentencepiece_cuts_where_the_prompt_ends(
     assert (weights[common:] == 1).all() or common < len(given_ids)
     assert int((weights == 0).sum()) <= len(given_ids) + 1
     assert sorted(weights.tolist()) == weights.tolist()
+
+
+def test_chats_of_a_sentencepiece_model(tmp_path: pathlib.Path, vocabulary_names: dict[str, str]) -> None:
+    """Control tokens of the template are ids, those that a message spells are text."""
+    name = vocabulary_names["unnormalised"]
+    vocabulary = load_vocabulary(name)
+    (tmp_path / "chat.jinja").write_text(unmarked(TEMPLATES["llama2"]))
+    turns = ["the <s> sea", "is </s>green", "and?", ""]
+    messages = [{"role": ["user", "assistant"][n % 2], "content": text} for n, text in enumerate(turns)]
+    path = written(tmp_path / "x.jsonl", [{"messages": messages}])
+    [example] = examples_of(config_of([path], vocabulary=name, chat_template=str(tmp_path / "chat.jinja")))
+    # Prompt and answer of each run. A run ends within a control token that is spelled; between those of the template,
+    # texts are encoded whole.
+    runs = [
+        ("[INST] the <", ""),
+        ("s> sea [/INST]", " is <"),
+        ("", "/s>green "),
+        ("[INST] and? [/INST]", "  "),
+    ]
+    encoded: list[list[tuple[int, float]]] = []
+    for prompt, answer in runs:
+        ids, before = vocabulary.encode(prompt + answer), vocabulary.encode(prompt) if prompt else []
+        common = sum(itertools.takewhile(bool, map(operator.eq, before, ids)))
+        encoded.append([(id_, float(place >= common)) for place, id_ in enumerate(ids)])
+    begin, end = (1, 0.0), (2, 1.0)
+    assert pairs(example) == [begin, *encoded[0], *encoded[1], *encoded[2], end, begin, *encoded[3], end]
 
 
 def batches_of(config: Config, shard: tuple[int, int] = (0, 1)) -> Any:
