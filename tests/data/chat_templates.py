@@ -104,6 +104,12 @@ PLAIN = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
+# A chat in words, for a vocabulary without control tokens but its end token.
+PLAIN_CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
 NAMED = {
     "qwen": {"eos_token": "<|im_end|>"},
     "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
