@@ -23,13 +23,12 @@ from fam_jax.config import ConfigError
 from fam_jax.config.data import NAMED_VOCABULARIES
 from fam_jax.data.records import SKIP, RowError
 from fam_jax.data.text_files import BOM
-from fam_jax.data.tokenizer_folder import SETTINGS, read_object
+from fam_jax.data.tokenizer_folder import CHAT_TEMPLATE, SETTINGS, read_object
 
 Message = dict[str, Any]
 # A text that is tokenized at once, in parts with a loss weight each.
 Run = list[tuple[str, float]]
 
-TEMPLATE_FILE = "chat_template.jinja"
 # Characters that no text has. They mark where a control token was spelled, and what {% generation %} encloses.
 BREAK, BEGIN, END = MARKS = "\ufdd0\ufdd1\ufdd2"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -96,7 +95,7 @@ def find_template(vocabulary: str, file: str) -> tuple[str, str] | None:
     if not file and vocabulary in ("", *NAMED_VOCABULARIES):
         return None
     beside = epath.Path(vocabulary).expanduser().parent
-    path = epath.Path(file).expanduser() if file else beside / TEMPLATE_FILE
+    path = epath.Path(file).expanduser() if file else beside / CHAT_TEMPLATE
     if file or path.exists():
         try:
             return path.read_text(encoding="utf-8").removeprefix(BOM), str(path)

@@ -144,12 +144,14 @@ def test_damaged_files_beside_a_tokenizer_are_named(tmp_path: pathlib.Path, file
 
 def test_an_exported_vocabulary_keeps_what_it_is_read_with(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "own", tokenizer=byte_level(), special_tokens_map=NAMED, added_tokens={"<|a|>": 363})
+    (tmp_path / "own" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "out").mkdir()
     copy_tokenizer(str(tmp_path / "own" / "tokenizer.json"), tmp_path / "out")
     before, after = (load_vocabulary(str(tmp_path / name / "tokenizer.json")) for name in ("own", "out"))
     text = "the<|a|>book"
     assert (after.eos_id, after.encode(text)) == (before.eos_id, before.encode(text))
     assert after.eos_id is not None and len(after.encode("<|a|>")) == 1
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 @pytest.mark.slow
