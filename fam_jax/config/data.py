@@ -15,13 +15,15 @@ FORMATS = (
     "auto", "natural_instructions", "messages", "sharegpt", "p3", "flan", "prompt_completion", "dolly", "alpaca",
     "text",
 )  # fmt: skip
+# How examples are divided into rows.
+LAYOUTS = ("packed", "by_row", "continuous")
 # Vocabularies that are no files.
 NAMED_VOCABULARIES = (PASSKEY, "bytes")
 
 
 @group("data")
 class DataConfig:
-    """The training data. PassKey rows (section 3.2) are a key, filler and a question; all other data is packed."""
+    """The training data. PassKey rows (section 3.2) are a key, filler and a question; other data has a layout."""
 
     task: str = setting(
         default="passkey",
@@ -87,8 +89,19 @@ class DataConfig:
     sequence_length: int = setting(
         default=1024, doc="T, tokens of a row; its last block may be short.", minimum=2, tasks=PACKED
     )
+    layout: str = setting(
+        default="packed",
+        doc="packed: rows cut from one sequence of all examples, which every process reads. by_row: each row has "
+        "examples of its own, joined, so a process reads those of its rows only. continuous: also, but a row holds one "
+        "example, which goes on in the next batch.",
+        choices=LAYOUTS,
+        tasks=PACKED,
+    )
     shuffle_batches: int = setting(
-        default=8, doc="Rows are shuffled within groups of this many batches.", minimum=1, tasks=PACKED
+        default=8,
+        doc="Layout packed: rows are shuffled within groups of this many batches.",
+        minimum=1,
+        tasks=PACKED,
     )
     repeat_segment: int = setting(
         default=0,
@@ -195,6 +208,15 @@ class DataConfig:
                 bool(path.strip()) and 0 < rate < math.inf,
                 f"config.data.mixture: expected files and a rate above 0, got {path!r} with {rate}; write FILES=RATE",
             )
+        require(
+            self.layout == "packed" or self.shuffle_batches == 8,
+            f"config.data.shuffle_batches: belongs to the layout packed, but data.layout is {self.layout}; "
+            "leave it at its default, 8",
+        )
+        require(
+            self.layout != "continuous" or self.repeat_segment == 0,
+            "config.data.repeat_segment: would interrupt the documents of the layout continuous; set it to 0",
+        )
 
     def check_task(self) -> None:
         """Raise :class:`ConfigError` if the task is unknown, lacks something, or has fields of another task."""
@@ -224,4 +246,9 @@ class DataConfig:
             not parts & {*OF_FILES} or self.vocabulary != "passkey",
             "config.data.vocabulary: passkey has the words of its own task only; for text set bytes, or the path "
             "of a SentencePiece model",
+        )
+        require(
+            self.layout != "continuous" or self.task != MIXED,
+            "config.data.layout: batches of PassKey would interrupt the documents of continuous; "
+            f"with the task {MIXED} use packed or by_row",
         )

@@ -42,6 +42,20 @@ class Config:
             f"{self.model.block_size}",
         )
         require(
+            self.train.carry == "none" or self.data.layout == "continuous",
+            f"config.train.carry: {self.train.carry} needs rows that go on in the next batch; "
+            "set data.layout to continuous",
+        )
+        require(
+            self.train.carry != "memory" or remembers,
+            f"config.train.carry: {self.model.memory.kind} has no state beyond its window to carry; use all",
+        )
+        require(
+            self.data.layout != "continuous" or self.data.sequence_length % self.model.block_size == 0,
+            f"config.data.sequence_length: {self.data.sequence_length} is not a multiple of model.block_size "
+            f"{self.model.block_size}, as the layout continuous needs; change one of the two",
+        )
+        require(
             not self.evaluate.ablations or remembers,
             f"config.evaluate.ablations: {self.model.memory.kind} has no state beyond its window to ablate",
         )

@@ -6,9 +6,10 @@ rows, and add a line to :data:`TASKS`. Its config fields and its name go to `fam
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -22,10 +23,12 @@ from fam_jax.data.mixture import MixedBatches
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.quiet_seqio import seqio
 from fam_jax.data.records import SUFFIXES, Row, is_rows, read_rows
-from fam_jax.data.seqio_source import SeqioSource, seqio_source, tfds_source
+from fam_jax.data.row_batches import RowBatches
+from fam_jax.data.seqio_source import SeqioSource, seqio_source
 from fam_jax.data.source_mixture import SourceMixture
 from fam_jax.data.sources import Shuffled, TextSource
 from fam_jax.data.tfds_rows import TFDS, tfds_rows
+from fam_jax.data.tfds_source import tfds_source
 from fam_jax.data.vocabulary import load_vocabulary
 
 
@@ -49,6 +52,8 @@ class BatchSpec(NamedTuple):
     shard: tuple[int, int] = (0, 1)
     # V of the model, to find texts with tokens that it has no embedding for; None: unknown.
     vocab_size: int | None = None
+    # Joins the arrays of all processes along the first axis; None: there is one process.
+    gather: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 class DataTask(abc.ABC):
@@ -126,17 +131,37 @@ class PasskeyTask(DataTask):
 
 
 class PackedTask(DataTask):
-    """Examples of a source, joined and cut into rows of data.sequence_length tokens."""
+    """Examples of a source, in rows of data.sequence_length tokens: packed, or in another data.layout."""
+
+    # What to do if the examples can be read in order only, for an error message.
+    in_order = "use packed"
 
     @abc.abstractmethod
     def source(self, seed: int) -> Source:
-        """Return the examples to train on."""
+        """Return the examples to train on; layouts other than packed need a :class:`Shuffled`."""
 
-    def batches(self, spec: BatchSpec) -> PackedBatches:
-        """Return packed batches of the source."""
+    def batches(self, spec: BatchSpec) -> Batches:
+        """Return batches of the source in data.layout."""
+        source = self.source(spec.seed)
+        if self.data.layout != "packed":
+            if not isinstance(source, Shuffled):
+                raise ConfigError(
+                    f"config.data.layout: {self.data.layout} reads examples by number, but those of "
+                    f"{', '.join(self.data.train_files) or self.data.task} can be read in order only; {self.in_order}"
+                )
+            return RowBatches(
+                self.data,
+                source.source,
+                block_size=spec.block_size,
+                batch_size=spec.batch_size,
+                seed=spec.seed,
+                shard=spec.shard,
+                vocab_size=spec.vocab_size,
+                gather=spec.gather,
+            )
         return PackedBatches(
             self.data,
-            self.source(spec.seed),
+            source,
             batch_size=spec.batch_size,
             seed=spec.seed,
             shard=spec.shard,
@@ -151,6 +176,8 @@ class PackedTask(DataTask):
 
 class TextTask(PackedTask):
     """Documents of text files or of a prepared TFDS dataset."""
+
+    in_order = "use packed, or prepare the dataset with `tfds build --file_format=array_record`"
 
     def source(self, seed: int) -> Source:
         """Return the documents of data.train_files, which may share no file with data.heldout_files."""
@@ -176,7 +203,9 @@ class InstructionsTask(PackedTask):
         parts = [self._rows(sources, field, seed) for sources in found]
         if not data.mixture:
             return Shuffled(parts[0], seed)
-        return SourceMixture(parts, [rate for _, rate in data.mixture], seed)
+        mixture = SourceMixture(parts, [rate for _, rate in data.mixture], seed)
+        # Other layouts read examples by number, in an order of their own.
+        return mixture if data.layout == "packed" else Shuffled(mixture, seed)
 
     def text(self, entries: Sequence[str], field: str, seed: int, *, shuffle: bool) -> Source:
         """Return the rows of files or TFDS datasets; of files without rows, such as .txt, the documents."""
@@ -273,6 +302,7 @@ def make_batches(
     seed: int,
     shard: tuple[int, int] = (0, 1),
     vocab_size: int | None = None,
+    gather: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Batches:
     """Return the training batches of a config.
 
@@ -283,12 +313,15 @@ def make_batches(
       seed: of everything random.
       shard: (index, count) of this process. It makes rows index * B / count up to (index + 1) * B / count.
       vocab_size: V of the model. A text with a token beyond it is then an error, once it is read; None: not checked.
+      gather: joins the arrays of all processes along the first axis, in their order. Layouts whose processes know only
+        their own rows need it for :meth:`Batches.state`. None: there is one process.
 
     Raises:
-      ConfigError: files are missing, not UTF-8 or held out too; seqio has no such task; a row is too short.
+      ConfigError: files are missing, not UTF-8 or held out too; seqio has no such task; a row is too short; the
+        examples cannot be read in data.layout.
       UserError: the vocabulary cannot be loaded or cannot express the task, or count does not divide B.
     """
-    return find_task(data).batches(BatchSpec(block_size, batch_size, seed, shard, vocab_size))
+    return find_task(data).batches(BatchSpec(block_size, batch_size, seed, shard, vocab_size, gather))
 
 
 def heldout_examples(

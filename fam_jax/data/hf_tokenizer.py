@@ -91,6 +91,11 @@ class TokenizerVocabulary(seqio.Vocabulary):
         """Return the piece with an id; None: there is none."""
         return self._tokenizer.id_to_token(id_)
 
+    def encode_together(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, as `encode` does; tokenize on all cores while other threads go on."""
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [each.ids for each in encoded]
+
     def _encode(self, s: str) -> list[int]:
         return self._tokenizer.encode(s, add_special_tokens=False).ids
 

@@ -1,6 +1,7 @@
 """The two interfaces of the data code: `Source`, which gives examples, and `Batches`, which gives training batches.
 
-`PackedBatches` makes batches from any source, and `MixedBatches` from several batches. `fam_jax.data.build` chooses.
+`PackedBatches` makes batches from any source, `RowBatches` from one whose examples are read by number, and
+`MixedBatches` from several batches. `fam_jax.data.build` chooses.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -125,7 +126,10 @@ class Batches(Protocol):
         """
 
     def state(self) -> dict[str, Any]:
-        """Return the position as JSON values. It is the same in all processes and fits any number of them."""
+        """Return the position as JSON values. It is the same in all processes and fits any number of them.
+
+        All processes have to call this after the same batch, because they may exchange their positions.
+        """
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue with the batches that come after a :meth:`state`.

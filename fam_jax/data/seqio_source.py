@@ -1,9 +1,9 @@
-"""Sources that seqio reads: its tasks and mixtures, and prepared TFDS datasets."""
+"""Sources that seqio reads: its tasks and mixtures."""
 
 import dataclasses
 import importlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,20 @@ from fam_jax.config import ConfigError
 from fam_jax.data.interface import Example
 from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.randomness import random_key
-from fam_jax.data.tfds_rows import check_split, prepared_builder
+
+# Steps of preprocessing that make one example of each, and draw nothing at random.
+TOKENIZATION = (seqio.preprocessors.tokenize, seqio.preprocessors.append_eos)
+# Name of the feature for examples that are not yet tokenized.
+HELD_BACK = "fam_jax_held_back"
 
 
 @dataclasses.dataclass(frozen=True)
 class SeqioSource:
     """Examples of a seqio task or mixture: inputs, of loss weight 0, then targets, of weight 1 (section 3.1).
 
-    seqio has no access by number: to start at an example, those before it are made and dropped. Random preprocessing
-    repeats exactly if it takes its seeds from seqio.
+    seqio has no access by number: to start at an example, those before it are made and dropped. Those of a task are not
+    tokenized if tokenization is the last step of its preprocessing. Random preprocessing repeats exactly if it takes
+    its seeds from seqio.
     """
 
     # seqio.Task | seqio.Mixture.
@@ -50,22 +55,53 @@ class SeqioSource:
             each = (dataclasses.replace(self, provider=task).epoch(epoch) for task in tasks)
             yield from itertools.islice(itertools.chain.from_iterable(each), first, None)
             return
+        task, last = (self.provider, []) if mixture else _without_tokenization(self.provider)
         seed = random_key("seqio", self.seed, epoch) % 2**31
         with seqio.map_seed_manager(seed):
-            dataset = self.provider.get_dataset(
+            dataset = task.get_dataset(
                 # Longer examples are not truncated.
                 sequence_length=None,
                 split=self.split,
                 shuffle=self.shuffle,
                 seed=seed,
                 num_epochs=None if mixture else 1,
-            )
+            ).skip(first)
+        for step in last:
+            dataset = step(dataset)
         names = [name for name in ("inputs", "targets") if name in self.provider.output_features]
-        for example in dataset.skip(first).as_numpy_iterator():
+        for example in dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
             parts = [np.asarray(example[name], np.int32) for name in names]
             weights = np.repeat(np.arange(2 - len(parts), 2), [len(part) for part in parts])
             text = example.get("targets_pretokenized", b"") if len(parts) == 1 else b""
             yield Example(np.concatenate(parts), weights.astype(np.float32), len(text))
+
+
+def _without_tokenization(task: Any) -> tuple[Any, list[Callable[[tf.data.Dataset], tf.data.Dataset]]]:
+    """Return a task whose examples are not yet tokenized, and what makes those of `task` of them.
+
+    The examples have the order of those of `task`, because steps that make one example of each, and draw nothing at
+    random, can be taken before or after shuffling.
+    """
+    features, steps = task.output_features, [*task.preprocessors]
+    end = len(steps)
+    while end and steps[end - 1] in TOKENIZATION:
+        end -= 1
+    if end == len(steps) or type(task) is not seqio.Task:
+        return task, []
+
+    def hold_back(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        # seqio checks that a task's examples have its features.
+        empty = {name: tf.zeros([0] * feature.rank, feature.dtype) for name, feature in features.items()}
+        return dataset.map(lambda example: {**empty, HELD_BACK: example})
+
+    def give_back(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        return dataset.map(lambda example: example[HELD_BACK])
+
+    last = [
+        seqio.utils.add_kwargs_to_transform(step, sequence_length=None, output_features=features)
+        for step in steps[end:]
+    ]
+    return task.replace(preprocessors=[*steps[:end], hold_back]), [give_back, *last]
 
 
 def seqio_source(
@@ -114,55 +150,3 @@ def _mistake_in(provider: Any, split: str) -> str:
     if split not in provider.splits:
         return f"has no split {split}, only {', '.join(provider.splits) or 'none'}; add it to the task"
     return ""
-
-
-def tfds_source(
-    name: str, split: str, vocabulary: seqio.Vocabulary, seed: int, field: str, *, shuffle: bool = True
-) -> SeqioSource:
-    """Return the documents of a prepared TFDS dataset: its feature "text", or its only text feature.
-
-    Args:
-      name: of the dataset, such as pg19 or c4/en:3.0.1.
-      split: such as train or train[:90%].
-      vocabulary: with an end-of-sequence id, which ends each document.
-      seed: of the order.
-      field: the config field that names the dataset, for error messages.
-      shuffle: see :class:`SeqioSource`.
-
-    Raises:
-      ConfigError: TFDS has no such dataset or split, it is not prepared on this machine, or it has several texts.
-    """
-    import tensorflow_datasets as tfds
-
-    builder = prepared_builder(name, field)
-    texts = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
-    text = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
-    if text is None:
-        raise ConfigError(
-            f"{field}: {name} has no feature text, and its text features are {', '.join(texts) or 'none'}; "
-            "register a seqio task that chooses one"
-        )
-    check_split(builder, name, split, field)
-
-    def load(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        read = tfds.ReadConfig(shuffle_seed=seed, enable_ordering_guard=False)
-        return builder.as_dataset(split=split, shuffle_files=shuffle_files, read_config=read)
-
-    task = seqio.Task(
-        "tfds_text",
-        source=seqio.FunctionDataSource(load, splits=(split,)),
-        preprocessors=[
-            _as_targets(text),
-            seqio.preprocessors.tokenize,
-            seqio.preprocessors.append_eos,
-        ],
-        output_features={"targets": seqio.Feature(vocabulary)},
-    )
-    return SeqioSource(task, split, seed, shuffle)
-
-
-def _as_targets(text: str) -> Any:
-    def rename(dataset: tf.data.Dataset) -> tf.data.Dataset:
-        return dataset.map(lambda example: {"targets": example[text]})
-
-    return rename

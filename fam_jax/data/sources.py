@@ -1,13 +1,13 @@
 """Sources whose examples are read by number: documents of text files, and their order in each epoch."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from fam_jax.data.documents import Documents
 from fam_jax.data.interface import Example, IndexedSource
 from fam_jax.data.randomness import permutation
 
@@ -18,16 +18,28 @@ if TYPE_CHECKING:
 TOGETHER = 32
 
 
+class NumberedTexts(Protocol):
+    """Texts that are read by number."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a short text that changes when the texts change."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> str: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class TextSource:
     """Documents as examples: each ends with the end-of-sequence id, and every token has loss weight 1."""
 
-    documents: Documents
+    documents: NumberedTexts
     vocabulary: "seqio.Vocabulary"
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of the texts, whatever files they are in."""
+        """Return a hash of the texts, whatever files they are in, or the name of their dataset."""
         return self.documents.fingerprint
 
     def __len__(self) -> int:
@@ -38,9 +50,9 @@ class TextSource:
 
     def read(self, indices: Iterable[int]) -> Iterator[Example]:
         """Yield the examples with these numbers; tokenize :data:`TOGETHER` documents at a time."""
-        numbers = [*indices]
-        for begin in range(0, len(numbers), TOGETHER):
-            texts = [self.documents[number] for number in numbers[begin : begin + TOGETHER]]
+        numbers = iter(indices)
+        while chunk := [*itertools.islice(numbers, TOGETHER)]:
+            texts = [self.documents[number] for number in chunk]
             for text, encoded in zip(texts, self._encode(texts), strict=True):
                 ids = np.array([*encoded, self.vocabulary.eos_id], np.int32)
                 yield Example(ids, np.ones(len(ids), np.float32), len(text.encode()))
@@ -50,6 +62,8 @@ class TextSource:
 
         if isinstance(self.vocabulary, seqio.SentencePieceVocabulary):
             return self.vocabulary.tokenizer.encode(texts, num_threads=os.cpu_count())
+        if hasattr(self.vocabulary, "encode_together"):
+            return self.vocabulary.encode_together(texts)
         return [self.vocabulary.encode(text) for text in texts]
 
 
@@ -72,5 +86,8 @@ class Shuffled:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Example]:
         """Yield the examples of an epoch from place `first` on, without reading those before."""
-        order = permutation(len(self.source), "documents", self.seed, epoch)[first:]
-        return self.source.read(order.tolist())
+        return self.source.read(self.order(epoch, first))
+
+    def order(self, epoch: int, first: int = 0) -> Iterator[int]:
+        """Yield the numbers of the examples of an epoch, from place `first` of its order on."""
+        return iter(permutation(len(self.source), "documents", self.seed, epoch)[first:].tolist())

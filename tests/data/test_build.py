@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from fam_jax.config import Config, ConfigError, DataConfig, EvaluateConfig, UserError, resolve
-from fam_jax.data import build
+from fam_jax.data import build, seqio_source
 from fam_jax.data.build import Heldout, longest_row
 from fam_jax.data.interface import Example, own_rows
-from fam_jax.data.randomness import permutation
+from fam_jax.data.quiet_seqio import seqio
+from fam_jax.data.randomness import permutation, random_key
 from fam_jax.data.text_vocabulary import train_text_vocabulary
 from fam_jax.data.vocabulary import load_vocabulary
 
@@ -145,6 +146,27 @@ def test_batches_of_seqio_resume_exactly(name: str) -> None:
     assert name == "fam_test_mixture" or batches.state()["group"]["epoch"] > 0
     weights = np.concatenate([batch["weights"].ravel() for batch in expected])
     assert 0 < weights.mean() < 1 and set(weights) == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["fam_test_questions", "fam_test_noise"])
+def test_examples_are_those_of_seqio(name: str) -> None:
+    """Though those that are skipped are not tokenized."""
+    source = packed(seqio_config(name)).source
+    seed = random_key("seqio", 0, 1) % 2**31
+    with seqio.map_seed_manager(seed):
+        dataset = source.provider.get_dataset(None, "train", shuffle=True, seed=seed, num_epochs=1)
+    expected = [
+        np.concatenate([each["inputs"], each["targets"]]) for each in dataset.skip(5).as_numpy_iterator()
+    ]
+    tokenized = []
+    for found, ids in zip(source.epoch(1, 5), expected, strict=True):
+        np.testing.assert_array_equal(found.ids, ids)
+        tokenized.append(found)
+    assert len(tokenized) == 7
+    task, last = seqio_source._without_tokenization(source.provider)
+    untouched = task.get_dataset(None, "train", shuffle=False)
+    assert [*untouched.element_spec[seqio_source.HELD_BACK]] == ["inputs", "targets"]
+    assert untouched.element_spec[seqio_source.HELD_BACK]["targets"].dtype == "string" and len(last) == 3
 
 
 def test_held_out_documents(corpus: pathlib.Path) -> None:

@@ -257,3 +257,23 @@ def test_rows_of_a_prepared_tfds_dataset(tmp_path: pathlib.Path, template: str, 
                 source_of(config_of([entry]))
     finally:
         file_utils.clear_registered_data_dirs()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_with_examples_of_their_own(corpus: pathlib.Path, mixed: bool) -> None:
+    """Rows of the layout by_row are those of any number of processes, and hold whole examples of the source."""
+    single = config_of([corpus / "flan, 1.jsonl"])
+    fields = vars((mixture_of(corpus) if mixed else single).data) | {"layout": "by_row", "shuffle_batches": 8}
+    config = resolve({"data": fields})
+    whole, shards = batches_of(config), [batches_of(config, (index, 2)) for index in range(2)]
+    targets = []
+    for _ in range(20):
+        batch, parts = whole.next(), [shard.next() for shard in shards]
+        targets.append(batch["targets"])
+        for name, array in batch.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+    known = {tuple(each.ids.tolist()) for each in whole.source.read(range(len(whole.source)))}
+    for row in np.concatenate(targets, axis=1):
+        ends = np.flatnonzero(row == whole.vocabulary.eos_id) + 1
+        examples = [tuple(part.tolist()) for part in np.split(row, ends)[:-1]]
+        assert examples and {*examples} <= known

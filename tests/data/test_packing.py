@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from fam_jax.config import ConfigError, DataConfig, UserError
-from fam_jax.data.interface import Example
-from fam_jax.data.packing import REPEAT_PROMPT, Batch, PackedBatches
+from fam_jax.data.interface import Batch, Example
+from fam_jax.data.packing import PackedBatches
+from fam_jax.data.rows import REPEAT_PROMPT
 from fam_jax.data.vocabulary import load_vocabulary
 
 VOCABULARY = load_vocabulary("bytes")

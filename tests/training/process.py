@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from fam_jax import sharding
 from fam_jax.checkpoint.manifest import by_name
 from fam_jax.config import Config
-from fam_jax.training.loop import make_trainer
+from fam_jax.training.loop import gather_rows, make_trainer
 from tests.training.tiny import changed, some_batch
 
 STEPS = 2
@@ -38,12 +38,13 @@ def train_rows(config: Config, first: int, rows: int) -> dict[str, np.ndarray]:
 
 
 def check_batches() -> None:
-    """Check that rows arrive in their places on every mesh.
+    """Check that rows arrive in their places on every mesh, and that processes exchange what they know of theirs.
 
     Two meshes need rows from all processes: one whose order of devices mixes them, one whose tensor axis spans them.
     """
     rows, devices = np.arange(16).reshape(8, 2), np.array(jax.devices())
     own = np.split(rows, jax.process_count())[jax.process_index()]
+    np.testing.assert_array_equal(gather_rows(own.astype(np.int32)), rows)
     for grid in (
         devices.reshape(8, 1, 1),
         devices[[0, 5, 1, 4, 7, 2, 6, 3]].reshape(8, 1, 1),
