@@ -148,7 +148,7 @@ def measure_rates(vocabularies: dict[str, str], files: str, rounds: int) -> list
     for name, vocabulary in vocabularies.items():
         cases = {
             (case, count): batches_of(vocabulary, case, count, files)
-            for case, count in itertools.product((ONE_BY_ONE, *LAYOUTS), PROCESSES)
+            for case, count in ((ONE_BY_ONE, 1), *itertools.product(LAYOUTS, PROCESSES))
         }
         for batches in cases.values():
             deliver(batches)  # fills what is made ahead

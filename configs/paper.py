@@ -5,7 +5,12 @@ Words of the argument, with commas between them:
     bswa      block sliding window attention without FAM
     pretrain  train all parameters from scratch; without this word, train LoRA of rank 64 and the initial FAM, as in the
               paper, starting from the checkpoint that --config.train.init_from=FOLDER names
-    smoke     three steps of a model that is small enough for a laptop, on PassKey
+    smoke     three steps of a model that is small enough for a laptop, on PassKey unless there is a mixture
+
+and FILES=RATE for each source of a mixture of instructions, to train on that in place of PG-19: rows of Flan, P3,
+Natural Instructions or chats in JSON or Parquet (docs/data.md). A source with commas in its path is quoted.
+
+    --config='configs/fam_1b.py:gs://BUCKET/flan/*.parquet=0.6,gs://BUCKET/niv2/*.json=0.4'
 
 The paper's data is not public. These configs use PG-19 from TensorFlow Datasets, in rows of 8.5k tokens that end with
 the repetition of a random segment. Choose other text with --config.data.train_files='gs://bucket/books/*.txt'. A
@@ -16,7 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fam_jax.config import default_config, memory_config, parse_argument
+from fam_jax.config import default_config, is_rated, memory_config, parse_argument, parse_rated, split_list
 
 
 def paper_config(
@@ -34,9 +39,11 @@ def paper_config(
     Raises:
       ConfigError: the argument has an unknown word.
     """
-    memory, words = parse_argument(
-        f"configs/{name}.py", arg, variants=("fam", "bswa"), words=("pretrain", "smoke")
-    )
+    file = f"configs/{name}.py"
+    given = split_list(arg, f"{file}:{arg}")
+    mixture = parse_rated([entry for entry in given if is_rated(entry)], file)
+    others = ",".join(entry for entry in given if not is_rated(entry))
+    memory, words = parse_argument(file, others, variants=("fam", "bswa"), words=("pretrain", "smoke"))
     config = default_config()
     config.model.update(
         vocab_size=256_000,
@@ -57,6 +64,8 @@ def paper_config(
         repeat_segment=256,
         repeat_weight=0.1,
     )
+    if mixture:
+        config.data.update(task="instructions", mixture=mixture, train_files=(), heldout_files=())
     config.train.update(
         steps=50_000,
         batch_size=128,
@@ -88,8 +97,12 @@ def make_small(config: ConfigDict) -> None:
     )
     if config.model.memory.kind == "fam":
         config.model.memory.length = 8
-    config.data.update(default_config().data)
-    config.data.update(vocabulary="passkey", stage_blocks=(4,))
+    if config.data.task == "instructions":
+        config.model.vocab_size = 264
+        config.data.update(vocabulary="bytes", sequence_length=112, repeat_segment=16)
+    else:
+        config.data.update(default_config().data)
+        config.data.update(vocabulary="passkey", stage_blocks=(4,))
     config.train.update(steps=3, batch_size=8, loss_chunk=4096, log_every=1, checkpoint_every=3)
     config.mesh.update(data=0, fsdp=1, tensor=1)
     config.evaluate.update(filler_blocks=(4,), keys=8, batch_size=8)

@@ -18,10 +18,13 @@ Words may follow, with commas between them:
     bswa    the same without FAM, as a control
     smoke   three steps with short blocks and rows, for a laptop; a public model becomes a tiny one of the same kind
 
+A path with commas is quoted: --config='configs/retrofit.py:"runs/a,b",bswa'.
+
 For full fine-tuning set `--config.lora.rank=0`. See docs/retrofit.md.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -35,6 +38,7 @@ from fam_jax.config import (
     ceil_div,
     default_config,
     memory_config,
+    split_list,
 )
 from fam_jax.hf import describe_model
 from fam_jax.memories.window import BlockSlidingWindowConfig
@@ -42,6 +46,7 @@ from fam_jax.training.init_from import base_config
 
 from .public_models import PUBLIC_MODELS
 
+FILE = "configs/retrofit.py"
 WORDS = ("bswa", "smoke")
 # The paper's values.
 BLOCK, SEGMENTS, LENGTH = 1024, 3, 64
@@ -54,7 +59,19 @@ def get_config(arg: str = "") -> ConfigDict:
       ConfigError: `arg` names no base, or has an unknown word.
       CheckpointError: the folder holds no checkpoint.
     """
-    place, words = _read(arg)
+    return retrofit_config(*read_base(FILE, split_list(arg, f"{FILE}:{arg}"), WORDS))
+
+
+def retrofit_config(place: str, words: Sequence[str]) -> ConfigDict:
+    """Return a config for the base in a folder, or for a public model.
+
+    Args:
+      place: the base.
+      words: "bswa" and "smoke", as above.
+
+    Raises:
+      CheckpointError: the folder holds no checkpoint.
+    """
     public, smoke = place in PUBLIC_MODELS, "smoke" in words
     base = _public_base(place) if public else base_config(place)
     model = _small(base.model) if public and smoke else base.model
@@ -93,26 +110,34 @@ def get_config(arg: str = "") -> ConfigDict:
     return config
 
 
-def _read(arg: str) -> tuple[str, list[str]]:
-    """Return the base and the words of an argument."""
-    parts = [part for part in arg.split(",") if part]
-    words = [part for part in parts if part in WORDS]
-    places = [part for part in parts if part not in WORDS]
-    if not places and "smoke" in words:
+def read_base(file: str, parts: Sequence[str], words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the base and the words of an argument. With the word smoke, the base may be left out.
+
+    Args:
+      file: path of the config file, for messages.
+      parts: entries of the argument, a base and any of `words`.
+      words: the known words.
+
+    Raises:
+      ConfigError: `parts` name no base, or have an unknown word.
+    """
+    where = f"{file}:{','.join(parts)}" if parts else file
+    given = [part for part in parts if part in words]
+    places = [part for part in parts if part not in words]
+    if not places and "smoke" in given:
         places = ["llama3_8b"]
-    where = f"configs/retrofit.py:{arg}" if arg else "configs/retrofit.py"
     if len(places) != 1:
         raise ConfigError(
-            f"{where}: expected one base, then any of {', '.join(WORDS)}, with commas between them; give the folder of "
-            f"a checkpoint, as in configs/retrofit.py:runs/gemma, or one of {', '.join(PUBLIC_MODELS)}"
+            f"{where}: expected one base, then any of {', '.join(words)}, with commas between them; give the folder of "
+            f"a checkpoint, as in {file}:runs/gemma, or one of {', '.join(PUBLIC_MODELS)}; quote a path with commas"
         )
     place = places[0]
     if place not in PUBLIC_MODELS and not locate(place)[0].is_dir():
         raise ConfigError(
             f"{where}: {absolute(place)} is not a folder, and {place!r} is none of "
-            f"{', '.join((*PUBLIC_MODELS, *WORDS))}; import an open model with launch/import_hf.py"
+            f"{', '.join((*PUBLIC_MODELS, *words))}; import an open model with launch/import_hf.py"
         )
-    return place, words
+    return place, given
 
 
 def _public_base(name: str) -> Config:

@@ -22,21 +22,21 @@ def load_config(name: str, overrides: Sequence[Override] = ()) -> Config:
 
     Args:
       name: FILE, or FILE:ARG to call its `get_config` with the text ARG. FILE is a path, or the name of a config that
-        comes with fam_jax.
+        comes with fam_jax. Both may have colons.
       overrides: fields to set.
 
     Raises:
       ConfigError: the file cannot be loaded, or the config is not valid.
     """
-    file, _, argument = name.partition(":")
-    path = _find(name, file)
+    file, path = _find(name)
+    argument = name[len(file) + 1 :]
     with errors_of_file(path):
         get_config = getattr(_load_module(path), "get_config", None)
         if not callable(get_config):
             raise ConfigError(
                 f"--config={name}: the file has no function get_config; define one that returns the config"
             )
-        arguments = [argument] if ":" in name else []
+        arguments = [argument] if name != file else []
         _check_arguments(name, file, get_config, arguments)
         values = get_config(*arguments)
         values = values.to_dict() if hasattr(values, "to_dict") else values
@@ -56,15 +56,17 @@ def own_configs() -> dict[str, Path]:
     return {file.stem: file for file in files if "\ndef get_config(" in file.read_text()}
 
 
-def _find(name: str, file: str) -> Path:
-    """Return the path of a config file, given as a path or by name."""
-    known = own_configs()
-    path = known.get(file, Path(file))
-    if not path.is_file():
-        raise ConfigError(
-            f"--config={name}: there is no such file; give its path, or one of the names {', '.join(known)}"
-        )
-    return path
+def _find(name: str) -> tuple[str, Path]:
+    """Return the part of FILE:ARG that names the file, and its path: the shortest part that names one."""
+    known, parts = own_configs(), name.split(":")
+    for end in range(1, len(parts) + 1):
+        file = ":".join(parts[:end])
+        path = known.get(file, Path(file))
+        if path.is_file():
+            return file, path
+    raise ConfigError(
+        f"--config={name}: there is no such file; give its path, or one of the names {', '.join(known)}"
+    )
 
 
 _folders = itertools.count()

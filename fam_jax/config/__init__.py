@@ -21,7 +21,7 @@ from fam_jax.config.experiment import (
 from fam_jax.config.fields import fields_with_effect, group, setting
 from fam_jax.config.memory import MemoryConfig, memory_config
 from fam_jax.config.model import ModelConfig
-from fam_jax.config.overrides import parse_argument
+from fam_jax.config.overrides import is_rated, parse_argument, parse_rated, split_list
 from fam_jax.config.training import (
     ABLATIONS,
     EvaluateConfig,
@@ -51,10 +51,13 @@ __all__ = [
     "field_type",
     "fields_with_effect",
     "group",
+    "is_rated",
     "memory_config",
     "parse_argument",
+    "parse_rated",
     "require",
     "resolve",
     "setting",
+    "split_list",
     "to_json",
 ]

@@ -1,10 +1,20 @@
 """The data group: training data and held-out data."""
 
+import math
+
 from fam_jax.config.errors import ConfigError, require
 from fam_jax.config.fields import constraint_of, group, setting
 
 PASSKEY, TEXT, SEQIO, MIXED = "passkey", "text", "seqio", "text+passkey"
-PACKED = (TEXT, SEQIO)
+INSTRUCTIONS = "instructions"
+PACKED = (TEXT, SEQIO, INSTRUCTIONS)
+# Tasks whose examples come from files.
+OF_FILES = (TEXT, INSTRUCTIONS)
+# Shapes of rows of instructions; auto: by their keys.
+FORMATS = (
+    "auto", "natural_instructions", "messages", "sharegpt", "p3", "flan", "prompt_completion", "dolly", "alpaca",
+    "text",
+)  # fmt: skip
 # How examples are divided into rows.
 LAYOUTS = ("packed", "by_row", "continuous")
 # Vocabularies that are no files.
@@ -17,17 +27,18 @@ class DataConfig:
 
     task: str = setting(
         default="passkey",
-        doc="passkey, text, text+passkey (batches of either), or seqio:NAME (a task or mixture; see imports).",
+        doc="passkey, text, instructions, text+passkey (batches of either), or seqio:NAME (a task or mixture; see "
+        "imports).",
     )
     vocabulary: str = setting(
         default="passkey",
         doc="passkey (ships with the package), bytes, or the path of a SentencePiece model or tokenizer.json.",
-        tasks=(PASSKEY, TEXT),
+        tasks=(PASSKEY, *OF_FILES),
     )
     add_bos: bool = setting(
         default=False,
         doc="Begin each text with the vocabulary's start token, as most open models were trained.",
-        tasks=(PASSKEY, TEXT, SEQIO),
+        tasks=(PASSKEY, *PACKED),
     )
     # PassKey. Lengths are in blocks of the model.
     digits: int = setting(default=5, doc="Digits of a key.", minimum=1, maximum=9, tasks=(PASSKEY,))
@@ -98,23 +109,70 @@ class DataConfig:
         minimum=0,
         tasks=PACKED,
     )
+    repeat_before_blocks: int = setting(
+        default=0,
+        doc="Blocks between the segment and the block in which its repetition begins, so that a window of as many "
+        "blocks does not see it; 0: it may lie anywhere.",
+        minimum=0,
+        tasks=PACKED,
+    )
     repeat_weight: float = setting(default=0.1, doc="Loss weight of the repetition.", minimum=0, tasks=PACKED)
-    # Text.
+    # Text and instructions.
     train_files: tuple[str, ...] = setting(
         default=(),
         doc='Files, folders or patterns to train on (*.jsonl: a document per line, under "text"; also *.ndjson, '
-        "*.json, *.parquet and *.gz), or tfds:NAME:SPLIT.",
+        "*.json, *.parquet and *.gz), or tfds:NAME:SPLIT. For instructions, files of these formats with other rows.",
         # Files may move; the state of the data checks their contents.
         effect="execution",
-        tasks=(TEXT,),
+        tasks=OF_FILES,
     )
     heldout_files: tuple[str, ...] = setting(
-        default=(), doc="Files to evaluate on, as in train_files.", effect="execution", tasks=(TEXT,)
+        default=(), doc="Files to evaluate on, as in train_files.", effect="execution", tasks=OF_FILES
     )
     file_suffixes: tuple[str, ...] = setting(
         default=(".txt",),
-        doc="Endings of the files that count in a folder, in upper or lower case; hidden files do not count.",
-        tasks=(TEXT,),
+        doc="Endings of the files that count in a folder, in upper or lower case; hidden files do not count. At the "
+        "default, those of instructions are .jsonl, .ndjson, .json and .parquet, also with .gz.",
+        tasks=OF_FILES,
+    )
+    # Instructions. Weight 0 on what a model is given, 1 on what it is to write.
+    mixture: tuple[tuple[str, float], ...] = setting(
+        default=(),
+        doc="Several sources in place of train_files, each with the rate of its examples: flan/*.parquet=0.4,t0=0.6",
+        # As train_files; the state of the data checks the rates, too.
+        effect="execution",
+        tasks=(INSTRUCTIONS,),
+    )
+    format: str = setting(
+        default="auto", doc="Shape of the rows; auto: by their keys.", choices=FORMATS, tasks=(INSTRUCTIONS,)
+    )
+    skip_bad: bool = setting(
+        default=False,
+        doc="Leave out rows that cannot be used, and say how many, instead of stopping at the first.",
+        tasks=(INSTRUCTIONS,),
+    )
+    chat_template: str = setting(
+        default="",
+        doc="File of a chat template to use instead of the tokenizer's own.",
+        # The state of the data checks the texts.
+        effect="execution",
+        tasks=(INSTRUCTIONS,),
+    )
+    as_chat: bool = setting(
+        default=False,
+        doc="Put prompt and answer of all rows into the chat template, as turns of user and assistant.",
+        tasks=(INSTRUCTIONS,),
+    )
+    separator: str = setting(
+        default="",
+        doc="Text between inputs and targets, if they are no chat.",
+        tasks=(INSTRUCTIONS,),
+    )
+    positive_examples: int = setting(
+        default=2,
+        doc="Examples in a prompt of Natural Instructions, as far as the task has them.",
+        minimum=0,
+        tasks=(INSTRUCTIONS,),
     )
     # seqio.
     imports: tuple[str, ...] = setting(
@@ -145,6 +203,11 @@ class DataConfig:
             f"config.data.stage_blocks: must increase and lie above min_filler_blocks {self.min_filler_blocks}, "
             f"got {stages}",
         )
+        for path, rate in self.mixture:
+            require(
+                bool(path.strip()) and 0 < rate < math.inf,
+                f"config.data.mixture: expected files and a rate above 0, got {path!r} with {rate}; write FILES=RATE",
+            )
         require(
             self.layout == "packed" or self.shuffle_batches == 8,
             f"config.data.shuffle_batches: belongs to the layout packed, but data.layout is {self.layout}; "
@@ -158,9 +221,10 @@ class DataConfig:
     def check_task(self) -> None:
         """Raise :class:`ConfigError` if the task is unknown, lacks something, or has fields of another task."""
         kind, _, name = self.task.partition(":")
-        if self.task not in (PASSKEY, TEXT, MIXED) and not (kind == SEQIO and name):
+        if self.task not in (PASSKEY, TEXT, INSTRUCTIONS, MIXED) and not (kind == SEQIO and name):
             raise ConfigError(
-                f"config.data.task: expected passkey, text, text+passkey or seqio:NAME, got {self.task!r}"
+                "config.data.task: expected passkey, text, instructions, text+passkey or seqio:NAME, got "
+                f"{self.task!r}"
             )
         parts = {kind, *kind.split("+")}
         for name, field in self.__dataclass_fields__.items():
@@ -175,7 +239,11 @@ class DataConfig:
             f"config.data.train_files: the task {self.task} needs files to train on",
         )
         require(
-            TEXT not in parts or self.vocabulary != "passkey",
+            INSTRUCTIONS not in parts or bool(self.train_files) != bool(self.mixture),
+            "config.data.train_files: the task instructions needs files to train on; set it or data.mixture, not both",
+        )
+        require(
+            not parts & {*OF_FILES} or self.vocabulary != "passkey",
             "config.data.vocabulary: passkey has the words of its own task only; for text set bytes, or the path "
             "of a SentencePiece model",
         )

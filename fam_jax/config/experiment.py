@@ -42,6 +42,15 @@ class Config:
             f"{self.model.block_size}",
         )
         require(
+            self.train.carry == "none" or self.data.layout == "continuous",
+            f"config.train.carry: {self.train.carry} needs rows that go on in the next batch; "
+            "set data.layout to continuous",
+        )
+        require(
+            self.train.carry != "memory" or remembers,
+            f"config.train.carry: {self.model.memory.kind} has no state beyond its window to carry; use all",
+        )
+        require(
             self.data.layout != "continuous" or self.data.sequence_length % self.model.block_size == 0,
             f"config.data.sequence_length: {self.data.sequence_length} is not a multiple of model.block_size "
             f"{self.model.block_size}, as the layout continuous needs; change one of the two",
@@ -149,11 +158,17 @@ def _build(cls: Any, values: Any, path: str) -> Any:
 def _convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path)
-    if isinstance(value, list) and typing.get_origin(kind) is tuple:
-        value = tuple(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind == tuple[float, ...] and isinstance(value, tuple):
-        value = tuple(float(entry) if isinstance(entry, int) else entry for entry in value)
+    value = _plain(kind, value)
     check_type(kind, value, path)
+    return value
+
+
+def _plain(kind: Any, value: Any) -> Any:
+    """Return a value with tuples for the lists of JSON, and floats for the integers of float fields."""
+    if isinstance(value, list | tuple) and typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        kinds = [items[0]] * len(value) if items[-1] is ... else [*items, *[Any] * len(value)]
+        return tuple(_plain(item, entry) for item, entry in zip(kinds, value, strict=False))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     return value

@@ -7,6 +7,7 @@ file, from the command line or in Python.
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import textwrap
 import typing
@@ -144,15 +145,27 @@ def check_values(values: Any) -> None:
 def check_type(kind: Any, value: Any, path: str) -> None:
     """Raise :class:`ConfigError` unless `value` has the type `kind`; an int is accepted for a float."""
     if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        if not isinstance(value, tuple):
-            raise ConfigError(f"{path}: expected a list of {item.__name__}, got {value!r}")
-        for entry in value:
+        items = typing.get_args(kind)
+        if not isinstance(value, tuple) or (items[-1] is not ... and len(value) != len(items)):
+            raise ConfigError(f"{path}: expected {type_name(kind)}, got {value!r}")
+        for item, entry in zip(
+            itertools.cycle(items[:1]) if items[-1] is ... else items, value, strict=False
+        ):
             check_type(item, entry, path)
     elif isinstance(value, bool) != (kind is bool) or not isinstance(
         value, (int, float) if kind is float else kind
     ):
         raise ConfigError(f"{path}: expected {kind.__name__}, got {value!r}")
+
+
+def type_name(kind: Any) -> str:
+    """Return what to call the type of a field in messages."""
+    if typing.get_origin(kind) is not tuple:
+        return kind.__name__
+    items = typing.get_args(kind)
+    if items[-1] is ...:
+        return f"a list of {type_name(items[0])}"
+    return f"pairs of {' and '.join(map(type_name, items))}"
 
 
 def check_range(limits: Constraint, value: Any, path: str) -> None:

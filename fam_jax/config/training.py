@@ -71,6 +71,12 @@ class TrainConfig:
     random_state_passing_from: int = setting(
         default=0, doc="First step with random state passing.", minimum=0
     )
+    carry: str = setting(
+        default="none",
+        doc="What rows of the data layout continuous go on with in the next step: none (each begins a new stream), "
+        "memory, or all (the window, too).",
+        choices=("none", "memory", "all"),
+    )
     random_position_offset: bool = setting(
         default=False, doc="Add a random offset to positions (appendix B.2.2)."
     )
@@ -92,6 +98,11 @@ class TrainConfig:
         require(
             self.batch_size % self.accumulation == 0,
             f"config.train.accumulation: {self.accumulation} does not divide batch_size {self.batch_size}",
+        )
+        require(
+            self.carry == "none" or self.random_state_passing == 0,
+            f"config.train.carry: {self.carry} and random_state_passing {self.random_state_passing:g} both choose "
+            "what rows start from; set one of them to its default",
         )
 
 

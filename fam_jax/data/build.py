@@ -6,28 +6,30 @@ rows, and add a line to :data:`TASKS`. Its config fields and its name go to `fam
 
 import abc
 import dataclasses
-import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
+from etils import epath
 
 from fam_jax.config import ConfigError, DataConfig, EvaluateConfig
-from fam_jax.config.data import MIXED, PASSKEY, SEQIO, TEXT
+from fam_jax.config.data import INSTRUCTIONS, MIXED, PASSKEY, SEQIO, TEXT
 from fam_jax.data.curriculum import PasskeyCurriculum, stage_tokens
 from fam_jax.data.documents import Documents, check_apart, find_files
+from fam_jax.data.instructions import InstructionSource, chat_template
 from fam_jax.data.interface import Batches, Example, Source
 from fam_jax.data.mixture import MixedBatches
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.quiet_seqio import seqio
+from fam_jax.data.records import SUFFIXES, Row, is_rows, read_rows
 from fam_jax.data.row_batches import RowBatches
 from fam_jax.data.seqio_source import SeqioSource, seqio_source
+from fam_jax.data.source_mixture import SourceMixture
 from fam_jax.data.sources import Shuffled, TextSource
+from fam_jax.data.tfds_rows import TFDS, tfds_rows
 from fam_jax.data.tfds_source import tfds_source
 from fam_jax.data.vocabulary import load_vocabulary
-
-# The name may contain a version, as in c4/en:3.0.1, and the split a slice, as in train[:90%].
-TFDS = re.compile(r"tfds:(?P<name>.+?):(?P<split>[A-Za-z_]\w*(\[.*\])?)")
 
 
 class Heldout(NamedTuple):
@@ -88,12 +90,7 @@ class DataTask(abc.ABC):
           seed: of the order.
           shuffle: if False, the documents of a TFDS dataset come in its order. Those of files are always shuffled.
         """
-        vocabulary = self.vocabulary()
-        if vocabulary.eos_id is None or vocabulary.eos_id < 0:
-            raise ConfigError(
-                f"config.data.vocabulary: {self.data.vocabulary!r} has no end-of-sequence id to end documents with; "
-                "use another vocabulary"
-            )
+        vocabulary = self._ending_vocabulary()
         if not any(map(_is_tfds, entries)):
             documents = Documents(find_files(entries, self.data.file_suffixes, field), field)
             return Shuffled(TextSource(documents, vocabulary), seed)
@@ -103,6 +100,16 @@ class DataTask(abc.ABC):
                 f"{field}: expected files, or one tfds:NAME:SPLIT alone, got {', '.join(entries)}"
             )
         return tfds_source(found["name"], found["split"], vocabulary, seed, field, shuffle=shuffle)
+
+    def _ending_vocabulary(self) -> seqio.Vocabulary:
+        """Return the vocabulary, after checking that it can end documents."""
+        vocabulary = self.vocabulary()
+        if vocabulary.eos_id is None or vocabulary.eos_id < 0:
+            raise ConfigError(
+                f"config.data.vocabulary: {self.data.vocabulary!r} has no end-of-sequence id to end documents with; "
+                "use another vocabulary"
+            )
+        return vocabulary
 
 
 class PasskeyTask(DataTask):
@@ -159,6 +166,7 @@ class PackedTask(DataTask):
             seed=spec.seed,
             shard=spec.shard,
             vocab_size=spec.vocab_size,
+            block_size=spec.block_size,
         )
 
     def longest_row(self, block_size: int) -> int:
@@ -179,6 +187,46 @@ class TextTask(PackedTask):
             train = find_files(data.train_files, data.file_suffixes, field)
             heldout = find_files(data.heldout_files, data.file_suffixes, "config.data.heldout_files")
             check_apart(train, heldout)
+        return source
+
+
+class InstructionsTask(PackedTask):
+    """Rows of files or TFDS datasets with prompts and answers, of one source or of several with a rate each."""
+
+    def source(self, seed: int) -> Source:
+        """Return the rows of data.train_files or data.mixture, which may share no file with data.heldout_files."""
+        data, field = self.data, "config.data.mixture" if self.data.mixture else "config.data.train_files"
+        entries: list[Sequence[str]] = [(files,) for files, _ in data.mixture] or [data.train_files]
+        found = [self._sources(each, field) for each in entries]
+        heldout = self._sources(data.heldout_files, "config.data.heldout_files")
+        check_apart(_paths([each for sources in found for each in sources]), _paths(heldout))
+        parts = [self._rows(sources, field, seed) for sources in found]
+        if not data.mixture:
+            return Shuffled(parts[0], seed)
+        mixture = SourceMixture(parts, [rate for _, rate in data.mixture], seed)
+        # Other layouts read examples by number, in an order of their own.
+        return mixture if data.layout == "packed" else Shuffled(mixture, seed)
+
+    def text(self, entries: Sequence[str], field: str, seed: int, *, shuffle: bool) -> Source:
+        """Return the rows of files or TFDS datasets; of files without rows, such as .txt, the documents."""
+        sources = self._sources(entries, field)
+        if not any(isinstance(each, str) or is_rows(each.name) for each in sources):
+            return super().text(entries, field, seed, shuffle=shuffle)
+        return Shuffled(self._rows(sources, field, seed), seed)
+
+    def _sources(self, entries: Sequence[str], field: str) -> list[epath.Path | str]:
+        """Return the files of entries, and those that are TFDS datasets as they are."""
+        suffixes = self.data.file_suffixes
+        suffixes = SUFFIXES if suffixes == DataConfig().file_suffixes else suffixes
+        files = [entry for entry in entries if not _is_tfds(entry)]
+        return [*find_files(files, suffixes, field), *filter(_is_tfds, entries)]
+
+    def _rows(self, sources: Sequence[epath.Path | str], field: str, seed: int) -> InstructionSource:
+        vocabulary = self._ending_vocabulary()
+        template = chat_template(self.data, vocabulary)
+        source = InstructionSource(sources, field, self.data, vocabulary, template, seed, read=_read_rows)
+        if skipped := source.records.skipped:
+            logging.warning("%s: left out %d rows, %d examples are left", field, skipped, len(source))
         return source
 
 
@@ -229,6 +277,7 @@ TASKS: dict[str, type[DataTask]] = {
     PASSKEY: PasskeyTask,
     TEXT: TextTask,
     SEQIO: SeqioTask,
+    INSTRUCTIONS: InstructionsTask,
     MIXED: MixedTask,
 }
 
@@ -327,6 +376,17 @@ def task_vocabulary(data: DataConfig) -> seqio.Vocabulary:
       UserError: the vocabulary cannot be loaded.
     """
     return find_task(data).vocabulary()
+
+
+def _paths(sources: Sequence[epath.Path | str]) -> list[epath.Path]:
+    return [each for each in sources if not isinstance(each, str)]
+
+
+def _read_rows(source: epath.Path | str, field: str, **options: Any) -> Iterator[Row]:
+    """Yield the rows of a file, or of tfds:NAME:SPLIT."""
+    if isinstance(source, str):
+        return tfds_rows(source, field, **options)
+    return read_rows(source, field, **options)
 
 
 def _is_tfds(entry: str) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.tokenizer_folder import load_tokenizer
@@ -52,6 +53,30 @@ class TokenizerVocabulary(seqio.Vocabulary):
     def token_id(self, text: str) -> int | None:
         """Return the id of the token whose text is exactly `text`; None: there is none."""
         return self._tokenizer.token_to_id(text)
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Return the spelling of special tokens by role, such as "eos_token"."""
+        return self._folder.named
+
+    @functools.cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Return the ids of special tokens, which decoding leaves out, by their spelling."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: id_ for id_, token in added.items() if token.special}
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Return the ids of each text, and first and last + 1 character of each; on all cores."""
+        found = self._untrimmed.encode_batch([*texts], add_special_tokens=False)
+        return [(each.ids, each.offsets) for each in found]
+
+    @functools.cached_property
+    def _untrimmed(self) -> tokenizers.Tokenizer:
+        """Return a tokenizer to the same ids, whose offsets do not leave out the blanks at the ends of tokens."""
+        made = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        made.encode_special_tokens = self._tokenizer.encode_special_tokens
+        made.post_processor = None
+        return made
 
     @functools.cached_property
     def ordinary_size(self) -> int:

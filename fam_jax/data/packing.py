@@ -44,6 +44,7 @@ class PackedBatches(TextBatches):
         seed: int,
         shard: tuple[int, int] = (0, 1),
         vocab_size: int | None = None,
+        block_size: int | None = None,
     ):
         """Prepare the batches. The first call of :meth:`next` reads the first examples.
 
@@ -54,6 +55,7 @@ class PackedBatches(TextBatches):
           seed: of shuffling and of the repeated segments.
           shard: (index, count) of this process.
           vocab_size: V of the model; None: not checked.
+          block_size: C, tokens, for data.repeat_before_blocks.
 
         Raises:
           ConfigError: a row is too short for the segment.
@@ -66,6 +68,7 @@ class PackedBatches(TextBatches):
             seed=seed,
             shard=shard,
             vocab_size=vocab_size,
+            block_size=block_size,
         )
         self.source = source
         self._start(0, Position())
@@ -113,7 +116,7 @@ class PackedBatches(TextBatches):
     def _identity(self) -> dict[str, Any]:
         """Return what the batches after a position depend on."""
         data = self.data
-        return {
+        return self._segments | {
             "seed": self.seed,
             "batch_size": self.batch_size,
             "sequence_length": data.sequence_length,

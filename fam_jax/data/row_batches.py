@@ -108,6 +108,7 @@ class RowBatches(TextBatches):
             seed=seed,
             shard=shard,
             vocab_size=vocab_size,
+            block_size=block_size,
         )
         self.source, self._block_size = source, block_size
         self._one_process, self._gather = shard[1] == 1, gather
@@ -173,7 +174,11 @@ class RowBatches(TextBatches):
             "repeat_segment": data.repeat_segment,
             "contents": self.source.fingerprint,
         }
-        return identity | ({"block_size": self._block_size} if data.layout == "continuous" else {})
+        return (
+            identity
+            | self._segments
+            | ({"block_size": self._block_size} if data.layout == "continuous" else {})
+        )
 
     def _start(self, step: int, positions: np.ndarray) -> None:
         self._step = step

@@ -8,6 +8,7 @@ import numpy as np
 from fam_jax.config import ConfigError, DataConfig
 from fam_jax.data.interface import Batch, Example, own_rows
 from fam_jax.data.randomness import random_key, random_words
+from fam_jax.data.repetition import segment_places
 from fam_jax.data.vocabulary import check_ids, first_input
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class TextBatches:
         seed: int,
         shard: tuple[int, int],
         vocab_size: int | None,
+        block_size: int | None,
     ):
         """Check the lengths.
 
@@ -65,6 +67,7 @@ class TextBatches:
           seed: of the repeated segments.
           shard: (index, count) of this process.
           vocab_size: V of the model; None: not checked.
+          block_size: C, tokens, for data.repeat_before_blocks; None: unknown.
 
         Raises:
           ConfigError: a row is too short for the segment.
@@ -83,6 +86,11 @@ class TextBatches:
                 f"config.data.repeat_segment: {data.repeat_segment} tokens and their prompt of {len(self._prompt)} "
                 f"leave too little of sequence_length {data.sequence_length} to repeat; change one of the two"
             )
+        self._places = segment_places(data, self._body, block_size) if data.repeat_segment else 0
+        # What the segments depend on, for the identity of a state; nothing by default, as in earlier versions.
+        self._segments: dict[str, Any] = {}
+        if data.repeat_segment and data.repeat_before_blocks:
+            self._segments = {"repeat_before_blocks": data.repeat_before_blocks, "block_size": block_size}
 
     @property
     def longest_row(self) -> int:
@@ -115,7 +123,7 @@ class TextBatches:
         if segment := self.data.repeat_segment:
             key, count = random_key("repeat", self.seed), len(targets)
             draws = [random_words(key, first + row)[0] for row in range(count)]
-            begin = np.array([draw % (self._body - segment + 1) for draw in draws])
+            begin = np.array([draw % self._places for draw in draws])
             repeated = targets[np.arange(count)[:, None], begin[:, None] + np.arange(segment)]
             tail = np.concatenate([np.tile(self._prompt, (count, 1)), repeated], axis=1)
             inputs = np.concatenate([inputs, targets[:, -1:], tail[:, :-1]], axis=1)

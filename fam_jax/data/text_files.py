@@ -211,7 +211,7 @@ def _no_text(names: list[str], where: str) -> None:
     fields = ", ".join(names) if names else "no fields"
     raise TextError(
         f'{where}: expected an object with a text under "text", got {fields:.200}; write each document as '
-        '{"text": "..."}, or register inputs and targets as a seqio task (data.task=seqio:NAME)'
+        '{"text": "..."}, or, if these are prompts and answers or chats, set data.task=instructions'
     )
 
 

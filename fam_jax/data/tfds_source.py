@@ -15,6 +15,7 @@ from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.randomness import random_key
 from fam_jax.data.seqio_source import SeqioSource
 from fam_jax.data.sources import Shuffled, TextSource
+from fam_jax.data.tfds_rows import prepared_builder
 
 # How seqio and TFDS read a dataset unless told otherwise: files at a time, examples of each in turn, examples to draw
 # the next one from. Runs depend on the order that follows.
@@ -203,7 +204,7 @@ def tfds_source(
     """
     import tensorflow_datasets as tfds
 
-    builder = _prepared_builder(name, field)
+    builder = prepared_builder(name, field)
     feature = _text_feature(builder, name, field)
     try:
         spans = builder.info.splits[split].file_instructions
@@ -228,21 +229,6 @@ def tfds_source(
         return Shuffled(source, seed) if shuffle else InOrder(source, seed)
     takes, in_order = tuple(span.take for span in spans), builder.info.disable_shuffling
     return StreamOrder(source, seed, split, takes, in_order, shuffle)
-
-
-def _prepared_builder(name: str, field: str) -> Any:
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder(name)
-    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
-        raise ConfigError(f"{field}: TFDS has no dataset {name}; check the name") from error
-    # Preparing it here would download for hours on every process of a job, or retry for minutes without a network.
-    if not builder.is_prepared():
-        raise ConfigError(
-            f"{field}: {name} is not prepared in {builder.data_path}; run `tfds build {name}`, or set TFDS_DATA_DIR"
-        )
-    return builder
 
 
 def _text_feature(builder: Any, name: str, field: str) -> str:

@@ -19,6 +19,7 @@ from fam_jax.data.text_files import BOM
 SETTINGS = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"
 ADDED = "added_tokens.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 # Files beside a tokenizer.json that it is read with.
 BESIDE = (SETTINGS, SPECIAL_MAP, ADDED)
 EXTRA = ("extra_special_tokens", "additional_special_tokens")

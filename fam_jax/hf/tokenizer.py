@@ -9,6 +9,7 @@ from fam_jax.config import UserError
 from fam_jax.data.tokenizer_folder import (
     ADDED,
     BESIDE,
+    CHAT_TEMPLATE,
     SETTINGS,
     FolderTokenizer,
     extra_tokens,
@@ -33,13 +34,13 @@ def find_tokenizer(folder: Path) -> Path | None:
 def copy_tokenizer(vocabulary: str, folder: Path) -> None:
     """Copy the file of `data.vocabulary`, if it names one, to where :func:`find_tokenizer` looks for it.
 
-    The files that a tokenizer.json is read with go with it.
+    The files that a tokenizer.json is read with go with it, and its chat template.
     """
     file = epath.Path(vocabulary)
     if vocabulary and file.is_file():
         name = FILES[0] if file.suffix == ".json" else FILES[1]
         (folder / name).write_bytes(file.read_bytes())
-        for beside in BESIDE if name == FILES[0] else ():
+        for beside in (*BESIDE, CHAT_TEMPLATE) if name == FILES[0] else ():
             if (file.parent / beside).is_file():
                 (folder / beside).write_bytes((file.parent / beside).read_bytes())
 

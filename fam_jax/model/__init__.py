@@ -5,7 +5,15 @@ The letters for axes are those of `fam_jax/layers/__init__.py`.
 
 from fam_jax.model.lora import create_model
 from fam_jax.model.parameters import count_parameters, from_dict, to_dict
-from fam_jax.model.state import StreamState, ablated, empty_state, passed_on, with_passed_on
+from fam_jax.model.state import (
+    StreamState,
+    ablated,
+    empty_state,
+    going_on_by_row,
+    passed_on,
+    passed_on_by_row,
+    with_passed_on,
+)
 from fam_jax.model.transformer import Transformer
 
 __all__ = [
@@ -16,7 +24,9 @@ __all__ = [
     "create_model",
     "empty_state",
     "from_dict",
+    "going_on_by_row",
     "passed_on",
+    "passed_on_by_row",
     "to_dict",
     "with_passed_on",
 ]

@@ -131,6 +131,53 @@ def with_passed_on(state: StreamState, passed: dict[str, Any], rows: jax.Array) 
     )
 
 
+def passed_on_by_row(model: ModelConfig, state: StreamState, *, window: bool) -> dict[str, Any]:
+    """Return what every stream of a state at a block border hands on to its next tokens.
+
+    Args:
+      model: the model's config.
+      state: a state, or a tree of the same structure, such as its shardings.
+      window: hand on everything, so that a stream goes on as if all its tokens were read at once. False: hand on the
+        memory only; the stream goes on with an empty window.
+
+    Returns:
+      "layers": fields (L, B, ...) by name; "carries_context" (B,); with `window`, "blocks" (B,); "shared" if layers
+      share a state.
+    """
+    memory = memory_of(model)
+    names = set(memory.passed_fields)
+    if window:
+        names |= {"keys", "values", *(() if memory.order == "segment" else memory.learned_fields)}
+    found = {
+        "layers": {name: getattr(state.layers, name) for name in sorted(names)},
+        "carries_context": state.position.carries_context,
+    }
+    if window:
+        found["blocks"] = state.position.blocks
+    return found if state.shared is None else found | {"shared": state.shared}
+
+
+def going_on_by_row(model: ModelConfig, passed: dict[str, Any], begins: jax.Array) -> StreamState:
+    """Return the state of streams that go on from :func:`passed_on_by_row`, for an aligned call.
+
+    Args:
+      model: the model's config.
+      passed: what :func:`passed_on_by_row` returned.
+      begins: (B,) bool, rows that begin a new stream instead.
+    """
+    fresh = empty_state(model, len(begins), past_slots="blocks" in passed)
+
+    def choose(saved: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(begins.reshape(1, -1, *[1] * (new.ndim - 2)), new, saved.astype(new.dtype))
+
+    own = {name: choose(saved, getattr(fresh.layers, name)) for name, saved in passed["layers"].items()}
+    position = dataclasses.replace(fresh.position, carries_context=passed["carries_context"] & ~begins)
+    if "blocks" in passed:
+        position = dataclasses.replace(position, blocks=jnp.where(begins, 0, passed["blocks"]))
+    # An aligned call replaces the shared state in rows that carry no context.
+    return StreamState(dataclasses.replace(fresh.layers, **own), passed.get("shared"), position)
+
+
 def ablated(model: ModelConfig, state: StreamState, start: StreamState, how: str) -> StreamState:
     """Return `state` with its memory ablated, to measure whether the model uses it.
 

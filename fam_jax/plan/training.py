@@ -18,7 +18,7 @@ from fam_jax.plan.layer_costs import kernels_of_types, local_share, shares_of_ty
 from fam_jax.sharding import batch_sharding
 from fam_jax.training.flops import step_flops
 from fam_jax.training.loop import Trainer, make_trainer
-from fam_jax.training.step import BATCH_TYPES
+from fam_jax.training.step import BATCH_TYPES, START
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +140,8 @@ def _compile(trainer: Trainer, batch: int, tokens: int) -> jax.stages.Compiled |
         name: jax.ShapeDtypeStruct((batch, tokens), dtype, sharding=rows)
         for name, dtype in BATCH_TYPES.items()
     }
+    if trainer.config.train.carry != "none":
+        arrays[START] = jax.ShapeDtypeStruct((batch,), bool, sharding=rows)
     lowered = trainer.step.trace(trainer.state_shapes, arrays).lower(lowering_platforms=("tpu",))  # type: ignore[attr-defined]
     return compile_or_miss(lowered)
 

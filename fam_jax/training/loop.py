@@ -26,6 +26,7 @@ from fam_jax.data.build import make_batches
 from fam_jax.data.interface import Batches
 from fam_jax.data.vocabulary import check_vocabulary_size
 from fam_jax.evaluation import evaluate_in_training
+from fam_jax.generation.compiled import state_sharding
 from fam_jax.model import count_parameters, lora
 from fam_jax.training.compiler import compiler_options
 from fam_jax.training.flops import peak_flops, step_flops
@@ -42,8 +43,8 @@ from fam_jax.training.start import (
     load_from,
     restore_batches,
 )
-from fam_jax.training.state import TrainState, init_state
-from fam_jax.training.step import BATCH_TYPES, make_train_step
+from fam_jax.training.state import TrainState, init_state, what_is_carried
+from fam_jax.training.step import BATCH_TYPES, START, make_train_step
 from fam_jax.training.trace import StepTrace
 
 # (parameters, step) -> figures by name, for the metrics; called every config.evaluate.every steps.
@@ -78,6 +79,11 @@ def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) ->
 
     shapes = jax.eval_shape(initial, None)
     shardings = sharding.state_shardings(shapes, shapes.params, mesh)
+    if config.train.carry != "none":
+        of_rows = state_sharding(mesh, config.model, config.train.batch_size)
+        shardings = dataclasses.replace(
+            shardings, carried=what_is_carried(config.model, config.train, of_rows)
+        )
     step = jax.jit(
         sharding.traced_for(mesh, make_train_step(config, optimizer)),
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
@@ -219,10 +225,15 @@ def _header(
     mesh = " ".join(f"{axis}={size}" for axis, size in trainer.mesh.shape.items())
     trained, frozen = (count_parameters(part) for part in lora.divide(state.params, config.lora))
     rows = config.train.batch_size
+    carried = sum(leaf.nbytes for leaf in jax.tree.leaves(state.carried))
+    of_rows = [
+        f"carried from step to step: {carried / rows / 2**20:,.1f} MiB for each row, {carried / 2**30:,.2f} GiB in all"
+    ]
     return [
         f"devices: {len(devices)} x {devices[0].device_kind}, mesh {mesh}",
         f"parameters: {trained:,} trained, {frozen:,} frozen",
         f"batch: {rows} rows of up to {longest_row:,} tokens, {rows * longest_row:,} tokens per step",
+        *(of_rows if config.train.carry != "none" else []),
         f"resuming {folder} after step {done}" if done else f"starting {folder}",
     ]
 
@@ -268,7 +279,7 @@ class _Run:
         clock = _Clock()
         with stop_requests() as stop:
             for step in remaining:
-                arrays = sharding.global_batch(batch_sharding, _for_step(self.batches.next()))
+                arrays = sharding.global_batch(batch_sharding, _for_step(self.batches.next(), config))
                 state, metrics, compiling = self._step(step, state, arrays)
                 if self.batches.needs_metrics:
                     self.batches.observe(metrics)  # waits for the device
@@ -372,9 +383,10 @@ class _Run:
             self.progress.say(f"evaluation at step {step}: {task}  {shown}")
 
 
-def _for_step(batch: Mapping[str, Any]) -> dict[str, Any]:
+def _for_step(batch: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """Return the arrays of a batch that the train step takes."""
-    return {name: batch[name] for name in BATCH_TYPES}
+    names = [*BATCH_TYPES, *([START] if config.train.carry != "none" else [])]
+    return {name: batch[name] for name in names}
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

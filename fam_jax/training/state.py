@@ -8,8 +8,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from fam_jax.config import Config, ModelConfig
-from fam_jax.model import Transformer, create_model, lora, passed_on, to_dict
+from fam_jax.config import Config, ModelConfig, TrainConfig
+from fam_jax.model import (
+    StreamState,
+    Transformer,
+    create_model,
+    lora,
+    passed_on,
+    passed_on_by_row,
+    to_dict,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +33,8 @@ class TrainState:
     step: jax.Array
     # Typed PRNG key; step t draws from fold_in(key, t).
     key: jax.Array
-    # The memory of the last step's first row, for random state passing (see `passed_on`).
+    # The memory of the last step's first row, for random state passing (see `passed_on`); with train.carry, what all
+    # rows of the last step go on with (see `passed_on_by_row`).
     carried: dict[str, Any]
     # () bool: False before the first step, when `carried` holds zeros.
     has_carried: jax.Array
@@ -53,18 +62,26 @@ def init_state(
         optimizer=optimizer.init(lora.divide(params, config.lora)[0]),
         step=jnp.zeros((), jnp.int32),
         key=step_key,
-        carried=nothing_carried(config.model),
+        carried=nothing_carried(config.model, config.train),
         has_carried=jnp.zeros((), bool),
     )
 
 
-def nothing_carried(model: ModelConfig) -> dict[str, Any]:
-    """Return zeros in the shapes of the state that a step passes on."""
+def nothing_carried(model: ModelConfig, train: TrainConfig = TrainConfig()) -> dict[str, Any]:  # noqa: B008
+    """Return zeros in the shapes of what a step passes on."""
+    rows = 1 if train.carry == "none" else train.batch_size
 
     def pass_on() -> dict[str, Any]:
-        return passed_on(model, Transformer(model, rngs=nnx.Rngs(0)).init_state(1))
+        return what_is_carried(model, train, Transformer(model, rngs=nnx.Rngs(0)).init_state(rows))
 
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pass_on))
+
+
+def what_is_carried(model: ModelConfig, train: TrainConfig, state: StreamState) -> dict[str, Any]:
+    """Return what a step passes on of the state that its rows leave, or of a tree of the same structure."""
+    if train.carry == "none":
+        return passed_on(model, state)
+    return passed_on_by_row(model, state, window=train.carry == "all")
 
 
 def model_structure(config: Config) -> tuple[Any, Any]:

@@ -10,25 +10,29 @@ import optax
 from flax import nnx
 
 from fam_jax.config import Config
-from fam_jax.model import empty_state, from_dict, lora, passed_on, with_passed_on
+from fam_jax.model import empty_state, from_dict, going_on_by_row, lora, with_passed_on
 from fam_jax.training.losses import token_loss
 from fam_jax.training.optimizer import learning_rate
-from fam_jax.training.state import TrainState, model_structure
+from fam_jax.training.state import TrainState, model_structure, what_is_carried
 
 # The arrays (B, T) of a batch that a step takes, and their types.
 BATCH_TYPES = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "answer": jnp.bool_}
+# The array (B,) bool that it takes, too, with train.carry: rows that begin a new stream.
+START = "start"
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
 class Draws(NamedTuple):
-    """Random choices of a step, per row."""
+    """What each row starts from, and other random choices of a step."""
 
-    # (B,) bool: start from the state that the last step left (random state passing, appendix B.2.3).
+    # (B,) bool: start from the state that the last step left (random state passing, appendix B.2.3, or train.carry).
     from_carried: jax.Array
     # (B,) int32 random position offset (appendix B.2.2), or None.
     offset: jax.Array | None
+    # What the last step left of each row (see `passed_on_by_row`), if the rows go on with it; else None.
+    by_row: Any = None
 
 
 def make_train_step(
@@ -36,8 +40,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Build `train_step(state, batch) -> (state, metrics)`; jit it with the state donated.
 
-    A batch has the arrays of `BATCH_TYPES`. The loss is the weighted mean over the whole batch, however many
-    micro-batches it is split into.
+    A batch has the arrays of `BATCH_TYPES`, and `START` with train.carry. The loss is the weighted mean over the whole
+    batch, however many micro-batches it is split into.
     """
     graphdef, abstract = model_structure(config)
     train = config.train
@@ -47,7 +51,10 @@ def make_train_step(
         trained: Any, frozen: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array
     ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, from_dict(abstract, lora.join(trained, frozen)))
-        start = empty_state(config.model, batch["inputs"].shape[0], past_slots=False)
+        if draws.by_row is not None:
+            start = going_on_by_row(config.model, draws.by_row, ~draws.from_carried)
+        else:
+            start = empty_state(config.model, batch["inputs"].shape[0], past_slots=False)
         if train.random_state_passing:
             start = with_passed_on(start, state.carried, draws.from_carried)
         hidden, after = model.hidden(batch["inputs"], start, aligned=True, position_offset=draws.offset)
@@ -60,10 +67,11 @@ def make_train_step(
             "answers": batch["answer"].sum(),
             "exact_match": (result.correct | ~batch["answer"]).all(axis=1).sum(),
         }
-        return result.loss / total, (scores, jax.lax.stop_gradient(passed_on(config.model, after)))
+        left = what_is_carried(config.model, train, after)
+        return result.loss / total, (scores, jax.lax.stop_gradient(left))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        draws = _draw(config, state, batch["inputs"].shape[0])
+        draws = _draw(config, state, batch)
         total = jnp.maximum(batch["weights"].sum(), 1e-6)
         trained, frozen = lora.divide(state.params, config.lora)
         gradient = jax.value_and_grad(loss, has_aux=True)
@@ -93,8 +101,8 @@ def make_train_step(
     return train_step
 
 
-def _draw(config: Config, state: TrainState, batch_size: int) -> Draws:
-    train = config.train
+def _draw(config: Config, state: TrainState, batch: Batch) -> Draws:
+    train, batch_size = config.train, batch["inputs"].shape[0]
     saved_key, zero_key, offset_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
     active = state.has_carried & (state.step >= train.random_state_passing_from)
     from_carried = jax.random.bernoulli(saved_key, train.random_state_passing, (batch_size,)) & active
@@ -103,22 +111,46 @@ def _draw(config: Config, state: TrainState, batch_size: int) -> Draws:
         wavelength = round(2 * math.pi * config.model.rope_base)
         offset = jax.random.randint(offset_key, (batch_size,), 0, wavelength)
         offset = jnp.where(jax.random.bernoulli(zero_key, 0.5, (batch_size,)), 0, offset)
-    return Draws(from_carried, offset)
+    if train.carry == "none":
+        return Draws(from_carried, offset)
+    return Draws(~batch[START] & state.has_carried, offset, state.carried)
 
 
 def _accumulate(gradient: Callable, batch: Batch, draws: Draws, parts: int) -> Any:
-    """Sum loss, scores and gradients over micro-batches; carry the state of the whole batch's first row."""
+    """Sum loss, scores and gradients over micro-batches; carry what a step on the whole batch would."""
     if parts == 1:
         return gradient(batch, draws)
+
     # Deal the rows out in turn. This spreads each micro-batch evenly over the devices.
-    dealt = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, draws))
+    def deal(x: jax.Array, axis: int = 0) -> jax.Array:
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, parts, *x.shape[axis + 1 :]), axis + 1, 0)
+
+    def collect(x: jax.Array, axis: int) -> jax.Array:
+        x = jnp.moveaxis(x, 0, axis + 1)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
     def body(total: Any, part: Any) -> tuple[Any, Any]:
         (value, (scores, carried)), grads = gradient(*part)
         return jax.tree.map(jnp.add, total, (value, scores, grads)), carried
 
+    by_row = draws.by_row
+    dealt = jax.tree.map(deal, (batch, draws._replace(by_row=None)))
+    if by_row is not None:
+        dealt = (dealt[0], dealt[1]._replace(by_row=_along_rows(deal, by_row)))
     shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], dealt))
     (value, (scores, _)), grads = shapes
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (value, scores, grads))
     (value, scores, grads), carried = jax.lax.scan(body, zeros, dealt)
-    return (value, (scores, jax.tree.map(lambda x: x[0], carried))), grads
+    if by_row is None:
+        carried = jax.tree.map(lambda x: x[0], carried)
+    else:
+        carried = _along_rows(collect, carried)
+    return (value, (scores, carried)), grads
+
+
+def _along_rows(change: Callable[[jax.Array, int], jax.Array], by_row: dict[str, Any]) -> dict[str, Any]:
+    """Change the arrays of :func:`passed_on_by_row`; `change` gets the axis of their rows."""
+    axes = {name: 1 if name == "layers" else 0 for name in by_row}
+    return {
+        name: jax.tree.map(lambda x, axis=axes[name]: change(x, axis), tree) for name, tree in by_row.items()
+    }

@@ -65,6 +65,10 @@ FIELDS = [
 ]
 
 
+TASKS = "data.task: expected passkey, text, instructions, text+passkey or seqio:NAME, got "
+INSTRUCTIONS: dict[str, Any] = {"task": "instructions", "vocabulary": "bytes"}
+
+
 def those(condition: Any) -> Any:
     """Parametrize a test over the fields that satisfy a condition."""
     chosen = [field for field in FIELDS if condition(field)]
@@ -86,6 +90,7 @@ def test_a_value_of_the_wrong_type_names_the_field(field: Field) -> None:
         str: (1, None),
         tuple[int, ...]: (3, "2,3", (1, "2"), (1.5,), None),
         tuple[str, ...]: (3, "a,b", ("a", 1), (1.5,), None),
+        tuple[tuple[str, float], ...]: (3, "a=1", (("a", 1.0), "b"), (("a", 1.0), ("b",)), None),
     }
     for wrong in wrongs[field.kind]:
         message = field.error(wrong)
@@ -255,6 +260,12 @@ def bswa(**fields: Any) -> dict[str, Any]:
         (EvaluateConfig, {"filler_blocks": ()}, "evaluate.filler_blocks: must be positive lengths"),
         (EvaluateConfig, {"filler_blocks": (4, 0)}, "evaluate.filler_blocks: must be at least 1, got 0"),
         (EvaluateConfig, {"ablations": ("zero",)}, "evaluate.ablations: expected one of zeroed, shuffled, frozen, got"),
+        (DataConfig, {"mixture": (("a", "b"),)}, "data.mixture: expected float, got 'b'"),
+        (DataConfig, {"mixture": ((1, 1.0),)}, "data.mixture: expected str, got 1"),
+        (DataConfig, {"mixture": (("a", 0.0),)}, "data.mixture: expected files and a rate above 0, got 'a' with 0.0"),
+        (DataConfig, {"mixture": ((" ", 1.0),)}, "data.mixture: expected files and a rate above 0, got ' ' with 1.0"),
+        (DataConfig, {"mixture": (("a", float("inf")),)}, "data.mixture: expected files and a rate above 0, got 'a'"),
+        (DataConfig, {"format": "csv"}, "data.format: expected one of auto, natural_instructions,"),
         (DataConfig, {"digits": 10}, "data.digits: must be between 1 and 9, got 10"),
         (LoraConfig, {"alpha": 0.0}, "lora.alpha: must be above 0, got 0.0"),
         (LoraConfig, {"rank": 4, "targets": ()}, "lora.targets: must name at least one kernel"),
@@ -282,13 +293,17 @@ def test_impossible_combinations_in_a_group(group: Any, values: dict[str, Any], 
             "evaluate.ablations: bswa has no state beyond its window to ablate",
         ),
         ({"data": {"filler_step": 3}}, "data.filler_step: 3 does not divide model.block_size 32"),
-        ({"data": {"task": "txt"}}, "data.task: expected passkey, text, text+passkey or seqio:NAME, got 'txt'"),
-        ({"data": {"task": "seqio:"}}, "data.task: expected passkey, text, text+passkey or seqio:NAME, got 'seqio:'"),
-        ({"data": {"task": "text:x"}}, "data.task: expected passkey, text, text+passkey or seqio:NAME, got 'text:x'"),
+        ({"data": {"task": "txt"}}, f"{TASKS}'txt'"),
+        ({"data": {"task": "seqio:"}}, f"{TASKS}'seqio:'"),
+        ({"data": {"task": "text:x"}}, f"{TASKS}'text:x'"),
         ({"data": {"task": "text", "vocabulary": "bytes"}}, "data.train_files: the task text needs files"),
         ({"data": {"task": "text", "train_files": ("a",)}}, "data.vocabulary: passkey has the words of its own"),
-        ({"data": {"train_files": ("a",)}}, "data.train_files: belongs to the task text, but data.task is passkey;"),
-        ({"data": {"repeat_segment": 2}}, "data.repeat_segment: belongs to the task text or seqio, but data.task is"),
+        ({"data": {"train_files": ("a",)}}, "data.train_files: belongs to the task text or instructions, but data."),
+        ({"data": {"repeat_segment": 2}}, "data.repeat_segment: belongs to the task text or seqio or instr"),
+        ({"data": INSTRUCTIONS}, "data.train_files: the task instructions needs files to train on; set it or"),
+        ({"data": INSTRUCTIONS | {"train_files": ("a",), "mixture": (("b", 1.0),)}}, "data.train_files: the task "),
+        ({"data": {"task": "instructions", "train_files": ("a",)}}, "data.vocabulary: passkey has the words of its"),
+        ({"data": {"mixture": (("a", 1.0),)}}, "data.mixture: belongs to the task instructions, but data.task is pass"),
         ({"data": {"imports": ("a",)}}, "data.imports: belongs to the task seqio, but data.task is passkey;"),
         ({"data": {"task": "seqio:a", "vocabulary": "bytes"}}, "data.vocabulary: belongs to the task passkey or text"),
         ({"data": {"task": "seqio:a", "digits": 3}}, "data.digits: belongs to the task passkey, but data.task is seq"),
@@ -305,6 +320,8 @@ def test_every_field_of_the_data_belongs_to_a_task() -> None:
         assert constraint_of(field).tasks or field.name == "task"
     text: dict[str, Any] = {"task": "text", "train_files": ("a",), "vocabulary": "bytes"}
     changed(Config(), data=text | {"repeat_segment": 3})
+    changed(Config(), data=INSTRUCTIONS | {"train_files": ("a",), "repeat_segment": 3, "format": "p3"})
+    changed(Config(), data=INSTRUCTIONS | {"mixture": (("a", 1.0), ("b", 2.0)), "as_chat": True})
     changed(Config(), data={"task": "seqio:a", "imports": ("b",), "sequence_length": 2})
 
 
@@ -339,6 +356,8 @@ def test_what_a_change_affects_is_said_on_the_field() -> None:
         "train.keep_checkpoints",
         "data.train_files",
         "data.heldout_files",
+        "data.mixture",
+        "data.chat_template",
         "model.attention",
         "model.remat",
         *(f"evaluate.{field.name}" for field in dataclasses.fields(EvaluateConfig)),

@@ -31,6 +31,8 @@ CONFIG_FILES = sorted(
     path for path in (ROOT / "configs").glob("*.py") if "def get_config" in path.read_text()
 )
 
+NEED_A_BASE = ("retrofit", "instruct")
+
 
 def test_config_dict_and_json_round_trips() -> None:
     config = changed(
@@ -77,7 +79,7 @@ def arguments(path: pathlib.Path) -> list[str]:
     [
         (path, argument)
         for path in CONFIG_FILES
-        for argument in [*([] if path.stem == "retrofit" else [None]), *arguments(path)]  # it needs a base
+        for argument in [*([] if path.stem in NEED_A_BASE else [None]), *arguments(path)]
     ],
     ids=lambda value: getattr(value, "stem", str(value)),
 )
@@ -87,7 +89,7 @@ def test_config_files_resolve(path: pathlib.Path, argument: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in CONFIG_FILES if path.stem != "retrofit"], ids=lambda p: p.stem
+    "path", [path for path in CONFIG_FILES if path.stem not in NEED_A_BASE], ids=lambda p: p.stem
 )
 def test_commands_in_docstrings_name_all_that_training_needs(path: pathlib.Path) -> None:
     lines = (load(path).__doc__ or "").replace("\\\n", " ").splitlines()

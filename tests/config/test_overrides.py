@@ -3,9 +3,13 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fam_jax.config import ConfigError, default_config, resolve
-from fam_jax.config.overrides import Override, apply_overrides, parse_argument, parse_value
+from fam_jax.config.overrides import Override, apply_overrides, parse_argument, parse_value, split_list
+
+PAIRS = tuple[tuple[str, float], ...]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,11 @@ from fam_jax.config.overrides import Override, apply_overrides, parse_argument, 
         (tuple[int, ...], "4", (4,)),
         (tuple[int, ...], "1e3,", (1000,)),
         (tuple[float, ...], "1,2.5", (1.0, 2.5)),
+        (tuple[str, ...], "\"a,b*.txt\", 'c''d,e'x ,it's", ("a,b*.txt", "c'd,ex", "it's")),
+        (PAIRS, "flan/*.parquet=0.4,t0=2", (("flan/*.parquet", 0.4), ("t0", 2.0))),
+        (PAIRS, "'a,b=c'=1e-1, \"gs://x:y\"=.5,", (("a,b=c", 0.1), ("gs://x:y", 0.5))),
+        (PAIRS, "[('a', 0.4), ('b,c', 2.0)]", (("a", 0.4), ("b,c", 2.0))),
+        (PAIRS, "", ()),
     ],
 )
 def test_a_value_is_parsed_by_its_type(kind: Any, text: str, value: Any) -> None:
@@ -72,6 +81,11 @@ def test_a_path_that_exists_is_one_entry(tmp_path: Any, monkeypatch: pytest.Monk
         (tuple[int, ...], "[1, 'x']", "expected int, got 'x'"),
         (tuple[int, ...], "(1, 2", "expected a list of int"),
         (tuple[str, ...], "[a, b]", "expected a list of str"),
+        (tuple[str, ...], "a,'b,c", "the quote in 'b,c is not closed; write ' at its end"),
+        (PAIRS, "a,b=1", "expected FILES=RATE, such as flan/*.parquet=0.4, got 'a'"),
+        (PAIRS, "a=1.2.3", "expected FILES=RATE"),
+        (PAIRS, "=1", "expected FILES=RATE"),
+        (PAIRS, "[('a', 0.4", "expected a list of pairs of str and float, such as a=0.4,b=0.6 or"),
     ],
 )
 def test_other_texts_are_rejected(kind: Any, text: str, says: str) -> None:
@@ -172,3 +186,12 @@ def test_a_seed_that_jax_cannot_take_is_rejected(field: str) -> None:
     for seed in (2**32, 10**20, 10**400):
         with pytest.raises(ConfigError, match=rf"config\.{field}: must be between 0 and "):
             resolve({group: {name: seed}})
+
+
+@given(entries=st.lists(st.text("ab,:='\" *\n", min_size=1).filter(lambda text: text.strip() == text)))
+def test_quoted_entries_of_a_list_may_have_any_characters(entries: list[str]) -> None:
+    for quote in ("'", '"'):
+        quoted = [f"{quote}{entry.replace(quote, 2 * quote)}{quote}" for entry in entries]
+        assert split_list(",".join(quoted), "x") == entries
+    plain = [entry for entry in entries if "," not in entry and entry[0] not in "'\""]
+    assert split_list(" , ".join(plain), "x") == plain

@@ -1,12 +1,14 @@
 """Vocabularies to test the data code with, besides the two built-in ones."""
 
 import io
+import pathlib
 import random
 
 import pytest
 import sentencepiece
 
 from fam_jax.data.passkey_text import example_text
+from tests.data.chat_templates import PLAIN_CHAT as TEMPLATE
 
 VOCABULARIES = ("passkey", "bytes", "merged_digits", "unnormalised")
 
@@ -47,3 +49,10 @@ def vocabulary_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
 @pytest.fixture(params=VOCABULARIES)
 def vocabulary_name(request: pytest.FixtureRequest, vocabulary_names: dict[str, str]) -> str:
     return vocabulary_names[request.param]
+
+
+@pytest.fixture
+def template(tmp_path: pathlib.Path) -> str:
+    """Return the file of a chat template for any vocabulary."""
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    return str(tmp_path / "chat.jinja")

@@ -278,9 +278,9 @@ def test_bytes_that_are_not_utf8_are_reported(corpus: pathlib.Path) -> None:
         ('{"text": "ab\\ud83d"}', 'but "text" has half a surrogate pair, \\ud83d, at character 2'),
         (
             '{"inputs": "a", "targets": "b"}',
-            'got inputs, targets; write each document as {"text": "..."}, or register',
+            'got inputs, targets; write each document as {"text": "..."}, or, if',
         ),
-        ('{"messages": []}', "a seqio task (data.task=seqio:NAME)"),
+        ('{"messages": []}', "these are prompts and answers or chats, set data.task=instructions"),
         ("[" * 100_000, "but it is not valid JSON"),
     ],
 )

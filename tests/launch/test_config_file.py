@@ -31,12 +31,22 @@ def test_a_config_with_argument_and_overrides(tmp_path: pathlib.Path) -> None:
     assert (config.train.steps, config.train.batch_size, config.model.memory.kind) == (9, 3, "bswa")
 
 
+def test_file_and_argument_may_have_commas_and_colons(tmp_path: pathlib.Path) -> None:
+    data = "{'task': 'text', 'train_files': (arg,), 'vocabulary': 'bytes'}"
+    text = f"def get_config(arg='none'):\n    return {{'data': {data}}}\n"
+    (tmp_path / "a:b,c").mkdir()
+    path = written(tmp_path / "a:b,c", text, "my:config.py")
+    assert load_config(f"{path}").data.train_files == ("none",)
+    for argument in ("gs://x:y", "", ":,:"):
+        assert load_config(f"{path}:{argument}").data.train_files == (argument,)
+
+
 def test_a_plain_dict_is_a_config(tmp_path: pathlib.Path) -> None:
     path = written(tmp_path, "def get_config():\n    return {'train': {'steps': 4}}\n")
     assert load_config(f"{path}", [Override("config.train.seed", "2")]).train.steps == 4
 
 
-@pytest.mark.parametrize("name", ["fam_1b", "fam_8b", "fam_24b", "passkey", "retrofit", "text"])
+@pytest.mark.parametrize("name", ["fam_1b", "fam_8b", "fam_24b", "instruct", "passkey", "retrofit", "text"])
 def test_a_config_of_fam_jax_by_name(
     name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,7 +71,7 @@ def test_a_config_imports_the_files_beside_it(tmp_path: pathlib.Path) -> None:
 def test_no_such_config_lists_those_of_fam_jax() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("pass_key:smoke")
-    names = "fam_1b, fam_24b, fam_8b, passkey, retrofit, text"
+    names = "fam_1b, fam_24b, fam_8b, instruct, passkey, retrofit, text"
     assert str(caught.value) == (
         f"--config=pass_key:smoke: there is no such file; give its path, or one of the names {names}"
     )

@@ -316,6 +316,39 @@ def test_a_run_on_text_resumes_exactly(text: Config, tmp_path: pathlib.Path) -> 
     assert last["loss"] < found[0]["loss"]
 
 
+def test_a_run_whose_rows_go_on_from_step_to_step_resumes_exactly(tmp_path: pathlib.Path) -> None:
+    """It saves what its rows go on with."""
+    (tmp_path / "x.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} " * (10 + 7 * i % 60)}) + "\n" for i in range(40))
+    )
+    data = DataConfig(
+        task="text",
+        vocabulary="bytes",
+        train_files=(f"{tmp_path}/x.jsonl",),
+        layout="continuous",
+        sequence_length=16,
+    )
+    config = changed(
+        dataclasses.replace(
+            RUN, data=data, train=dataclasses.replace(RUN.train, random_state_passing=0.0, carry="all")
+        ),
+        model__vocab_size=264,
+    )
+    run(tmp_path / "whole", config)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "8")
+    run(tmp_path / "again", config)
+    (arrays, position), (wanted, wanted_position) = (
+        saved(tmp_path / name, STEPS) for name in ("again", "whole")
+    )
+    assert arrays.keys() == wanted.keys() and any("['carried']['layers']['keys']" in name for name in arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+    assert position == wanted_position
+    assert lines(tmp_path / "again") == lines(tmp_path / "whole")
+    assert 0 < lines(tmp_path / "whole")[-1]["from_saved_state"] <= 1
+
+
 def test_a_run_on_text_tells_of_other_text(text: Config, tmp_path: pathlib.Path) -> None:
     """Moved files count as the same text; changed files do not."""
     run(tmp_path / "run", text)
