@@ -31,8 +31,10 @@ class Encoded(NamedTuple):
 
     # (n,) int32, without the start token.
     ids: np.ndarray
-    # The last words of its text. What follows is encoded behind them.
+    # The last words of the text of `ids`. What follows is encoded behind them.
     behind: str
+    # The rest of its text, which is encoded together with what follows.
+    held: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,11 @@ class Joiner:
         self.vocabulary, self._vocab_size = vocabulary, vocab_size
         self._begin, self._first = [*begin], first
 
+    @property
+    def start(self) -> list[int]:
+        """Return the ids before every text: the start token or none."""
+        return self._begin
+
     def prefix(self, document: Document) -> Prefix:
         """Encode a document.
 
@@ -61,7 +66,7 @@ class Joiner:
         """
         found = document.load()
         if isinstance(found, Encoded):
-            return Prefix(np.concatenate([self._array(self._begin), found.ids]), found.behind, "")
+            return Prefix(np.concatenate([self._array(self._begin), found.ids]), found.behind, found.held)
         check_unicode(found, f"document {document.key}")
         text = found.rstrip()
         window = text[-END:]

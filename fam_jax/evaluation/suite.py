@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import rich.table
 
-from fam_jax.checkpoint import end_ids, read_config
+from fam_jax.checkpoint import end_ids
 from fam_jax.checkpoint.new_file import check_output_file, output_file
 from fam_jax.config import Config, MeshConfig, UserError, resolve
 from fam_jax.config.strict_json import dump_json
@@ -134,12 +134,7 @@ def evaluate_tasks(
     runs, measured, skipped = _plan([*dict.fromkeys(tasks)], how, Data(how.data))
     if out is not None:
         check_output_file(os.path.expanduser(out))
-    read_config(checkpoint)  # a wrong folder is found before seconds of work
-    mesh = mesh or MeshConfig()
-    config, params, step = load_model(checkpoint, step, make_mesh(mesh))
-    values = dataclasses.asdict(config)
-    values["evaluate"] |= settings
-    config = resolve({**values, "mesh": dataclasses.asdict(mesh)})
+    config, params, step = _load(checkpoint, step, mesh or MeshConfig(), settings)
     path = Path(_default_path(checkpoint, step, tasks) if out is None else os.path.expanduser(out))
     check_output_file(path)
     streamer = Streamer(config.model, params)
@@ -158,6 +153,16 @@ def evaluate_tasks(
     results = SuiteResults(os.fspath(path), step, found, skipped)
     _write(results, provenance(config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
     return results
+
+
+def _load(
+    checkpoint: str | os.PathLike[str], step: int | None, mesh: MeshConfig, settings: Mapping[str, Any]
+) -> tuple[Config, dict[str, Any], int]:
+    """Return config, parameters and step of a run, with settings of the evaluation."""
+    config, params, step = load_model(checkpoint, step, make_mesh(mesh))
+    values = dataclasses.asdict(config)
+    values["evaluate"] |= settings
+    return resolve({**values, "mesh": dataclasses.asdict(mesh)}), params, step
 
 
 def find_tasks(names: Sequence[str]) -> list[str]:

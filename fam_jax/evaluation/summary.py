@@ -1,6 +1,7 @@
 """Figures of a task of items: scores with intervals, broken down by what the items say about themselves."""
 
 import hashlib
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,8 @@ def summarize(task: ItemTask, answered: Sequence[Answered]) -> dict[str, Any]:
       headline: the name of the main score, value: its value, ci95: its 95 % interval (None if it is no mean over
       items), metrics: all scores, chance: expected headline of a guesser, or None; n: items, documents: what they are
       about; ties: items with several likeliest choices; tokens_read, tokens_expected, tokens_generated: sums;
-      by_length and so on: scores and number of items for each value of a fact; items: headline score by id.
+      by_length and so on: scores and number of items for each value of a fact (depths by tenths, blocks back by powers
+      of two, each named by its beginning); items: headline score by id.
 
     Raises:
       RuntimeError: the model did not read what it should have read.
@@ -109,13 +111,22 @@ def _by_fact(
     places: dict[Any, list[int]] = {}
     for place, each in enumerate(answered):
         if fact in each.item.facts:
-            places.setdefault(each.item.facts[fact], []).append(place)
+            places.setdefault(_bucket(fact, each.item.facts[fact]), []).append(place)
     found = []
     for value in sorted(places):
         part = places[value]
         metrics = _scores(task, [answered[i] for i in part], [values[i] for i in part])
         found.append({fact: value, "n": len(part), "metrics": metrics})
     return found
+
+
+def _bucket(fact: str, value: Any) -> Any:
+    """Return where a value begins to count: depths by tenths, blocks back by powers of two."""
+    if fact == "depth":
+        return math.floor(10 * min(value, 0.999)) / 10
+    if fact == "blocks_back":
+        return 1 << (value.bit_length() - 1) if value else 0
+    return value
 
 
 def result_table(results: Mapping[str, Mapping[str, Any]], title: str) -> rich.table.Table:

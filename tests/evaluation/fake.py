@@ -128,7 +128,7 @@ def request_for(rows: Callable[[str], Sequence[Row]] | None = None, **fields: An
 def whole_text(item: Item) -> str:
     """Return the text before the answer of an item."""
     found = item.document.load()
-    text = found if isinstance(found, str) else Bytes().decode(found.ids.tolist())
+    text = found if isinstance(found, str) else Bytes().decode(found.ids.tolist()) + found.held
     return text.rstrip() + item.context
 
 

@@ -51,7 +51,7 @@ def vocabulary(kind: str) -> Any:
     else:  # a mark before every word, and before the text
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-        alphabet = [*{*CORPUS}]
+        alphabet = [*map(chr, (10, *range(33, 127)))]
     trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, special_tokens=["<s>"])
     tokenizer.train_from_iterator([CORPUS], trainer)
     return Pieces(tokenizer)
