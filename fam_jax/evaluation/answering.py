@@ -255,10 +255,8 @@ class Answering:
         if found.missing:
             return []
         del self._open[name]
-        item, counts = (
-            found.item,
-            {"tokens_read": found.tokens_read, "tokens_expected": found.tokens_expected},
-        )
+        item = found.item
+        counts: dict[str, Any] = {"tokens_read": found.tokens_read, "tokens_expected": found.tokens_expected}
         if item.kind != CHOOSE:
             return [Answered(item, **counts, **generated)]
         likelihoods = []

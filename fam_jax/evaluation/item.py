@@ -47,7 +47,7 @@ class Document:
     # Rough length, in any unit that is the same in all documents of a task. Longer ones are read first.
     size: int
     # Make the text, or its token ids. Called when it is read.
-    load: Callable[[], str | Encoded]
+    load: Callable[[], str | Encoded] = dataclasses.field(compare=False)
 
 
 NO_DOCUMENT = Document("", "", 0, str)
@@ -141,7 +141,8 @@ class Answered:
         return values.index(top), values.count(top) > 1
 
 
-class Row(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Row:
     """A row of a task's data."""
 
     # Stable across runs: its number in the split.
@@ -175,7 +176,8 @@ class Row(NamedTuple):
         return self[next((name for name in names if name in self), names[0])]
 
 
-class Request(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Request:
     """What the items of a task are made from."""
 
     # Rows of a split, by the name that the task gives it, such as "test" or "train".

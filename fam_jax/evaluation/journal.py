@@ -127,7 +127,7 @@ def _answered(item: Item, line: Mapping[str, Any]) -> Answered:
 def _differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[str, str]]:
     """Return what differs between two JSON values, by the names on the way to it."""
     if isinstance(before, dict) and isinstance(now, dict):
-        found = {}
+        found: dict[str, tuple[str, str]] = {}
         for name in sorted({*before, *now}):
             found |= _differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
         return found

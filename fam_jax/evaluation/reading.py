@@ -89,8 +89,8 @@ def read_documents(
                 return
             yield Read(document.key, None, ids, len(ids))
 
-    for row in range(count):
-        yield from fill(row)
+    for number in range(count):
+        yield from fill(number)
     if busy:
         state, fresh = streamer.start(count), streamer.start(1)
     while busy:

@@ -147,9 +147,7 @@ def evaluate_tasks(
     found = {}
     for run in runs:
         found[run.key] = _answer(run, streamer, joiner, journal, config, ends, on_progress)
-        found[run.key]["source"] = run.sources
-    for name in measured:
-        found[name] = _measure(name, config, params, journal, on_progress)
+    found |= {name: _measure(name, config, params, journal, on_progress) for name in measured}
     results = SuiteResults(os.fspath(path), step, found, skipped)
     _write(results, provenance(config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
     return results
@@ -338,6 +336,7 @@ def _answer(
         **summarize(run.task, answered),
         "version": run.task.version,
         "shots": run.shots,
+        "source": run.sources,
         "fingerprint": fingerprint(run.items),
         "longest_prompt": max(_longest(answered), answering.longest_document),
         "seconds": round(seconds, 3),
@@ -380,7 +379,7 @@ def _default_path(checkpoint: str | os.PathLike[str], step: int, names: Sequence
     return Path(checkpoint).expanduser() / FOLDER / str(step) / f"suite-{name}.json"
 
 
-def _write(results: SuiteResults, made_by: Mapping[str, Any], how: HowToRun) -> None:
+def _write(results: SuiteResults, made_by: dict[str, Any], how: HowToRun) -> None:
     values = {
         "format": FORMAT,
         "step": results.step,

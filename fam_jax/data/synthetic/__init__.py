@@ -3,15 +3,8 @@
 `TASKS` has the tasks by name; `sample` says what a sample is, and `fitting` makes its text exactly so many tokens long.
 """
 
-from collections.abc import Callable
-
-import numpy as np
-
 from fam_jax.data.synthetic import facts, needle, pairs, tracking
-from fam_jax.data.synthetic.sample import Sample
-
-# Makes a sample from random numbers and the depth, between 0 and 1, of what is asked for first.
-Make = Callable[[np.random.Generator, float], Sample]
+from fam_jax.data.synthetic.sample import Make, Sample
 
 TASKS: dict[str, Make] = {**needle.TASKS, **tracking.TASKS, **facts.TASKS, **pairs.TASKS}
 

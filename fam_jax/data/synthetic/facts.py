@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fam_jax.data.synthetic.sample import Placed, Sample, choose, passkey_filler
+from fam_jax.data.synthetic.sample import Make, Placed, Sample, choose, passkey_filler
 
 PEOPLE = ("Mary", "John", "Sandra", "Daniel")
 GIVERS = ("Bill", "Fred", "Jeff", "Mary")
@@ -180,7 +180,7 @@ def story(
     return Sample(placed, HEAD, f"\n\nQuestion: {question}\nAnswer:", (answer,), named, passkey_filler)
 
 
-TASKS = {
+TASKS: dict[str, Make] = {
     f"facts:qa{number}": functools.partial(story, tell=tell)
     for number, tell in enumerate(
         (_where_is_a_person, _where_is_a_thing, _where_was_a_thing, _what_is_beside, _who_gave_what), 1

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 
 from fam_jax.data.synthetic.sample import (
+    Make,
     Placed,
     Sample,
     names,
@@ -31,6 +32,7 @@ def needle(
     queries: int = 1,
     around: str = "filler",
     absent: bool = False,
+    near: bool = False,
 ) -> Sample:
     """Return a sample that asks for numbers of keys.
 
@@ -42,7 +44,9 @@ def needle(
       queries: keys that are asked for.
       around: "filler", or "needles" of other keys.
       absent: leave the needles out; what a model still finds is guessed.
+      near: put the needles right before the question, where every window reaches.
     """
+    depth = 1.0 if near else depth
     all_keys, all_values = names(random, keys), numbers(random, keys * values)
     asked = all_keys[:queries]
     wanted = all_values[: queries * values]
@@ -76,11 +80,12 @@ def _other_needle(seed: int, keys: tuple[str, ...], number: int) -> str:
     return _statement(names(random, 1, keys)[0], numbers(random, 1)[0])
 
 
-TASKS = {
+TASKS: dict[str, Make] = {
     "needle": needle,
     "needle:multikey": functools.partial(needle, keys=4),
     "needle:multivalue": functools.partial(needle, values=4),
     "needle:multiquery": functools.partial(needle, keys=4, queries=4),
     "needle:needles": functools.partial(needle, around="needles"),
     "needle:absent": functools.partial(needle, absent=True),
+    "needle:near": functools.partial(needle, near=True),
 }

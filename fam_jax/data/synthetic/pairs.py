@@ -6,6 +6,7 @@ import numpy as np
 
 from fam_jax.data.synthetic.sample import (
     NOUNS,
+    Make,
     Placed,
     Sample,
     choose,
@@ -64,7 +65,7 @@ def repeat(random: np.random.Generator, depth: float, *, count: int = 8, backwar
     return Sample((Placed(depth, text, True),), head, question, answers, WORD, passkey_filler, first=count)
 
 
-TASKS = {
+TASKS: dict[str, Make] = {
     "recall": recall,
     "rewrite": functools.partial(recall, writes=3),
     "copy": repeat,

@@ -61,6 +61,10 @@ class Sample(NamedTuple):
     first: int = 0
 
 
+# Makes a sample from random numbers and the depth, between 0 and 1, of what is asked for first.
+Make = Callable[[np.random.Generator, float], Sample]
+
+
 def passkey_filler(number: int) -> str:
     """Return a sentence of PassKey's filler."""
     sentences = [f"{sentence.strip()}." for sentence in FILLER.split(".") if sentence.strip()]

@@ -6,6 +6,7 @@ import numpy as np
 
 from fam_jax.data.synthetic.sample import (
     NOUNS,
+    Make,
     Placed,
     Sample,
     choose,
@@ -78,4 +79,4 @@ def _rare_word(seed: int, number: int) -> str:
     return "".join(_SYLLABLES[int(n)] for n in random.integers(0, len(_SYLLABLES), 4)) + "."
 
 
-TASKS = {"tracking": tracking, "words": words}
+TASKS: dict[str, Make] = {"tracking": tracking, "words": words}

@@ -21,6 +21,7 @@ DOCS = {
     "needle:multiquery": "numbers of four keys in filler",
     "needle:needles": "number of a key among those of other keys",
     "needle:absent": "control: number of a key that is not in the text",
+    "needle:near": "control: number of a key right before the question",
     "tracking": "variables that are assigned to each other",
     "words": "the most common words of a list",
     "facts:qa1": "where a person is",
