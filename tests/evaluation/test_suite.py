@@ -45,6 +45,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, config: Config) -> pathlib.Pat
     return save_run(folder / "run", own)
 
 
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Run on one device, for which programs compile faster; slow tests use all."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(suite, "make_mesh", lambda _: None)
+
+
 def without_times(path: str | pathlib.Path) -> dict[str, Any]:
     found = json.loads(pathlib.Path(path).read_text())
     for result in found["suites"].values():
@@ -104,14 +111,43 @@ def test_a_killed_evaluation_goes_on(
         "run",
         lambda self, items: asked.extend(i.id for i in items) or run_items(self, items),
     )
-    for whole in (0, 1, 3, 5, 7):
+    for whole in (1, 5):
         journal.write_bytes(b"".join(lines[:whole]) + (lines[whole][:9] if whole < 7 else b""))
         asked.clear()
         assert evaluated(out) == expected
-        assert len(asked) == 7 - max(whole, 1)
+        assert len(asked) == 7 - whole
         assert sorted(journal.read_bytes().splitlines()) == sorted(content.splitlines())
     asked.clear()
     assert evaluated(out, fresh=True) == expected and len(asked) == 6
+
+
+@pytest.mark.slow
+def test_eight_devices_and_one_choose_and_say_the_same(
+    run: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so does a run that is killed on one number of devices after every line, and goes on with the other."""
+    how = HowToRun(data=(str(data),), shots=("0", "1"), limit=3)
+
+    def evaluated(out: pathlib.Path) -> dict[str, Any]:
+        evaluate_tasks(run, TASKS_OF_RUN, how=how, out=out, batch_size=8)
+        return without_times(out)
+
+    def metrics(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: (part["metrics"], part["tokens_read"]) for name, part in found["suites"].items()}
+
+    def texts(name: str) -> list[str]:
+        lines = (tmp_path / f"{name}.items.jsonl").read_text().splitlines()
+        return sorted(json.loads(line)["text"] for line in lines if '"text"' in line)
+
+    many = evaluated(tmp_path / "many.json")
+    with monkeypatch.context() as patched:
+        patched.setattr(suite, "make_mesh", lambda _: None)
+        one = evaluated(tmp_path / "one.json")
+    assert metrics(many) == metrics(one) and texts("many") == texts("one")
+    lines = (tmp_path / "one.items.jsonl").read_bytes().splitlines(keepends=True)
+    for whole in range(len(lines) + 1):
+        (tmp_path / "again.items.jsonl").write_bytes(b"".join(lines[:whole]))
+        assert metrics(evaluated(tmp_path / "again.json")) == metrics(one)
 
 
 def test_another_head_is_refused_by_name(
