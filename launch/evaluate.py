@@ -112,17 +112,17 @@ class _ListTasks(argparse.Action):
 def list_tasks(arguments: argparse.Namespace) -> None:
     """Print the tasks, and where their data is if --data says where to look."""
     from fam_jax.evaluation.rows import Data, how_to_prepare
-    from fam_jax.evaluation.suite import ITEM_TASKS, availability, find_tasks
+    from fam_jax.evaluation.suite import DOCUMENTS, ITEM_TASKS, availability, find_tasks
     from fam_jax.evaluation.tasks import TASKS
 
-    names = (*arguments.tasks, *arguments.suite) or (*TASKS, *ITEM_TASKS)
+    names = (*arguments.tasks, *arguments.suite) or (*TASKS, *DOCUMENTS, *ITEM_TASKS)
     if arguments.data:
         for name, doc, place in availability(find_tasks(names), Data(arguments.data)):
             print(f"{name:20}{doc}; {place}")
         return
     for name in find_tasks(names):
-        if name in TASKS:
-            print(f"{name:20}{TASKS[name].doc}")
+        if name in TASKS or name in DOCUMENTS:
+            print(f"{name:20}{TASKS[name].doc if name in TASKS else DOCUMENTS[name][1]}")
             continue
         task = ITEM_TASKS[name]
         ways = "makes its own text" if task.synthetic else how_to_prepare(next(iter(task.sources.values())))
@@ -131,9 +131,9 @@ def list_tasks(arguments: argparse.Namespace) -> None:
 
 def _is_item_task(name: str | None) -> bool:
     """Return whether --task names a task that only `evaluate_tasks` runs."""
-    from fam_jax.evaluation.item_tasks import ITEM_TASKS
+    from fam_jax.evaluation.suite import DOCUMENTS, ITEM_TASKS
 
-    return name in ITEM_TASKS
+    return name in ITEM_TASKS or name in DOCUMENTS
 
 
 def run_tasks(arguments: argparse.Namespace, command: str) -> None:

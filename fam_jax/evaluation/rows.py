@@ -53,6 +53,11 @@ class Data:
             raise UserError(f"{source}: holds no rows; give the data of the task {task.name}")
         return found
 
+    def folder(self, name: str) -> str | None:
+        """Return the folder of this name in the first place that has one; None: there is none."""
+        found = (Path(place) / name for place in self._places if place != TFDS)
+        return next((str(path) for path in found if path.is_dir()), None)
+
     def source(self, task: ItemTask, split: str) -> str:
         """Return where the rows of a split are read from: a path, or tfds:NAME:SPLIT.
 

@@ -45,6 +45,12 @@ LONGEST_NAME = 60
 SUITES = (*dict.fromkeys(task.suite for task in ITEM_TASKS.values()), "perplexity", "passkey")
 # Suites of tasks that are measured as a whole.
 _MEASURED = {"perplexity": "text", "passkey": "passkey"}
+# Tasks that measure the documents of a folder of --data as the task "text" does: endings of files, and the line for
+# --list.
+DOCUMENTS = {
+    "pg19": ((".txt",), "PG-19: next-token accuracy and loss on books, by position"),
+    "isabelle": ((".thy",), "Isabelle: next-token accuracy and loss on theories, by position"),
+}
 PUBLISHED_SHOTS = "gpt3"
 
 
@@ -147,7 +153,7 @@ def evaluate_tasks(
     found = {}
     for run in runs:
         found[run.key] = _answer(run, streamer, joiner, journal, config, ends, on_progress)
-    found |= {name: _measure(name, config, params, journal, on_progress) for name in measured}
+    found |= {name: _measure(name, at, config, params, journal, on_progress) for name, at in measured.items()}
     results = SuiteResults(os.fspath(path), step, found, skipped)
     _write(results, provenance(config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
     return results
@@ -171,12 +177,13 @@ def find_tasks(names: Sequence[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in names:
-        if name in ITEM_TASKS or name in TASKS:
+        if name in ITEM_TASKS or name in TASKS or name in DOCUMENTS:
             found[name] = None
         elif name in _MEASURED:
             found[_MEASURED[name]] = None
         elif name in SUITES:
             found |= dict.fromkeys(task.name for task in ITEM_TASKS.values() if task.suite == name)
+            found |= dict.fromkeys(DOCUMENTS if name == "long_context" else ())
         else:
             found |= dict.fromkeys(_variants(name))
     if not found:
@@ -195,6 +202,9 @@ def _variants(name: str) -> list[str]:
 def availability(names: Sequence[str], data: Data) -> Iterator[tuple[str, str, str]]:
     """Yield the name of each task, its line for --list, and where its data is or how to prepare it."""
     for name in names:
+        if name in DOCUMENTS:
+            yield name, DOCUMENTS[name][1], data.folder(name) or f"missing: {_missing(name)}"
+            continue
         if name not in ITEM_TASKS:
             yield name, TASKS[name].doc, "needs no data of --data"
             continue
@@ -212,12 +222,23 @@ def _splits(task: ItemTask, shots: int) -> list[str]:
     return [split for split in task.sources if split != "train" or shots]
 
 
-def _plan(names: Sequence[str], how: HowToRun, data: Data) -> tuple[list[_Run], list[str], dict[str, str]]:
-    """Return what to run, and why the other tasks are skipped, before a model is loaded."""
-    runs, measured, skipped = [], [], {}
+def _plan(
+    names: Sequence[str], how: HowToRun, data: Data
+) -> tuple[list[_Run], dict[str, str | None], dict[str, str]]:
+    """Return what to run, before a model is loaded.
+
+    Returns:
+      Tasks of items; tasks that are measured as a whole, with the folder of their documents if they have one; and why
+      the other tasks are skipped.
+    """
+    runs, skipped = [], {}
+    measured: dict[str, str | None] = {}
     for name in find_tasks(names):
+        if name in DOCUMENTS and data.folder(name) is None:
+            skipped[name] = f"task {name}: its data is not on disk; {_missing(name)}"
+            continue
         if name not in ITEM_TASKS:
-            measured.append(name)
+            measured[name] = data.folder(name) if name in DOCUMENTS else None
             continue
         task = ITEM_TASKS[name]
         for number, shots in _shots(task, how.shots).items():
@@ -232,6 +253,11 @@ def _plan(names: Sequence[str], how: HowToRun, data: Data) -> tuple[list[_Run], 
         more = f", and {len(skipped) - 1} other tasks cannot run either" if len(skipped) > 1 else ""
         raise UserError(f"{next(iter(skipped.values()))}{more}")
     return runs, measured, skipped
+
+
+def _missing(name: str) -> str:
+    """Return what puts documents on disk."""
+    return f"put {', '.join(DOCUMENTS[name][0])} files into the folder {name} of a folder of --data"
 
 
 def _shots(task: ItemTask, wanted: Sequence[str]) -> dict[str, int]:
@@ -351,13 +377,23 @@ def _longest(answered: Sequence[Answered]) -> int:
 
 
 def _measure(
-    name: str, config: Config, params: Any, journal: Journal, on_progress: OnProgress | None
+    name: str,
+    folder: str | None,
+    config: Config,
+    params: Any,
+    journal: Journal,
+    on_progress: OnProgress | None,
 ) -> dict[str, Any]:
     """Return the results of a task that is measured as a whole."""
     found = journal.find_result(name)
     if found is None:
-        measured = prepare(name, make_setting(config), on_progress)(params)
-        headline = next(iter(find_task(name).metrics))
+        if folder is None:
+            task, setting = name, make_setting(config)
+            headline = next(iter(find_task(name).metrics))
+        else:
+            task, setting = "text", make_setting(config, [folder], DOCUMENTS[name][0])
+            headline = "next_token_accuracy"
+        measured = prepare(task, setting, on_progress)(params)
         found = {
             "headline": headline,
             "value": measured.scalars[headline],
@@ -365,6 +401,7 @@ def _measure(
             "chance": None,
             "metrics": measured.scalars,
             "details": measured.details,
+            "source": folder,
         }
         found = json.loads(dump_json(found))
         journal.add_result(name, found)

@@ -53,7 +53,7 @@ def summarize(task: ItemTask, answered: Sequence[Answered]) -> dict[str, Any]:
       items), metrics: all scores, chance: expected headline of a guesser, or None; n: items, documents: what they are
       about; ties: items with several likeliest choices; tokens_read, tokens_expected, tokens_generated: sums;
       by_length and so on: scores and number of items for each value of a fact (depths by tenths, blocks back by powers
-      of two, each named by its beginning); items: headline score by id.
+      of two, each named by its beginning); items and document_of: headline score and document by id of the item.
 
     Raises:
       RuntimeError: the model did not read what it should have read.
@@ -84,6 +84,7 @@ def summarize(task: ItemTask, answered: Sequence[Answered]) -> dict[str, Any]:
             found[f"by_{fact}"] = _by_fact(task, answered, values, fact)
     if own is not None:
         found["items"] = {item.id: value for item, value in zip(items, own, strict=True)}
+        found["document_of"] = {item.id: name for item, name in zip(items, documents, strict=True)}
     return found
 
 

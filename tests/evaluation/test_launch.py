@@ -11,6 +11,7 @@ import pytest
 from fam_jax.config import Config, UserError, resolve
 from fam_jax.evaluation import TASKS, read_evaluation
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
+from fam_jax.evaluation.suite import DOCUMENTS
 from launch import evaluate
 from launch.errors import user_errors
 from tests.evaluation.fixtures import GPT3, write_rows
@@ -70,9 +71,10 @@ def test_the_list_of_tasks(capsys: pytest.CaptureFixture[str], tmp_path: pathlib
     """The list needs no checkpoint, and says where data is if it is told where to look."""
     assert evaluate.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [*TASKS, *ITEM_TASKS]
-    for line, task in zip(lines, [*TASKS.values(), *ITEM_TASKS.values()], strict=True):
-        assert task.doc in line
+    assert [line.split()[0] for line in lines] == [*TASKS, *DOCUMENTS, *ITEM_TASKS]
+    docs = [task.doc for task in TASKS.values()] + [doc for _, doc in DOCUMENTS.values()]
+    for line, doc in zip(lines, [*docs, *(task.doc for task in ITEM_TASKS.values())], strict=True):
+        assert doc in line
     write_rows(tmp_path, "copa", "validation", GPT3["copa"])
     assert evaluate.main(["--list", f"--data={tmp_path}", "--tasks=copa,wic,text"]) == 0
     copa, wic, text = capsys.readouterr().out.splitlines()

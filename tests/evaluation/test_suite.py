@@ -13,7 +13,7 @@ from fam_jax.evaluation.item import Answered, Item, Likelihood
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
 from fam_jax.evaluation.journal import Journal
 from fam_jax.evaluation.rows import Data, MissingDataError
-from fam_jax.evaluation.suite import find_tasks
+from fam_jax.evaluation.suite import DOCUMENTS, find_tasks
 from fam_jax.evaluation.summary import fingerprint, limited
 from fam_jax.evaluation.tasks import TASKS
 from launch import evaluate
@@ -163,6 +163,24 @@ def test_another_head_is_refused_by_name(
     evaluate_tasks(run, ["copa"], how=dataclasses.replace(how, limit=2), out=out, fresh=True)
 
 
+def test_documents_of_a_folder_are_measured_as_text(
+    run: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: the results of a task that is measured as a whole are in the journal too."""
+    (tmp_path / "data" / "pg19").mkdir(parents=True)
+    (tmp_path / "data" / "pg19" / "1.txt").write_text("a book " * 30)
+    (tmp_path / "data" / "pg19" / "notes.md").write_text("not a book")
+    how, out = HowToRun(data=(str(tmp_path / "data"),)), tmp_path / "out.json"
+    found = evaluate_tasks(run, ["pg19", "isabelle"], how=how, out=out)
+    assert "put .thy files into the folder isabelle of a folder of --data" in found.skipped["isabelle"]
+    book = found.suites["pg19"]
+    assert (book["headline"], book["details"]["documents"]) == ("next_token_accuracy", 1)
+    assert book["value"] == book["metrics"]["next_token_accuracy"]
+    assert book["details"]["tokens_read"] == 30 * 7 + 1 and book["metrics"]["loss_by_position/16"] > 0
+    monkeypatch.setattr(suite, "prepare", None)
+    assert evaluate_tasks(run, ["pg19"], how=how, out=out).suites == found.suites
+
+
 def test_the_file_of_results_by_default(run: pathlib.Path, data: pathlib.Path) -> None:
     found = evaluate_tasks(run, ["copa"], how=HowToRun(data=(str(data),), limit=1))
     assert found.path == str(run / "evaluations" / "10" / "suite-copa.json")
@@ -216,6 +234,7 @@ def test_a_journal_keeps_what_was_answered(tmp_path: pathlib.Path) -> None:
 
 
 def test_names_of_tasks_and_suites() -> None:
+    assert {"pg19", "isabelle", "quality"} <= {*find_tasks(["long_context"])} and not {*DOCUMENTS} & {*TASKS}
     assert find_tasks(["gpt3"]) == [name for name, task in ITEM_TASKS.items() if task.suite == "gpt3"]
     assert find_tasks(["perplexity", "copa", "passkey", "copa"]) == ["text", "copa", "passkey"]
     assert not {*ITEM_TASKS} & {*TASKS}
@@ -300,3 +319,55 @@ def test_files_that_are_damaged(tmp_path: pathlib.Path, name: str, content: byte
     (tmp_path / "copa" / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         Data([str(tmp_path)]).rows(ITEM_TASKS["copa"], "test")
+
+
+def test_rows_of_a_prepared_tfds_dataset(tmp_path: pathlib.Path) -> None:
+    """Nested features come as JSON has them; what is not prepared is missing, and nothing is downloaded."""
+    import numpy as np
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict(
+        {
+            "text": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=["no", "yes"]),
+            "idx": {"paragraph": np.int32, "question": np.int32},
+            "words": tfds.features.Sequence(tfds.features.Text()),
+            "options": tfds.features.Sequence(tfds.features.Sequence(tfds.features.Text())),
+            "answers": tfds.features.Sequence({"text": tfds.features.Text(), "start": np.int32}),
+        }
+    )
+    rows = [
+        {
+            "text": f"é{n}",
+            "label": n % 2,
+            "idx": {"paragraph": n, "question": 1},
+            "words": ["a"] * n,
+            "options": [["a", "b"], ["c"]][: n % 3],
+            "answers": {"text": ["x"] * (n % 2), "start": [3] * (n % 2)},
+        }
+        for n in range(4)
+    ]
+    file_utils = tfds.core.utils.file_utils
+    try:
+        builder = tfds.dataset_builders.store_as_tfds_dataset
+        builder(
+            "fam_rows",
+            version="1.0.0",
+            features=features,
+            split_datasets={"validation": [*enumerate(rows)]},
+            data_dir=str(tmp_path),
+            disable_shuffling=True,
+        )
+        file_utils.add_data_dir(str(tmp_path))
+        task = dataclasses.replace(
+            ITEM_TASKS["copa"],
+            sources={"test": ("tfds:fam_rows:validation",), "train": ("tfds:fam_rows:train",)},
+        )
+        data = Data(["tfds"])
+        assert [row.values for row in data.rows(task, "test")] == rows
+        assert data.rows(task, "test")[2].where == "tfds:fam_rows:validation: row 3"
+        for missing in (task, ITEM_TASKS["copa"]):
+            with pytest.raises(MissingDataError, match="run `tfds build"):
+                data.source(missing, "train")
+    finally:
+        file_utils.clear_registered_data_dirs()
