@@ -229,6 +229,8 @@ class ItemTask:
     stop: tuple[str, ...] = ("\n",)
     # Examples that the published few-shot result shows.
     published_shots: int = 0
+    # Headlines of other models by name and shots, for reports.
+    published: Mapping[str, float] = dataclasses.field(default_factory=dict)
     # Expected headline of a guesser, from the items; None: none.
     chance: Callable[[Sequence[Item]], float] | None = None
     # Whether values of the headline are proportions of right answers, rather than scores in between.

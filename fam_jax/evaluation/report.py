@@ -66,7 +66,8 @@ def write_report(
         task, what = next(iter(different.items()))
         raise UserError(f"{task}: {what}, so the results do not compare; evaluate again, or give --force")
     place = Path(folder)
-    parts = [_runs_table(results), _scores_table(results, tasks, different), *_paired(results, tasks)]
+    parts = [_runs_table(results), _scores_table(results, tasks, different)]
+    parts += [*_paired(results, tasks), *_published(results, tasks)]
     written = []
     for fact, label in PLOTTED.items():
         for task in tasks:
@@ -156,6 +157,17 @@ def _paired(results: Mapping[str, Results], tasks: Sequence[str]) -> list[str]:
             headings = ("task", "difference", "95 % interval", "higher", "lower", "items")
             tables.append(f"{name} less {first}, item by item:\n\n{_table(headings, rows)}")
     return tables
+
+
+def _published(results: Mapping[str, Results], tasks: Sequence[str]) -> list[str]:
+    """Return a table of what was published of other models, if anything was."""
+    rows = []
+    for task in tasks:
+        part = next(each["suites"][task] for each in results.values() if task in each["suites"])
+        told = part.get("published_of_other_models") or {}
+        rows += [[task, part["headline"], model, f"{value:.4f}"] for model, value in told.items()]
+    table = _table(("task", "score", "model", "value"), rows)
+    return [f"Other models, as published, on data and prompts that may differ:\n\n{table}"] if rows else []
 
 
 def _curves(results: Mapping[str, Results], task: str, fact: str) -> dict[str, dict[float, float]]:

@@ -147,7 +147,7 @@ def evaluate_tasks(
     joiner = _joiner(config)
     for run in runs:
         run.items = _items(run, how, Data(how.data), joiner, config.model.block_size)
-    head = _head(checkpoint, step, config, streamer, runs, how)
+    head = _head(checkpoint, step, config, streamer, runs, how) | _measured_head(measured, config)
     journal = Journal(path.with_suffix(".items.jsonl"), head, fresh=fresh)
     ends = end_ids(config, checkpoint)
     found = {}
@@ -333,6 +333,23 @@ def _head(
     }
 
 
+def _measured_head(measured: Mapping[str, str | None], config: Config) -> dict[str, Any]:
+    """Return what results of tasks that are measured as a whole depend on, beside the model."""
+    if not measured:
+        return {}
+    settings = dataclasses.asdict(config.evaluate)
+    own = {
+        name: value for name, value in settings.items() if name not in ("every", "batch_size", "chunk_blocks")
+    }
+    sources = {}
+    for name, folder in measured.items():
+        files = sorted(path for path in Path(folder or "").rglob("*") if path.is_file()) if folder else []
+        sizes = [(str(path.relative_to(folder or "")), path.stat().st_size) for path in files]
+        sources[name] = hashlib.blake2b(repr((folder, sizes)).encode(), digest_size=8).hexdigest()
+    data = {"heldout_files": [*config.data.heldout_files], "digits": config.data.digits}
+    return json.loads(dump_json({"measured": {**own, **data, "sources": sources}}))
+
+
 def _answer(
     run: _Run,
     streamer: Streamer,
@@ -363,6 +380,7 @@ def _answer(
         "version": run.task.version,
         "shots": run.shots,
         "source": run.sources,
+        "published_of_other_models": dict(run.task.published),
         "fingerprint": fingerprint(run.items),
         "longest_prompt": max(_longest(answered), answering.longest_document),
         "seconds": round(seconds, 3),

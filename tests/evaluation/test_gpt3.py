@@ -8,7 +8,7 @@ from fam_jax.config import UserError
 from fam_jax.evaluation.answering import Answering, HowToAnswer
 from fam_jax.evaluation.item import Answered, Item, ItemTask
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
-from fam_jax.evaluation.item_tasks.gpt3 import TASKS
+from fam_jax.evaluation.item_tasks.gpt3 import PUBLISHED, TASKS
 from fam_jax.evaluation.summary import summarize
 from tests.evaluation.fake import FakeStreamer, joiner, model_for, request_for, rows_of
 from tests.evaluation.fixtures import GPT3
@@ -172,6 +172,15 @@ def test_rows_that_are_wrong(name: str, change: dict, message: str) -> None:
 def test_too_many_shots() -> None:
     with pytest.raises(UserError, match=r"--shots=20: train has only 9 examples to show; ask for fewer"):
         items_of("boolq", 20)
+
+
+def test_published_figures_belong_to_tasks() -> None:
+    assert {*PUBLISHED} <= {*NAMES}
+    assert ITEM_TASKS["trivia_qa"].published == {
+        "GPT-3 175B, 0 shots": 0.643,
+        "GPT-3 175B, 1 shots": 0.680,
+        "GPT-3 175B, 64 shots": 0.712,
+    }
 
 
 def test_answers_of_the_known_edges() -> None:

@@ -24,6 +24,7 @@ def results_of(folder: pathlib.Path, name: str, right: int, version: int = 1) ->
     ]
     part: dict[str, Any] = {**summarize(task, answered), "version": version, "shots": 0}
     suites = {"needle": part | {"fingerprint": fingerprint(items)}}
+    suites["needle"]["published_of_other_models"] = {"Somebody's": 0.5}
     path = folder / f"{name}.json"
     made = {"checkpoint": f"runs/{name}", "devices": "1 x cpu"}
     path.write_text(json.dumps({"step": 7, "provenance": made, "suites": suites, "skipped": {}}))
@@ -38,6 +39,7 @@ def test_a_report_of_two_runs(tmp_path: pathlib.Path, capsys: pytest.CaptureFixt
     row = next(line for line in text.splitlines() if line.startswith("| needle | recall |"))
     assert "| 0.3333 (" in row and "| 0.6667 (" in row and row.endswith("|  | 12 | 108 |")
     assert "b less a, item by item:" in text
+    assert "Other models, as published" in text and "| needle | recall | Somebody's | 0.5000 |" in text
     assert "| needle | +0.3333 | " in text and " | 4 | 0 | 12 |" in text
     for fact in ("length", "depth", "blocks_back"):
         picture = tmp_path / "out" / f"needle-by-{fact}.png"

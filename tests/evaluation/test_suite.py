@@ -179,6 +179,9 @@ def test_documents_of_a_folder_are_measured_as_text(
     assert book["details"]["tokens_read"] == 30 * 7 + 1 and book["metrics"]["loss_by_position/16"] > 0
     monkeypatch.setattr(suite, "prepare", None)
     assert evaluate_tasks(run, ["pg19"], how=how, out=out).suites == found.suites
+    (tmp_path / "data" / "pg19" / "2.txt").write_text("another book")
+    with pytest.raises(UserError, match=r"another evaluation \(measured.sources.pg19 was"):
+        evaluate_tasks(run, ["pg19"], how=how, out=out)
 
 
 def test_the_file_of_results_by_default(run: pathlib.Path, data: pathlib.Path) -> None:

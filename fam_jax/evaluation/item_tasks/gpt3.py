@@ -210,9 +210,19 @@ def _task(
     sources = {"test": (f"tfds:{data}:{split}", f"{name}/{split}")}
     if not own:
         sources["train"] = (f"tfds:{data}:{train}", f"{name}/{train}")
-    return ItemTask(name, doc, 1, SUITE, sources, items, published_shots=shots, **fields)
+    told = zip((0, 1, shots), PUBLISHED.get(name, ()), strict=False)
+    published = {f"GPT-3 175B, {number} shots": value for number, value in told if value is not None}
+    return ItemTask(name, doc, 1, SUITE, sources, items, published_shots=shots, published=published, **fields)
 
 
+# Of GPT-3 with 175B parameters at 0, 1 and many shots, from the text and table 3.3 of the paper; None: not told there.
+PUBLISHED = {
+    "hellaswag": (None, 0.781, 0.793),
+    "natural_questions": (0.146, 0.230, 0.299),
+    "storycloze": (0.832, None, 0.877),
+    "trivia_qa": (0.643, 0.680, 0.712),
+    "web_questions": (0.144, 0.253, 0.415),
+}
 GLUE = "super_glue"
 TEST: dict[str, Any] = {"split": "test"}
 
