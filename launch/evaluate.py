@@ -57,7 +57,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     shots = "solved examples to show before a question; gpt3: as many as GPT-3 saw; default: 0"
     add("--shots", type=cli.words, default=("0",), metavar="N,...", help=shots)
     add(
-        "--limit", type=cli.at_least(0), default=0, metavar="N", help="items of a task, drawn by seed; 0: all"
+        "--limit",
+        type=cli.at_least(0),
+        default=0,
+        metavar="N",
+        help="items, or documents with all their questions, drawn by seed; 0: all",
     )
     add(
         "--items", type=cli.at_least(1), default=50, metavar="N", help="synthetic tasks: items of each length"

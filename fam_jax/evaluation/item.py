@@ -233,8 +233,6 @@ class ItemTask:
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)
     # Expected headline of a guesser, from the items; None: none.
     chance: Callable[[Sequence[Item]], float] | None = None
-    # Whether values of the headline are proportions of right answers, rather than scores in between.
-    proportion: bool = True
     # Check that what the scores need is installed.
     check: Callable[[], None] = lambda: None
 

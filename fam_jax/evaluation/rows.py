@@ -22,7 +22,7 @@ ENDINGS = (".jsonl", ".jsonl.gz", JSON, f"{JSON}.gz", PARQUET)
 
 
 class MissingDataError(UserError):
-    """The data of a task is not on disk."""
+    """The data of a task is not on disk, or not enough of it."""
 
 
 class Data:

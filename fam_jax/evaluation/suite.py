@@ -62,7 +62,7 @@ class HowToRun:
     data: tuple[str, ...] = ("tfds",)
     # Numbers of solved examples to show, as text; "gpt3": those of GPT-3.
     shots: tuple[str, ...] = ("0",)
-    # Items of a task, drawn by seed; 0: all.
+    # Items of a task, or documents with all their questions, drawn by seed; 0: all.
     limit: int = 0
     seed: int = 1
     # For synthetic tasks: tokens of a prompt, items of each length and seed, and how many seeds.
@@ -137,7 +137,8 @@ def evaluate_tasks(
     if jax.process_count() > 1:
         raise UserError("--tasks, --suite: run in one process; start it on one host")
     how = how or HowToRun()
-    runs, measured, skipped = _plan([*dict.fromkeys(tasks)], how, Data(how.data))
+    data = Data(how.data)
+    runs, measured, skipped = _plan([*dict.fromkeys(tasks)], how, data)
     if out is not None:
         check_output_file(os.path.expanduser(out))
     config, params, step = _load(checkpoint, step, mesh or MeshConfig(), settings)
@@ -145,8 +146,7 @@ def evaluate_tasks(
     check_output_file(path)
     streamer = Streamer(config.model, params)
     joiner = _joiner(config)
-    for run in runs:
-        run.items = _items(run, how, Data(how.data), joiner, config.model.block_size)
+    runs = _with_items(runs, skipped, how, data, joiner, config.model.block_size)
     head = _head(checkpoint, step, config, streamer, runs, how) | _measured_head(measured, config)
     journal = Journal(path.with_suffix(".items.jsonl"), head, fresh=fresh)
     ends = end_ids(config, checkpoint)
@@ -279,6 +279,20 @@ def _joiner(config: Config) -> Joiner:
     check_vocabulary_size(vocabulary, config.model, config.data)
     begin, first = bos_ids(vocabulary, config.data), first_input(vocabulary, config.data)
     return Joiner(vocabulary, config.model.vocab_size, begin, first)
+
+
+def _with_items(
+    runs: Sequence[_Run], skipped: dict[str, str], how: HowToRun, data: Data, joiner: Joiner, block_size: int
+) -> list[_Run]:
+    """Make the items of all tasks; those with too little data go to `skipped`."""
+    found = []
+    for run in runs:
+        try:
+            run.items = _items(run, how, data, joiner, block_size)
+            found.append(run)
+        except MissingDataError as error:
+            skipped[run.key] = str(error)
+    return found
 
 
 def _items(run: _Run, how: HowToRun, data: Data, joiner: Joiner, block_size: int) -> list[Item]:

@@ -69,7 +69,7 @@ def summarize(task: ItemTask, answered: Sequence[Answered]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "headline": task.headline,
         "value": metrics[task.headline],
-        "ci95": None if own is None else _interval(own, documents, task.proportion),
+        "ci95": None if own is None else _interval(own, documents),
         "chance": None if task.chance is None else task.chance(items),
         "metrics": metrics,
         "n": len(items),
@@ -99,10 +99,17 @@ def _document(item: Item) -> Hashable:
     return item.document.key or item.group or item.id
 
 
-def _interval(own: Sequence[float], documents: Sequence[Hashable], proportion: bool) -> list[float]:
-    """Return the interval of a mean; Wilson's where items are independent proportions, else by bootstrap."""
-    if proportion and len({*documents}) == len(documents):
-        return [*scores.wilson(sum(own), len(own))]
+def _interval(own: Sequence[float], documents: Sequence[Hashable]) -> list[float]:
+    """Return the interval of a mean: Wilson's where items are independent and right or wrong, else by bootstrap.
+
+    If all are right, or all wrong, a bootstrap would say that there is no doubt. Then each document counts as one item.
+    """
+    if {*own} <= {0.0, 1.0}:
+        count = len({*documents})
+        if count == len(documents):
+            return [*scores.wilson(sum(own), count)]
+        if len({*own}) == 1:
+            return [*scores.wilson(own[0] * count, count)]
     return [*scores.bootstrap(own, documents)]
 
 

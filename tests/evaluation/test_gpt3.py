@@ -197,3 +197,13 @@ def test_answers_of_the_known_edges() -> None:
     for said in ("Unanswerable.", "", " "):
         assert values("squad_v2", said, "") == {"exact_match": 1, "f1": 1}
         assert values("squad_v2", said, "mill") == {"exact_match": 0, "f1": 0}
+
+
+def test_questions_on_one_text_are_one_group() -> None:
+    """They are resampled and drawn together, as they are not independent."""
+    for name, each in (("race_high", 2), ("squad_v2", 3), ("multirc", 3)):
+        groups = [item.group for item in items_of(name)]
+        assert all(groups) and {groups.count(group) for group in groups} == {each}
+    task, items = ITEM_TASKS["multirc"], items_of("multirc")
+    found = summarize(task, run(task, items, model_for(task, items, lambda *_: -1.0)))
+    assert found["documents"] == 10 and found["ci95"][0] <= found["value"] <= found["ci95"][1]

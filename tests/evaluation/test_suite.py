@@ -65,14 +65,22 @@ def test_tasks_from_rows_to_a_file_of_results(
     run: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
-    arguments = [f"--checkpoint={run}", f"--data={data}", f"--out={out}", "--shots=0,1"]
+    arguments = [f"--checkpoint={run}", f"--data={data}", f"--out={out}", "--shots=0,1,99"]
     assert evaluate.main([*arguments, "--tasks=copa,web_questions,wic"]) == 0
     printed = capsys.readouterr().out
     assert "copa@1" in printed and f"written to {out}" in printed
     assert "skipped wic: task wic: its data is not on disk; " in printed
     found = json.loads(out.read_text())
     assert list(found["suites"]) == ["copa", "copa@1", "web_questions"]
-    assert set(found["skipped"]) == {"wic", "wic@1", "web_questions@1"}
+    assert set(found["skipped"]) == {
+        "wic",
+        "wic@1",
+        "wic@99",
+        "web_questions@1",
+        "web_questions@99",
+        "copa@99",
+    }
+    assert found["skipped"]["copa@99"].endswith("has only 7 examples to show; ask for fewer")
     copa = found["suites"]["copa"]
     assert (copa["headline"], copa["n"], copa["chance"], copa["shots"]) == ("acc_token", 3, 0.5, 0)
     assert copa["value"] == copa["metrics"]["acc_token"] in (0, 1 / 3, 2 / 3, 1)
@@ -81,7 +89,7 @@ def test_tasks_from_rows_to_a_file_of_results(
     assert copa["source"] == {"test": f"{data}/copa/validation.jsonl"}
     assert found["suites"]["copa@1"]["tokens_read"] > copa["tokens_read"]
     assert found["suites"]["web_questions"]["tokens_generated"] > 0
-    assert found["provenance"]["how"]["shots"] == ["0", "1"]
+    assert found["provenance"]["how"]["shots"] == ["0", "1", "99"]
     assert found["provenance"]["command"].startswith("python -m launch.evaluate --checkpoint=")
     lines = [json.loads(line) for line in out.with_suffix(".items.jsonl").read_text().splitlines()]
     assert set(lines[0]) == {"head"} and len(lines) == 1 + 3 + 3 + 3

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from fam_jax.config import UserError
 from fam_jax.evaluation import scores
 from fam_jax.evaluation.item import (
     CHOOSE,
@@ -27,6 +26,7 @@ from fam_jax.evaluation.item import (
 )
 from fam_jax.evaluation.item_tasks import gpt3_rows as prompts
 from fam_jax.evaluation.item_tasks.gpt3_rows import Example
+from fam_jax.evaluation.rows import MissingDataError
 
 SUITE = "gpt3"
 Convert = Callable[[Row, int], Iterator[Example]]
@@ -55,7 +55,7 @@ def few_shot_items(
       shots_from: the rows to solve; if it is `split` too, an item is not shown itself.
 
     Raises:
-      UserError: there are fewer rows to solve than shots.
+      MissingDataError: there are fewer rows to solve than shots.
     """
 
     def rows(name: str) -> Sequence[Row]:
@@ -65,7 +65,7 @@ def few_shot_items(
     asked, own = rows(split), shots_from == split
     pool = asked if own else rows(shots_from) if request.shots else []
     if request.shots > len(pool) - own and request.shots:
-        raise UserError(
+        raise MissingDataError(
             f"--shots={request.shots}: {pool[0].where.partition(': ')[0] if pool else shots_from} has only "
             f"{len(pool) - own} examples to show; ask for fewer"
         )
@@ -105,6 +105,10 @@ def _item(name: str, example: Example, before: str) -> Item:
         group=example.group,
         facts=example.facts,
     )
+
+
+def _multirc_values(answered: Answered) -> dict[str, float]:
+    return {"acc_answer": float(answered.chosen(TOKEN)[0] == answered.item.gold)}
 
 
 def _multirc_totals(answered: Sequence[Answered]) -> dict[str, float]:
@@ -256,6 +260,7 @@ TASKS = (
         32,
         f"{GLUE}/multirc",
         prompts.multirc,
+        values=_multirc_values,
         totals=_multirc_totals,
         headline="acc_answer",
         header=prompts.HEADER_OF_MULTIRC,
@@ -346,6 +351,5 @@ TASKS = (
         headline="f1",
         totals=_squad_totals,
         gather=prompts.paragraphs_of_squad,
-        proportion=False,
     ),
 )

@@ -196,7 +196,7 @@ def race(row: Row, shots: int) -> Iterator[Example]:
     for question, texts, answer in zip(questions, options, answers, strict=True):
         gold = "ABCD".index(answer) if isinstance(answer, str) else int(answer)
         asked = f"{context}Q: {question}\n\nA:"
-        yield Example(asked, _spaced(texts), gold, unconditional="A:")
+        yield Example(asked, _spaced(texts), gold, unconditional="A:", group=f"article {row.id}")
         context = f"{asked} {texts[gold]}\n\n"
 
 
@@ -289,7 +289,7 @@ def squad(row: Row, shots: int) -> Iterator[Example]:
         context = f"{context}Q: {asked['question']}\n\nA:"
         solution = f" {answers[0] or 'unanswerable'}"
         facts = {"answerable": bool(answers[0])}
-        yield Example(context, answers=answers, facts=facts, solution=solution)
+        yield Example(context, answers=answers, facts=facts, solution=solution, group=f"paragraph {row.id}")
         context = f"{context}{solution}\n\n"
 
 

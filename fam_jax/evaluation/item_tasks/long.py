@@ -193,7 +193,6 @@ def _questions(name: str, doc: str, items: Any, headline: str) -> ItemTask:
         headline=headline,
         rule=TOKEN,
         max_tokens=128,
-        proportion=False,
         check=check_rouge,
     )
 
@@ -210,7 +209,6 @@ def _xlsum(language: str, name: str) -> ItemTask:
         summary_values,
         "rouge_l",
         max_tokens=128,
-        proportion=False,
         check=check_rouge,
     )
 

@@ -121,7 +121,6 @@ def _task(name: str, make: Make) -> ItemTask:
         synthetic_values,
         "recall" if share else "exact",
         max_tokens=128,
-        proportion=not share,
     )
 
 
