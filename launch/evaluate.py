@@ -61,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=cli.at_least(0),
         default=0,
         metavar="N",
-        help="items, or documents with all their questions, drawn by seed; 0: all",
+        help="items, or documents with their questions, drawn by seed; 0: all",
     )
     add(
         "--items", type=cli.at_least(1), default=50, metavar="N", help="synthetic tasks: items of each length"

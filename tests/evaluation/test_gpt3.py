@@ -1,6 +1,7 @@
 """GPT-3's tasks: prompts as published, and scores of models that are right, wrong or guessing."""
 
 import zlib
+from collections.abc import Callable
 
 import pytest
 
@@ -154,12 +155,59 @@ def test_the_published_files_of_super_glue_and_squad_say_the_same() -> None:
     assert [item.context for item in found] == [item.context for item in items_of("squad_v2")]
 
 
+def test_rows_of_tfds_and_of_the_published_files_say_the_same() -> None:
+    """TFDS has numbers for labels, and other fields."""
+
+    def arc(row: dict) -> dict:
+        labels = row["choices"]["label"]
+        number = "ABC".index(row["answerKey"])
+        return {**row, "choices": {**row["choices"], "label": [*range(len(labels))]}, "answerKey": number}
+
+    def openbookqa(row: dict) -> dict:
+        choices = zip("ABCD", row["choices"]["text"], strict=True)
+        question = {"stem": row["question_stem"], **{f"choice_{letter}": text for letter, text in choices}}
+        return {"question": question, "answerKey": "ABCD".index(row["answerKey"])}
+
+    def openbookqa_file(row: dict) -> dict:
+        choices = [{"text": t, "label": x} for t, x in zip(row["choices"]["text"], "ABCD", strict=True)]
+        return {"question": {"stem": row["question_stem"], "choices": choices}, "answerKey": row["answerKey"]}
+
+    def named(*names: str) -> Callable[[dict], dict]:
+        return lambda row: {**row, "label": names[row["label"]]}
+
+    def winogrande(row: dict) -> dict:
+        return {**{k: v for k, v in row.items() if k != "answer"}, "label": int(row["answer"]) - 1}
+
+    def hellaswag(row: dict) -> dict:
+        return {
+            "context": row["ctx"],
+            **{k: v for k, v in row.items() if k != "ctx"},
+            "label": int(row["label"]),
+        }
+
+    others = (
+        ("arc_easy", arc),
+        ("openbookqa", openbookqa),
+        ("openbookqa", openbookqa_file),
+        ("anli_r1", named("e", "n", "c")),
+        ("cb", named("entailment", "contradiction", "neutral")),
+        ("boolq", lambda row: {**row, "label": bool(row["label"])}),
+        ("rte", lambda row: {**row, "label": int(row["label"] == "not_entailment")}),
+        ("winogrande", winogrande),
+        ("hellaswag", hellaswag),
+    )
+    for name, change in others:
+        rows = [change(row) for row in GPT3[name]]
+        assert [*ITEM_TASKS[name].items(request_for(rows_of(test=rows)))] == items_of(name), name
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("boolq", {"label": -1}, "row 1: the label -1 is none of false, true; use a split with labels"),
         ("rte", {"label": "maybe"}, "the label 'maybe' is none of entailment, not_entailment"),
         ("piqa", {"goal": None}, "row 1: has no field 'goal'"),
+        ("arc_easy", {"answerKey": ""}, "the answer '' is none of its choices; use a split with answers"),
         ("web_questions", {"answers": []}, "has no answer; use a split with answers"),
     ],
 )

@@ -83,11 +83,13 @@ LABELS_OF_NLI = ("entailment", "neutral", "contradiction")
 def arc(row: Row, shots: int) -> Iterator[Example]:
     """Yield the question of a row of ARC, whose choices are labelled A to E or 1 to 5."""
     choices, key = row["choices"], row.first("answerKey", "answer_key")
-    texts, labels = choices["text"], [*map(str, choices["label"])]
-    key = labels[int(key)] if isinstance(key, int) else str(key)
+    # TFDS has numbers in place of the letters.
+    texts, labels, key = choices["text"], [*map(str, choices["label"])], str(key)
     digits, letters = "12345", "ABCDE"
-    if key not in labels:
+    if key not in labels and key in [*digits, *letters]:
         key = letters[digits.index(key)] if key in digits else digits[letters.index(key)]
+    if key not in labels:
+        raise UserError(f"{row.where}: the answer {key!r} is none of its choices; use a split with answers")
     context = f"Question: {row['question']}\nAnswer:"
     yield Example(context, _spaced(texts), labels.index(key), unconditional=ANSWER)
 
@@ -170,10 +172,13 @@ def questions_of_multirc(rows: Sequence[Row]) -> list[Row]:
 
 def openbookqa(row: Row, shots: int) -> Iterator[Example]:
     """Yield the question of a row of OpenbookQA, without the book's fact."""
-    question: Any = row["question"] if isinstance(row.values.get("question"), dict) else None
+    question: Any = row["question"] if isinstance(row.values.get("question"), dict) else {}
     stem = question["stem"] if question else row.first("question_stem", "stem")
-    choices = question["choices"] if question else row["choices"]
-    texts = choices["text"] if isinstance(choices, dict) else [choice["text"] for choice in choices]
+    if "choice_A" in question:  # TFDS
+        texts = [question[f"choice_{letter}"] for letter in "ABCD"]
+    else:
+        choices = question["choices"] if question else row["choices"]
+        texts = choices["text"] if isinstance(choices, dict) else [choice["text"] for choice in choices]
     gold = label(row, ("a", "b", "c", "d"), "answerKey" if "answerKey" in row else "answer_key")
     yield Example(stem, _spaced(texts), gold, unconditional=ANSWER)
 
