@@ -101,11 +101,16 @@ def run(
     return {each.item.id: each for part in Answering(streamer, own, how, [0]).run(items) for each in part}
 
 
-def test_a_real_model_answers_in_refilled_rows_as_without_any_state() -> None:
+@pytest.mark.parametrize(
+    ("kinds", "chunk"), [((CHOOSE,), 1), pytest.param((CHOOSE, GENERATE), 4, marks=pytest.mark.slow)]
+)
+def test_a_real_model_answers_in_refilled_rows_as_without_any_state(
+    kinds: tuple[str, ...], chunk: int
+) -> None:
     """Likelihoods and texts are those of calls over the whole text."""
     streamer, own = tiny.streamer(), Joiner(Numbers(), 16, [], 0)
-    items = items_on(tiny.texts(5, 33, 21, 4))
-    found = run(streamer, items, 2, 4, own, 16)
+    items = [item for item in items_on(tiny.texts(5, 33, 21, 4)) if item.kind in kinds]
+    found = run(streamer, items, 2, chunk, own, 16)
     assert found.keys() == {item.id for item in items}
     for item in items:
         answered = found[item.id]
