@@ -65,6 +65,7 @@ FIELD = "--config."
 PROGRAMS = {
     "train": "train",
     "evaluate": "evaluate",
+    "report": "report",
     "generate": "generate",
     "plan": "plan",
     "import": "import_hf",

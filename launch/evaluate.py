@@ -2,10 +2,12 @@
 
     python -m launch.evaluate --checkpoint=runs/passkey --lengths=4,9,18,36
     python -m launch.evaluate --checkpoint=runs/text --files=books/ --ablations=zeroed,shuffled,frozen
+    python -m launch.evaluate --checkpoint=runs/text --suite=gpt3 --data=data/,tfds --limit=200
 
 The default task is that of the run; --list shows all tasks. Prints tables, and writes the results with what made them
-to CHECKPOINT/evaluations/STEP/TASK.json and, if the task has a plot, TASK.png. docs/evaluation.md has the details, and
-the same in Python. On the hosts of a TPU slice, run the same command on all of them.
+to CHECKPOINT/evaluations/STEP/TASK.json and, if the task has a plot, TASK.png. --tasks and --suite run several tasks;
+the same command goes on where a killed one stopped. docs/evaluation.md has the details, and the same in Python. On the
+hosts of a TPU slice, run the same command on all of them.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from fam_jax.config import UserError
 
 from . import cli, processes
 
@@ -37,12 +41,39 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_checkpoint(parser)
     cli.add_mesh(parser)
     add = parser.add_argument
-    add("--list", action=_ListTasks, help="list the tasks and exit")
+    add("--list", action=_ListTasks, help="list the tasks, and with --data where their data is, and exit")
     add("--task", metavar="NAME", help="default: that of the run, which is text for seqio tasks")
     add("--batch_size", type=int, metavar="N", help="examples read together")
     add("--out", metavar="FILE.json", help="default: CHECKPOINT/evaluations/STEP/TASK.json")
+    add = parser.add_argument_group("several tasks").add_argument
+    add(
+        "--tasks", type=cli.words, default=(), metavar="NAME,...", help="tasks to run, such as boolq,xlsum:ja"
+    )
+    add(
+        "--suite", type=cli.words, default=(), metavar="NAME,...", help="groups of tasks to run, such as gpt3"
+    )
+    data = "folders with data, and tfds for prepared TFDS datasets; default: tfds"
+    add("--data", type=cli.words, default=(), metavar="DIR,...", help=data)
+    shots = "solved examples to show before a question; gpt3: as many as GPT-3 saw; default: 0"
+    add("--shots", type=cli.words, default=("0",), metavar="N,...", help=shots)
+    add(
+        "--limit",
+        type=cli.at_least(0),
+        default=0,
+        metavar="N",
+        help="items, or documents with their questions, drawn by seed; 0: all",
+    )
+    add(
+        "--items", type=cli.at_least(1), default=50, metavar="N", help="synthetic tasks: items of each length"
+    )
+    seeds = "synthetic tasks: number of seeds; each has its own items"
+    add("--seeds", type=cli.at_least(1), default=1, metavar="N", help=seeds)
+    add(
+        "--fresh", action="store_true", help="forget the answers of a run of the same command that was killed"
+    )
     add = parser.add_argument_group("the task passkey").add_argument
-    add("--lengths", type=cli.integers, metavar="N,N,...", help="lengths of the filler, in blocks")
+    lengths = "lengths of the filler in blocks; with --tasks or --suite, of synthetic prompts in tokens, as in 4k,1m"
+    add("--lengths", type=_lengths, metavar="N,N,...", help=lengths)
     add("--keys", type=int, metavar="N", help="examples per length")
     add = parser.add_argument_group("the task text").add_argument
     heldout = "files, folders or patterns; default: config.data.heldout_files"
@@ -56,18 +87,99 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _lengths(text: str) -> tuple[int, ...]:
+    """Argument type: whole numbers with commas between them, in which k stands for 1024 and m for 1024 * 1024."""
+    factors = {"k": 1 << 10, "m": 1 << 20}
+
+    def number(part: str) -> str:
+        digits, factor = part.strip()[:-1], factors.get(part.strip()[-1:].lower())
+        return str(int(digits) * factor) if factor and digits.isdecimal() else part
+
+    try:
+        return cli.integers(",".join(map(number, text.split(","))))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
+
+
 class _ListTasks(argparse.Action):
-    """Print the tasks."""
+    """Ask for the list of tasks, which needs no checkpoint."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **options)
+        super().__init__(option_strings, dest, nargs=0, default=False, **options)
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from fam_jax.evaluation import TASKS
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        setattr(namespace, self.dest, True)
+        for action in parser._actions:
+            action.required = False
 
-        for name, task in TASKS.items():
-            print(f"{name:12}{task.doc}")
-        parser.exit()
+
+def list_tasks(arguments: argparse.Namespace) -> None:
+    """Print the tasks, and where their data is if --data says where to look."""
+    from fam_jax.evaluation.rows import Data, how_to_prepare
+    from fam_jax.evaluation.suite import DOCUMENTS, ITEM_TASKS, availability, find_tasks
+    from fam_jax.evaluation.tasks import TASKS
+
+    names = (*arguments.tasks, *arguments.suite) or (*TASKS, *DOCUMENTS, *ITEM_TASKS)
+    if arguments.data:
+        for name, doc, place in availability(find_tasks(names), Data(arguments.data)):
+            print(f"{name:20}{doc}; {place}")
+        return
+    for name in find_tasks(names):
+        if name in TASKS or name in DOCUMENTS:
+            print(f"{name:20}{TASKS[name].doc if name in TASKS else DOCUMENTS[name][1]}")
+            continue
+        task = ITEM_TASKS[name]
+        ways = "makes its own text" if task.synthetic else how_to_prepare(next(iter(task.sources.values())))
+        print(f"{name:20}{task.doc}; {ways}")
+
+
+def _is_item_task(name: str | None) -> bool:
+    """Return whether --task names a task that only `evaluate_tasks` runs."""
+    from fam_jax.evaluation.suite import DOCUMENTS, ITEM_TASKS
+
+    return name in ITEM_TASKS or name in DOCUMENTS
+
+
+def run_tasks(arguments: argparse.Namespace, command: str) -> None:
+    """Run --tasks and --suite, print a table, and name what was skipped.
+
+    Raises:
+      UserError: flags contradict each other, or as `evaluate_tasks`.
+    """
+    import rich.console
+
+    from fam_jax.evaluation import HowToRun, evaluate_tasks
+
+    names = (*arguments.tasks, *arguments.suite)
+    if arguments.task and names:
+        raise UserError("--task: has no meaning beside --tasks or --suite; give only one of them")
+    how = HowToRun(
+        data=arguments.data or ("tfds",),
+        shots=arguments.shots,
+        limit=arguments.limit,
+        count=arguments.items,
+        seeds=arguments.seeds,
+        **({} if arguments.lengths is None else {"lengths": arguments.lengths}),
+    )
+    settings = {} if arguments.batch_size is None else {"batch_size": arguments.batch_size}
+    with cli.progress_bars() as show:
+        found = evaluate_tasks(
+            arguments.checkpoint,
+            names or (arguments.task,),
+            how=how,
+            step=arguments.step,
+            mesh=arguments.mesh,
+            out=arguments.out,
+            fresh=arguments.fresh,
+            command=command,
+            on_progress=show,
+            **settings,
+        )
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+    console.print(found.table(arguments.checkpoint))
+    for name, reason in found.skipped.items():
+        print(f"skipped {name}: {reason}")
+    print(f"written to {found.path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,12 +189,20 @@ def main(argv: Sequence[str] | None = None) -> int:
       UserError: the command line, the checkpoint or the data has a mistake.
     """
     arguments = parse_arguments(argv)
+    if arguments.list:
+        list_tasks(arguments)
+        return 0
     processes.join(arguments, stop_together=False)
     import jax
     import rich.console
 
     from fam_jax.evaluation import evaluate
 
+    typed = sys.argv[1:] if argv is None else argv
+    command = cli.as_typed("python -m launch.evaluate ") + shlex.join(typed)
+    if arguments.tasks or arguments.suite or _is_item_task(arguments.task):
+        run_tasks(arguments, command)
+        return 0
     given = {field: getattr(arguments, flag) for flag, field in FIELDS.items()}
     with cli.progress_bars() as show:
         found = evaluate(
@@ -93,8 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             files=arguments.files,
             suffixes=arguments.suffixes,
             out=arguments.out,
-            command=cli.as_typed("python -m launch.evaluate ")
-            + shlex.join(sys.argv[1:] if argv is None else argv),
+            command=command,
             on_progress=show,
             **{field: value for field, value in given.items() if value is not None},
         )

@@ -2,6 +2,16 @@
 
 from fam_jax.evaluation.record import Evaluation, read_evaluation
 from fam_jax.evaluation.run import evaluate, evaluate_in_training
+from fam_jax.evaluation.suite import HowToRun, SuiteResults, evaluate_tasks
 from fam_jax.evaluation.tasks import TASKS
 
-__all__ = ["TASKS", "Evaluation", "evaluate", "evaluate_in_training", "read_evaluation"]
+__all__ = [
+    "TASKS",
+    "Evaluation",
+    "HowToRun",
+    "SuiteResults",
+    "evaluate",
+    "evaluate_in_training",
+    "evaluate_tasks",
+    "read_evaluation",
+]

@@ -105,6 +105,40 @@ def _plot_differences(axes: Axes, buckets: Sequence[Mapping[str, Any]], style: d
     )
 
 
+def plot_by_fact(
+    curves: Mapping[str, Mapping[float, float]],
+    path: str | Path | BinaryIO,
+    *,
+    label: str,
+    log: bool,
+    title: str = "",
+) -> None:
+    """Plot scores against what a task's items differ in, such as their length.
+
+    Args:
+      curves: value -> score between 0 and 1, by the label of each curve.
+      path: path of the picture, whose suffix selects the format; or an open file, which becomes a PNG.
+      label: below the axis of the values.
+      log: whether that axis is logarithmic. It is linear up to 1.
+      title: title above the axes.
+    """
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes = _axes(figure)
+    for (name, curve), (color, marker) in zip(curves.items(), itertools.cycle(STYLES), strict=False):
+        places = sorted(curve)
+        scores = [100 * curve[place] for place in places]
+        axes.plot(places, scores, label=name, color=color, marker=marker, linewidth=2, clip_on=False)
+    if log:
+        axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_ylim(0, 101)
+    axes.set_xlabel(label)
+    axes.set_ylabel("score (%)")
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
 def _axes(figure: Figure) -> Axes:
     [axes] = _panels(figure, 1)
     return axes

@@ -99,20 +99,27 @@ def make_evaluation(
     config: Config, task: str, step: int, measured: Measured, *, command: str, path: str | os.PathLike[str]
 ) -> Evaluation:
     """Return the record of a task's results, measured in this process, with `path` as the file to write."""
-    devices = jax.devices()
     headline = find_task(task).metrics
     return Evaluation(
         task=task,
         step=step,
-        command=command,
-        config=json.loads(json.dumps(dataclasses.asdict(config))),
-        versions={"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
-        devices=f"{len(devices)} x {devices[0].device_kind}",
+        **provenance(config, command),
         metrics={name: measured.scalars[name] for name in headline if name in measured.scalars},
         scalars=measured.scalars,
         details=measured.details,
         path=os.fspath(path),
     )
+
+
+def provenance(config: Config, command: str) -> dict[str, Any]:
+    """Return what makes the results of this process: command, config, versions and devices."""
+    devices = jax.devices()
+    return {
+        "command": command,
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+    }
 
 
 def evaluation_path(workdir: str | os.PathLike[str], step: int, task: str) -> epath.Path:

@@ -66,7 +66,7 @@ def evaluate(
     path = evaluation_path(checkpoint, step, name) if out is None else os.path.expanduser(out)
     if jax.process_index() == 0:
         check_output(path, name)
-    measure = _prepare(name, _setting(config, files, suffixes), on_progress)
+    measure = prepare(name, make_setting(config, files, suffixes), on_progress)
     found = make_evaluation(config, name, step, measure(params), command=command, path=path)
     if jax.process_index() == 0:
         found.write(os.fspath(checkpoint))
@@ -83,7 +83,7 @@ def evaluate_in_training(
       the workdir as :func:`evaluate` does, and returns {name of the task: {name: figure}}.
     """
     name = default_task(config.data)
-    measure = _prepare(name, _setting(config))
+    measure = prepare(name, make_setting(config))
     merge = (
         jax.jit(lambda params: lora.merge(params, config.lora)) if config.lora.rank else lambda params: params
     )
@@ -98,11 +98,12 @@ def evaluate_in_training(
     return evaluate_step
 
 
-def _setting(config: Config, files: Sequence[str] = (), suffixes: Sequence[str] = ()) -> Setting:
+def make_setting(config: Config, files: Sequence[str] = (), suffixes: Sequence[str] = ()) -> Setting:
+    """Return what a task may depend on; `files` and `suffixes` come in place of those of the config."""
     return Setting(config.model, config.data, config.evaluate, config.train.loss_chunk, files, suffixes)
 
 
-def _prepare(name: str, setting: Setting, on_progress: OnProgress | None = None) -> Callable[[Any], Any]:
+def prepare(name: str, setting: Setting, on_progress: OnProgress | None = None) -> Callable[[Any], Any]:
     """Make the items of a task; return a function that measures parameters on them."""
     task = find_task(name)
     items = task.items(setting)

@@ -3,11 +3,13 @@
 docs/evaluation.md shows step by step how to add a task. TensorFlow is imported only when items are made.
 """
 
+import difflib
 import functools
 
 from fam_jax.config import DataConfig, UserError
 from fam_jax.evaluation import answers, text
 from fam_jax.evaluation.answers import Question, Questions, answer_tables, measure_answers
+from fam_jax.evaluation.item_tasks import ITEM_TASKS
 from fam_jax.evaluation.task import Setting, Task
 from fam_jax.evaluation.text import Documents, document_tables, measure_documents, plot_documents
 
@@ -79,6 +81,14 @@ def find_task(name: str) -> Task:
     Raises:
       UserError: there is no such task.
     """
-    if name not in TASKS:
-        raise UserError(f"task {name!r}: is unknown; choose one of {', '.join(TASKS)}")
-    return TASKS[name]
+    if name in TASKS:
+        return TASKS[name]
+    if name in ITEM_TASKS:
+        raise UserError(
+            f"task {name!r}: is a task of items; run it with --tasks={name}, or by evaluate_tasks"
+        )
+    near = difflib.get_close_matches(name, (*TASKS, *ITEM_TASKS), 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(
+        f"task {name!r}: is unknown; {hint}choose one of {', '.join(TASKS)}, or one that --list shows"
+    )

@@ -80,14 +80,14 @@ def encode_pieces(
         text += more
         while len(text) >= piece + context:
             end = _safe_border(encode, text, piece, context)
-            yield _continuation(encode, behind, text[:end])
-            behind, text = _last_words(behind + text[:end], context), text[end:]
+            yield encode_behind(encode, behind, text[:end])
+            behind, text = last_words(behind + text[:end], context), text[end:]
     if text:
-        yield _continuation(encode, behind, text)
+        yield encode_behind(encode, behind, text)
 
 
-def _continuation(encode: Encode, behind: str, text: str) -> list[int]:
-    """Return the ids of `text` where it follows `behind`."""
+def encode_behind(encode: Encode, behind: str, text: str) -> list[int]:
+    """Return the ids of `text` where it follows `behind`, which should end before white space."""
     return [*encode(behind + text)][len(encode(behind)) :] if behind else [*encode(text)]
 
 
@@ -95,14 +95,23 @@ def _safe_border(encode: Encode, text: str, piece: int, context: int) -> int:
     """Return the last place up to `piece` where the text after it does not change the ids before it."""
     borders = [match.start() for match in BORDER.finditer(text, max(0, piece // 2), piece + 1)]
     for border in [*borders[: -ATTEMPTS - 1 : -1], *range(piece, max(0, piece - ATTEMPTS), -1)]:
-        before = _last_words(text[:border], context)
+        before = last_words(text[:border], context)
         ids = [*encode(before)]
         if ids == [*encode(before + text[border : border + context])][: len(ids)]:
             return border
     return piece
 
 
-def _last_words(text: str, context: int) -> str:
+def last_border(encode: Encode, text: str) -> int:
+    """Return the last place before white space where the text after it does not change the ids before it; else 0."""
+    for match in reversed([*BORDER.finditer(text)]):
+        ids = [*encode(text[: match.start()])]
+        if ids == [*encode(text)][: len(ids)]:
+            return match.start()
+    return 0
+
+
+def last_words(text: str, context: int) -> str:
     """Return about the last `context` characters, from the start of a word if they have one."""
     end = text[-context:]
     if len(end) < len(text):

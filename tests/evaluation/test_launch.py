@@ -10,8 +10,11 @@ import pytest
 
 from fam_jax.config import Config, UserError, resolve
 from fam_jax.evaluation import TASKS, read_evaluation
+from fam_jax.evaluation.item_tasks import ITEM_TASKS
+from fam_jax.evaluation.suite import DOCUMENTS
 from launch import evaluate
 from launch.errors import user_errors
+from tests.evaluation.fixtures import GPT3, write_rows
 from tests.evaluation.runs import save_run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -65,15 +68,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: pathlib.Path) -> None:
     assert "no such folder" in done.stderr
 
 
-def test_the_list_of_tasks(capsys: pytest.CaptureFixture[str]) -> None:
-    """The list needs no checkpoint."""
-    with pytest.raises(SystemExit) as ended:
-        evaluate.main(["--list"])
+def test_the_list_of_tasks(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    """The list needs no checkpoint, and says where data is if it is told where to look."""
+    assert evaluate.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert ended.value.code == 0
-    assert [line.split()[0] for line in lines] == [*TASKS]
-    for line, task in zip(lines, TASKS.values(), strict=True):
-        assert line.endswith(task.doc)
+    assert [line.split()[0] for line in lines] == [*TASKS, *DOCUMENTS, *ITEM_TASKS]
+    docs = [task.doc for task in TASKS.values()] + [doc for _, doc in DOCUMENTS.values()]
+    for line, doc in zip(lines, [*docs, *(task.doc for task in ITEM_TASKS.values())], strict=True):
+        assert doc in line
+    write_rows(tmp_path, "copa", "validation", GPT3["copa"])
+    assert evaluate.main(["--list", f"--data={tmp_path}", "--tasks=copa,wic,text"]) == 0
+    copa, wic, text = capsys.readouterr().out.splitlines()
+    assert copa.endswith(f"; {tmp_path}/copa/validation.jsonl")
+    assert (
+        "; missing: run `tfds build super_glue/wic` and use --data=tfds or put wic/validation.jsonl into"
+        in wic
+    )
+    assert text.endswith("; needs no data of --data")
 
 
 @pytest.mark.parametrize("argument", ["--list", "--help"])
@@ -101,7 +112,7 @@ def test_help_does_not_load_tensorflow(argument: str) -> None:
         (["--checkpoint=RUN", "--mesh=1,2"], "argument --mesh: expected the devices along some of"),
         (["--checkpoint=RUN", "--mesh=3,1,1"], "config.mesh: data * fsdp * tensor = 3, but there are 8 devices"),
         (["--checkpoint=RUN", "--mesh=1,1,8"], "8 does not divide model.vocab_size 51"),
-        (["--checkpoint=RUN", "--task=copy"], "task 'copy': is unknown; choose one of passkey, text"),
+        (["--checkpoint=RUN", "--task=nothing"], "task 'nothing': is unknown; choose one of passkey, text, or"),
         (["--checkpoint=RUN", "--out=RUN"], "RUN: cannot be written (it is a folder); give another --out"),
         (["--checkpoint=RUN", "--out=RUN/config.json/x.json"], "cannot be written (Not a directory)"),
         (["--checkpoint=RUN", "--out=x.png"], "--out=x.png: .png is the ending of the plot; give FILE.json"),

@@ -1,0 +1,460 @@
+"""Run several tasks on a checkpoint: plan, resume, results in one file.
+
+Tasks of items (`fam_jax.evaluation.item_tasks`) are answered item by item. Every answer is in a journal as soon as it
+is known, so the same call goes on where a killed one stopped. Tasks of `fam_jax.evaluation.tasks` are run as a whole.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.table
+
+from fam_jax.checkpoint import end_ids
+from fam_jax.checkpoint.new_file import check_output_file, output_file
+from fam_jax.config import Config, MeshConfig, UserError, resolve
+from fam_jax.config.strict_json import dump_json
+from fam_jax.data.vocabulary import bos_ids, check_vocabulary_size, first_input
+from fam_jax.evaluation.answering import Answering, HowToAnswer
+from fam_jax.evaluation.item import Answered, Item, ItemTask, Request
+from fam_jax.evaluation.item_tasks import ITEM_TASKS
+from fam_jax.evaluation.joining import Joiner
+from fam_jax.evaluation.journal import Journal
+from fam_jax.evaluation.record import FOLDER, provenance
+from fam_jax.evaluation.rows import Data, MissingDataError
+from fam_jax.evaluation.run import make_setting, prepare
+from fam_jax.evaluation.summary import fingerprint, limited, result_table, summarize
+from fam_jax.evaluation.task import OnProgress
+from fam_jax.evaluation.tasks import TASKS, find_task
+from fam_jax.generation import state_file
+from fam_jax.generation.streaming import Streamer
+from fam_jax.restore import load_model
+from fam_jax.sharding import make_mesh
+
+# Of the file of results.
+FORMAT = 1
+# Longest name of the default file.
+LONGEST_NAME = 60
+SUITES = (*dict.fromkeys(task.suite for task in ITEM_TASKS.values()), "perplexity", "passkey")
+# Suites of tasks that are measured as a whole.
+_MEASURED = {"perplexity": "text", "passkey": "passkey"}
+# Tasks that measure the documents of a folder of --data as the task "text" does: endings of files, and the line for
+# --list.
+DOCUMENTS = {
+    "pg19": ((".txt",), "PG-19: next-token accuracy and loss on books, by position"),
+    "isabelle": ((".thy",), "Isabelle: next-token accuracy and loss on theories, by position"),
+}
+PUBLISHED_SHOTS = "gpt3"
+
+
+@dataclasses.dataclass(frozen=True)
+class HowToRun:
+    """What the results of tasks of items depend on, beside the model."""
+
+    # Folders, and "tfds" for datasets that TFDS has prepared.
+    data: tuple[str, ...] = ("tfds",)
+    # Numbers of solved examples to show, as text; "gpt3": those of GPT-3.
+    shots: tuple[str, ...] = ("0",)
+    # Items of a task, or documents with all their questions, drawn by seed; 0: all.
+    limit: int = 0
+    seed: int = 1
+    # For synthetic tasks: tokens of a prompt, items of each length and seed, and how many seeds.
+    lengths: tuple[int, ...] = (1024, 4096)
+    count: int = 50
+    seeds: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SuiteResults:
+    """The results of several tasks on one step of a run, as in the file."""
+
+    path: str
+    step: int
+    # By task; a number of shots other than 0 is behind an @.
+    suites: dict[str, dict[str, Any]]
+    # Why tasks did not run.
+    skipped: dict[str, str]
+
+    def table(self, run: str = "") -> rich.table.Table:
+        """Return a table with a row per task."""
+        return result_table(self.suites, f"Step {self.step}" + (f" of {run}" if run else ""))
+
+
+@dataclasses.dataclass
+class _Run:
+    """A task with a number of shots."""
+
+    key: str
+    task: ItemTask
+    shots: int
+    sources: dict[str, str]
+    items: list[Item] = dataclasses.field(default_factory=list)
+
+
+def evaluate_tasks(
+    checkpoint: str | os.PathLike[str],
+    tasks: Sequence[str],
+    *,
+    how: HowToRun | None = None,
+    step: int | None = None,
+    mesh: MeshConfig | None = None,
+    out: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+    command: str = "fam_jax.evaluate_tasks",
+    on_progress: OnProgress | None = None,
+    **settings: Any,
+) -> SuiteResults:
+    """Evaluate a checkpoint on tasks, and write the results.
+
+        found = evaluate_tasks("runs/text", ["boolq", "gpt3"], how=HowToRun(data=("data",), limit=200))
+        found.suites["boolq"]["metrics"]["acc"]
+
+    Answers go to OUT.items.jsonl beside the results. The same call goes on with the items that have none.
+
+    Args:
+      checkpoint: workdir of a training run.
+      tasks: names of tasks and suites; NAME:LANGUAGE for one language of a task that has several.
+      how: data, shots, limit and lengths.
+      step: a saved step; None: the latest.
+      mesh: mesh to divide the model over; None: all devices along the data axis.
+      out: JSON file to write; None: CHECKPOINT/evaluations/STEP/suite-TASKS.json.
+      fresh: whether to forget the answers of earlier calls.
+      command: the command or function to record as the caller.
+      on_progress: called with the name of a task, its items answered and its items.
+      **settings: fields of config.evaluate to change, such as `batch_size=8`.
+
+    Raises:
+      UserError: a task is unknown, none of them has its data on disk, the checkpoint cannot be read, the results cannot
+        be written, or answers of another evaluation are in their place.
+    """
+    if jax.process_count() > 1:
+        raise UserError("--tasks, --suite: run in one process; start it on one host")
+    how = how or HowToRun()
+    data = Data(how.data)
+    runs, measured, skipped = _plan([*dict.fromkeys(tasks)], how, data)
+    if out is not None:
+        check_output_file(os.path.expanduser(out))
+    config, params, step = _load(checkpoint, step, mesh or MeshConfig(), settings)
+    path = Path(_default_path(checkpoint, step, tasks) if out is None else os.path.expanduser(out))
+    check_output_file(path)
+    streamer = Streamer(config.model, params)
+    joiner = _joiner(config)
+    runs = _with_items(runs, skipped, how, data, joiner, config.model.block_size)
+    head = _head(checkpoint, step, config, streamer, runs, how) | _measured_head(measured, config)
+    journal = Journal(path.with_suffix(".items.jsonl"), head, fresh=fresh)
+    ends = end_ids(config, checkpoint)
+    found = {}
+    for run in runs:
+        found[run.key] = _answer(run, streamer, joiner, journal, config, ends, on_progress)
+    found |= {name: _measure(name, at, config, params, journal, on_progress) for name, at in measured.items()}
+    results = SuiteResults(os.fspath(path), step, found, skipped)
+    _write(results, provenance(config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
+    return results
+
+
+def _load(
+    checkpoint: str | os.PathLike[str], step: int | None, mesh: MeshConfig, settings: Mapping[str, Any]
+) -> tuple[Config, dict[str, Any], int]:
+    """Return config, parameters and step of a run, with settings of the evaluation."""
+    config, params, step = load_model(checkpoint, step, make_mesh(mesh))
+    values = dataclasses.asdict(config)
+    values["evaluate"] |= settings
+    return resolve({**values, "mesh": dataclasses.asdict(mesh)}), params, step
+
+
+def find_tasks(names: Sequence[str]) -> list[str]:
+    """Return the tasks that names of tasks and suites stand for.
+
+    Raises:
+      UserError: a name is unknown, or there is none.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if name in ITEM_TASKS or name in TASKS or name in DOCUMENTS:
+            found[name] = None
+        elif name in _MEASURED:
+            found[_MEASURED[name]] = None
+        elif name in SUITES:
+            found |= dict.fromkeys(task.name for task in ITEM_TASKS.values() if task.suite == name)
+            found |= dict.fromkeys(DOCUMENTS if name == "long_context" else ())
+        else:
+            found |= dict.fromkeys(_variants(name))
+    if not found:
+        raise UserError("--tasks: names no task; --list shows all")
+    return [*found]
+
+
+def _variants(name: str) -> list[str]:
+    """Return the tasks NAME:PART for a name without its part, such as all languages."""
+    found = [task for task in ITEM_TASKS if task.startswith(f"{name}:")]
+    if not found:
+        find_task(name)  # its message names the choices
+    return found
+
+
+def availability(names: Sequence[str], data: Data) -> Iterator[tuple[str, str, str]]:
+    """Yield the name of each task, its line for --list, and where its data is or how to prepare it."""
+    for name in names:
+        if name in DOCUMENTS:
+            yield name, DOCUMENTS[name][1], data.folder(name) or f"missing: {_missing(name)}"
+            continue
+        if name not in ITEM_TASKS:
+            yield name, TASKS[name].doc, "needs no data of --data"
+            continue
+        task = ITEM_TASKS[name]
+        try:
+            sources = {split: data.source(task, split) for split in _splits(task, shots=0)}
+            place = ", ".join(sources.values()) or "makes its own text"
+        except MissingDataError as error:
+            place = f"missing: {str(error).partition('; ')[2]}"
+        yield name, task.doc, place
+
+
+def _splits(task: ItemTask, shots: int) -> list[str]:
+    """Return the splits that a task needs."""
+    return [split for split in task.sources if split != "train" or shots]
+
+
+def _plan(
+    names: Sequence[str], how: HowToRun, data: Data
+) -> tuple[list[_Run], dict[str, str | None], dict[str, str]]:
+    """Return what to run, before a model is loaded.
+
+    Returns:
+      Tasks of items; tasks that are measured as a whole, with the folder of their documents if they have one; and why
+      the other tasks are skipped.
+    """
+    runs, skipped = [], {}
+    measured: dict[str, str | None] = {}
+    for name in find_tasks(names):
+        if name in DOCUMENTS and data.folder(name) is None:
+            skipped[name] = f"task {name}: its data is not on disk; {_missing(name)}"
+            continue
+        if name not in ITEM_TASKS:
+            measured[name] = data.folder(name) if name in DOCUMENTS else None
+            continue
+        task = ITEM_TASKS[name]
+        for number, shots in _shots(task, how.shots).items():
+            key = task.name if number == "0" else f"{task.name}@{number}"
+            try:
+                task.check()
+                sources = {split: data.source(task, split) for split in _splits(task, shots)}
+                runs.append(_Run(key, task, shots, sources))
+            except UserError as error:
+                skipped[key] = str(error)
+    if not runs and not measured:
+        more = f", and {len(skipped) - 1} other tasks cannot run either" if len(skipped) > 1 else ""
+        raise UserError(f"{next(iter(skipped.values()))}{more}")
+    return runs, measured, skipped
+
+
+def _missing(name: str) -> str:
+    """Return what puts documents on disk."""
+    return f"put {', '.join(DOCUMENTS[name][0])} files into the folder {name} of a folder of --data"
+
+
+def _shots(task: ItemTask, wanted: Sequence[str]) -> dict[str, int]:
+    """Return the numbers of shots by the text that asks for each; a task that shows no examples has 0 alone."""
+    if not task.published_shots:
+        return {"0": 0}
+    found = {}
+    for text in wanted:
+        if text != PUBLISHED_SHOTS and not text.isdecimal():
+            raise UserError(f"--shots={text}: expected numbers, or gpt3 for those of GPT-3")
+        found[text] = task.published_shots if text == PUBLISHED_SHOTS else int(text)
+    return found
+
+
+def _joiner(config: Config) -> Joiner:
+    from fam_jax.data.build import task_vocabulary  # imports TensorFlow
+
+    vocabulary = task_vocabulary(config.data)
+    check_vocabulary_size(vocabulary, config.model, config.data)
+    begin, first = bos_ids(vocabulary, config.data), first_input(vocabulary, config.data)
+    return Joiner(vocabulary, config.model.vocab_size, begin, first)
+
+
+def _with_items(
+    runs: Sequence[_Run], skipped: dict[str, str], how: HowToRun, data: Data, joiner: Joiner, block_size: int
+) -> list[_Run]:
+    """Make the items of all tasks; those with too little data go to `skipped`."""
+    found = []
+    for run in runs:
+        try:
+            run.items = _items(run, how, data, joiner, block_size)
+            found.append(run)
+        except MissingDataError as error:
+            skipped[run.key] = str(error)
+    return found
+
+
+def _items(run: _Run, how: HowToRun, data: Data, joiner: Joiner, block_size: int) -> list[Item]:
+    request = Request(
+        rows=functools.partial(data.rows, run.task),
+        shots=run.shots,
+        seed=how.seed,
+        lengths=how.lengths,
+        count=how.count,
+        seeds=tuple(range(how.seed, how.seed + how.seeds)),
+        block_size=block_size,
+        joiner=joiner,
+    )
+    items = limited([*run.task.items(request)], how.limit, how.seed)
+    if not items:
+        raise UserError(f"task {run.task.name}: has no items; give its data")
+    if len({item.id for item in items}) < len(items):
+        raise UserError(f"task {run.task.name}: two items have the same id; remove repeated rows")
+    return items
+
+
+def _head(
+    checkpoint: str | os.PathLike[str],
+    step: int,
+    config: Config,
+    streamer: Streamer,
+    runs: Sequence[_Run],
+    how: HowToRun,
+) -> dict[str, Any]:
+    """Return what the answers depend on."""
+    model = dataclasses.asdict(config.model)
+    return {
+        "format": FORMAT,
+        "checkpoint": os.path.abspath(checkpoint),
+        "step": step,
+        "weights": state_file.fingerprint(streamer.params)[:16],
+        "model": json.loads(dump_json(model)),
+        "vocabulary": config.data.vocabulary.rpartition("/")[2],
+        "add_bos": config.data.add_bos,
+        "limit": how.limit,
+        "seed": how.seed,
+        "tasks": {
+            run.key: {
+                "version": run.task.version,
+                "shots": run.shots,
+                "sources": run.sources,
+                "items": len(run.items),
+                "fingerprint": fingerprint(run.items),
+            }
+            for run in runs
+        },
+    }
+
+
+def _measured_head(measured: Mapping[str, str | None], config: Config) -> dict[str, Any]:
+    """Return what results of tasks that are measured as a whole depend on, beside the model."""
+    if not measured:
+        return {}
+    settings = dataclasses.asdict(config.evaluate)
+    own = {
+        name: value for name, value in settings.items() if name not in ("every", "batch_size", "chunk_blocks")
+    }
+    sources = {}
+    for name, folder in measured.items():
+        files = sorted(path for path in Path(folder or "").rglob("*") if path.is_file()) if folder else []
+        sizes = [(str(path.relative_to(folder or "")), path.stat().st_size) for path in files]
+        sources[name] = hashlib.blake2b(repr((folder, sizes)).encode(), digest_size=8).hexdigest()
+    data = {"heldout_files": [*config.data.heldout_files], "digits": config.data.digits}
+    return json.loads(dump_json({"measured": {**own, **data, "sources": sources}}))
+
+
+def _answer(
+    run: _Run,
+    streamer: Streamer,
+    joiner: Joiner,
+    journal: Journal,
+    config: Config,
+    ends: Sequence[int],
+    on_progress: OnProgress | None,
+) -> dict[str, Any]:
+    """Answer the items of a task that have no answer, and return its results."""
+    eos, evaluate = joiner.vocabulary.eos_id, config.evaluate
+    stops = {*ends} | ({eos} if eos is not None and eos >= 0 else set())
+    how = HowToAnswer(evaluate.batch_size, evaluate.chunk_blocks, run.task.max_tokens, run.task.stop)
+    answering = Answering(streamer, joiner, how, sorted(stops))
+    left = [item for item in run.items if journal.find(run.key, item) is None]
+    began, read, done = time.perf_counter(), 0, len(run.items) - len(left)
+    for answers in answering.run(left):
+        journal.add(run.key, answers)
+        done += len(answers)
+        read += sum(each.tokens_read + each.tokens_generated for each in answers)
+        if on_progress is not None:
+            on_progress(run.key, done, len(run.items))
+    seconds = time.perf_counter() - began
+    answered = [each for each in (journal.find(run.key, item) for item in run.items) if each is not None]
+    assert len(answered) == len(run.items)
+    return {
+        **summarize(run.task, answered),
+        "version": run.task.version,
+        "shots": run.shots,
+        "source": run.sources,
+        "published_of_other_models": dict(run.task.published),
+        "fingerprint": fingerprint(run.items),
+        "longest_prompt": max(_longest(answered), answering.longest_document),
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(read / seconds, 1) if read else None,
+        "padding": round(answering.cost.paid / answering.cost.needed, 4) if answering.cost.needed else None,
+    }
+
+
+def _longest(answered: Sequence[Answered]) -> int:
+    """Return the tokens of the longest stream, over items that read one context."""
+    return max((a.tokens_read // max(1, len(a.item.contexts)) for a in answered), default=0)
+
+
+def _measure(
+    name: str,
+    folder: str | None,
+    config: Config,
+    params: Any,
+    journal: Journal,
+    on_progress: OnProgress | None,
+) -> dict[str, Any]:
+    """Return the results of a task that is measured as a whole."""
+    found = journal.find_result(name)
+    if found is None:
+        if folder is None:
+            task, setting = name, make_setting(config)
+            headline = next(iter(find_task(name).metrics))
+        else:
+            task, setting = "text", make_setting(config, [folder], DOCUMENTS[name][0])
+            headline = "next_token_accuracy"
+        measured = prepare(task, setting, on_progress)(params)
+        found = {
+            "headline": headline,
+            "value": measured.scalars[headline],
+            "ci95": None,
+            "chance": None,
+            "metrics": measured.scalars,
+            "details": measured.details,
+            "source": folder,
+        }
+        found = json.loads(dump_json(found))
+        journal.add_result(name, found)
+    return found
+
+
+def _default_path(checkpoint: str | os.PathLike[str], step: int, names: Sequence[str]) -> Path:
+    name = "+".join(names).replace(":", "-").replace("/", "-")
+    if len(name) > LONGEST_NAME:
+        digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+        name = f"{name[: LONGEST_NAME - 9]}-{digest}"
+    return Path(checkpoint).expanduser() / FOLDER / str(step) / f"suite-{name}.json"
+
+
+def _write(results: SuiteResults, made_by: dict[str, Any], how: HowToRun) -> None:
+    values = {
+        "format": FORMAT,
+        "step": results.step,
+        "provenance": made_by | {"how": dataclasses.asdict(how)},
+        "suites": results.suites,
+        "skipped": results.skipped,
+    }
+    with output_file(results.path) as file:
+        file.write(f"{dump_json(values, indent=2)}\n".encode())
