@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from fam_jax.config import Config
-from fam_jax.model import empty_state, from_dict, going_on_by_row, lora, with_passed_on
+from fam_jax.model import StreamState, empty_state, from_dict, going_on_by_row, lora, with_passed_on
 from fam_jax.training.losses import token_loss
 from fam_jax.training.optimizer import learning_rate
 from fam_jax.training.state import TrainState, model_structure, what_is_carried
@@ -51,12 +51,7 @@ def make_train_step(
         trained: Any, frozen: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array
     ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, from_dict(abstract, lora.join(trained, frozen)))
-        if draws.by_row is not None:
-            start = going_on_by_row(config.model, draws.by_row, ~draws.from_carried)
-        else:
-            start = empty_state(config.model, batch["inputs"].shape[0], past_slots=False)
-        if train.random_state_passing:
-            start = with_passed_on(start, state.carried, draws.from_carried)
+        start = _start_of_rows(config, state, draws)
         hidden, after = model.hidden(batch["inputs"], start, aligned=True, position_offset=draws.offset)
         result = token_loss(
             model, hidden, batch["targets"], batch["weights"], chunk=train.loss_chunk, z_loss=train.z_loss
@@ -99,6 +94,16 @@ def make_train_step(
         }
 
     return train_step
+
+
+def _start_of_rows(config: Config, state: TrainState, draws: Draws) -> StreamState:
+    """Return the state that each row starts from."""
+    if draws.by_row is not None:
+        return going_on_by_row(config.model, draws.by_row, ~draws.from_carried)
+    start = empty_state(config.model, len(draws.from_carried), past_slots=False)
+    if config.train.random_state_passing:
+        start = with_passed_on(start, state.carried, draws.from_carried)
+    return start
 
 
 def _draw(config: Config, state: TrainState, batch: Batch) -> Draws:

@@ -111,10 +111,12 @@ def finished(uninterrupted: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Pat
     return pathlib.Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
 
 
-def saved(folder: pathlib.Path, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def saved(
+    folder: pathlib.Path, step: int, config: Config = RUN
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the contents of a checkpoint: arrays by name, and the position in the data."""
-    shapes = loop._as_dict(trainer_of(RUN).state_shapes)
-    with Checkpoints(folder, config=dataclasses.asdict(RUN), keep=3) as checkpoints:
+    shapes = loop._as_dict(trainer_of(config).state_shapes)
+    with Checkpoints(folder, config=dataclasses.asdict(config), keep=3) as checkpoints:
         state, position = checkpoints.restore(step, shapes)
     state["key"] = jax.random.key_data(state["key"])
     leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -339,7 +341,7 @@ def test_a_run_whose_rows_go_on_from_step_to_step_resumes_exactly(tmp_path: path
     shutil.rmtree(tmp_path / "again" / "8")
     run(tmp_path / "again", config)
     (arrays, position), (wanted, wanted_position) = (
-        saved(tmp_path / name, STEPS) for name in ("again", "whole")
+        saved(tmp_path / name, STEPS, config) for name in ("again", "whole")
     )
     assert arrays.keys() == wanted.keys() and any("['carried']['layers']['keys']" in name for name in arrays)
     for name, array in arrays.items():
