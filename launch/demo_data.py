@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = Table("part", "documents", "characters", "longest", "held out", "from", "licence")
     for name, found in made.items():
         counts = ("documents", "characters", "longest_document", "heldout_documents")
-        table.add_row(name, *(f"{found[count]:,}" for count in counts), found["source"], found["licence"])
+        sizes = (f"{found[count]:,}" for count in counts)
+        table.add_row(name, *sizes, str(found["source"]), str(found["licence"]))
     Console().print(table)
     return 0
 
