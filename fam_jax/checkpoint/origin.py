@@ -1,7 +1,7 @@
 """The vocabulary and the base of a run: their digests, copies in its folder, and where they are now.
 
-The record of a step has the SHA-256 of the vocabulary's file and a digest of the base's parameters. So both may move,
-but no other file can take their place. The folder of a run holds
+The record of a step has the SHA-256 of the vocabulary's file, a digest of the files beside it that change how text is
+divided, and a digest of the base's parameters. So all may move, but no other file can take their place. The folder of a run holds
 
     huggingface/     companions of an imported model: config.json, tokenizer; a run has those of its base
     vocabulary/      the file of data.vocabulary, if it is not one of the companions
@@ -36,7 +36,10 @@ BESIDE = (
     "chat_template.jinja",
 )  # fmt: skip
 
-# Digests by what they are of, "vocabulary" and "base". One is missing if the run has no such thing, or an earlier
+# Those of them that change the ids of a text.
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+# Digests by what they are of: "vocabulary", "vocabulary_settings" and "base". One is missing if the run has no such thing, or an earlier
 # version of this package saved the step.
 Origin = dict[str, str]
 
@@ -71,8 +74,13 @@ def find_vocabulary(
         *(place.parent / VOCABULARY / file for place in base),
     ]
     found = [place for place in places if place.is_file()]
-    digest = saved_origin(absolute(folder), step).get("vocabulary")
-    right = [place for place in found if digest in (None, file_digest(place))]
+    saved = saved_origin(absolute(folder), step)
+    right = [
+        place
+        for place in found
+        if saved.get("vocabulary") in (None, file_digest(place))
+        and saved.get("vocabulary_settings") in (None, settings_digest(place))
+    ]
     if found and not right:
         raise wrong_vocabulary(found[0], absolute(folder))
     chosen = str(right[0]) if right and right[0] != named else name
@@ -82,8 +90,8 @@ def find_vocabulary(
 def wrong_vocabulary(file: epath.PathLike, folder: epath.Path) -> CheckpointError:
     """Return the error for a vocabulary that the run in `folder` was not trained with."""
     return CheckpointError(
-        f"vocabulary {str(file)!r}: is not the one that the run in {folder} was trained with (its SHA-256 differs); "
-        "put that file back, or name it with --config.data.vocabulary"
+        f"vocabulary {str(file)!r}: is not the one that the run in {folder} was trained with (its SHA-256 differs, or a "
+        "file beside it does that names special tokens); put that file back, or name it with --config.data.vocabulary"
     )
 
 
@@ -113,7 +121,10 @@ def settle_origin(
             return origin_of(config), []
         folder, step = locate(forked_from)
     saved, now = saved_origin(folder, step), vocabulary_digest(config)
-    if saved.get("vocabulary") and now and now != saved["vocabulary"]:
+    settings = settings_digest(_vocabulary_file(config)) if now else ""
+    if (saved.get("vocabulary") and now and now != saved["vocabulary"]) or (
+        saved.get("vocabulary_settings") and settings and settings != saved["vocabulary_settings"]
+    ):
         raise wrong_vocabulary(config["data"]["vocabulary"], folder)
     before = read_config(folder) if (folder / CONFIG_FILE).exists() else config
     same = []
@@ -122,7 +133,8 @@ def settle_origin(
     base = config.get("train", {}).get("init_from")
     if base and base != before.get("train", {}).get("init_from") and saved.get("base"):
         same += ["train.init_from"] if same_base(base, saved["base"]) else []
-    return saved | ({"vocabulary": now} if now else {}), same
+    found = {"vocabulary": now, "vocabulary_settings": settings}
+    return saved | {name: digest for name, digest in found.items() if digest}, same
 
 
 def _vocabulary_of_old_run(config: Mapping[str, Any], folder: epath.Path, step: int | None) -> str:
@@ -132,7 +144,9 @@ def _vocabulary_of_old_run(config: Mapping[str, Any], folder: epath.Path, step: 
 
 def origin_of(config: Mapping[str, Any]) -> Origin:
     """Return the digests of the vocabulary and of the base that a config names now."""
-    found = {"vocabulary": vocabulary_digest(config), "base": ""}
+    found = {"vocabulary": vocabulary_digest(config), "vocabulary_settings": "", "base": ""}
+    if found["vocabulary"]:
+        found["vocabulary_settings"] = settings_digest(_vocabulary_file(config))
     if base := config.get("train", {}).get("init_from"):
         folder, step = locate(base)
         found["base"] = params_digest(
@@ -143,9 +157,30 @@ def origin_of(config: Mapping[str, Any]) -> Origin:
 
 def vocabulary_digest(config: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the file that data.vocabulary names; empty if it names none, or there is no such file."""
-    name = config.get("data", {}).get("vocabulary", NAMED_VOCABULARIES[0])
-    file = epath.Path(name).expanduser()
-    return file_digest(file) if name not in NAMED_VOCABULARIES and file.is_file() else ""
+    file = _vocabulary_file(config)
+    return file_digest(file) if str(file) not in NAMED_VOCABULARIES and file.is_file() else ""
+
+
+def _vocabulary_file(config: Mapping[str, Any]) -> epath.Path:
+    return epath.Path(config.get("data", {}).get("vocabulary", NAMED_VOCABULARIES[0])).expanduser()
+
+
+def settings_digest(file: epath.Path) -> str:
+    """Return a digest of what the files beside a tokenizer.json say; empty for other vocabularies, which need none.
+
+    It is of the values, so that another program may write the files again in another layout.
+    """
+    if file.suffix != ".json":
+        return ""
+    found = {name: _value(file.parent / name) for name in SETTINGS if (file.parent / name).is_file()}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _value(file: epath.Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return file_digest(file)
 
 
 def file_digest(file: epath.Path) -> str:
@@ -182,7 +217,8 @@ def keep_copies(folder: epath.Path, config: Mapping[str, Any]) -> None:
         if data.get("task", "").startswith(f"{SEQIO}:") or (digest and digest in map(file_digest, files)):
             _copy(files, folder / COMPANIONS)
     kept = [place / file.name for place in (folder / VOCABULARY, folder / COMPANIONS)]
-    if digest and digest not in [file_digest(copy) for copy in kept if copy.is_file()]:
+    same = [copy for copy in kept if copy.is_file() and file_digest(copy) == digest]
+    if digest and settings_digest(file) not in map(settings_digest, same):
         beside = [file.parent / name for name in BESIDE]
         _copy([file, *(other for other in beside if other.is_file())], folder / VOCABULARY)
 

@@ -1,12 +1,14 @@
 """Sources whose examples are read by number: documents of text files, and their order in each epoch."""
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from absl import logging
 
 from fam_jax.data.interface import Example, IndexedSource
 from fam_jax.data.randomness import permutation
@@ -36,6 +38,8 @@ class TextSource:
 
     documents: NumberedTexts
     vocabulary: "seqio.Vocabulary"
+    # Control tokens that a text spells, and that the log has told of.
+    _told: set[int] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -55,7 +59,25 @@ class TextSource:
             texts = [self.documents[number] for number in chunk]
             for text, encoded in zip(texts, self._encode(texts), strict=True):
                 ids = np.array([*encoded, self.vocabulary.eos_id], np.int32)
+                self._tell_of_control_tokens(encoded)
                 yield Example(ids, np.ones(len(ids), np.float32), len(text.encode()))
+
+    def _tell_of_control_tokens(self, ids: Iterable[int]) -> None:
+        """Warn once of each control token that a text spells: a model learns it as the end of a turn, for example."""
+        spelled = getattr(self.vocabulary, "control_tokens", {})
+        for token in self._control_ids.intersection(ids) - self._told:
+            self._told.add(token)
+            piece = next(text for text, id_ in spelled.items() if id_ == token)
+            logging.warning(
+                "a text spells %s, which becomes the control token %d as in transformers; if it is meant as text, "
+                "write it otherwise (docs/data.md)",
+                piece,
+                token,
+            )
+
+    @functools.cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(getattr(self.vocabulary, "control_tokens", {}).values())
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         from fam_jax.data.quiet_seqio import seqio  # loaded already, with the vocabulary

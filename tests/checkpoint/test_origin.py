@@ -57,6 +57,33 @@ def test_what_lies_beside_a_tokenizer_is_carried_too(tmp_path: pathlib.Path) -> 
     assert names == {"mine.json", "tokenizer_config.json"}
 
 
+def test_what_lies_beside_a_tokenizer_must_say_the_same(tmp_path: pathlib.Path) -> None:
+    """It names special tokens and adds tokens, so other files would give other ids."""
+    file, settings = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    file.write_text("{}")
+    settings.write_text('{"eos_token": "x", "bos_token": "y"}')
+    save(tmp_path / "run", of(file))
+    before = saved_origin(tmp_path / "run")  # type: ignore[arg-type]
+    assert before.keys() == {"vocabulary", "vocabulary_settings"}
+    # Another layout says the same, and other files say nothing about ids.
+    settings.write_text('{\n "bos_token": "y", "eos_token": "x"}')
+    (tmp_path / "generation_config.json").write_text("{}")
+    save(tmp_path / "run", of(file), 2)
+    assert saved_origin(tmp_path / "run") == before  # type: ignore[arg-type]
+    for name, content in (("tokenizer_config.json", '{"eos_token": "z"}'), ("added_tokens.json", '{"a": 3}')):
+        kept = settings.read_text()
+        (tmp_path / name).write_text(content)
+        with pytest.raises(CheckpointError, match="special tokens"):
+            save(tmp_path / "run", of(file), 3)
+        copy = tmp_path / "run" / "vocabulary"
+        carried = (copy / "tokenizer_config.json").read_text()
+        (copy / name).write_text(content)
+        with pytest.raises(CheckpointError, match="special tokens"):
+            found(tmp_path / "run")
+        settings.write_text(kept)
+        (copy / "tokenizer_config.json").write_text(carried)
+
+
 def test_another_vocabulary_is_refused_by_name(run: pathlib.Path, model: pathlib.Path) -> None:
     model.write_text("two")
     with pytest.raises(
