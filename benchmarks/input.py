@@ -9,7 +9,6 @@ round. A case ends when the batches that are made ahead are ready, so all CPU ti
 
 import functools
 import itertools
-import json
 import sys
 import sysconfig
 import tempfile
@@ -26,6 +25,7 @@ from benchmarks.record import write_record
 from benchmarks.report import print_table
 from benchmarks.timing import Spread
 from fam_jax.config import DataConfig
+from fam_jax.config.strict_json import dump_json
 from fam_jax.data.build import make_batches
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.quiet_seqio import seqio, tf
@@ -75,7 +75,7 @@ def prepare(folder: Path, texts: Sequence[str]) -> dict[str, str]:
     """Write the texts as JSON Lines and as a TFDS dataset; return the vocabularies by name."""
     import tensorflow_datasets as tfds
 
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "texts.jsonl").write_text("".join(dump_json({"text": text}) + "\n" for text in texts))
     tfds.dataset_builders.store_as_tfds_dataset(
         name=DATASET,
         version="1.0.0",
@@ -89,7 +89,7 @@ def prepare(folder: Path, texts: Sequence[str]) -> dict[str, str]:
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(texts[:SAMPLE], PIECES, special_tokens=["<end>"], show_progress=False)
     made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (folder / "tokenizer_config.json").write_text(dump_json({"eos_token": "<end>"}))
     return {
         "SentencePiece": str(folder / "text.model"),
         "tokenizer.json": str(folder / "tokenizer.json"),

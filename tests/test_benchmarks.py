@@ -33,6 +33,7 @@ from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import Transformer, from_dict, to_dict
 from fam_jax.training.state import model_structure
 from tests.model.tiny import variant
+from tests.variants import rest_slow
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = dataclasses.replace(with_blocks(QUICK.model, 16), vocab_size=11)
@@ -95,6 +96,7 @@ def test_records_tell_what_was_run(records: dict[str, Any]) -> None:
     assert records["training"]["settings"]["workload"]["seed"] == records["decoding"]["settings"]["seed"] == 0
 
 
+@pytest.mark.slow
 def test_training_record(records: dict[str, Any]) -> None:
     results = records["training"]["results"]
     assert results.keys() == {"memory", "gradients", "attention"}
@@ -118,12 +120,14 @@ def test_training_record(records: dict[str, Any]) -> None:
         assert_spread(gradients[f"all_chains_{part}"], positive=False)
 
 
+@pytest.mark.slow
 def test_naive_form_has_the_same_loss_and_gradients(records: dict[str, Any]) -> None:
     difference = records["training"]["results"]["gradients"]["16"]["difference"]
     assert difference["loss"] < 1e-5
     assert difference["gradient"] < 1e-4
 
 
+@pytest.mark.slow
 def test_decoding_record(records: dict[str, Any]) -> None:
     results, settings = records["decoding"]["results"], records["decoding"]["settings"]
     samples = results["stream"]["samples"]
@@ -136,7 +140,7 @@ def test_decoding_record(records: dict[str, Any]) -> None:
         assert_spread(found)
 
 
-@pytest.mark.parametrize("segments", [0, 2])
+@pytest.mark.parametrize("segments", rest_slow([0, 2], [0]))
 def test_naive_form_with_other_memory_segments(segments: int) -> None:
     config = variant(TINY, block_size=8, length=3, segments=segments)
     random = np.random.default_rng(0)

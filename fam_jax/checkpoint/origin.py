@@ -1,7 +1,8 @@
 """The vocabulary and the base of a run: their digests, copies in its folder, and where they are now.
 
 The record of a step has the SHA-256 of the vocabulary's file, a digest of the files beside it that change how text is
-divided, and a digest of the base's parameters. So all may move, but no other file can take their place. The folder of a run holds
+divided, and a digest of the base's parameters. So all may move, but no other file can take their place. The folder of a
+run holds
 
     huggingface/     companions of an imported model: config.json, tokenizer; a run has those of its base
     vocabulary/      the file of data.vocabulary, if it is not one of the companions
@@ -39,8 +40,8 @@ BESIDE = (
 # Those of them that change the ids of a text.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
-# Digests by what they are of: "vocabulary", "vocabulary_settings" and "base". One is missing if the run has no such thing, or an earlier
-# version of this package saved the step.
+# Digests by what they are of: "vocabulary", "vocabulary_settings" and "base". One is missing if the run has no such
+# thing, or an earlier version of this package saved the step.
 Origin = dict[str, str]
 
 
@@ -90,8 +91,8 @@ def find_vocabulary(
 def wrong_vocabulary(file: epath.PathLike, folder: epath.Path) -> CheckpointError:
     """Return the error for a vocabulary that the run in `folder` was not trained with."""
     return CheckpointError(
-        f"vocabulary {str(file)!r}: is not the one that the run in {folder} was trained with (its SHA-256 differs, or a "
-        "file beside it does that names special tokens); put that file back, or name it with --config.data.vocabulary"
+        f"vocabulary {str(file)!r}: is not the one that the run in {folder} was trained with (its SHA-256 differs, or "
+        "a file beside it that names special tokens); put that file back, or name it with --config.data.vocabulary"
     )
 
 

@@ -13,6 +13,7 @@ def dump_json(
     sort_keys: bool = False,
     ensure_ascii: bool = True,
     default: Callable[[Any], Any] | None = None,
+    separators: tuple[str, str] | None = None,
 ) -> str:
     """Return `value` as JSON, with null for numbers that are not finite.
 
@@ -23,13 +24,19 @@ def dump_json(
       ensure_ascii: whether to escape all characters outside ASCII. A text with half of a surrogate pair, which UTF-8
         cannot encode, is always escaped.
       default: converts objects of other types.
+      separators: behind each item, and behind each key; None: as in `json.dumps`.
     """
     if default is not None:
         value = json.loads(json.dumps(value, default=default))
 
     def dump(ensure_ascii: bool) -> str:
         return json.dumps(
-            finite(value), indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii, allow_nan=False
+            finite(value),
+            indent=indent,
+            sort_keys=sort_keys,
+            ensure_ascii=ensure_ascii,
+            separators=separators,
+            allow_nan=False,
         )
 
     text = dump(ensure_ascii)

@@ -6,7 +6,6 @@ template alone: where a message spells one, it is tokenized as text. Imports no 
 
 import datetime
 import itertools
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from jinja2.runtime import Macro
 
 from fam_jax.config import ConfigError
 from fam_jax.config.data import NAMED_VOCABULARIES
+from fam_jax.config.strict_json import dump_json
 from fam_jax.data.records import SKIP, RowError
 from fam_jax.data.text_files import BOM
 from fam_jax.data.tokenizer_folder import CHAT_TEMPLATE, SETTINGS, read_object
@@ -64,7 +64,7 @@ class _Generation(jinja2.ext.Extension):
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     # jinja2's own filter escapes HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    return dump_json(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _raise(message: str) -> None:
@@ -168,7 +168,7 @@ class ChatTemplate:
         turns = [i for i, each in enumerate(messages) if i >= first and each.get("role") == "assistant"]
         if not turns:
             raise RowError(f"{where}: has no turn of the assistant to learn from; correct the row, or {SKIP}")
-        if any(mark in json.dumps([*messages, tools], ensure_ascii=False, default=str) for mark in MARKS):
+        if any(mark in dump_json([*messages, tools], ensure_ascii=False, default=str) for mark in MARKS):
             raise RowError(
                 f"{where}: has U+FDD0, U+FDD1 or U+FDD2, which are no characters; remove it, or {SKIP}"
             )

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from etils import epath
 
 from fam_jax.config import ConfigError
+from fam_jax.config.strict_json import dump_json
 from fam_jax.data.text_files import (
     BEGINNING,
     GZIP,
@@ -289,7 +290,7 @@ class Records:
         return json.loads(os.pread(self._file.fileno(), end - begin, begin))
 
     def _add(self, value: Any) -> bytes:
-        text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str).encode()  # dates of Parquet
+        text = dump_json(value, ensure_ascii=False, sort_keys=True, default=str).encode()  # dates of Parquet
         self._file.write(text)
         self._ends.append(self._ends[-1] + len(text))
         return len(text).to_bytes(8, "little") + text

@@ -78,9 +78,10 @@ def plot_loss_by_position(
         panels[0].plot(ends, losses, label=label, **style)
         if differing := [bucket for bucket in seen if bucket.get("difference")]:
             _plot_differences(panels[1], differing, style)
-    low, high = panels[0].get_xlim()
     for axes in panels:
         axes.set_xscale("log", base=2)
+    low, high = panels[0].get_xlim()
+    for axes in panels:
         if trained_tokens:
             axes.axvspan(low, trained_tokens, color="0.93", zorder=0, label="trained up to here")
             axes.set_xlim(low, max(high, trained_tokens))

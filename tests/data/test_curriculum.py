@@ -322,6 +322,7 @@ def test_processes_must_divide_the_batch() -> None:
         make(shard=(0, 3))
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_batch_without_any_output() -> None:
     code = (
         "import sys, hashlib\n"

@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import numpy as np
+import pytest
 
 from fam_jax.checkpoint import Checkpoints
 from fam_jax.config import Config, DataConfig, TrainConfig
@@ -43,6 +44,7 @@ def test_the_vocabulary_of_a_moved_checkpoint_is_found(tmp_path: pathlib.Path) -
     assert load_model(moved)[0] == config
 
 
+@pytest.mark.slow
 def test_rounded_weights_give_the_same_outputs(tmp_path: pathlib.Path) -> None:
     model = dataclasses.replace(CONFIG, dtype="bfloat16", norm="layernorm")
     params = params_of(model)

@@ -83,6 +83,7 @@ def test_evaluation(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
         evaluate(checkpoint, task="text", files=files["bad"], out=tmp_path / "out.json")
 
 
+@pytest.mark.slow
 def test_training(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
     train(config_of(checkpoint, "good.txt"), tmp_path / "run", quiet=True)
     assert load_params(tmp_path / "run")[2] == 1

@@ -166,6 +166,7 @@ def test_the_base_decides_which_layers_an_adapter_names(workdir, tmp_path):
     assert all(name.startswith("base_model.model.model.layers.") for name in text)
 
 
+@pytest.mark.slow
 def test_the_initial_fam_is_beside_the_adapter(tmp_path):
     config, params, _ = run_with_lora("qwen3", length=2)
     with Checkpoints(tmp_path / "run", config=dataclasses.asdict(config), keep=1) as checkpoints:

@@ -98,7 +98,7 @@ def test_kernels_match_dense_attention(name: str) -> None:
     check(ALL_CASES[name].wider(), "pallas_interpret", "float32", roundings=8)
 
 
-@pytest.mark.parametrize("past_blocks", [(0,), (2,)])
+@pytest.mark.parametrize("past_blocks", [(0,), pytest.param((2,), marks=pytest.mark.slow)])
 def test_two_cores_split_a_single_key_head(
     past_blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,9 +115,7 @@ def test_two_cores_split_a_single_key_head(
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
 @pytest.mark.parametrize("dtype", rest_slow(["float32", "bfloat16"], ["bfloat16"]))
-@pytest.mark.parametrize(
-    "case", rest_slow(["plain", "stop-gradient in a window", "training"], ["plain", "training"])
-)
+@pytest.mark.parametrize("case", rest_slow(["plain", "stop-gradient in a window", "training"], ["training"]))
 def test_narrow_dtypes(case: str, dtype: str, implementation: str) -> None:
     """In bfloat16, probabilities, outputs and the products of the backward pass are each rounded once."""
     roundings = {"float32": 8, "bfloat16": 2}[dtype]

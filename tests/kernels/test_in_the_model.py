@@ -19,7 +19,9 @@ from tests.variants import rest_slow
 SHAPE = {"block_size": 128, "head_dim": 8, "num_heads": 2, "num_kv_heads": 1, "segments": 1}
 
 
-@pytest.mark.parametrize("past_slots", [False, True], ids=["training", "prefill"])
+@pytest.mark.parametrize(
+    "past_slots", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["training", "prefill"]
+)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -7,14 +7,11 @@ import pytest
 from fam_jax.plan.compile import has_compiler
 from fam_jax.plan.profile import run_module
 from tests.kernels import compile_kernels
+from tests.variants import rest_slow
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 RESIDENT = {"block_attention_forward", "block_attention_backward"}
 SMALL = {"rotary_embedding", "update_attention_forward", "update_attention_backward"}
-# Two generations in every run of the tests: one core per chip, and two. The others are slow tests.
-OFTEN = [
-    pytest.param(name, marks=[] if name[:3] in ("v5e", "v5p") else pytest.mark.slow) for name in TOPOLOGIES
-]
 STREAMED = {f"block_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dextra")}
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
@@ -31,7 +28,8 @@ def compiled(topology: str, *names: str) -> dict[str, set[str]]:
     return kernels
 
 
-@pytest.mark.parametrize("topology", OFTEN)
+# In every run of the tests, one generation with two cores per chip here, and one with a single core below.
+@pytest.mark.parametrize("topology", rest_slow(TOPOLOGIES, ["v5p:2x2x1"]))
 def test_training_kernels_compile(topology: str) -> None:
     names = [name for name in compile_kernels.SHAPES if name.startswith("training")]
     kernels = compiled(topology, *names, "small")
@@ -41,7 +39,7 @@ def test_training_kernels_compile(topology: str) -> None:
         assert kernels[name] == RESIDENT, name
 
 
-@pytest.mark.parametrize("topology", OFTEN)
+@pytest.mark.parametrize("topology", rest_slow(TOPOLOGIES, ["v5e:2x2"]))
 def test_general_kernels_compile(topology: str) -> None:
     names = [name for name in compile_kernels.SHAPES if name.startswith("prefill")]
     kernels = compiled(topology, *names)

@@ -220,6 +220,7 @@ PROGRAMS = {
         "--restore_step N",
         "--coordinator HOST:PORT",
     ],
+    "report": ["FILE.json", "--out DIR", "--force"],
     "demo_data": ["--out DIR", "--parts PART,...", "--fresh"],
     "train_vocabulary": ["--files", "--size", "--out FILE"],
 }

@@ -333,6 +333,7 @@ def test_an_import_replaces_what_a_killed_one_left(source, tmp_path):
     assert "is not empty" in error_of(import_hf, *how)  # finished
 
 
+@pytest.mark.slow
 def test_the_text_part_of_a_model_with_vision(capsys, source, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(DATA / "gemma3_vision" / name, source / name)

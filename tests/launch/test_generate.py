@@ -335,6 +335,7 @@ def test_a_memory_that_cannot_be_written(launch: Launch, tmp_path: pathlib.Path)
     assert "argument --out: " in message
 
 
+@pytest.mark.slow
 def test_a_closed_pipe(checkpoint: str) -> None:
     write = shlex.join(command("launch.generate", f"--checkpoint={checkpoint}", "--prompt=abc"))
     done = subprocess.run(

@@ -46,6 +46,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
+@pytest.mark.slow
 def test_evaluation_while_training(workdir: pathlib.Path) -> None:
     found = json.loads((workdir / "run" / "evaluations" / "2" / "text.json").read_text())
     assert found["step"] == 2
@@ -100,7 +101,7 @@ def test_evaluation_of_a_checkpoint(workdir: pathlib.Path, capsys: pytest.Captur
         (["--ablations=zero"], "config.evaluate.ablations: expected one of zeroed, shuffled, frozen"),
         (["--min_tokens=1000"], "no held-out document has 1000 tokens"),
         (["--documents=-1"], "config.evaluate.documents: must be at least 0"),
-        (["--task=texts"], "task 'texts': is unknown; choose one of passkey, text"),
+        (["--task=texts"], "task 'texts': is unknown; did you mean text? choose one of passkey, text, "),
         (["--ablations=shuffled"], "shuffled needs two documents in a batch"),
     ],
 )

@@ -49,6 +49,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: pathlib.Path) -> No
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+@pytest.mark.slow
 def test_a_missing_vocabulary_is_one_line(tmp_path: pathlib.Path) -> None:
     train = command(
         "launch.train", "--config=configs/passkey.py:smoke", *TINY, "--config.data.vocabulary=missing.model",

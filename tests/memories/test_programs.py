@@ -28,7 +28,14 @@ NEW = {
     "read_write": toys.ReadWriteConfig(segments=1),
     "associative": toys.AssociativeConfig(segments=0),
 }
-every_new_memory = pytest.mark.parametrize("memory", NEW.values(), ids=NEW)
+OFTEN = "running_mean"
+every_new_memory = pytest.mark.parametrize(
+    "memory",
+    [
+        pytest.param(memory, id=name, marks=[] if name == OFTEN else pytest.mark.slow)
+        for name, memory in NEW.items()
+    ],
+)
 
 
 def training(memory: Any, **values: Any) -> Config:
@@ -51,7 +58,7 @@ def test_training_learns_and_trains_every_parameter(memory: Any) -> None:
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(state.carried))
 
 
-@pytest.mark.parametrize("name", rest_slow(NEW, ["running_mean"]))
+@pytest.mark.parametrize("name", rest_slow(NEW, [OFTEN]))
 def test_a_sharded_step_is_the_step_of_one_device(name: str) -> None:
     base = changed(train__random_state_passing=1.0, model__memory=NEW[name])
     config = changed(base, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, train__accumulation=2)

@@ -139,7 +139,11 @@ def test_deferred_weight_gradients_are_those_of_a_plain_scan(monkeypatch):
     assert_same(deferred, plain, **EXACT)
 
 
-@pytest.mark.parametrize("changes", [{"stop_gradient": True}, {"length": 0, "window": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({"stop_gradient": True}, marks=pytest.mark.slow), {"length": 0, "window": 3}],
+    ids=str,
+)
 def test_parallel_and_piecewise_gradients_are_equal(changes):
     config = variant(dtype="float64", **changes)
     with jax.enable_x64(True):

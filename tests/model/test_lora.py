@@ -17,6 +17,7 @@ from fam_jax.memories import chain
 from fam_jax.model import create_model, empty_state, from_dict, lora, to_dict
 from tests.model.test_gradients import plain_scan, score
 from tests.model.tiny import Reader, build, params_of, quick_jit, some_tokens, variant
+from tests.variants import rest_slow
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 TOKENS = some_tokens(2, 14)
@@ -73,7 +74,7 @@ def test_merged_is_applied(changes: dict[str, Any], aligned: bool) -> None:
     assert np.abs(expected - base).max() > 0.1, "the updates do nothing"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", rest_slow(["float32", "bfloat16"], ["float32"]))
 def test_at_the_start_it_is_the_base_bit_for_bit(dtype: str) -> None:
     model = variant(dtype=dtype)
     params = adapted_params(model, trained=False)
@@ -104,7 +105,11 @@ def gradients(model: ModelConfig) -> Any:
     return quick_jit(jax.grad(loss_of(model, LORA)))(*lora.divide(adapted_params(model), LORA))
 
 
-@pytest.mark.parametrize("changes", [{"remat": "full"}, OTHER_LAYERS], ids=["remat", "other layers"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"remat": "full"}, pytest.param(OTHER_LAYERS, marks=pytest.mark.slow)],
+    ids=["remat", "other layers"],
+)
 def test_gradients_through_the_chain(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Updates and the initial FAM get the gradients of a plain scan over blocks; nothing else gets one."""
     model = variant(dtype="float64", **changes)

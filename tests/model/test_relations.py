@@ -11,6 +11,7 @@ import pytest
 from tests.model.tiny import Reader, params_of, some_tokens, variant
 from tests.oracle.dense import dense_forward
 from tests.oracle.naive import random_params
+from tests.variants import rest_slow
 
 SINGLE = {"rtol": 2e-5, "atol": 2e-5}  # logits of the order of 1 after some hundred float32 operations each
 BASE = variant(segments=2, previous_blocks=2)
@@ -79,7 +80,7 @@ def test_without_fam_it_is_dense_attention_under_a_mask(changes, see):
         np.testing.assert_allclose(logits, want, **SINGLE)
 
 
-@pytest.mark.parametrize("positions", ["last", "float"])
+@pytest.mark.parametrize("positions", rest_slow(["last", "float"], ["last"]))
 def test_a_random_position_offset_changes_nothing_but_roundings(positions):
     config = variant(positions=positions)
     tokens = some_tokens(3, 14)

@@ -130,6 +130,7 @@ def test_calls_that_make_no_sense_are_refused(length, how, message):
         build(config, params_of(config))(jnp.zeros((2, length), jnp.int32), empty_state(config, 2), **how)
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_read_nearly_alike():
     tokens = some_tokens(2, 17)
 
@@ -259,6 +260,7 @@ def test_the_paper_s_models(config, parameters):
     assert struct(memory) == struct(jax.eval_shape(lambda: empty_state(config, 2)))
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_depth():
     def size(num_layers, aligned):
         config = variant(num_layers=num_layers)

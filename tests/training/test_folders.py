@@ -154,6 +154,7 @@ def test_metrics_in_a_bucket_are_there_before_the_end_and_go_on(
     assert list((bucket / "run" / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_a_trace_of_some_steps(tmp_path: pathlib.Path) -> None:
     """The file holds the annotations of these steps and of no others."""
     train(RUN, str(tmp_path), profile_steps=(2, 3), quiet=True)
@@ -188,6 +189,7 @@ def test_the_same_command_resumes_a_run_that_was_traced(tmp_path: pathlib.Path) 
     assert not traces(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_interrupted_trace_is_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PasskeyCurriculum, "next", interrupt_at(PasskeyCurriculum.next, batch=3))
     with pytest.raises(KeyboardInterrupt):

@@ -351,6 +351,7 @@ def test_a_run_whose_rows_go_on_from_step_to_step_resumes_exactly(tmp_path: path
     assert 0 < lines(tmp_path / "whole")[-1]["from_saved_state"] <= 1
 
 
+@pytest.mark.slow
 def test_a_run_on_text_tells_of_other_text(text: Config, tmp_path: pathlib.Path) -> None:
     """Moved files count as the same text; changed files do not."""
     run(tmp_path / "run", text)

@@ -257,6 +257,7 @@ def test_a_base_that_is_not_there_is_refused(base: pathlib.Path, tmp_path: pathl
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_adapting_random_weights_must_be_asked_for(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError) as caught:
         train(adapting(""), str(tmp_path / "run"), quiet=True)

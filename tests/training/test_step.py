@@ -12,6 +12,7 @@ from fam_jax.config import Config
 from fam_jax.model import Transformer, empty_state, with_passed_on
 from tests.model.tiny import build, quick_jit
 from tests.training.tiny import ROWS, TINY, assert_close, changed, compiled_step, run, some_batch, start
+from tests.variants import rest_slow
 
 ALWAYS = changed(train__random_state_passing=1.0)
 SOMETIMES = changed(train__random_state_passing=0.5, train__random_state_passing_from=3, model__remat="dots")
@@ -64,7 +65,11 @@ def test_accumulation_changes_nothing() -> None:
     assert_close(same, metrics, **TOLERANCE)
 
 
-@pytest.mark.parametrize("config", [SOMETIMES, changed(ALWAYS, model__remat="full")], ids=["dots", "full"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(SOMETIMES, marks=pytest.mark.slow), changed(ALWAYS, model__remat="full")],
+    ids=["dots", "full"],
+)
 def test_remat_changes_nothing(config: Config) -> None:
     """Compare the first step, in which no state has been passed on yet."""
     without, metrics = run(ALWAYS, 1)
@@ -171,7 +176,7 @@ def test_the_state_is_donated() -> None:
     assert all(leaf.is_deleted() for leaf in large)
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
+@pytest.mark.parametrize("optimizer", rest_slow(["adafactor", "adamw"], ["adafactor"]))
 def test_training_learns(optimizer: str) -> None:
     """The model memorizes the tokens of one batch."""
     config = ALWAYS if optimizer == "adafactor" else changed(optimizer__name="adamw", optimizer__epsilon=1e-8)
