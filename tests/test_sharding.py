@@ -208,6 +208,7 @@ def test_factored_moments_keep_the_axes_of_their_dimensions(init) -> None:
     assert find(".v[", "query", "kernel") == ((L, D, H, HD), P(None, "fsdp", "tensor", None))
 
 
+@pytest.mark.slow
 def test_sharded_update_equals_update_on_one_device() -> None:
     shapes = param_shapes()
     shapes = {

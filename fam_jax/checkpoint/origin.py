@@ -11,6 +11,7 @@ run holds
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,8 +38,9 @@ BESIDE = (
     "chat_template.jinja",
 )  # fmt: skip
 
-# Those of them that change the ids of a text.
+# Those of them that change the ids of a text, and what in tokenizer_config.json does; a chat template does not.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+OF_IDS = re.compile(r".*_tokens?|added_tokens_decoder|tokenizer_class|legacy|add_prefix_space")
 
 # Digests by what they are of: "vocabulary", "vocabulary_settings" and "base". One is missing if the run has no such
 # thing, or an earlier version of this package saved the step.
@@ -179,9 +181,12 @@ def settings_digest(file: epath.Path) -> str:
 
 def _value(file: epath.Path) -> Any:
     try:
-        return json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
         return file_digest(file)
+    if file.name != SETTINGS[0] or not isinstance(value, dict):
+        return value
+    return {name: each for name, each in value.items() if OF_IDS.fullmatch(name)}
 
 
 def file_digest(file: epath.Path) -> str:

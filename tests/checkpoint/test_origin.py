@@ -66,7 +66,7 @@ def test_what_lies_beside_a_tokenizer_must_say_the_same(tmp_path: pathlib.Path) 
     before = saved_origin(tmp_path / "run")  # type: ignore[arg-type]
     assert before.keys() == {"vocabulary", "vocabulary_settings"}
     # Another layout says the same, and other files say nothing about ids.
-    settings.write_text('{\n "bos_token": "y", "eos_token": "x"}')
+    settings.write_text('{\n "bos_token": "y", "eos_token": "x", "chat_template": "y"}')
     (tmp_path / "generation_config.json").write_text("{}")
     save(tmp_path / "run", of(file), 2)
     assert saved_origin(tmp_path / "run") == before  # type: ignore[arg-type]

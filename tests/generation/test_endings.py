@@ -47,10 +47,10 @@ def save(folder: pathlib.Path, vocabulary: str, **train: Any) -> pathlib.Path:
 
 def imported(folder: pathlib.Path, *special: int, **files: Any) -> pathlib.Path:
     """Write a checkpoint with the companions of an import, among them JSON files."""
-    save(folder, save_tokenizer(folder / "huggingface" / "tokenizer.json", *special))
+    vocabulary = save_tokenizer(folder / "huggingface" / "tokenizer.json", *special)
     for name, content in files.items():
         (folder / "huggingface" / f"{name}.json").write_text(json.dumps(content))
-    return folder
+    return save(folder, vocabulary)
 
 
 def text_of(folder: pathlib.Path, **how: Any) -> tuple[str, int, str]:

@@ -5,11 +5,12 @@ import pytest
 
 from tests.hf.recorded import DATA, LENGTH, NAMES, imported, recorded_logits, recorded_tokens
 from tests.model.tiny import Reader
+from tests.variants import rest_slow
 
 CLOSE = {"rtol": 0, "atol": 1e-4}  # float32 logits of the order of 1, by two libraries
 
 
-@pytest.mark.parametrize("block_size", [4, pytest.param(8, marks=pytest.mark.slow), LENGTH])
+@pytest.mark.parametrize("block_size", rest_slow([4, 8, LENGTH], [4]))
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers(name, block_size):
     config, params = imported(DATA / name, block_size=block_size)

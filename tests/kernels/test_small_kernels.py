@@ -11,6 +11,7 @@ from fam_jax.config import MeshConfig
 from fam_jax.kernels import rotary, update_attention
 from fam_jax.sharding import make_mesh, replicated, traced_for
 from tests.model.tiny import quick_jit
+from tests.variants import rest_slow
 
 HEADS = {"multi-head": (2, 2), "grouped queries": (4, 2), "multi-query": (3, 1)}
 BATCH, ROWS, SIZE, BLOCKS, REST = 2, 16, 128, 3, 40
@@ -155,7 +156,7 @@ def test_rotary_kernel(rows: int, length: int) -> None:
         )
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("kv_heads", rest_slow([1, 2], [1]))
 def test_devices_share_rows_and_heads(kv_heads: int) -> None:
     """On a mesh (fsdp 2, tensor 2) each device computes its part, and gradients of shared arrays are summed."""
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in draw(4, kv_heads).items()}

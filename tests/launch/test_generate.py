@@ -235,6 +235,7 @@ def test_progress_of_a_batch(launch: Launch, tmp_path: pathlib.Path, monkeypatch
     assert code == 0 and err.endswith(f"4 lines are answered in {tmp_path}/out.jsonl\n")
 
 
+@pytest.mark.slow
 def test_command_lines_that_are_not_text(checkpoint: str) -> None:
     for flag, value in (("prompt", b"bad \xff"), ("question", b"\xe9"), ("stop", b"a\x80")):
         arguments = [

@@ -50,20 +50,26 @@ EXACT = {"rtol": 1e-9, "atol": 1e-10}
     "changes",
     [
         {"previous_blocks": 2},
-        {
-            "init": "prefix",
-            "norm": "layernorm",
-            "activation": "gelu",
-            "tie_embeddings": False,
-            "num_kv_heads": 1,
-        },
-        {
-            "positions": "zero",
-            "activation": "geglu",
-            "window": 3,
-            "scale_embeddings": True,
-            "num_kv_heads": 4,
-        },
+        pytest.param(
+            {
+                "init": "prefix",
+                "norm": "layernorm",
+                "activation": "gelu",
+                "tie_embeddings": False,
+                "num_kv_heads": 1,
+            },
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {
+                "positions": "zero",
+                "activation": "geglu",
+                "window": 3,
+                "scale_embeddings": True,
+                "num_kv_heads": 4,
+            },
+            marks=pytest.mark.slow,
+        ),
         {
             "layer_pattern": ("local", "global"),
             "local_window": 4,
@@ -162,6 +168,7 @@ def test_rematerialization_changes_no_gradient(remat, changes):
         assert_same(gradients(dataclasses.replace(config, remat=remat)), gradients(config), **EXACT)
 
 
+@pytest.mark.slow
 def test_less_than_a_block_has_gradients_too():
     with jax.enable_x64(True):
         assert_same(gradients(WIDE, length=3), gradients(WIDE, length=3, aligned=False), **EXACT)
@@ -185,6 +192,7 @@ def test_gradient_reaches_a_saved_fam_and_not_the_initial_one_beside_it():
             np.testing.assert_array_equal(unused, 0)
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_give_float32_gradients_near_the_float32_ones():
     got = gradients(variant(dtype="bfloat16", init="prefix"))
     want = gradients(variant(init="prefix"))

@@ -125,6 +125,7 @@ def losses_by_key(config: Config) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_position_offsets_matter_to_absolute_positions_only() -> None:
     """FAM at relative positions moves along with the tokens; FAM at position zero does not."""
     base = run(ALWAYS, 1)[1][0]["loss"]
