@@ -171,7 +171,7 @@ def _vocabulary_file(config: Mapping[str, Any]) -> epath.Path:
 def settings_digest(file: epath.Path) -> str:
     """Return a digest of what the files beside a tokenizer.json say; empty for other vocabularies, which need none.
 
-    It is of the values, so that another program may write the files again in another layout.
+    It covers the values and not their layout, so another program may rewrite the files.
     """
     if file.suffix != ".json":
         return ""

@@ -38,8 +38,8 @@ class TextSource:
 
     documents: NumberedTexts
     vocabulary: "seqio.Vocabulary"
-    # Control tokens that a text spells, and that the log has told of.
-    _told: set[int] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
+    # Control tokens that texts spell, and that the log has named.
+    _named: set[int] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -59,15 +59,15 @@ class TextSource:
             texts = [self.documents[number] for number in chunk]
             for text, encoded in zip(texts, self._encode(texts), strict=True):
                 ids = np.array([*encoded, self.vocabulary.eos_id], np.int32)
-                self._tell_of_control_tokens(encoded)
+                self._warn_of_control_tokens(ids[:-1])
                 yield Example(ids, np.ones(len(ids), np.float32), len(text.encode()))
 
-    def _tell_of_control_tokens(self, ids: Iterable[int]) -> None:
+    def _warn_of_control_tokens(self, ids: np.ndarray) -> None:
         """Warn once of each control token that a text spells: a model learns it as the end of a turn, for example."""
-        spelled = getattr(self.vocabulary, "control_tokens", {})
-        for token in self._control_ids.intersection(ids) - self._told:
-            self._told.add(token)
-            piece = next(text for text, id_ in spelled.items() if id_ == token)
+        found = ids[self._is_control[np.minimum(ids, len(self._is_control) - 1)]]
+        for token in {*found.tolist()} - self._named:
+            self._named.add(token)
+            piece = next(text for text, id_ in self._control_tokens.items() if id_ == token)
             logging.warning(
                 "a text spells %s, which becomes the control token %d as in transformers; if it is meant as text, "
                 "write it otherwise (docs/data.md)",
@@ -75,9 +75,17 @@ class TextSource:
                 token,
             )
 
+    @property
+    def _control_tokens(self) -> dict[str, int]:
+        return getattr(self.vocabulary, "control_tokens", {})
+
     @functools.cached_property
-    def _control_ids(self) -> frozenset[int]:
-        return frozenset(getattr(self.vocabulary, "control_tokens", {}).values())
+    def _is_control(self) -> np.ndarray:
+        """Return a bool for every id up to the last control token, and False for all larger ones."""
+        ids = [*self._control_tokens.values()]
+        table = np.zeros(max(ids, default=-1) + 2, np.bool_)
+        table[ids] = True
+        return table
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         from fam_jax.data.quiet_seqio import seqio  # loaded already, with the vocabulary

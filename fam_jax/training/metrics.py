@@ -25,6 +25,8 @@ from fam_jax.training.bucket_sync import Mirror
 
 # Seconds between uploads of a run's metrics to its bucket; every checkpoint uploads them too.
 UPLOAD_SECONDS = 60.0
+# Filesystems of buckets raise errors of their own.
+ANY = Exception
 # Lines that wait for a disk which is full. Later ones are lost.
 MAX_WAITING = 10_000
 
@@ -58,7 +60,7 @@ class MetricsWriter:
         """Make sure that everything written so far survives if the process is killed."""
         self._attempt("metrics.jsonl", self._lines.write)
         self._attempt("tensorboard", self._events.flush)
-        self._attempt("the bucket", self._mirror.upload)
+        self._attempt("the bucket", self._mirror.upload, ANY)
         self._uploaded_at = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -68,14 +70,13 @@ class MetricsWriter:
         self.flush()
         self._lines.close()
         self._events.close()
-        self._attempt("the bucket", self._mirror.close)
+        self._attempt("the bucket", self._mirror.close, ANY)
 
-    def _attempt(self, what: str, action: Callable[[], None]) -> None:
-        """Do something that may fail. Tell of the first failure, and when it works again."""
+    def _attempt(self, what: str, action: Callable[[], None], errors: type[Exception] = OSError) -> None:
+        """Run an action that may fail with certain errors. Log its first failure, and its recovery."""
         try:
             action()
-        # Filesystems of buckets raise errors of their own.
-        except Exception as error:
+        except errors as error:
             if what not in self._failing:
                 self._failing.add(what)
                 logging.warning("metrics cannot be written to %s (%s); training goes on without", what, error)

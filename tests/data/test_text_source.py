@@ -1,4 +1,4 @@
-"""Texts as examples: what the log tells of them."""
+"""Warnings about texts that spell control tokens."""
 
 import json
 import pathlib

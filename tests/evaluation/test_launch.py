@@ -69,7 +69,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_list_of_tasks(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
-    """The list needs no checkpoint, and says where data is if it is told where to look."""
+    """The list needs no checkpoint. With --data, it says where the data of each task is."""
     assert evaluate.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*TASKS, *DOCUMENTS, *ITEM_TASKS]
