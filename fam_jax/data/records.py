@@ -31,6 +31,7 @@ from fam_jax.data.text_files import (
     TextError,
     check_encoding,
     decode_text,
+    parquet_rows,
 )
 
 # Endings of the files that count in a folder.
@@ -154,29 +155,17 @@ def _json_rows(file: BinaryIO, where: str, bad: OnBad) -> Iterator[Row]:
 
 def _parquet_rows(file: BinaryIO, where: str, keys: frozenset[str], bad: OnBad) -> Iterator[Row]:
     """Yield the rows of a Parquet file: dicts of its columns."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise TextError(
-            f"{where}: reading Parquet needs pyarrow; install it, or convert the file to .jsonl"
-        ) from error
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
+
+    def choose(names: list[str]) -> list[str]:
         # Without any of the columns, the error of the first row names those that there are.
-        columns = [name for name in names if name in keys] or names
-        number = 0
-        for batch in table.iter_batches(batch_size=256, columns=columns):
-            for value in batch.to_pylist():
-                number += 1
-                place = f"{where}: row {number}"
-                try:
-                    yield Row(place, _checked(value, place))
-                except RowError as error:
-                    bad(error)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise TextError(f"{where}: is damaged or not a Parquet file; leave it out") from error
+        return [name for name in names if name in keys] or names
+
+    for number, value in enumerate(parquet_rows(file, where, choose), 1):
+        place = f"{where}: row {number}"
+        try:
+            yield Row(place, _checked(value, place))
+        except RowError as error:
+            bad(error)
 
 
 def _object(text: str, where: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -160,6 +160,29 @@ def _json_documents(text: str, raw: bytes, where: str) -> Iterator[str]:
 
 def _parquet_documents(file: BinaryIO, where: str) -> Iterator[str]:
     """Yield the column "text" of a Parquet file."""
+
+    def choose(names: list[str]) -> list[str]:
+        if "text" not in names:
+            _no_text(names, where)
+        return ["text"]
+
+    for number, row in enumerate(parquet_rows(file, where, choose), 1):
+        yield _text_of(row, f"{where}: row {number}")
+
+
+def parquet_rows(
+    file: BinaryIO, where: str, choose: Callable[[list[str]], list[str]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file, as values by column.
+
+    Args:
+      file: the open file.
+      where: the field or flag that names the file, and the path, for messages.
+      choose: returns the columns to read, from the names of all.
+
+    Raises:
+      TextError: the file is damaged or not a Parquet file, or pyarrow is not installed.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -169,13 +192,9 @@ def _parquet_documents(file: BinaryIO, where: str) -> Iterator[str]:
         ) from error
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        if "text" not in table.schema_arrow.names:
-            _no_text(table.schema_arrow.names, where)
-        number = 0
-        for batch in table.iter_batches(batch_size=256, columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                yield _text_of({"text": text}, f"{where}: row {number}")
+        columns = choose(table.schema_arrow.names)
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            yield from batch.to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise TextError(f"{where}: is damaged or not a Parquet file; leave it out") from error
 

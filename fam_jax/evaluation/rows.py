@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fam_jax.config import UserError
-from fam_jax.data.text_files import JSON, PARQUET, TextError, decode_text
+from fam_jax.data.text_files import JSON, PARQUET, decode_text, parquet_rows
 from fam_jax.evaluation.item import ItemTask, Row
 
 TFDS = "tfds"
@@ -102,7 +102,8 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     """
     try:
         if path.name.endswith(PARQUET):
-            yield from _parquet_rows(path)
+            with path.open("rb") as file:
+                yield from parquet_rows(file, str(path), choose=list)  # all columns
             return
         raw = path.read_bytes()
         if path.name.endswith(".gz"):
@@ -136,21 +137,6 @@ def _object(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object with fields, got {type(value).__name__}; correct it")
     return value
-
-
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise TextError(
-            f"{path}: reading Parquet needs pyarrow; install it, or convert the file to .jsonl"
-        ) from error
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: is damaged or not a Parquet file; replace it") from error
 
 
 def _is_prepared(source: str) -> bool:
