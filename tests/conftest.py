@@ -6,13 +6,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from tests.flags import xla_flags
+
 DEVICES = 8
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Read once, when JAX starts its first backend.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-)
+os.environ["XLA_FLAGS"] = f"{xla_flags(DEVICES)} {os.environ.get('XLA_FLAGS', '')}"
 
 # Compiled programs, shared by the workers of pytest-xdist, which inherit the environment, and the programs that tests
 # start.
@@ -27,6 +27,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Tracing makes very many objects and little garbage.
+gc.set_threshold(20_000, 20, 20)
 
 # Compilation makes the first example far slower than the others, so there is no deadline.
 hypothesis.settings.register_profile("local", deadline=None)

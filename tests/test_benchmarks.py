@@ -32,20 +32,12 @@ from fam_jax.config import Config, UserError, resolve
 from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import Transformer, from_dict, to_dict
 from fam_jax.training.state import model_structure
+from tests.flags import xla_flags
 from tests.model.tiny import variant
 from tests.variants import rest_slow
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = dataclasses.replace(with_blocks(QUICK.model, 16), vocab_size=11)
-
-
-def fast_compilation() -> str:
-    """Return the flag that saves most compile time, or "" if XLA lacks it: an unknown flag ends the process."""
-    try:
-        jax.jit(lambda: 0).lower().compile(compiler_options={"xla_cpu_use_fusion_emitters": False})
-    except jax.errors.JaxRuntimeError:
-        return ""
-    return "--xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +47,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.run", "--quick", f"--out={out}"],
         cwd=ROOT,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": fast_compilation()},
+        env={**os.environ, "XLA_FLAGS": xla_flags()},
         capture_output=True,
         text=True,
         timeout=600,

@@ -18,18 +18,17 @@ import fam_jax
 from fam_jax.checkpoint import saved_steps
 from fam_jax.hf import Folder, export_folder, hf_config
 from fam_jax.memories.window import FullConfig
-from tests.model.tiny import params_of, quick_jit
+from tests.model.tiny import params_of
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 TEXT = "The cat sat on the mat, and the dog sat beside it.\n"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compile fast, for one device: no example of the tests runs long enough to need XLA's optimizations."""
+def one_device() -> Iterator[None]:
+    """Run the examples on one device, which compiles faster."""
     first = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", quick_jit)
         patch.setattr(jax, "devices", lambda *_: first)
         yield
 

@@ -27,7 +27,6 @@ from fam_jax.training.loop import make_trainer
 from fam_jax.training.optimizer import make_optimizer
 from fam_jax.training.state import TrainState, init_state, model_structure
 from tests.hf.recorded import DATA, LENGTH, recorded_logits, recorded_tokens
-from tests.model.tiny import quick_compilation
 from tests.variants import rest_slow
 
 # Parameters as the publishers count them; for Gemma 3 27B, those of its text model.
@@ -39,13 +38,6 @@ PARAMETERS = {
     "mistral_7b": 7_248_023_552,
 }
 BLOCK = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast() -> Any:
-    """Compile quickly: nothing here runs long enough to need XLA's optimizations."""
-    with quick_compilation():
-        yield
 
 
 def shapes_of(config: Config) -> TrainState:

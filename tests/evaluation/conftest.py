@@ -1,7 +1,6 @@
 """A model whose PassKey results are known without running it."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,16 +9,9 @@ import pytest
 
 from fam_jax.config import Config, EvaluateConfig
 from tests.generation.tiny import CONFIG
-from tests.model.tiny import params_of, quick_compilation
+from tests.model.tiny import params_of
 
 VOCABULARY_SIZE = 51  # of the vocabulary that ships with the package
-
-
-@pytest.fixture(autouse=True, scope="package")
-def compile_fast() -> Iterator[None]:
-    """Compile with few optimizations: compilation takes most of the time of these tests."""
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="session")

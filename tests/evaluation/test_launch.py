@@ -16,6 +16,7 @@ from launch import evaluate
 from launch.errors import user_errors
 from tests.evaluation.fixtures import GPT3, write_rows
 from tests.evaluation.runs import save_run
+from tests.flags import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -27,14 +28,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, config: Config, parrot: dict) 
 
 
 def launch(*arguments: str, devices: int) -> subprocess.CompletedProcess:
-    flags = (
-        f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiles faster
-    )
     return subprocess.run(
         [sys.executable, "-m", "launch.evaluate", *arguments],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -10,13 +10,12 @@ import pytest
 from fam_jax.config import UserError
 from fam_jax.config.training import LARGEST_SEED
 from fam_jax.generation.sampling import GREEDY, Sampling, check_seed, sample
-from tests.model.tiny import quick_jit
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
 DRAWS = 20_000
 
-keys = quick_jit(lambda seed, count: jax.random.split(jax.random.key(seed), count), static_argnums=1)
-jitted = quick_jit(sample, static_argnames="sampling")
+keys = jax.jit(lambda seed, count: jax.random.split(jax.random.key(seed), count), static_argnums=1)
+jitted = jax.jit(sample, static_argnames="sampling")
 
 
 def frequencies(logits: np.ndarray, sampling: Sampling) -> np.ndarray:

@@ -9,7 +9,7 @@ from fam_jax.config import ModelConfig
 from fam_jax.generation.streaming import Streamer
 from fam_jax.memories.fam import FamConfig
 from fam_jax.model import empty_state
-from tests.model.tiny import build, params_of, quick_jit
+from tests.model.tiny import build, params_of
 
 CONFIG = ModelConfig(
     vocab_size=16, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, ff_dim=16,
@@ -28,7 +28,7 @@ def texts(*lengths: int, seed: int = 0) -> list[np.ndarray]:
     return [random.integers(0, CONFIG.vocab_size, length).astype(np.int32) for length in lengths]
 
 
-@quick_jit
+@jax.jit
 def _forward(params: dict, tokens: jax.Array) -> jax.Array:
     return build(CONFIG, params)(tokens, empty_state(CONFIG, tokens.shape[0]), aligned=True)[0]
 

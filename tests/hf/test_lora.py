@@ -17,7 +17,7 @@ from fam_jax.hf import ConvertError, export_adapter
 from fam_jax.model import create_model, from_dict, lora, to_dict
 from launch import export_hf
 from tests.hf.recorded import DATA, imported, recorded_tokens
-from tests.model.tiny import Reader, quick_jit
+from tests.model.tiny import Reader
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 
@@ -36,7 +36,7 @@ def run_with_lora(name, config=LORA, **changes):
 
     params = jax.tree_util.tree_map_with_path(shake, params)
 
-    @quick_jit
+    @jax.jit
     def logits(params):
         graphdef, state = nnx.split(nnx.eval_shape(lambda: create_model(config, rngs=nnx.Rngs(0))))
         built = nnx.merge(graphdef, from_dict(state, params))

@@ -28,7 +28,7 @@ from fam_jax.memories.window import (
 )
 from launch import export_hf, import_hf
 from tests.hf.recorded import DATA, NAMES, VOCABULARY, imported, one_device, recorded_tokens
-from tests.model.tiny import Reader, build, quick_jit
+from tests.model.tiny import Reader, build
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -238,7 +238,7 @@ def test_gradients_are_those_of_jax(stop_gradient, tmp_path):
     config, params = export(tmp_path / "out", "qwen3", LOCAL | {"stop_gradient": stop_gradient})
     weights = np.random.default_rng(1).normal(size=(*TOKENS.shape, VOCABULARY)).astype(np.float32)
 
-    @quick_jit
+    @jax.jit
     def gradients(params):
         def loss(params):
             model = build(config, params)

@@ -9,7 +9,6 @@ import numpy as np
 
 from fam_jax.config import ceil_div
 from fam_jax.kernels import block_attention
-from tests.model.tiny import quick_jit
 
 Arrays = dict[str, np.ndarray]
 # Factor between the small blocks of these cases (multiples of 4) and blocks of the kernels (multiples of 128).
@@ -198,7 +197,7 @@ def check(case: Case, implementation: str, dtype: str, roundings: float, seed: i
         inputs = {name: jnp.asarray(x, dtype) for name, x in call.inputs.items()}
         cotangent = jnp.asarray(call.cotangent, dtype)
 
-        @quick_jit
+        @jax.jit
         def forward_and_gradients(inputs: Any, cotangent: jax.Array) -> Any:
             out, pull = jax.vjp(lambda x: attend(case, call, x, implementation), inputs)
             return out, pull(cotangent)[0]

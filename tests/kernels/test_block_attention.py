@@ -16,7 +16,6 @@ import pytest
 from fam_jax.config import ceil_div
 from fam_jax.kernels import IMPLEMENTATIONS, Part, multi_part_attention, xla
 from tests.kernels.cases import Case, attend, check, draw
-from tests.model.tiny import quick_jit
 from tests.variants import rest_slow
 
 CASES = {
@@ -182,7 +181,7 @@ def test_hidden_keys_have_no_influence(implementation: str) -> None:
             for name in ("extra_k", "extra_v"):
                 spoilt[name][b, n, count:] = 1e6
     assert all((spoilt[name] != call.inputs[name]).any() for name in spoilt if name != "q")
-    attention = quick_jit(lambda x: attend(case, call, x, implementation))
+    attention = jax.jit(lambda x: attend(case, call, x, implementation))
     np.testing.assert_array_equal(attention(single(spoilt)), attention(single(call.inputs)))
 
 
@@ -192,7 +191,7 @@ def test_the_future_has_no_influence(case: str, implementation: str) -> None:
     """A change of one token's key and value affects that token and later ones, up to the end of its window."""
     case = of_size(ALL_CASES[case], implementation)
     call = draw(case)
-    attention = quick_jit(lambda x: attend(case, call, x, implementation))
+    attention = jax.jit(lambda x: attend(case, call, x, implementation))
     plain = np.asarray(attention(single(call.inputs)))
     size = case.block_size
     for token in (0, size - 1, size, size + size // 2):
@@ -211,7 +210,7 @@ def test_large_scores_do_not_overflow(implementation: str) -> None:
     case = of_size(Case(), implementation)
     call = draw(case)
     call.inputs["q"] *= 1e4
-    attention = quick_jit(lambda x: attend(case, call, x, implementation))
+    attention = jax.jit(lambda x: attend(case, call, x, implementation))
     assert np.isfinite(attention(single(call.inputs))).all()
 
 
@@ -223,7 +222,7 @@ def test_auto_is_xla_without_a_tpu() -> None:
     call = draw(Case())
 
     def result(name: str) -> np.ndarray:
-        return np.asarray(quick_jit(lambda x: attend(Case(), call, x, name))(single(call.inputs)))
+        return np.asarray(jax.jit(lambda x: attend(Case(), call, x, name))(single(call.inputs)))
 
     np.testing.assert_array_equal(result("auto"), result("xla"))
 
@@ -291,7 +290,7 @@ def test_multi_part_attention_is_one_softmax_over_all_parts() -> None:
         spans = ((0, 2), (2, 6), (6, 7))
         split = [Part(q, k[:, a:b], v[:, a:b], jnp.asarray(mask[..., a:b])) for a, b in spans]
         whole, split = (
-            quick_jit(multi_part_attention)(parts) for parts in ([Part(q, k, v, jnp.asarray(mask))], split)
+            jax.jit(multi_part_attention)(parts) for parts in ([Part(q, k, v, jnp.asarray(mask))], split)
         )
         scores = np.einsum("bthd,bshd->bths", q, np.repeat(k, 2, 2)) / 2
         p = np.where(mask[:, :, None], np.exp(scores), 0)

@@ -13,7 +13,7 @@ from fam_jax.model import empty_state
 from fam_jax.sharding import make_mesh, replicated, traced_for
 from tests.kernels.cases import attend, draw
 from tests.kernels.test_block_attention import TRAINING, single
-from tests.model.tiny import build, params_of, quick_jit, some_tokens, variant
+from tests.model.tiny import build, params_of, some_tokens, variant
 from tests.variants import rest_slow
 
 SHAPE = {"block_size": 128, "head_dim": 8, "num_heads": 2, "num_kv_heads": 1, "segments": 1}
@@ -39,7 +39,7 @@ def test_kernels_and_xla_agree(changes: dict[str, Any], past_slots: bool) -> Non
     def result(attention: str) -> Any:
         config = variant(**SHAPE | changes, attention=attention)
 
-        @quick_jit
+        @jax.jit
         def call(params: Any) -> Any:
             def loss(params: Any) -> Any:
                 model = build(config, params)

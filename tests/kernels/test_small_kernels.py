@@ -10,7 +10,6 @@ import pytest
 from fam_jax.config import MeshConfig
 from fam_jax.kernels import rotary, update_attention
 from fam_jax.sharding import make_mesh, replicated, traced_for
-from tests.model.tiny import quick_jit
 from tests.variants import rest_slow
 
 HEADS = {"multi-head": (2, 2), "grouped queries": (4, 2), "multi-query": (3, 1)}
@@ -41,7 +40,7 @@ def with_gradients(
     given = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
     tap = jnp.zeros((BATCH, SIZE, given["k"].shape[2] * given["k"].shape[3]), dtype)
 
-    @quick_jit
+    @jax.jit
     def call(given: Any, tap: Any) -> Any:
         def of(own: Any, taps: Any) -> Any:
             return attend(given | own, block, taps, implementation, softcap)

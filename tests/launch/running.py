@@ -4,6 +4,8 @@ import os
 import pathlib
 import sys
 
+from tests.flags import xla_flags
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 # The smallest model that the passkey vocabulary and task allow.
@@ -15,13 +17,9 @@ TINY = [
 ]  # fmt: skip
 
 
-# Compile fast, as tests.model.tiny.quick_jit does: no program of the tests runs long enough to need the optimizations.
-QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-
-
 def environment() -> dict[str, str]:
     """Return the environment of the tests, with one device and fast compilation."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_FLAGS}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()}
 
 
 def command(*arguments: str) -> list[str]:

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,13 +19,6 @@ from fam_jax.restore import load_model
 from fam_jax.training.init_from import base_config
 from launch import export_hf, import_hf
 from tests.hf.recorded import DATA, LENGTH, VOCABULARY, recorded_logits, recorded_tokens
-from tests.model.tiny import quick_compilation
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,16 +23,10 @@ from launch import generate
 from launch.errors import user_errors
 from tests.generation.tiny import CONFIG
 from tests.launch.running import ROOT, command, environment
-from tests.model.tiny import params_of, quick_compilation
+from tests.model.tiny import params_of
 
 BOOK = "The quick brown fox jumps over the lazy dog.\n" * 9
 LIMIT = "--max-tokens=12"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 def save(folder: pathlib.Path, seed: int = 0) -> str:

@@ -3,21 +3,12 @@
 import json
 import pathlib
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
 from fam_jax.config import UserError
 from launch import evaluate
 from tests.launch.running import ROOT, command, environment
-from tests.model.tiny import quick_compilation
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast() -> Iterator[None]:
-    with quick_compilation():
-        yield
-
 
 SMALL = [
     "--config.model.num_layers=1", "--config.train.steps=2", "--config.evaluate.every=2",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fam_jax.layers.rope import Rope, Rotation, rotate
-from tests.model.tiny import quick_jit, variant
+from tests.model.tiny import variant
 from tests.oracle.naive import _rope as naive_rope
 
 POSITIONS = np.array([0, 1, 255, 256, 65_535, 10**6 + 7, 10**9 + 1, 2**31 - 1])
@@ -23,7 +23,7 @@ def angles(positions, rope):
 def test_any_int32_position_is_exact_in_float32(unit, sign):
     rope = Rope(8, 10_000.0, "float32")
     positions = sign * (POSITIONS // unit)
-    rotation = quick_jit(lambda p: rope.at(p, unit=unit))(jnp.asarray(positions, jnp.int32))
+    rotation = jax.jit(lambda p: rope.at(p, unit=unit))(jnp.asarray(positions, jnp.int32))
     want = angles(positions * unit, rope)
     # Three products of float32 rotations, with one or two roundings each.
     np.testing.assert_allclose(rotation.cos[:, 0], np.cos(want).astype(float), rtol=0, atol=1e-6)
@@ -34,7 +34,7 @@ def test_static_and_dynamic_positions_agree():
     with jax.enable_x64(True):
         rope = Rope(8, 500.0, "float64")
         positions = np.arange(-300, 300)
-        got, want = quick_jit(rope.at)(jnp.asarray(positions, jnp.int32)), rope.static(positions)
+        got, want = jax.jit(rope.at)(jnp.asarray(positions, jnp.int32)), rope.static(positions)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert a.shape == (600, 1, 4)
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)

@@ -1,7 +1,4 @@
-"""Register the memories of the tests, and remove them afterwards, because other tests must not see them.
-
-Compile fast in all tests of this folder.
-"""
+"""Register the memories of the tests, and remove them afterwards, because other tests must not see them."""
 
 from collections.abc import Iterator
 
@@ -9,7 +6,6 @@ import pytest
 
 from fam_jax.memories import registry
 from tests.memories.cases import OWN
-from tests.model.tiny import quick_compilation
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -18,10 +14,4 @@ def own_memories() -> Iterator[None]:
         patch.setattr(registry, "MEMORIES", dict(registry.MEMORIES))
         for kind, memory in OWN.items():
             registry.register_memory(kind, memory)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="package")
-def compile_fast() -> Iterator[None]:
-    with quick_compilation():
         yield

@@ -20,7 +20,7 @@ from fam_jax.model.layer_types import memory_of
 from fam_jax.model.parameters import flatten
 from tests.memories.cases import ALWAYS, BLOCKS, CASES, SIZE, class_of, random_parameters
 from tests.memories.reference import associative_forward, read_write_forward
-from tests.model.tiny import Reader, build, quick_jit
+from tests.model.tiny import Reader, build
 from tests.variants import rest_slow
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
@@ -155,7 +155,7 @@ def test_gradients_reach_what_they_should(name: str, aligned: bool) -> None:
         logits, _ = model(tokens, model.init_state(1), aligned=aligned)
         return jnp.square(logits).reshape(BLOCKS, -1).sum(axis=1)
 
-    slopes = np.asarray(quick_jit(jax.jacrev(losses))(params["embedding"]["table"]))  # (N, V, D)
+    slopes = np.asarray(jax.jit(jax.jacrev(losses))(params["embedding"]["table"]))  # (N, V, D)
     reached = np.abs(slopes[:, : SIZE * BLOCKS]).reshape(BLOCKS, BLOCKS, -1).max(axis=2)
     expected = np.array([[case.reach(i, j) for j in range(BLOCKS)] for i in range(BLOCKS)])
     np.testing.assert_array_equal(reached[~expected], 0)
@@ -246,7 +246,7 @@ def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
         result = read(tree, x, default=default)
         return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(result)), result
 
-    @quick_jit
+    @jax.jit
     def both(tree: Any, x: jax.Array) -> Any:
         slope = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
         return [slope(functools.partial(score, default=default))(tree, x) for default in (False, True)]

@@ -19,17 +19,7 @@ from fam_jax.training.loop import make_trainer
 from fam_jax.training.optimizer import make_optimizer
 from fam_jax.training.state import TrainState, init_state, model_structure
 from tests.memories import toys
-from tests.model.tiny import quick_jit
-from tests.training.tiny import (
-    ROWS,
-    TINY,
-    TOKENS,
-    assert_close,
-    changed,
-    compiled_step,
-    quick_trainer,
-    some_batch,
-)
+from tests.training.tiny import ROWS, TINY, TOKENS, assert_close, changed, compiled_step, some_batch
 
 DATA = DataConfig(
     task="text", vocabulary="bytes", train_files=("x",), layout="continuous", sequence_length=TOKENS
@@ -52,7 +42,7 @@ def batch_of(step: int) -> dict[str, np.ndarray]:
 
 
 def begin(config: Config) -> TrainState:
-    return quick_jit(lambda: init_state(config, make_optimizer(config.optimizer, config.train.steps), 0))()
+    return jax.jit(lambda: init_state(config, make_optimizer(config.optimizer, config.train.steps), 0))()
 
 
 def run(config: Config, steps: int = STEPS) -> tuple[TrainState, list[Any]]:
@@ -78,7 +68,7 @@ def losses_of_documents(config: Config, params: Any) -> list[float]:
     """
     graphdef, abstract = model_structure(config)
 
-    @quick_jit
+    @jax.jit
     def cross_entropy(tokens: jax.Array, targets: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, from_dict(abstract, params))
         state, parts = model.init_state(1), []
@@ -139,7 +129,7 @@ def test_accumulation_and_meshes_change_nothing(carry: str) -> None:
     assert_close(parts.params, whole.params, rtol=1e-4, atol=1e-5)
 
     mesh = changed(config, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, train__accumulation=2)
-    trainer = quick_trainer(mesh, make_trainer)
+    trainer = make_trainer(mesh)
     where = jax.tree.map(lambda leaf: leaf.sharding, trainer.state_shapes)
     state = jax.device_put(begin(config), where)
     for step in range(3):

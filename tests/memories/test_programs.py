@@ -20,7 +20,7 @@ from fam_jax.training.loop import make_trainer
 from tests.memories import toys
 from tests.memories.cases import CASES, random_parameters
 from tests.model.tiny import Reader
-from tests.training.tiny import assert_close, changed, quick_trainer, run, some_batch, start
+from tests.training.tiny import assert_close, changed, run, some_batch, start
 from tests.variants import rest_slow
 
 NEW = {
@@ -63,7 +63,7 @@ def test_a_sharded_step_is_the_step_of_one_device(name: str) -> None:
     base = changed(train__random_state_passing=1.0, model__memory=NEW[name])
     config = changed(base, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, train__accumulation=2)
     expected, metrics = run(base, 2)
-    trainer = quick_trainer(config, make_trainer)
+    trainer = make_trainer(config)
     state = jax.device_put(start(base), jax.tree.map(lambda leaf: leaf.sharding, trainer.state_shapes))
     for step in range(2):
         batch = jax.device_put(some_batch(step), sharding.batch_sharding(trainer.mesh))

@@ -13,7 +13,7 @@ from fam_jax.layers.rope import rotate
 from fam_jax.memories import chain
 from fam_jax.memories.chain import update_vectors
 from fam_jax.model import empty_state, with_passed_on
-from tests.model.tiny import build, params_of, quick_jit, some_tokens, variant
+from tests.model.tiny import build, params_of, some_tokens, variant
 from tests.oracle.naive import naive_forward, random_params
 
 LENGTH = 14
@@ -36,7 +36,7 @@ def gradients(config, *, aligned=True, length=LENGTH):
         model = build(config, params)
         return score(model(jnp.asarray(tokens), model.init_state(len(tokens)), aligned=aligned)[0])
 
-    return quick_jit(jax.grad(loss))(params_of(config))
+    return jax.jit(jax.grad(loss))(params_of(config))
 
 
 def assert_same(got, want, **tolerance):
@@ -183,7 +183,7 @@ def test_gradient_reaches_a_saved_fam_and_not_the_initial_one_beside_it():
         return score(build(WIDE, params)(tokens, memory, aligned=True)[0])
 
     with jax.enable_x64(True):
-        slope = quick_jit(jax.grad(loss, argnums=(0, 1)))
+        slope = jax.jit(jax.grad(loss, argnums=(0, 1)))
         for rows in (jnp.array([True, True]), jnp.array([False, False])):
             params, start = slope(params_of(WIDE), saved, rows)
             initial = params["memory"]["initial_fam"]
@@ -222,7 +222,7 @@ def influence_of_first_block(config):
 
     with jax.enable_x64(True):
         params = params_of(config)
-        by_row = quick_jit(jax.jacrev(scores))(params["embedding"]["table"], params)  # (N, V, D)
+        by_row = jax.jit(jax.jacrev(scores))(params["embedding"]["table"], params)  # (N, V, D)
     return np.abs(np.asarray(by_row)[:, :size]).max(axis=(1, 2))
 
 

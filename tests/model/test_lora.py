@@ -16,7 +16,7 @@ from fam_jax.config import Config, ConfigError, LoraConfig, ModelConfig
 from fam_jax.memories import chain
 from fam_jax.model import create_model, empty_state, from_dict, lora, to_dict
 from tests.model.test_gradients import plain_scan, score
-from tests.model.tiny import Reader, build, params_of, quick_jit, some_tokens, variant
+from tests.model.tiny import Reader, build, params_of, some_tokens, variant
 from tests.variants import rest_slow
 
 LORA = LoraConfig(rank=3, alpha=6.0)
@@ -50,7 +50,7 @@ def adapted_params(model: ModelConfig, config: LoraConfig = LORA, *, trained: bo
 
 
 def logits(model: ModelConfig, params: dict[str, Any], *, aligned: bool) -> np.ndarray:
-    @quick_jit
+    @jax.jit
     def call(params: Any) -> jax.Array:
         graphdef, abstract = structure(model)
         adapted = nnx.merge(graphdef, from_dict(abstract, params))
@@ -102,7 +102,7 @@ def loss_of(model: ModelConfig, config: LoraConfig) -> Any:
 
 
 def gradients(model: ModelConfig) -> Any:
-    return quick_jit(jax.grad(loss_of(model, LORA)))(*lora.divide(adapted_params(model), LORA))
+    return jax.jit(jax.grad(loss_of(model, LORA)))(*lora.divide(adapted_params(model), LORA))
 
 
 @pytest.mark.parametrize(

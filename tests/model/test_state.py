@@ -17,7 +17,7 @@ from fam_jax.model import (
     to_dict,
     with_passed_on,
 )
-from tests.model.tiny import Reader, build, params_of, quick_jit, some_tokens, variant
+from tests.model.tiny import Reader, build, params_of, some_tokens, variant
 from tests.oracle.naive import random_params
 
 
@@ -149,7 +149,7 @@ def test_bfloat16_activations_read_nearly_alike():
 
 
 def new_parameters(config, seed=0):
-    return quick_jit(lambda: to_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(seed)))))()
+    return jax.jit(lambda: to_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(seed)))))()
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_the_program_does_not_grow_with_depth():
         def loss(params):
             return build(config, params)(tokens, empty_state(config, 1), aligned=aligned)[0].sum()
 
-        return quick_jit(jax.grad(loss)).lower(params).as_text().count("\n")
+        return jax.jit(jax.grad(loss)).lower(params).as_text().count("\n")
 
     for aligned in (True, False):
         assert size(5, aligned) == size(13, aligned)

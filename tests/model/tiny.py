@@ -1,40 +1,19 @@
 """A model small enough to compile dozens of times in a test run, and compiled ways to call it."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from fam_jax.config import ModelConfig
 from fam_jax.memories.fam import FamConfig
 from fam_jax.model import StreamState, Transformer, from_dict
 from tests.oracle.naive import random_params
-
-# These options compile a gradient of the tiny model about six times faster than the defaults. No test runs long enough
-# to need the optimizations.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-_jit = jax.jit
-
-
-def quick_jit(*args: Any, compiler_options: dict[str, Any] | None = None, **how: Any) -> Any:
-    """Compile as `jax.jit` does, but fast; also in place of it, where a caller gives options of its own."""
-    return _jit(*args, compiler_options=QUICK | (compiler_options or {}), **how)
-
-
-@contextlib.contextmanager
-def quick_compilation() -> Iterator[None]:
-    """Compile everything fast within the block, where compilation takes most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", quick_jit)
-        yield
-
 
 TINY = ModelConfig(
     vocab_size=11,
@@ -81,7 +60,7 @@ def build(config: ModelConfig, params: Any) -> Transformer:
 
 @functools.cache
 def _compiled(config: ModelConfig) -> Callable[..., tuple[jax.Array, StreamState]]:
-    @functools.partial(quick_jit, static_argnames="aligned")
+    @functools.partial(jax.jit, static_argnames="aligned")
     def call(params, tokens, state, *, lengths=None, aligned=False, position_offset=None):
         return build(config, params)(
             tokens, state, lengths=lengths, aligned=aligned, position_offset=position_offset
@@ -92,9 +71,7 @@ def _compiled(config: ModelConfig) -> Callable[..., tuple[jax.Array, StreamState
 
 @functools.cache
 def _compiled_start(config: ModelConfig) -> Callable[[Any, int], StreamState]:
-    return quick_jit(
-        lambda params, batch_size: build(config, params).init_state(batch_size), static_argnums=1
-    )
+    return jax.jit(lambda params, batch_size: build(config, params).init_state(batch_size), static_argnums=1)
 
 
 class Reader:

@@ -22,7 +22,7 @@ from fam_jax.training import loop, metrics
 from fam_jax.training.loop import train
 from fam_jax.training.metrics import MetricsWriter
 from fam_jax.training.trace import StepTrace
-from tests.training.tiny import changed, quick_trainer
+from tests.training.tiny import changed
 
 STEPS = 5
 RUN = changed(
@@ -44,7 +44,7 @@ def one_device() -> Iterator[None]:
     make_mesh, make_trainer = sharding.make_mesh, loop.make_trainer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda mesh, _=None: make_mesh(mesh, jax.devices()[:1]))
-        trainer = quick_trainer(RUN, make_trainer)
+        trainer = make_trainer(RUN)
         patch.setattr(loop, "make_trainer", lambda _: trainer)
         yield
 

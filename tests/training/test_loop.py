@@ -22,7 +22,7 @@ from fam_jax.data import build
 from fam_jax.data.curriculum import PasskeyCurriculum
 from fam_jax.training import loop
 from fam_jax.training.loop import Interrupted, train
-from tests.training.tiny import changed, quick_trainer
+from tests.training.tiny import changed
 
 STEPS = 8
 # The second stage begins after step 3; steps that are checkpoints, reports and evaluations do not coincide.
@@ -48,7 +48,7 @@ make_mesh, make_trainer = sharding.make_mesh, loop.make_trainer  # both are repl
 
 @functools.cache
 def shared_trainer(config: Config) -> loop.Trainer:
-    return quick_trainer(config, make_trainer)
+    return make_trainer(config)
 
 
 def trainer_of(config: Config) -> loop.Trainer:

@@ -22,7 +22,7 @@ from fam_jax.restore import load_model
 from fam_jax.training import loop
 from fam_jax.training.loop import Interrupted, make_trainer, train
 from tests.training.test_loop import stopping_at
-from tests.training.tiny import ROWS, TINY, assert_close, changed, quick_trainer, run, some_batch, start
+from tests.training.tiny import ROWS, TINY, assert_close, changed, run, some_batch, start
 
 LORA = changed(lora__rank=2, lora__alpha=4.0, train__random_state_passing=1.0)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
@@ -74,7 +74,7 @@ def test_accumulation_changes_nothing() -> None:
 def test_a_sharded_step_is_the_step_of_one_device() -> None:
     expected, metrics = run(LORA, 2)
     config = changed(LORA, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
-    trainer = quick_trainer(config, make_trainer)
+    trainer = make_trainer(config)
     state = jax.device_put(start(LORA), jax.tree.map(lambda leaf: leaf.sharding, trainer.state_shapes))
     for step in range(2):
         batch = jax.device_put(some_batch(step), sharding.batch_sharding(trainer.mesh))
@@ -96,7 +96,7 @@ def test_a_sharded_step_is_the_step_of_one_device() -> None:
 
 
 def on_one_device(config: Config) -> Any:
-    return quick_trainer(config, functools.partial(make_trainer, devices=jax.devices()[:1]))
+    return make_trainer(config, devices=jax.devices()[:1])
 
 
 def compiled(config: Config) -> Any:

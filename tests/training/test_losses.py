@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fam_jax.training.losses import TokenLoss, token_loss
-from tests.model.tiny import TINY, build, params_of, quick_jit, variant
+from tests.model.tiny import TINY, build, params_of, variant
 
 ROWS, TOKENS = 3, 7
 
@@ -51,8 +51,8 @@ def test_values_and_gradients_are_those_of_the_full_softmax(chunk: int, tie: boo
         loss, entropy = full_softmax(logits, targets, weights, z_loss)
         return loss, (entropy, logits.argmax(-1) == targets)
 
-    (loss, result), gradients = quick_jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(params, hidden)
-    (expected, (entropy, correct)), wanted = quick_jit(jax.value_and_grad(reference, (0, 1), has_aux=True))(
+    (loss, result), gradients = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(params, hidden)
+    (expected, (entropy, correct)), wanted = jax.jit(jax.value_and_grad(reference, (0, 1), has_aux=True))(
         params, hidden
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-5)

@@ -16,7 +16,6 @@ import pytest
 from fam_jax.config import OptimizerConfig
 from fam_jax.model.parameters import unflatten
 from fam_jax.training.optimizer import learning_rate, make_optimizer, per_layer
-from tests.model.tiny import quick_jit
 
 STEPS = 6
 # With 9 layers, a stack of norms is large enough to be factored like a matrix.
@@ -68,12 +67,12 @@ def flatten(tree: Any) -> Flat:
 def compiled(config: OptimizerConfig) -> tuple[Callable[..., Any], Callable[..., Any]]:
     optimizer = make_optimizer(config, STEPS)
 
-    @quick_jit
+    @jax.jit
     def step(state: Any, values: Any, grads: Any) -> Any:
         updates, state = optimizer.update(grads, state, values)
         return state, optax.apply_updates(values, updates)
 
-    return quick_jit(optimizer.init), step
+    return jax.jit(optimizer.init), step
 
 
 def run(config: OptimizerConfig, params: Flat, gradients: list[Flat]) -> list[Flat]:
@@ -289,7 +288,7 @@ def test_adamw_is_that_of_optax(problem: tuple[Flat, list[Flat]]) -> None:
         mask=matrices,
     )
     values, expected = params, []
-    state, update = optimizer.init(values), quick_jit(optimizer.update)
+    state, update = optimizer.init(values), jax.jit(optimizer.update)
     for grads in gradients:
         updates, state = update(grads, state, values)
         values = optax.apply_updates(values, updates)

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.flags import xla_flags
 from tests.training.process import CONFIG, STEPS
 from tests.training.tiny import changed, run
 
@@ -28,7 +29,7 @@ def test_two_processes_of_four_devices_train_as_one_device(tmp_path: pathlib.Pat
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": xla_flags(4),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
     processes = [

@@ -7,7 +7,7 @@ import pytest
 from fam_jax import sharding
 from fam_jax.config import Config, ConfigError
 from fam_jax.training.loop import make_trainer
-from tests.training.tiny import assert_close, changed, quick_trainer, run, some_batch, start
+from tests.training.tiny import assert_close, changed, run, some_batch, start
 
 ALWAYS = changed(train__random_state_passing=1.0)
 # Every option of open checkpoints that is divided over a mesh, or chosen per layer.
@@ -41,7 +41,7 @@ def mesh_of(data: int, fsdp: int, tensor: int, base: Config = ALWAYS) -> Config:
 def test_a_sharded_step_is_the_step_of_one_device(base: Config, config: Config) -> None:
     """Compare two steps, the second from the saved FAM. With tensor = 4, four devices share two key/value heads."""
     expected, metrics = run(base, 2)
-    trainer = quick_trainer(config, make_trainer)
+    trainer = make_trainer(config)
     state = jax.device_put(start(base), jax.tree.map(lambda leaf: leaf.sharding, trainer.state_shapes))
     for leaf in jax.tree.leaves(state):
         assert len(leaf.sharding.device_set) == 8
@@ -57,7 +57,7 @@ def test_a_sharded_step_is_the_step_of_one_device(base: Config, config: Config) 
 
 
 def test_fresh_parameters_do_not_depend_on_the_mesh() -> None:
-    created = quick_trainer(mesh_of(2, 2, 2), make_trainer).create()
+    created = make_trainer(mesh_of(2, 2, 2)).create()
     for one, other in zip(
         jax.tree.leaves(created.params), jax.tree.leaves(start(ALWAYS).params), strict=True
     ):

@@ -10,7 +10,7 @@ import pytest
 
 from fam_jax.config import Config
 from fam_jax.model import Transformer, empty_state, with_passed_on
-from tests.model.tiny import build, quick_jit
+from tests.model.tiny import build
 from tests.training.tiny import ROWS, TINY, assert_close, changed, compiled_step, run, some_batch, start
 from tests.variants import rest_slow
 
@@ -22,7 +22,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 
 @functools.cache
 def compiled_hidden(config: Config) -> Any:
-    @quick_jit
+    @jax.jit
     def call(params: Any, inputs: jax.Array, fam: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         memory = with_passed_on(empty_state(config.model, inputs.shape[0]), {"fam": fam}, rows)
         model: Transformer = build(config.model, params)

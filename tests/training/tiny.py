@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import pytest
 
 from fam_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from fam_jax.config import changed as replace_fields
@@ -15,7 +14,6 @@ from fam_jax.memories.fam import FamConfig
 from fam_jax.training.optimizer import make_optimizer
 from fam_jax.training.state import TrainState, init_state
 from fam_jax.training.step import make_train_step
-from tests.model.tiny import quick_jit
 
 ROWS, TOKENS = 8, 12
 
@@ -60,7 +58,7 @@ def some_batch(seed: int = 0) -> dict[str, np.ndarray]:
 
 @functools.cache
 def compiled_step(config: Config) -> Callable[..., Any]:
-    return quick_jit(
+    return jax.jit(
         make_train_step(config, make_optimizer(config.optimizer, config.train.steps)), donate_argnums=0
     )
 
@@ -68,7 +66,7 @@ def compiled_step(config: Config) -> Callable[..., Any]:
 @functools.cache
 def _compiled_start(config: Config) -> Callable[[int], TrainState]:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    return quick_jit(lambda seed: init_state(config, optimizer, seed))
+    return jax.jit(lambda seed: init_state(config, optimizer, seed))
 
 
 def start(config: Config, seed: int = 0) -> TrainState:
@@ -94,10 +92,3 @@ def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, (path, other) in zip(jax.tree.leaves(found), leaves, strict=True):
         np.testing.assert_allclose(one, other, err_msg=jax.tree_util.keystr(path), **tolerance)
-
-
-def quick_trainer(config: Config, make_trainer: Callable[[Config], Any]) -> Any:
-    """Return a trainer that compiles faster. `make_trainer` is an argument because its module imports TensorFlow."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", quick_jit)
-        return make_trainer(config)
