@@ -27,6 +27,7 @@ from benchmarks.timing import Spread
 from fam_jax.config import DataConfig
 from fam_jax.config.strict_json import dump_json
 from fam_jax.data.build import make_batches
+from fam_jax.data.interface import BatchSpec
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.seqio_source import SeqioSource
@@ -107,12 +108,12 @@ def batches_of(vocabulary: str, case: str, processes: int, files: str) -> Any:
     """Return the batches of the first process of a job."""
     layout = case.partition(",")[0]
     data = config(vocabulary, layout, files)
-    shard = (0, processes)
-    batches = make_batches(data, block_size=BLOCK, batch_size=ROWS, seed=SEED, shard=shard)
+    spec = BatchSpec(BLOCK, ROWS, SEED, shard=(0, processes))
+    batches = make_batches(data, spec)
     if case == ONE_BY_ONE:
         source = batches.source.source  # type: ignore[attr-defined]
         alone = Shuffled(OneByOne(source.documents, source.vocabulary), SEED)
-        return PackedBatches(data, alone, batch_size=ROWS, seed=SEED, shard=shard)
+        return PackedBatches(data, alone, spec)
     return batches
 
 
@@ -202,7 +203,7 @@ def streamed(vocabulary: str) -> PackedBatches:
         output_features=features,
     )
     data = config(vocabulary, "packed", "-")
-    return PackedBatches(data, SeqioSource(task, "train", SEED), batch_size=ROWS, seed=SEED)
+    return PackedBatches(data, SeqioSource(task, "train", SEED), BatchSpec(BLOCK, ROWS, SEED))
 
 
 def measure_resumes(

@@ -6,10 +6,9 @@ rows, and add a line to :data:`TASKS`. Its config fields and its name go to `fam
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from absl import logging
 from etils import epath
 
@@ -18,7 +17,7 @@ from fam_jax.config.data import INSTRUCTIONS, MIXED, PASSKEY, SEQIO, TEXT
 from fam_jax.data.curriculum import PasskeyCurriculum, stage_tokens
 from fam_jax.data.documents import Documents, check_apart, find_files
 from fam_jax.data.instructions import InstructionSource, chat_template
-from fam_jax.data.interface import Batches, Example, Source
+from fam_jax.data.interface import Batches, BatchSpec, Example, Source
 from fam_jax.data.mixture import MixedBatches
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.quiet_seqio import seqio
@@ -37,23 +36,6 @@ class Heldout(NamedTuple):
 
     examples: list[Example]
     vocabulary: seqio.Vocabulary
-
-
-class BatchSpec(NamedTuple):
-    """The size and the randomness of training batches."""
-
-    # Tokens of a block of the model.
-    block_size: int
-    # Rows of the global batch.
-    batch_size: int
-    # Seed of everything random.
-    seed: int
-    # (index, count) of this process.
-    shard: tuple[int, int] = (0, 1)
-    # V of the model, to find texts with tokens that it has no embedding for; None: unknown.
-    vocab_size: int | None = None
-    # Joins the arrays of all processes along the first axis; None: there is one process.
-    gather: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 class DataTask(abc.ABC):
@@ -117,13 +99,7 @@ class PasskeyTask(DataTask):
 
     def batches(self, spec: BatchSpec) -> PasskeyCurriculum:
         """Return the batches of the curriculum."""
-        return PasskeyCurriculum(
-            self.data,
-            block_size=spec.block_size,
-            batch_size=spec.batch_size,
-            seed=spec.seed,
-            shard=spec.shard,
-        )
+        return PasskeyCurriculum(self.data, spec)
 
     def longest_row(self, block_size: int) -> int:
         """Return the row length of the last stage."""
@@ -149,25 +125,8 @@ class PackedTask(DataTask):
                     f"config.data.layout: {self.data.layout} reads examples by number, but those of "
                     f"{', '.join(self.data.train_files) or self.data.task} can be read in order only; {self.in_order}"
                 )
-            return RowBatches(
-                self.data,
-                source.source,
-                block_size=spec.block_size,
-                batch_size=spec.batch_size,
-                seed=spec.seed,
-                shard=spec.shard,
-                vocab_size=spec.vocab_size,
-                gather=spec.gather,
-            )
-        return PackedBatches(
-            self.data,
-            source,
-            batch_size=spec.batch_size,
-            seed=spec.seed,
-            shard=spec.shard,
-            vocab_size=spec.vocab_size,
-            block_size=spec.block_size,
-        )
+            return RowBatches(self.data, source.source, spec)
+        return PackedBatches(self.data, source, spec)
 
     def longest_row(self, block_size: int) -> int:
         """Return data.sequence_length."""
@@ -294,34 +253,16 @@ def find_task(data: DataConfig) -> DataTask:
     return TASKS[kind](data)
 
 
-def make_batches(
-    data: DataConfig,
-    *,
-    block_size: int,
-    batch_size: int,
-    seed: int,
-    shard: tuple[int, int] = (0, 1),
-    vocab_size: int | None = None,
-    gather: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> Batches:
+def make_batches(data: DataConfig, spec: BatchSpec) -> Batches:
     """Return the training batches of a config.
-
-    Args:
-      data: the task and its fields.
-      block_size: C, tokens.
-      batch_size: B, rows of the global batch.
-      seed: of everything random.
-      shard: (index, count) of this process. It makes rows index * B / count up to (index + 1) * B / count.
-      vocab_size: V of the model. A text with a token beyond it is then an error, once it is read; None: not checked.
-      gather: joins the arrays of all processes along the first axis, in their order. Layouts whose processes know only
-        their own rows need it for :meth:`Batches.state`. None: there is one process.
 
     Raises:
       ConfigError: files are missing, not UTF-8 or held out too; seqio has no such task; a row is too short; the
         examples cannot be read in data.layout.
-      UserError: the vocabulary cannot be loaded or cannot express the task, or count does not divide B.
+      UserError: the vocabulary cannot be loaded or cannot express the task, or the number of processes does not divide
+        B.
     """
-    return find_task(data).batches(BatchSpec(block_size, batch_size, seed, shard, vocab_size, gather))
+    return find_task(data).batches(spec)
 
 
 def heldout_examples(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fam_jax.config import DataConfig, ceil_div
-from fam_jax.data.interface import Batch, check_state, new_streams, own_rows
+from fam_jax.data.interface import Batch, BatchSpec, check_state, new_streams
 from fam_jax.data.passkey import examples_at, make_template, passkey_task
 from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.randomness import random_key, random_words
@@ -65,40 +65,26 @@ class PasskeyCurriculum:
     (seed, stage, i) only. So :meth:`state` is a handful of numbers, and a process makes no rows but its own.
     """
 
-    def __init__(
-        self,
-        data: DataConfig,
-        *,
-        block_size: int,
-        batch_size: int,
-        seed: int,
-        shard: tuple[int, int] = (0, 1),
-    ):
+    def __init__(self, data: DataConfig, spec: BatchSpec):
         """Prepare the stages. The first call of :meth:`next` makes the first examples.
 
         Args:
           data: vocabulary, lengths, curriculum and loss weights.
-          block_size: C, tokens.
-          batch_size: B, rows of the global batch.
-          seed: of everything random.
-          shard: (index, count) of this process.
+          spec: the size of batches, and the seed of everything random.
 
         Raises:
-          UserError: the vocabulary cannot be loaded or cannot express the task, or count does not divide B.
+          UserError: the vocabulary cannot be loaded or cannot express the task, or the number of processes does not
+            divide B.
         """
-        self._own_rows = own_rows(batch_size, shard)
-        self.data = data
-        self.block_size = block_size
-        self.batch_size = batch_size
-        self.seed = seed
+        self.data, self.spec, self._own_rows = data, spec, spec.own_rows
         self.vocabulary: seqio.Vocabulary = load_vocabulary(data.vocabulary)
         self._begin = bos_ids(self.vocabulary, data)
         lower = (data.min_filler_blocks, *data.stage_blocks)
         self._fillers = [
-            (low * block_size + data.filler_step, high * block_size)
+            (low * spec.block_size + data.filler_step, high * spec.block_size)
             for low, high in zip(lower, data.stage_blocks, strict=False)
         ]
-        self.stage_tokens = stage_tokens(data, self.vocabulary, block_size)
+        self.stage_tokens = stage_tokens(data, self.vocabulary, spec.block_size)
         # By stage. Threads make batches ahead and call Python for it; TensorFlow waits for them when it frees the
         # iterators. So free them before the interpreter shuts down, or the program can hang at its end.
         self._batches: dict[int, Iterator[Batch]] = {}
@@ -149,7 +135,7 @@ class PasskeyCurriculum:
         if stage not in self._batches:
             self._batches[stage] = self._stage_batches(stage)
         batch = next(self._batches[stage])
-        position.examples[stage] += self.batch_size
+        position.examples[stage] += self.spec.batch_size
         position.step += 1
         position.stage_steps += 1
         self.batch_stage = stage
@@ -207,8 +193,8 @@ class PasskeyCurriculum:
         """Return what the examples of a position depend on."""
         data = self.data
         return {
-            "seed": self.seed,
-            "block_size": self.block_size,
+            "seed": self.spec.seed,
+            "block_size": self.spec.block_size,
             "digits": data.digits,
             "min_filler_blocks": data.min_filler_blocks,
             "filler_step": data.filler_step,
@@ -231,7 +217,7 @@ class PasskeyCurriculum:
     def _choose_stage(self) -> int:
         """Return the stage that the batch of this step is drawn from."""
         position = self._position
-        key = random_key("passkey", "stage", self.seed)
+        key = random_key("passkey", "stage", self.spec.seed)
         which, earlier = random_words(key, position.step, 2)
         if position.stage == 0 or which < self.data.longest_fraction * 2**64:
             return position.stage
@@ -243,7 +229,7 @@ class PasskeyCurriculum:
             f"passkey_stage_{stage}",
             self.vocabulary,
             self._fillers[stage],
-            self.seed,
+            self.spec.seed,
             self.data.digits,
             filler_step=self.data.filler_step,
             begin=self._begin,
@@ -252,9 +238,9 @@ class PasskeyCurriculum:
         first = self._position.examples[stage] + self._own_rows.start
 
         def example_index(k: tf.Tensor) -> tf.Tensor:
-            return first + k // rows * self.batch_size + k % rows
+            return first + k // rows * self.spec.batch_size + k % rows
 
-        indices = tf.data.Dataset.range(tf.int64.max // self.batch_size).map(example_index)
+        indices = tf.data.Dataset.range(tf.int64.max // self.spec.batch_size).map(example_index)
         dataset = examples_at(task, "train", indices).map(self._to_row)
         shapes = {name: [self.stage_tokens[stage]] for name in dataset.element_spec}
         dataset = dataset.padded_batch(rows, shapes, drop_remainder=True)

@@ -4,7 +4,7 @@
 `MixedBatches` from several batches. `fam_jax.data.build` chooses.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -139,23 +139,38 @@ class Batches(Protocol):
         """
 
 
-def own_rows(batch_size: int, shard: tuple[int, int]) -> range:
-    """Return the numbers of a process's rows in a batch; all processes have equally many.
+class BatchSpec(NamedTuple):
+    """The size and the randomness of training batches, and the part of them that a process makes."""
 
-    Args:
-      batch_size: B, rows of the global batch.
-      shard: (index, count) of the process.
+    # C, tokens of a block of the model.
+    block_size: int
+    # B, rows of the global batch.
+    batch_size: int
+    # Of everything random.
+    seed: int
+    # (index, count) of this process. It makes rows index * B / count up to (index + 1) * B / count.
+    shard: tuple[int, int] = (0, 1)
+    # V of the model. A text with a token beyond it is an error, once it is read; None: not checked.
+    vocab_size: int | None = None
+    # Joins the arrays of all processes along the first axis, in their order; all of them call it together. Layouts
+    # whose processes know only their own rows need it for Batches.state. None: there is one process.
+    gather: Callable[[np.ndarray], np.ndarray] | None = None
 
-    Raises:
-      UserError: count does not divide B.
-    """
-    index, count = shard
-    if batch_size % count:
-        raise UserError(
-            f"batch_size: {batch_size} is not divisible by the {count} processes; choose a multiple of {count}"
-        )
-    share = batch_size // count
-    return range(index * share, (index + 1) * share)
+    @property
+    def own_rows(self) -> range:
+        """Return the numbers of this process's rows in a batch; all processes have equally many.
+
+        Raises:
+          UserError: the number of processes does not divide B.
+        """
+        index, count = self.shard
+        if self.batch_size % count:
+            raise UserError(
+                f"batch_size: {self.batch_size} is not divisible by the {count} processes; "
+                f"choose a multiple of {count}"
+            )
+        share = self.batch_size // count
+        return range(index * share, (index + 1) * share)
 
 
 def new_streams(rows: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fam_jax.config import DataConfig, UserError
-from fam_jax.data.interface import Batch, Source, check_state, new_streams
+from fam_jax.data.interface import Batch, BatchSpec, Source, check_state, new_streams
 from fam_jax.data.randomness import permutation
 from fam_jax.data.rows import Rows, TextBatches, empty_rows
 
@@ -35,41 +35,19 @@ class PackedBatches(TextBatches):
     reads one group ahead.
     """
 
-    def __init__(
-        self,
-        data: DataConfig,
-        source: Source,
-        *,
-        batch_size: int,
-        seed: int,
-        shard: tuple[int, int] = (0, 1),
-        vocab_size: int | None = None,
-        block_size: int | None = None,
-    ):
+    def __init__(self, data: DataConfig, source: Source, spec: BatchSpec):
         """Prepare the batches. The first call of :meth:`next` reads the first examples.
 
         Args:
           data: row length, shuffling, repeated segment.
           source: examples to pack.
-          batch_size: B, rows of the global batch.
-          seed: of shuffling and of the repeated segments.
-          shard: (index, count) of this process.
-          vocab_size: V of the model; None: not checked.
-          block_size: C, tokens, for data.repeat_before_blocks.
+          spec: the size of batches, and the seed of shuffling and of the repeated segments.
 
         Raises:
           ConfigError: a row is too short for the segment.
-          UserError: count does not divide B.
+          UserError: the number of processes does not divide B.
         """
-        super().__init__(
-            data,
-            source.vocabulary,
-            batch_size=batch_size,
-            seed=seed,
-            shard=shard,
-            vocab_size=vocab_size,
-            block_size=block_size,
-        )
+        super().__init__(data, source.vocabulary, spec)
         self.source = source
         self._start(0, Position())
 
@@ -87,7 +65,7 @@ class PackedBatches(TextBatches):
             self._begin_group()
         assert self._rows is not None
         rows = self._rows.at(batch)
-        first = self._step * self.batch_size + self._own_rows.start
+        first = self._step * self.spec.batch_size + self._own_rows.start
         self._step += 1
         return self._with_repetition(rows, first) | {"start": new_streams(len(rows.inputs))}
 
@@ -117,8 +95,8 @@ class PackedBatches(TextBatches):
         """Return what the batches after a position depend on."""
         data = self.data
         return self._segments | {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
+            "seed": self.spec.seed,
+            "batch_size": self.spec.batch_size,
             "sequence_length": data.sequence_length,
             "shuffle_batches": data.shuffle_batches,
             "repeat_segment": data.repeat_segment,
@@ -144,10 +122,10 @@ class PackedBatches(TextBatches):
 
     def _read_group(self, number: int) -> tuple[Rows, Position]:
         """Return this process's rows of a group, and where the group ends."""
-        batches, size = self.data.shuffle_batches, self.batch_size
+        batches, size = self.data.shuffle_batches, self.spec.batch_size
         own = empty_rows(batches, len(self._own_rows), self._body)
         # Place in the group of each row, in the order in which rows are cut.
-        for place in np.argsort(permutation(batches * size, "rows", self.seed, number)).tolist():
+        for place in np.argsort(permutation(batches * size, "rows", self.spec.seed, number)).tolist():
             rows, end = next(self._cut)
             batch, row = divmod(place, size)
             if row in self._own_rows:

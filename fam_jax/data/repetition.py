@@ -3,7 +3,7 @@
 from fam_jax.config import ConfigError, DataConfig
 
 
-def segment_places(data: DataConfig, body: int, block_size: int | None) -> int:
+def segment_places(data: DataConfig, body: int, block_size: int) -> int:
     """Return the number of places at which the repeated segment may begin: 0 up to this many less one.
 
     With data.repeat_before_blocks, the segment ends before as many complete blocks that lie between it and the block
@@ -12,17 +12,13 @@ def segment_places(data: DataConfig, body: int, block_size: int | None) -> int:
     Args:
       data: repeat_segment, which is not 0, and repeat_before_blocks.
       body: tokens of a row before the repetition.
-      block_size: C, tokens; None: unknown, which repeat_before_blocks does not allow.
+      block_size: C, tokens.
 
     Raises:
       ConfigError: no place is left.
     """
     end = body
     if data.repeat_before_blocks:
-        if block_size is None:
-            raise ConfigError(
-                "config.data.repeat_before_blocks: needs the block size of the model; set it to 0"
-            )
         end = (body // block_size - data.repeat_before_blocks) * block_size
     places = end - data.repeat_segment + 1
     if places < 1:

@@ -7,14 +7,14 @@ its process needs to know what the other rows read.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fam_jax.config import DataConfig, UserError
-from fam_jax.data.interface import Batch, IndexedSource, check_state, new_streams
+from fam_jax.data.interface import Batch, BatchSpec, IndexedSource, check_state, new_streams
 from fam_jax.data.randomness import permutation, random_key, random_words
 from fam_jax.data.rows import Rows, TextBatches
 
@@ -72,48 +72,25 @@ class RowBatches(TextBatches):
     A thread tokenizes ahead of the training step.
     """
 
-    def __init__(
-        self,
-        data: DataConfig,
-        source: IndexedSource,
-        *,
-        block_size: int,
-        batch_size: int,
-        seed: int,
-        shard: tuple[int, int] = (0, 1),
-        vocab_size: int | None = None,
-        gather: Callable[[np.ndarray], np.ndarray] | None = None,
-    ):
+    def __init__(self, data: DataConfig, source: IndexedSource, spec: BatchSpec):
         """Prepare the batches. The first call of :meth:`next` reads the first examples.
 
         Args:
           data: layout, row length, repeated segment.
           source: examples to read by number.
-          block_size: C, tokens.
-          batch_size: B, rows of the global batch.
-          seed: of the order of the examples, and of the repeated segments.
-          shard: (index, count) of this process.
-          vocab_size: V of the model; None: not checked.
-          gather: joins the arrays of all processes along the first axis, in their order; all of them call it together.
-            None: there is one process, or :meth:`state` is not used.
+          spec: the size of batches, and the seed of the order of the examples and of the repeated segments. Several
+            processes need its `gather` for :meth:`state`.
 
         Raises:
           ConfigError: a row is too short for the segment.
-          UserError: count does not divide B.
+          UserError: the number of processes does not divide B.
         """
-        super().__init__(
-            data,
-            source.vocabulary,
-            batch_size=batch_size,
-            seed=seed,
-            shard=shard,
-            vocab_size=vocab_size,
-            block_size=block_size,
-        )
-        self.source, self._block_size = source, block_size
-        self._one_process, self._gather = shard[1] == 1, gather
+        super().__init__(data, source.vocabulary, spec)
+        self.source = source
         # Rows may be in different epochs, most of them in two that follow each other.
-        self._order = functools.lru_cache(4)(lambda epoch: permutation(len(source), "documents", seed, epoch))
+        self._order = functools.lru_cache(4)(
+            lambda epoch: permutation(len(source), "documents", spec.seed, epoch)
+        )
         self._start(0, np.zeros((len(self._own_rows), 2), np.int32))
 
     def next(self) -> Batch:
@@ -128,14 +105,14 @@ class RowBatches(TextBatches):
         while len(self._ahead) < AHEAD:
             self._ahead.append(self._thread.submit(next, self._cuts))
         rows, start, self._end = self._ahead.popleft().result()
-        first = self._step * self.batch_size + self._own_rows.start
+        first = self._step * self.spec.batch_size + self._own_rows.start
         self._step += 1
         return self._with_repetition(rows, first) | {"start": start}
 
     def metrics(self) -> dict[str, float]:
         """Return the epoch of the first row's next token. Rows with short examples are ahead of others."""
         example = int(self._end[0, 0])
-        return {"epoch": (example * self.batch_size + self._own_rows.start) // len(self.source)}
+        return {"epoch": (example * self.spec.batch_size + self._own_rows.start) // len(self.source)}
 
     def positions(self) -> np.ndarray:
         """Return (b, 2) int32: the example, and the token in it, with which each row of this process goes on."""
@@ -147,9 +124,9 @@ class RowBatches(TextBatches):
         Restoring it reads one example of each row again. All processes have to call this together.
         """
         rows = self._end
-        if self._gather is not None:
-            rows = self._gather(rows)
-        elif not self._one_process:
+        if self.spec.gather is not None:
+            rows = self.spec.gather(rows)
+        elif self.spec.shard[1] > 1:
             raise ValueError("RowBatches.state: with several processes, pass `gather`")
         return {"stream": self._identity(), "step": self._step, "rows": np.asarray(rows).tolist()}
 
@@ -168,8 +145,8 @@ class RowBatches(TextBatches):
         data = self.data
         identity = {
             "layout": data.layout,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
+            "seed": self.spec.seed,
+            "batch_size": self.spec.batch_size,
             "sequence_length": data.sequence_length,
             "repeat_segment": data.repeat_segment,
             "contents": self.source.fingerprint,
@@ -177,7 +154,7 @@ class RowBatches(TextBatches):
         return (
             identity
             | self._segments
-            | ({"block_size": self._block_size} if data.layout == "continuous" else {})
+            | ({"block_size": self.spec.block_size} if data.layout == "continuous" else {})
         )
 
     def _start(self, step: int, positions: np.ndarray) -> None:
@@ -234,7 +211,7 @@ class RowBatches(TextBatches):
 
     def _index(self, row: int, k: int) -> int:
         """Return the number in the source of a row's k-th example."""
-        epoch, place = divmod(k * self.batch_size + row, len(self.source))
+        epoch, place = divmod(k * self.spec.batch_size + row, len(self.source))
         return int(self._order(epoch)[place])
 
     def _cut_joined(self, row: Row) -> tuple[Rows, np.ndarray]:
@@ -251,9 +228,9 @@ class RowBatches(TextBatches):
             row.take(0)
         start = row.token == 0
         if start and row.example == 0:
-            blocks = -(-len(row.read[0].inputs) // self._block_size)
-            [word] = random_words(random_key("first block", self.seed), row.number)
-            row.token = word % blocks * self._block_size
+            blocks = -(-len(row.read[0].inputs) // self.spec.block_size)
+            [word] = random_words(random_key("first block", self.spec.seed), row.number)
+            row.token = word % blocks * self.spec.block_size
         part = row.take(self._body)
         padding = self._body - len(part.inputs)
         return Rows(*(np.pad(each, (0, padding)) for each in part)), np.array([start])

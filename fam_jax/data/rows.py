@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fam_jax.config import ConfigError, DataConfig
-from fam_jax.data.interface import Batch, Example, own_rows
+from fam_jax.data.interface import Batch, BatchSpec, Example
 from fam_jax.data.randomness import random_key, random_words
 from fam_jax.data.repetition import segment_places
 from fam_jax.data.vocabulary import check_ids, first_input
@@ -47,35 +47,20 @@ class TextBatches:
     # There is no curriculum.
     needs_metrics = False
 
-    def __init__(
-        self,
-        data: DataConfig,
-        vocabulary: "seqio.Vocabulary",
-        *,
-        batch_size: int,
-        seed: int,
-        shard: tuple[int, int],
-        vocab_size: int | None,
-        block_size: int | None,
-    ):
+    def __init__(self, data: DataConfig, vocabulary: "seqio.Vocabulary", spec: BatchSpec):
         """Check the lengths.
 
         Args:
           data: row length, start token, repeated segment.
           vocabulary: of the examples.
-          batch_size: B, rows of the global batch.
-          seed: of the repeated segments.
-          shard: (index, count) of this process.
-          vocab_size: V of the model; None: not checked.
-          block_size: C, tokens, for data.repeat_before_blocks; None: unknown.
+          spec: the size of batches, and the seed of the repeated segments.
 
         Raises:
           ConfigError: a row is too short for the segment.
-          UserError: count does not divide B.
+          UserError: the number of processes does not divide B.
         """
-        self._own_rows = own_rows(batch_size, shard)
-        self.data, self.batch_size, self.seed = data, batch_size, seed
-        self.vocabulary, self._vocab_size = vocabulary, vocab_size
+        self.data, self.vocabulary, self.spec = data, vocabulary, spec
+        self._own_rows = spec.own_rows
         self._start_id = first_input(vocabulary, data)
         self._prompt = np.array(vocabulary.encode(REPEAT_PROMPT) if data.repeat_segment else [], np.int32)
         appended = len(self._prompt) + data.repeat_segment
@@ -86,11 +71,14 @@ class TextBatches:
                 f"config.data.repeat_segment: {data.repeat_segment} tokens and their prompt of {len(self._prompt)} "
                 f"leave too little of sequence_length {data.sequence_length} to repeat; change one of the two"
             )
-        self._places = segment_places(data, self._body, block_size) if data.repeat_segment else 0
+        self._places = segment_places(data, self._body, spec.block_size) if data.repeat_segment else 0
         # What the segments depend on, for the identity of a state; nothing by default, as in earlier versions.
         self._segments: dict[str, Any] = {}
         if data.repeat_segment and data.repeat_before_blocks:
-            self._segments = {"repeat_before_blocks": data.repeat_before_blocks, "block_size": block_size}
+            self._segments = {
+                "repeat_before_blocks": data.repeat_before_blocks,
+                "block_size": spec.block_size,
+            }
 
     @property
     def longest_row(self) -> int:
@@ -112,8 +100,8 @@ class TextBatches:
     def _tokens_of(self, example: Example) -> Rows:
         """Return inputs, targets and weights of an example, after checking its ids."""
         ids = example.ids
-        if self._vocab_size is not None:
-            check_ids(ids, self.vocabulary, self._vocab_size)
+        if self.spec.vocab_size is not None:
+            check_ids(ids, self.vocabulary, self.spec.vocab_size)
         return Rows(np.append(np.int32(self._start_id), ids[:-1])[: len(ids)], ids, example.weights)
 
     def _with_repetition(self, rows: Rows, first: int) -> Batch:
@@ -121,7 +109,7 @@ class TextBatches:
         inputs, targets, weights = rows
         answer = weights > 0
         if segment := self.data.repeat_segment:
-            key, count = random_key("repeat", self.seed), len(targets)
+            key, count = random_key("repeat", self.spec.seed), len(targets)
             draws = [random_words(key, first + row)[0] for row in range(count)]
             begin = np.array([draw % self._places for draw in draws])
             repeated = targets[np.arange(count)[:, None], begin[:, None] + np.arange(segment)]

@@ -23,7 +23,7 @@ from fam_jax.checkpoint import (
 )
 from fam_jax.config import Config, UserError
 from fam_jax.data.build import make_batches
-from fam_jax.data.interface import Batches
+from fam_jax.data.interface import Batches, BatchSpec
 from fam_jax.data.vocabulary import check_vocabulary_size
 from fam_jax.evaluation import evaluate_in_training
 from fam_jax.generation.compiled import state_sharding
@@ -199,8 +199,7 @@ def _open(
 
 
 def _checked_batches(config: Config) -> Batches:
-    batches = make_batches(
-        config.data,
+    spec = BatchSpec(
         block_size=config.model.block_size,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
@@ -208,6 +207,7 @@ def _checked_batches(config: Config) -> Batches:
         vocab_size=config.model.vocab_size,
         gather=gather_rows if jax.process_count() > 1 else None,
     )
+    batches = make_batches(config.data, spec)
     check_vocabulary_size(batches.vocabulary, config.model, config.data)
     return batches
 

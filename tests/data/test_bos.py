@@ -17,7 +17,7 @@ from fam_jax.checkpoint import read_config
 from fam_jax.config import Config, ConfigError, DataConfig, EvaluateConfig, UserError, resolve
 from fam_jax.data import build
 from fam_jax.data.curriculum import PasskeyCurriculum
-from fam_jax.data.interface import Example
+from fam_jax.data.interface import BatchSpec, Example
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.passkey import passkey_examples
 from fam_jax.data.passkey_text import example_text
@@ -149,7 +149,7 @@ class Two:
 def test_training_documents_begin_with_bos(data: DataConfig) -> None:
     def rows(add_bos: bool) -> tuple[list[int], list[int]]:
         config = dataclasses.replace(data, add_bos=add_bos, task="text", sequence_length=8, shuffle_batches=1)
-        batches = PackedBatches(config, Two(load_vocabulary(data.vocabulary)), batch_size=1, seed=0)
+        batches = PackedBatches(config, Two(load_vocabulary(data.vocabulary)), BatchSpec(8, 1, 0))
         batch = batches.next()
         return batch["inputs"][0].tolist(), batch["targets"][0].tolist()
 
@@ -187,8 +187,8 @@ def test_passkey_prompts_begin_with_bos(data: DataConfig) -> None:
     ):
         assert prompt.tolist() == [BOS, *without]
         assert answer.tolist() == same.tolist()
-    batch = PasskeyCurriculum(data, block_size=32, batch_size=2, seed=0).next()
-    other = PasskeyCurriculum(plain, block_size=32, batch_size=2, seed=0).next()
+    batch = PasskeyCurriculum(data, BatchSpec(32, 2, 0)).next()
+    other = PasskeyCurriculum(plain, BatchSpec(32, 2, 0)).next()
     assert batch["inputs"][:, 0].tolist() == [BOS, BOS]
     np.testing.assert_array_equal(batch["inputs"][:, 1:9], other["inputs"][:, :8])
 

@@ -12,7 +12,7 @@ import pytest
 from fam_jax.config import Config, ConfigError, DataConfig, EvaluateConfig, UserError, resolve
 from fam_jax.data import build, seqio_source
 from fam_jax.data.build import Heldout, longest_row
-from fam_jax.data.interface import Example, own_rows
+from fam_jax.data.interface import BatchSpec, Example
 from fam_jax.data.quiet_seqio import seqio
 from fam_jax.data.randomness import permutation, random_key
 from fam_jax.data.text_vocabulary import train_text_vocabulary
@@ -48,7 +48,7 @@ def seqio_config(name: str, evaluate: dict[str, Any] | None = None, **data: Any)
 
 
 def packed(config: Config) -> Any:
-    return build.make_batches(config.data, block_size=32, batch_size=config.train.batch_size, seed=0)
+    return build.make_batches(config.data, BatchSpec(32, config.train.batch_size, seed=0))
 
 
 def heldout(config: Config, *files: Any) -> Heldout:
@@ -288,8 +288,8 @@ def test_processes_have_equally_many_rows() -> None:
     with pytest.raises(
         UserError, match="batch_size: 4 is not divisible by the 3 processes; choose a multiple of 3"
     ):
-        own_rows(4, (0, 3))
-    assert [*own_rows(6, (1, 3))] == [2, 3]
+        _ = BatchSpec(8, 4, 0, shard=(0, 3)).own_rows
+    assert [*BatchSpec(8, 6, 0, shard=(1, 3)).own_rows] == [2, 3]
 
 
 class Digits(build.PackedTask):
@@ -309,7 +309,7 @@ class Digits(build.PackedTask):
 def test_a_data_source_is_added_by_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(build.TASKS, "digits", Digits)
     data = DataConfig(task="digits", vocabulary="bytes", sequence_length=8, shuffle_batches=1)
-    batches = build.make_batches(data, block_size=8, batch_size=5, seed=0)
+    batches = build.make_batches(data, BatchSpec(8, 5, 0))
     assert sorted(row.tolist() for row in batches.next()["targets"]) == [
         [10 + i] * 4 + [11 + i] * 4 for i in range(0, 10, 2)
     ]

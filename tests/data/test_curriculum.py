@@ -14,6 +14,7 @@ import pytest
 
 from fam_jax.config import DataConfig, UserError
 from fam_jax.data.curriculum import MIN_REPORTS, Batch, PasskeyCurriculum
+from fam_jax.data.interface import BatchSpec
 from fam_jax.data.passkey import make_template, passkey_examples
 from fam_jax.data.vocabulary import load_vocabulary
 
@@ -22,7 +23,7 @@ SMALL = DataConfig(stage_blocks=(2, 3, 5), longest_fraction=0.5)
 
 
 def make(data: DataConfig = SMALL, **options: Any) -> PasskeyCurriculum:
-    return PasskeyCurriculum(data, **{"block_size": C, "batch_size": 4, "seed": 0, **options})
+    return PasskeyCurriculum(data, BatchSpec(**{"block_size": C, "batch_size": 4, "seed": 0, **options}))
 
 
 @pytest.fixture
@@ -330,7 +331,8 @@ def test_another_process_makes_the_same_batch_without_any_output() -> None:
         "assert 'tensorflow' not in sys.modules\n"
         "from fam_jax.config import DataConfig\n"
         "from fam_jax.data.curriculum import PasskeyCurriculum\n"
-        "curriculum = PasskeyCurriculum(DataConfig(), block_size=16, batch_size=4, seed=0)\n"
+        "from fam_jax.data.interface import BatchSpec\n"
+        "curriculum = PasskeyCurriculum(DataConfig(), BatchSpec(16, 4, 0))\n"
         "print(hashlib.sha256(curriculum.next()['inputs'].tobytes()).hexdigest())\n"
     )
     other = subprocess.run(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fam_jax.config import DataConfig
-from fam_jax.data.build import TASKS, BatchSpec, find_task
+from fam_jax.data.build import TASKS, find_task
+from fam_jax.data.interface import BatchSpec
 
 
 def test_the_source_of_the_guide(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from fam_jax.config import Config, ConfigError, UserError, resolve
 from fam_jax.data import build
+from fam_jax.data.interface import BatchSpec
 from fam_jax.data.vocabulary import load_vocabulary
 from tests.data.chat_templates import TEMPLATES, unmarked, write_folder
 from tests.data.instruction_rows import (
@@ -26,7 +27,7 @@ from tests.data.instruction_rows import (
 
 
 def batches_of(config: Config, shard: tuple[int, int] = (0, 1)) -> Any:
-    return build.make_batches(config.data, block_size=16, batch_size=4, seed=0, shard=shard, vocab_size=300)
+    return build.make_batches(config.data, BatchSpec(16, 4, 0, shard, vocab_size=300))
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_bos_stands_once_at_the_start(style: str, add_bos: bool, tmp_path: pathl
     vocabulary = write_folder(tmp_path, style, unmarked(TEMPLATES[style]), **bos)
     path = written(tmp_path / "x.jsonl", [{"messages": [MESSAGES[1], MESSAGES[2]]}] * 9)
     config = config_of([path], vocabulary=vocabulary, add_bos=add_bos, shuffle_batches=1)
-    batches = build.make_batches(config.data, block_size=16, batch_size=1, seed=0)
+    batches = build.make_batches(config.data, BatchSpec(16, 1, 0))
     bos_id = batches.vocabulary.bos_id
     header = batches.vocabulary.token_id({"qwen": "<|im_start|>", "llama3": "<|start_header_id|>"}[style])
     size = len(batches.source.source[0].ids)

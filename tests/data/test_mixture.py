@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fam_jax.config import Config, ConfigError, ModelConfig, TrainConfig, UserError, resolve
-from fam_jax.data.build import BatchSpec, PasskeyTask, TextTask, find_task, make_batches
+from fam_jax.data.build import PasskeyTask, TextTask, find_task, make_batches
 from fam_jax.data.curriculum import MIN_REPORTS
-from fam_jax.data.interface import Batch, Batches
+from fam_jax.data.interface import Batch, Batches, BatchSpec
 from fam_jax.memories.fam import FamConfig
 from fam_jax.training.loop import train
 
@@ -41,7 +41,7 @@ def config_of(corpus: pathlib.Path, **data: Any) -> Config:
 
 def make(corpus: pathlib.Path, seed: int = 0, shard: tuple[int, int] = (0, 1), **data: Any) -> Any:
     config = config_of(corpus, **data)
-    return make_batches(config.data, block_size=8, batch_size=2, seed=seed, shard=shard)
+    return make_batches(config.data, BatchSpec(8, 2, seed, shard))
 
 
 def is_passkey(batch: Batch) -> bool:

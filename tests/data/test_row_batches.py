@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fam_jax.config import ConfigError, DataConfig, UserError, resolve
-from fam_jax.data.interface import Batch, Example
+from fam_jax.data.interface import Batch, BatchSpec, Example
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.randomness import permutation, random_key, random_words
 from fam_jax.data.row_batches import RowBatches
@@ -54,7 +54,7 @@ def config(layout: str, **values: Any) -> DataConfig:
 
 
 def make(data: DataConfig, source: Any, rows: int, **options: Any) -> RowBatches:
-    return RowBatches(data, source, block_size=BLOCK, batch_size=rows, **{"seed": 0, **options})
+    return RowBatches(data, source, BatchSpec(BLOCK, rows, **{"seed": 0, **options}))
 
 
 class Job:
@@ -220,7 +220,7 @@ def test_one_row_reads_the_examples_in_the_order_of_packed_batches() -> None:
     source = Made([9, 31, 4, 16, 50])
     batches = make(config("by_row"), source, 1)
     packed = PackedBatches(
-        config("packed", sequence_length=8, shuffle_batches=1), Shuffled(source, 0), batch_size=1, seed=0
+        config("packed", sequence_length=8, shuffle_batches=1), Shuffled(source, 0), BatchSpec(BLOCK, 1, 0)
     )
     for _ in range(40):
         assert_equal(batches.next(), packed.next())
@@ -255,7 +255,7 @@ def test_states_of_other_batches_are_rejected() -> None:
         make(config("continuous"), source, 4).restore(state)
     with pytest.raises(UserError, match="seed was 0 when it was saved and is 3 now"):
         make(config("by_row"), source, 4, seed=3).restore(state)
-    packed = PackedBatches(config("packed"), Shuffled(source, 0), batch_size=4, seed=0)
+    packed = PackedBatches(config("packed"), Shuffled(source, 0), BatchSpec(BLOCK, 4, 0))
     with pytest.raises(UserError, match="of another task or version"):
         packed.restore(state)
     with pytest.raises(UserError, match="of another task or version"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fam_jax.config import DataConfig
-from fam_jax.data.interface import Example
+from fam_jax.data.interface import BatchSpec, Example
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.randomness import random_key
 from fam_jax.data.source_mixture import BLOCK, SourceMixture
@@ -97,7 +97,7 @@ def test_batches_resume_at_any_step_on_any_number_of_processes(step: int) -> Non
 
     def make(shard: tuple[int, int] = (0, 1)) -> PackedBatches:
         source = mixture([7, 50, 3], [0.4, 0.4, 0.2])
-        return PackedBatches(data, source, batch_size=4, seed=0, shard=shard)
+        return PackedBatches(data, source, BatchSpec(block_size=8, batch_size=4, seed=0, shard=shard))
 
     whole = make()
     for _ in range(step):

@@ -13,7 +13,7 @@ import tokenizers
 
 from fam_jax.config import Config, ConfigError, UserError, resolve
 from fam_jax.data import build, tfds_source
-from fam_jax.data.interface import Example
+from fam_jax.data.interface import BatchSpec, Example
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.randomness import permutation
 from fam_jax.data.seqio_source import SeqioSource
@@ -67,7 +67,7 @@ def config_of(entry: str, **data: Any) -> Config:
 
 
 def batches_of(entry: str, **data: Any) -> Any:
-    return build.make_batches(config_of(entry, **data).data, block_size=32, batch_size=4, seed=5)
+    return build.make_batches(config_of(entry, **data).data, BatchSpec(32, 4, 5))
 
 
 def source_of(entry: str, vocabulary: Any = BYTES, shuffle: bool = True) -> Any:
@@ -149,7 +149,7 @@ class Texts:
 
 def test_a_run_that_began_with_seqio_goes_on(data_dir: pathlib.Path) -> None:
     data = config_of("tfds:fam_many:train", shuffle_batches=2).data
-    before = PackedBatches(data, streamed("fam_many:train"), batch_size=4, seed=5)
+    before = PackedBatches(data, streamed("fam_many:train"), BatchSpec(32, 4, 5))
     for _ in range(9):
         before.next()
     now = batches_of("tfds:fam_many:train", shuffle_batches=2)
@@ -226,7 +226,7 @@ def test_formats_that_are_read_in_order_only(data_dir: pathlib.Path) -> None:
         ConfigError,
         match=r"by number, but those of seqio:fam_test_answers can be read in order only; use packed$",
     ):
-        build.make_batches(data, block_size=32, batch_size=4, seed=5)
+        build.make_batches(data, BatchSpec(32, 4, 5))
 
 
 def test_damaged_files_are_rejected(data_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ import tokenizers
 from fam_jax.checkpoint import load_params, read_config
 from fam_jax.config import Config, ConfigError, UserError, resolve
 from fam_jax.data.build import make_batches
+from fam_jax.data.interface import BatchSpec
 from fam_jax.data.vocabulary import check_ids, check_vocabulary_size, load_vocabulary
 from fam_jax.evaluation import evaluate
 from fam_jax.generation.text import TextModel
@@ -90,7 +91,7 @@ def test_training(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=SAYS):
         train(config_of(checkpoint, "bad.txt"), tmp_path / "other", quiet=True)
     data = config_of(checkpoint, "bad.txt").data
-    assert make_batches(data, block_size=8, batch_size=1, seed=0).next()["targets"].max() == 40
+    assert make_batches(data, BatchSpec(8, 1, 0)).next()["targets"].max() == 40
 
 
 def test_export(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -18,7 +18,6 @@ from fam_jax.evaluation.item import (
     ItemTask,
     Request,
     Row,
-    Totals,
     Values,
     choice_values,
     guess,
@@ -160,50 +159,37 @@ def _squad_totals(answered: Sequence[Answered]) -> dict[str, float]:
     return found
 
 
-def _choose(
-    name: str, doc: str, rule: str, shots: int, data: str, convert: Convert, *, split: str = "validation",
-    train: str = "train", values: Values = choice_values, totals: Totals | None = None, headline: str = "", **how: Any,
-) -> ItemTask:  # fmt: skip
-    return _task(
-        name,
-        doc,
-        shots,
-        data,
-        convert,
-        split,
-        train,
-        values=values,
-        totals=totals,
-        rule=rule,
-        headline=headline or METRIC_OF_RULE[rule],
-        chance=None if totals is None and headline else guess,
-        **how,
-    )
+def _choose(name: str, doc: str, rule: str, shots: int, data: str, convert: Convert, **how: Any) -> ItemTask:
+    """Return a task whose answer is the likeliest of several by a rule."""
+    fields: dict[str, Any] = {
+        "values": choice_values,
+        "headline": METRIC_OF_RULE[rule],
+        "chance": guess,
+    } | how
+    return _task(name, doc, shots, data, convert, rule=rule, **fields)
 
 
 def _generate(
-    name: str, doc: str, shots: int, data: str, convert: Convert, values: Values, *, split: str = "validation",
-    train: str = "train", headline: str = "exact_match", max_tokens: int = 32, **how: Any,
-) -> ItemTask:  # fmt: skip
-    return _task(
-        name,
-        doc,
-        shots,
-        data,
-        convert,
-        split,
-        train,
-        values=values,
-        headline=headline,
-        max_tokens=max_tokens,
-        **how,
-    )
+    name: str, doc: str, shots: int, data: str, convert: Convert, values: Values, **how: Any
+) -> ItemTask:
+    """Return a task whose answer is text."""
+    fields: dict[str, Any] = {"headline": "exact_match", "max_tokens": 32} | how
+    return _task(name, doc, shots, data, convert, values=values, **fields)
 
 
 def _task(
-    name: str, doc: str, shots: int, data: str, convert: Convert, split: str, train: str, *, header: str = "",
-    gather: Gather | None = None, **fields: Any,
-) -> ItemTask:  # fmt: skip
+    name: str,
+    doc: str,
+    shots: int,
+    data: str,
+    convert: Convert,
+    *,
+    split: str = "validation",
+    train: str = "train",
+    header: str = "",
+    gather: Gather | None = None,
+    **fields: Any,
+) -> ItemTask:
     """Return a task whose rows TFDS has as `data`, and files as NAME/SPLIT."""
     own = train == split
 
@@ -281,6 +267,7 @@ TASKS = (
         prompts.record,
         values=_record_values,
         headline="exact_match",
+        chance=None,
     ),
     _choose("rte", "RTE, inference", TOKEN, 32, f"{GLUE}/rte", prompts.rte),
     _choose(
