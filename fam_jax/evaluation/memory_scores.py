@@ -85,16 +85,16 @@ def retention(reader: DocumentReader, intact: Sequence[Scores]) -> list[dict[str
 
 
 def excerpts_of(reader: DocumentReader, document: int, past: int, width: int) -> list[Excerpt]:
-    """Return excerpts that score `width` blocks each, the first of them after exactly `past` blocks.
+    """Return excerpts that score at most `width` blocks each, the first of them after exactly `past` blocks.
 
-    They are counted from the end of the document. Those that would begin at its first block, and so leave nothing out,
-    are not there, nor are those without a token to count.
+    They are counted from the end of the document. All leave out something: none begins at the first block. Those
+    without a token to count are not there.
     """
     size = reader.streamer.config.block_size
     counted = np.flatnonzero(reader.documents.examples[document].weights > 0) // size
     found = []
-    for end in range(reader.blocks(document), past + width, -width):
-        scored = end - width
+    for end in range(reader.blocks(document), past + 1, -width):
+        scored = max(end - width, past + 1)
         if ((counted >= scored) & (counted < end)).any():
             found.append(Excerpt(document, scored - past, scored, end))
     if len(found) > EXCERPTS:
