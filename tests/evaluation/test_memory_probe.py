@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from examples.running_mean import RunningMean, RunningMeanConfig
+from fam_jax import sharding
 from fam_jax.config import (
     Config,
     DataConfig,
     EvaluateConfig,
     MemoryConfig,
+    MeshConfig,
     ModelConfig,
     UserError,
     group,
@@ -65,8 +67,10 @@ def reader_of(model: ModelConfig, params: Any, documents: Documents, batch_size:
     return DocumentReader(Streamer(model, params), documents, setting_of(model, batch_size))
 
 
-def probe(model: ModelConfig, params: Any, documents: Documents, **how: Any) -> dict[str, Any]:
-    found = probe_memory(Streamer(model, params), documents, setting_of(model), **how)
+def probe(
+    model: ModelConfig, params: Any, documents: Documents, *, batch_size: int = 3, **how: Any
+) -> dict[str, Any]:
+    found = probe_memory(Streamer(model, params), documents, setting_of(model, batch_size), **how)
     return json.loads(json.dumps(found))
 
 
@@ -357,6 +361,33 @@ def test_one_short_document() -> None:
     uncounted = Documents([example._replace(weights=0 * example.weights)], None, START)
     with pytest.raises(UserError, match="no token of the documents has a loss weight"):
         probe(CONFIG, params_of(CONFIG), uncounted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ways", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=str)
+def test_on_a_mesh(ways: tuple[int, int, int]) -> None:
+    mesh = sharding.make_mesh(MeshConfig(*ways), jax.devices()[:2])
+    model, lengths = variant(CONFIG, num_kv_heads=2), (*LENGTHS, 4 * C)
+    plain, spread = (
+        probe(model, params, documents_of(*lengths), batch_size=4)
+        for params in (
+            params_of(model),
+            jax.device_put(params_of(model), sharding.param_shardings(params_of(model), mesh)),
+        )
+    )
+    assert spread.keys() == plain.keys()
+    one, other = (jax.tree.leaves({**each, "seconds": 0}) for each in (plain, spread))
+    for a, b in zip(one, other, strict=True):
+        assert b == (pytest.approx(a, rel=1e-3, abs=1e-5) if isinstance(a, float) else a)
+
+
+@pytest.mark.slow
+def test_in_bfloat16() -> None:
+    model = variant(CONFIG, dtype="bfloat16")
+    found = probe(model, params_of(model), documents_of(*LENGTHS))
+    assert found["alarms"] == [] and found["inspected"]["vectors"]["alike_below"] > 5e-3
+    attention = found["inspected"]["attention"]
+    np.testing.assert_allclose(sum(np.array(attention[name]) for name in ("memory", "past", "own")), 1)
 
 
 def test_progress_names_every_pass_and_ends_with_all_tokens() -> None:
