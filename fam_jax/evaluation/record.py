@@ -42,10 +42,10 @@ class Evaluation:
     scalars: dict[str, float]
     # The data of the task's tables and plot.
     details: dict[str, Any]
-    # The figures of probes, by name.
-    probes: dict[str, Any] = dataclasses.field(default_factory=dict)
     # The JSON file that holds the record. It is not in the file itself.
     path: str = dataclasses.field(default="", compare=False)
+    # The figures of probes, by name.
+    probes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def files(self) -> list[epath.Path]:
