@@ -79,7 +79,8 @@ def retention(reader: DocumentReader, intact: Sequence[Scores]) -> list[dict[str
             entry: dict[str, Any] = {}
             add_comparison(entry, "found", reader, intact, changed, [0] * len(intact))
             if entry:
-                found.append({"blocks": blocks, "most_blocks": blocks + width - 1, **entry["found"]})
+                most = max(each.end - 1 - each.begin for each in excerpts)
+                found.append({"blocks": blocks, "most_blocks": most, **entry["found"]})
         blocks *= 2
     return found
 
