@@ -2,10 +2,12 @@
 
     python -m launch.evaluate --checkpoint=runs/passkey --lengths=4,9,18,36
     python -m launch.evaluate --checkpoint=runs/text --files=books/ --ablations=zeroed,shuffled,frozen
+    python -m launch.evaluate --checkpoint=runs/passkey --probe=memory
     python -m launch.evaluate --checkpoint=runs/text --suite=gpt3 --data=data/,tfds --limit=200
 
 The default task is that of the run; --list shows all tasks. Prints tables, and writes the results with what made them
-to CHECKPOINT/evaluations/STEP/TASK.json and, if the task has a plot, TASK.png. --tasks and --suite run several tasks;
+to CHECKPOINT/evaluations/STEP/TASK.json and, if the task has a plot, TASK.png. --probe=memory adds its figures to the
+JSON file and draws TASK.memory.png. --tasks and --suite run several tasks;
 the same command goes on where a killed one stopped. docs/evaluation.md has the details, and the same in Python. On the
 hosts of a TPU slice, run the same command on all of them.
 """
@@ -45,6 +47,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--task", metavar="NAME", help="default: that of the run, which is text for seqio tasks")
     add("--batch_size", type=int, metavar="N", help="examples read together")
     add("--out", metavar="FILE.json", help="default: CHECKPOINT/evaluations/STEP/TASK.json")
+    probe = (
+        "also find out whether, where and how far back the model uses its memory: figures and a page of plots"
+    )
+    add("--probe", type=cli.words, default=(), metavar="memory", help=probe)
     add = parser.add_argument_group("several tasks").add_argument
     add(
         "--tasks", type=cli.words, default=(), metavar="NAME,...", help="tasks to run, such as boolq,xlsum:ja"
@@ -153,6 +159,10 @@ def run_tasks(arguments: argparse.Namespace, command: str) -> None:
     names = (*arguments.tasks, *arguments.suite)
     if arguments.task and names:
         raise UserError("--task: has no meaning beside --tasks or --suite; give only one of them")
+    if arguments.probe:
+        raise UserError(
+            "--probe: measures a model on the task passkey or text; give --task=text, without --tasks or --suite"
+        )
     how = HowToRun(
         data=arguments.data or ("tfds",),
         shots=arguments.shots,
@@ -212,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             mesh=arguments.mesh,
             files=arguments.files,
             suffixes=arguments.suffixes,
+            probes=arguments.probe,
             out=arguments.out,
             command=command,
             on_progress=show,

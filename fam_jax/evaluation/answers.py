@@ -13,6 +13,7 @@ import numpy as np
 import rich.table
 
 from fam_jax.config import EvaluateConfig
+from fam_jax.evaluation.documents import Documents
 from fam_jax.evaluation.task import Measured, Metric, OnProgress, Setting, make_table
 from fam_jax.generation.compiled import TIE
 from fam_jax.generation.streaming import Streamer
@@ -130,6 +131,19 @@ def _checked_counts(counts: np.ndarray, prompts: Sequence[np.ndarray]) -> list[i
             f"the model read {counts.tolist()} tokens of prompts with {expected}; the results would be misleading"
         )
     return counts.tolist()
+
+
+def question_documents(questions: Questions) -> Documents:
+    """Return a document for each question of all groups, of which the tokens of the answer count."""
+    from fam_jax.data.interface import Example  # imports TensorFlow
+
+    pairs = [pair for make in questions.groups.values() for pair in make()]
+    examples = []
+    for prompt, answer in pairs:
+        weights = np.append(np.zeros(len(prompt) - 1, np.float32), np.ones(len(answer), np.float32))
+        examples.append(Example(np.append(prompt[1:], answer), weights, 0))
+    starts = [int(prompt[0]) for prompt, _ in pairs]
+    return Documents(examples, questions.vocabulary, starts[0], starts=starts, answers=True)
 
 
 def answer_tables(details: dict[str, Any], title: str) -> list[rich.table.Table]:

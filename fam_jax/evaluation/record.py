@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from etils import epath
 from fam_jax.checkpoint.new_file import check_output_file, output_file
 from fam_jax.config import Config, UserError
 from fam_jax.config.strict_json import dump_json
+from fam_jax.evaluation.probes import find_probe
 from fam_jax.evaluation.task import Measured
 from fam_jax.evaluation.tasks import find_task
 
@@ -42,11 +44,13 @@ class Evaluation:
     details: dict[str, Any]
     # The JSON file that holds the record. It is not in the file itself.
     path: str = dataclasses.field(default="", compare=False)
+    # The figures of probes, by name.
+    probes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def files(self) -> list[epath.Path]:
-        """Return the JSON file, and the PNG beside it if the task has a plot."""
-        return _files(self.path, self.task)
+        """Return the JSON file, and the PNG files beside it: that of the task, if it has a plot, and of each probe."""
+        return _files(self.path, self.task, [*self.probes])
 
     def line(self) -> str:
         """Return the headline figures in one line."""
@@ -55,13 +59,17 @@ class Evaluation:
 
     def tables(self, run: str = "") -> list[rich.table.Table]:
         """Return tables of the results; `run` names the run in their titles."""
-        return find_task(self.task).tables(self.details, self._title(run))
+        title = self._title(run)
+        tables = find_task(self.task).tables(self.details, title)
+        for name, found in self.probes.items():
+            tables += find_probe(name).tables(found, title)
+        return tables
 
     def _title(self, run: str) -> str:
         return f"{find_task(self.task).title}, step {self.step}" + (f" of {run}" if run else "")
 
     def write(self, run: str = "") -> None:
-        """Write the record to `path` as JSON and the plot, if the task has one, as a PNG beside it.
+        """Write the record to `path` as JSON, and plots as PNG files beside it.
 
         The folder is created if needed. Each file appears only when it is complete.
 
@@ -76,9 +84,11 @@ class Evaluation:
         plot, (path, *beside) = find_task(self.task).plot, self.files
         with output_file(path) as file:
             file.write(f"{dump_json(values, indent=2)}\n".encode())
-        if plot is not None:
-            with output_file(beside[0]) as file:
-                plot(self.details, file, self._title(run))
+        drawn = [] if plot is None else [(plot, self.details)]
+        drawn += [(find_probe(name).plot, found) for name, found in self.probes.items()]
+        for (draw, details), place in zip(drawn, beside, strict=True):
+            with output_file(place) as file:
+                draw(details, file, self._title(run))
 
 
 def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
@@ -107,6 +117,7 @@ def make_evaluation(
         metrics={name: measured.scalars[name] for name in headline if name in measured.scalars},
         scalars=measured.scalars,
         details=measured.details,
+        probes=dict(measured.probes),
         path=os.fspath(path),
     )
 
@@ -127,17 +138,18 @@ def evaluation_path(workdir: str | os.PathLike[str], step: int, task: str) -> ep
     return epath.Path(workdir).expanduser() / FOLDER / str(step) / f"{task}.json"
 
 
-def check_output(path: str | os.PathLike[str], task: str) -> None:
+def check_output(path: str | os.PathLike[str], task: str, probes: Sequence[str] = ()) -> None:
     """Raise :class:`UserError` if the results of a task could not be written to `path` and beside it."""
     if epath.Path(path).suffix.lower() == ".png":
         raise UserError(f"--out={path}: .png is the ending of the plot; give FILE.json")
-    for file in _files(path, task):
+    for file in _files(path, task, probes):
         check_output_file(file)
 
 
-def _files(path: str | os.PathLike[str], task: str) -> list[epath.Path]:
+def _files(path: str | os.PathLike[str], task: str, probes: Sequence[str]) -> list[epath.Path]:
     whole = epath.Path(path)
-    return [whole] if find_task(task).plot is None else [whole, whole.with_suffix(".png")]
+    plots = [] if find_task(task).plot is None else [".png"]
+    return [whole, *(whole.with_suffix(ending) for ending in [*plots, *(f".{name}.png" for name in probes)])]
 
 
 def _version(package: str) -> str:

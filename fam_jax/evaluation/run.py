@@ -8,10 +8,11 @@ from typing import Any
 import jax
 
 from fam_jax.checkpoint import read_config
-from fam_jax.config import Config, MeshConfig, resolve
+from fam_jax.config import Config, MeshConfig, UserError, resolve
 from fam_jax.data.vocabulary import check_vocabulary_size
+from fam_jax.evaluation.probes import find_probe
 from fam_jax.evaluation.record import Evaluation, check_output, evaluation_path, make_evaluation
-from fam_jax.evaluation.task import OnProgress, Setting
+from fam_jax.evaluation.task import Measured, OnProgress, Setting
 from fam_jax.evaluation.tasks import default_task, find_task
 from fam_jax.generation.streaming import Streamer
 from fam_jax.model import lora
@@ -27,6 +28,7 @@ def evaluate(
     mesh: MeshConfig | None = None,
     files: Sequence[str] = (),
     suffixes: Sequence[str] = (),
+    probes: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
     command: str = "fam_jax.evaluate",
     on_progress: OnProgress | None = None,
@@ -46,6 +48,7 @@ def evaluate(
       mesh: mesh to divide the model over; None: all devices along the data axis.
       files: files, folders or patterns to evaluate on, in place of config.data.heldout_files.
       suffixes: endings of the files to read in a folder, in place of config.data.file_suffixes.
+      probes: names in `fam_jax.evaluation.PROBES`, to measure and plot beside the task.
       out: JSON file to write, with the plot beside it; None: CHECKPOINT/evaluations/STEP/TASK.json.
       command: the command or function to record as the caller.
       on_progress: called with the name of a pass, the tokens read and the tokens to read.
@@ -55,9 +58,9 @@ def evaluate(
       UserError: the checkpoint or the data cannot be read, the results cannot be written, or a setting is not allowed.
     """
     name = task or default_task(resolve(read_config(checkpoint)).data)
-    find_task(name)
+    check_probes(name, probes)
     if out is not None and jax.process_index() == 0:
-        check_output(os.path.expanduser(out), name)
+        check_output(os.path.expanduser(out), name, probes)
     mesh = mesh or MeshConfig()
     config, params, step = load_model(checkpoint, step, make_mesh(mesh))
     values = dataclasses.asdict(config)
@@ -65,8 +68,8 @@ def evaluate(
     config = resolve({**values, "mesh": dataclasses.asdict(mesh)})
     path = evaluation_path(checkpoint, step, name) if out is None else os.path.expanduser(out)
     if jax.process_index() == 0:
-        check_output(path, name)
-    measure = prepare(name, make_setting(config, files, suffixes), on_progress)
+        check_output(path, name, probes)
+    measure = prepare(name, make_setting(config, files, suffixes), on_progress, probes)
     found = make_evaluation(config, name, step, measure(params), command=command, path=path)
     if jax.process_index() == 0:
         found.write(os.fspath(checkpoint))
@@ -103,9 +106,35 @@ def make_setting(config: Config, files: Sequence[str] = (), suffixes: Sequence[s
     return Setting(config.model, config.data, config.evaluate, config.train.loss_chunk, files, suffixes)
 
 
-def prepare(name: str, setting: Setting, on_progress: OnProgress | None = None) -> Callable[[Any], Any]:
-    """Make the items of a task; return a function that measures parameters on them."""
+def check_probes(name: str, probes: Sequence[str]) -> None:
+    """Raise :class:`UserError` if a task or a probe is unknown, or the task has no documents to probe a model on."""
+    task = find_task(name)
+    for probe in probes:
+        find_probe(probe)
+        if task.documents is None:
+            raise UserError(
+                f"--probe={probe}: task {name} has no documents to probe a model on; choose another --task"
+            )
+
+
+def prepare(
+    name: str, setting: Setting, on_progress: OnProgress | None = None, probes: Sequence[str] = ()
+) -> Callable[[Any], Measured]:
+    """Make the items of a task; return a function that measures parameters on them, and probes them."""
     task = find_task(name)
     items = task.items(setting)
     check_vocabulary_size(items.vocabulary, setting.model, setting.data)
-    return lambda params: task.measure(Streamer(setting.model, params), items, setting, on_progress)
+
+    def measure(params: Any) -> Measured:
+        streamer = Streamer(setting.model, params)
+        measured = task.measure(streamer, items, setting, on_progress)
+        if not probes:
+            return measured
+        assert task.documents is not None
+        documents = task.documents(items)
+        found = {
+            probe: find_probe(probe).measure(streamer, documents, setting, on_progress) for probe in probes
+        }
+        return measured._replace(probes=found)
+
+    return measure

@@ -42,6 +42,8 @@ class Measured(NamedTuple):
     scalars: dict[str, float]
     # The data of the task's tables and plot, and how the items were made.
     details: dict[str, Any]
+    # The figures of probes, by name.
+    probes: Mapping[str, dict[str, Any]] = {}
 
 
 class Metric(NamedTuple):
@@ -75,6 +77,8 @@ class Task:
     tables: Callable[[dict[str, Any], str], list[rich.table.Table]]
     # Write a PNG of the details, below a title; None: there is no plot.
     plot: Callable[[dict[str, Any], BinaryIO, str], None] | None = None
+    # Return the items as `fam_jax.evaluation.documents.Documents`, for probes; None: the task cannot be probed.
+    documents: Callable[[Any], Any] | None = None
 
 
 def make_table(title: str, headings: Sequence[str]) -> rich.table.Table:

@@ -8,10 +8,17 @@ import functools
 
 from fam_jax.config import DataConfig, UserError
 from fam_jax.evaluation import answers, text
-from fam_jax.evaluation.answers import Question, Questions, answer_tables, measure_answers
+from fam_jax.evaluation.answers import (
+    Question,
+    Questions,
+    answer_tables,
+    measure_answers,
+    question_documents,
+)
+from fam_jax.evaluation.documents import Documents
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
 from fam_jax.evaluation.task import Setting, Task
-from fam_jax.evaluation.text import Documents, document_tables, measure_documents, plot_documents
+from fam_jax.evaluation.text import document_tables, measure_documents, plot_documents
 
 
 def passkey_questions(setting: Setting) -> Questions:
@@ -55,6 +62,7 @@ TASKS = {
             measure_answers,
             answers.METRICS,
             answer_tables,
+            documents=question_documents,
         ),
         Task(
             "text",
@@ -65,6 +73,7 @@ TASKS = {
             text.METRICS,
             document_tables,
             plot_documents,
+            documents=lambda documents: documents,
         ),
     )
 }

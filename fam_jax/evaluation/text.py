@@ -5,20 +5,19 @@ documents are read again, and the memory is zeroed, shuffled or frozen after eac
 itself; docs/evaluation.md says how to read the differences.
 """
 
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import rich.table
 
-from fam_jax.config import UserError, ceil_div
+from fam_jax.config import UserError
+from fam_jax.evaluation.documents import DocumentReader, Documents, Scores, ablation
 from fam_jax.evaluation.paired import Difference, difference_per_token
 from fam_jax.evaluation.task import Measured, Metric, OnProgress, Setting, make_table
 from fam_jax.generation.streaming import Streamer
-from fam_jax.model import StreamState, ablated
 
 if TYPE_CHECKING:
     from fam_jax.data.interface import Example  # imports TensorFlow, which takes seconds
@@ -33,27 +32,6 @@ METRICS = {
     "next_token_accuracy": Metric("next-token accuracy", ".1%"),
     "loss_after_first_block": Metric("loss after the first block"),
 }
-
-
-class Documents(NamedTuple):
-    """Texts to measure a model on."""
-
-    # Tokens of weight 0 are read but not counted.
-    examples: "Sequence[Example]"
-    vocabulary: Any
-    # The token read before the first one of each document.
-    start_id: int
-    # Longest row in training, for the plot; 0: unknown.
-    trained_tokens: int = 0
-
-
-class Scores(NamedTuple):
-    """Scores of one document's tokens (n,)."""
-
-    nats: np.ndarray
-    correct: np.ndarray
-    # bool: tokens with a loss weight.
-    counted: np.ndarray
 
 
 def measure_documents(
@@ -94,13 +72,13 @@ def measure_documents(
             "add documents or raise evaluate.batch_size"
         )
     began = time.perf_counter()
-    reader = _Reader(streamer, documents, setting, on_progress)
-    scores = reader.read(None)
+    reader = DocumentReader(streamer, documents, setting, on_progress)
+    scores = reader.read("loss")
     details = {**_totals(scores, examples), **_summary(scores, streamer.config.block_size)}
     details["perplexity"] = math.exp(min(details["loss"], 700.0))
     details |= {
         "ablations": {
-            name: _ablation(scores, reader.read(name), streamer.config.block_size)
+            name: _ablation(scores, reader.read(name, ablation(streamer, name)), streamer.config.block_size)
             for name in evaluate.ablations
         },
         "block_size": streamer.config.block_size,
@@ -133,95 +111,6 @@ def _scalars(details: dict[str, Any]) -> dict[str, float]:
         difference = part["difference_after_first_block"]
         found[f"{name}/difference_after_first_block"] = difference and difference["mean"]
     return {name: value for name, value in found.items() if value is not None}
-
-
-@dataclasses.dataclass
-class _Reader:
-    streamer: Streamer
-    documents: Documents
-    setting: Setting
-    on_progress: OnProgress | None
-
-    def read(self, ablation: str | None) -> list[Scores]:
-        """Return the scores of every document, in order."""
-        examples, evaluate = self.documents.examples, self.setting.evaluate
-        total, done = sum(len(each.ids) for each in examples), 0
-        by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
-        size = min(evaluate.batch_size, len(examples))
-        scores: dict[int, Scores] = {}
-        for begin in range(0, len(examples), size):
-            # Fill the last batch with documents of the one before: another batch size means another compilation.
-            batch = by_length[min(begin, len(examples) - size) :][:size]
-            new = [len(examples[index].ids) for index in batch if index not in scores]
-
-            def report(read: int, new: list[int] = new, done: int = done) -> None:
-                if self.on_progress is not None:
-                    self.on_progress(ablation or "loss", done + sum(min(read, n) for n in new), total)
-
-            found = self._read_batch([examples[index] for index in batch], ablation, report)
-            done += sum(new)
-            scores |= dict(zip(batch, found, strict=True))
-        return [scores[index] for index in range(len(examples))]
-
-    def _read_batch(
-        self, batch: "list[Example]", ablation: str | None, report: Callable[[int], None]
-    ) -> list[Scores]:
-        size, lengths = self.streamer.config.block_size, np.array([len(each.ids) for each in batch])
-        blocks = ceil_div(int(lengths.max()), size)
-        # An ablation replaces the memory after every block.
-        chunk = 1 if ablation else self.setting.evaluate.chunk_blocks
-        state = start = self.streamer.start(len(batch))
-        nats: list[list[np.ndarray]] = [[] for _ in batch]
-        correct: list[list[np.ndarray]] = [[] for _ in batch]
-        for first, count in _chunks(blocks, chunk):
-            begin, end = first * size, (first + count) * size
-            inputs, targets = self._window(batch, begin, end)
-            likeliest, logprobs, state = self.streamer.measure(
-                inputs, targets, state, tokens_at_once=self.setting.tokens_at_once
-            )
-            if ablation:
-                state = ablated(self.streamer.config, state, start, ablation)
-            for row, length in enumerate(lengths):
-                real = slice(0, max(0, int(length) - begin))
-                nats[row].append(-logprobs[row, real])
-                correct[row].append(likeliest[row, real] == targets[row, real])
-            report(end)
-        _check_all_read(state, blocks * size, lengths, [sum(map(len, parts)) for parts in nats])
-        return [
-            Scores(np.concatenate(nats[row]), np.concatenate(correct[row]), example.weights > 0)
-            for row, example in enumerate(batch)
-        ]
-
-    def _window(self, batch: "list[Example]", begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return inputs and targets (B, end - begin); zeros after the end of a document."""
-        targets = np.zeros((len(batch), end - begin), np.int32)
-        inputs = np.zeros_like(targets)
-        for row, example in enumerate(batch):
-            part = example.ids[begin:end]
-            targets[row, : len(part)] = part
-            before = example.ids[max(0, begin - 1) : end - 1]
-            before = np.append(np.int32(self.documents.start_id), before) if begin == 0 else before
-            inputs[row, : len(part)] = before[: len(part)]
-        return inputs, targets
-
-
-def _chunks(blocks: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Yield the first block and the number of blocks of every call. The last calls are shorter, in few sizes."""
-    first = 0
-    while first < blocks:
-        while chunk > blocks - first:
-            chunk = max(chunk // 4, 1)  # few sizes, because each is compiled
-        yield first, chunk
-        first += chunk
-
-
-def _check_all_read(state: StreamState, tokens: int, lengths: np.ndarray, scored: list[int]) -> None:
-    read = state.tokens_read
-    if (read != tokens).any() or scored != lengths.tolist():
-        raise RuntimeError(
-            f"the model read {read.tolist()} and scored {scored} tokens of documents with {lengths.tolist()}; the "
-            "results would be misleading"
-        )
 
 
 def _summary(scores: list[Scores], block_size: int) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Streamer:
             raise UserError(f"{error}; load them with the config that they were trained with") from error
         self.config = config
         self.params = jax.tree.map(jnp.asarray, values)
-        self._mesh = mesh_of(self.params)
+        self.mesh = mesh_of(self.params)
 
     def start(self, batch_size: int) -> StreamState:
         """Return the state of `batch_size` streams that have read nothing."""
@@ -265,21 +265,19 @@ class Streamer:
 
     def calls(self, rows: int) -> Calls:
         """Return the compiled functions for batches of `rows` rows."""
-        return compiled_calls(self.config, self._mesh, rows)
+        return compiled_calls(self.config, self.mesh, rows)
 
     def _placed(self, tokens: np.ndarray) -> Any:
-        return (
-            tokens if self._mesh is None else jax.device_put(tokens, rows_sharding(self._mesh, len(tokens)))
-        )
+        return tokens if self.mesh is None else jax.device_put(tokens, rows_sharding(self.mesh, len(tokens)))
 
     def _copied(self, state: StreamState, rows: int) -> StreamState:
         """Return a copy for the compiled calls to consume."""
         if state.batch_size != rows:
             raise UserError(f"state: holds {state.batch_size} streams, but there are {rows} rows to read")
         state = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
-        if self._mesh is None:
+        if self.mesh is None:
             return state
-        return jax.device_put(state, state_sharding(self._mesh, self.config, rows))
+        return jax.device_put(state, state_sharding(self.mesh, self.config, rows))
 
     def _checked(self, texts: Sequence[np.ndarray], kind: str) -> list[np.ndarray]:
         if len(texts) == 0:

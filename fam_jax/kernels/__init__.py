@@ -10,7 +10,12 @@ Each implementation of block attention has a file of its own; `pallas/` holds it
 
 from fam_jax.kernels.arguments import BlockOptions
 from fam_jax.kernels.block_attention import IMPLEMENTATIONS, block_attention
-from fam_jax.kernels.multi_part_attention import Part, multi_part_attention, soft_cap
+from fam_jax.kernels.multi_part_attention import (
+    Part,
+    multi_part_attention,
+    multi_part_weights,
+    soft_cap,
+)
 from fam_jax.kernels.pallas.block_attention import AttentionError, why_not_pallas
 from fam_jax.kernels.rotary import rotary, turn
 from fam_jax.kernels.update_attention import can_update, update_attention
@@ -23,6 +28,7 @@ __all__ = [
     "block_attention",
     "can_update",
     "multi_part_attention",
+    "multi_part_weights",
     "rotary",
     "soft_cap",
     "turn",

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Part(NamedTuple):
@@ -47,8 +48,7 @@ def multi_part_attention(parts: Sequence[Part], *, softcap: float = 0.0) -> jax.
     Returns:
       (B, T, H, hd) in the dtype of the queries.
     """
-    scores = [_scores(part, softcap) for part in parts]
-    probabilities = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    probabilities = _probabilities(parts, softcap)
     batch, length, heads, head_dim = parts[0].q.shape
     out: jax.Array = jnp.zeros((), accumulation_dtype(parts[0].v.dtype))
     start = 0
@@ -58,6 +58,24 @@ def multi_part_attention(parts: Sequence[Part], *, softcap: float = 0.0) -> jax.
         out = out + jnp.einsum("bkgts,bskd->btkgd", p, part.v, preferred_element_type=out.dtype)
         start = end
     return out.reshape(batch, length, heads, head_dim).astype(parts[0].q.dtype)
+
+
+def multi_part_weights(parts: Sequence[Part], *, softcap: float = 0.0) -> list[jax.Array]:
+    """Return the weights by which :func:`multi_part_attention` adds up the values of each of the `parts`.
+
+    Returns:
+      For each part (B, T, H, S); over all parts together, the weights of a query's head sum to 1. Hidden keys have 0.
+    """
+    batch, length, heads, _ = parts[0].q.shape
+    whole = jnp.moveaxis(_probabilities(parts, softcap), 3, 1).reshape(batch, length, heads, -1)
+    ends = np.cumsum([part.k.shape[1] for part in parts])
+    return jnp.split(whole, ends[:-1], axis=-1)
+
+
+def _probabilities(parts: Sequence[Part], softcap: float) -> jax.Array:
+    """Return (B, K, G, T, S) softmax over the keys of all parts, in their order."""
+    scores = [_scores(part, softcap) for part in parts]
+    return jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
 
 
 def _scores(part: Part, softcap: float) -> jax.Array:

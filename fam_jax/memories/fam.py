@@ -336,8 +336,7 @@ class FeedbackAttentionMemory(Window[FamState]):
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             q, k = rotate(q, rotation), rotate(k, rotation)
-            parts = [Part(q, k, v), Part(q, state.block_keys, state.block_values)]
-            return multi_part_attention(parts, softcap=self.model.attention_softcap)
+            return self.attend_to_write([Part(q, k, v)], Part(q, state.block_keys, state.block_values))
 
         fam, _ = update_vectors(layer, state.fam, position.carries_context, attend)
         _, k, v = layer.project(fam)

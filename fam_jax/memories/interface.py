@@ -206,12 +206,16 @@ class Memory(Generic[S]):
         """
         frames = self.window_piece_frames(at)
         k = rotate(k, frames.own)
-        parts = [
-            *window_parts(self.model, state, frames, q, k, v),
-            *self.extra_of_piece(layer, q, state, at),
-        ]
-        attended = multi_part_attention(parts, softcap=self.model.attention_softcap)
+        window = window_parts(self.model, state, frames, q, k, v)
+        attended = self.attend_parts(window, self.extra_of_piece(layer, q, state, at))
         return attended, {"block_keys": k, "block_values": v}
+
+    def attend_parts(self, window: Sequence[Part], extra: Sequence[Part]) -> jax.Array:
+        """Attend to the parts of :func:`window_parts` and to extra ones; return (B, W, H, hd).
+
+        An override of :meth:`attend_piece` should call it, because this is where evaluation sees what tokens attend to.
+        """
+        return multi_part_attention([*window, *extra], softcap=self.model.attention_softcap)
 
     def extra_of_piece(self, layer: DecoderLayer, q: jax.Array, state: S, at: Any) -> Sequence[Part]:
         """Return keys and values (B, S, K, hd) that every token of a piece sees beside its window.
@@ -286,6 +290,14 @@ class Memory(Generic[S]):
         """
         return shift_window(state), stream
 
+    def attend_to_write(self, memory: Sequence[Part], block: Part) -> jax.Array:
+        """Attend from the rows of the memory to themselves and to the block that is written; return (B, M, H, hd).
+
+        A memory whose rows attend should call it in :meth:`close_block`, because this is where evaluation sees what
+        they attend to.
+        """
+        return multi_part_attention([*memory, block], softcap=self.model.attention_softcap)
+
     # The state that layers share, in "segment" order.
 
     def start_shared(self, parameters: Any, batch_size: int) -> Any:
@@ -317,6 +329,24 @@ class Memory(Generic[S]):
             for name in self.learned_fields
         }
         return dataclasses.replace(state, **changed)
+
+    def vectors(self, state: S, shared: Any) -> jax.Array | None:
+        """Return the vectors that hold what was written, to measure whether they are alike.
+
+        By default these are those of the first learned field, counted along the axis after the batch, or those of the
+        shared state.
+
+        Args:
+          state: the state of all layers (L, B, ...).
+          shared: the state that layers share (B, ...), or None.
+
+        Returns:
+          (L, B, M, W), with L = 1 for a shared state; None if there is no memory.
+        """
+        if not self.model.memory.has_state:
+            return None
+        own = getattr(state, self.learned_fields[0]) if shared is None else jax.tree.leaves(shared)[0][None]
+        return own.reshape(*own.shape[:2], own.shape[2] if own.ndim > 3 else 1, -1)
 
 
 def ablate_array(x: jax.Array, initial: jax.Array, how: str, batch_axis: int) -> jax.Array:

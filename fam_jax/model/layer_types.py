@@ -6,7 +6,7 @@ with depth. Types are static: a local layer spends no time on a memory that it d
 window.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -16,6 +16,8 @@ from flax import nnx
 
 from fam_jax.config import ConfigError, ModelConfig
 from fam_jax.layers.decoder_layer import DecoderLayer
+from fam_jax.memories import inspection
+from fam_jax.memories.inspection import Attention, WriteAttention
 from fam_jax.memories.interface import Memory, Stream, Tail
 from fam_jax.memories.registry import memory_class
 from fam_jax.memories.window import BlockSlidingWindowAttention, Window, local_model
@@ -96,6 +98,14 @@ def models_of_types(model: ModelConfig) -> list[tuple[ModelConfig, int]]:
     return [(memory.model, count) for memory, count in zip(types.memories, counts, strict=True)]
 
 
+def layers_with_memory(model: ModelConfig) -> list[int]:
+    """Return the numbers of the layers that have the model's memory: all but local ones, or none."""
+    types = layer_types(model)
+    if not model.memory.has_state:
+        return []
+    return [n for n, which in enumerate(types.of_layers) if types.memories[which] is types.main]
+
+
 def _only_attends(memory: Memory) -> bool:
     """Return whether a memory differs from others only between a layer's projections and its output."""
     kind = type(memory)
@@ -172,3 +182,57 @@ def close_block(
         lambda *args, memory=memory: memory.close_block(layer, *args, position) for memory in memories
     ]
     return jax.lax.switch(which, branches, state, stream)
+
+
+def inspect_block(
+    memories: Sequence[Memory],
+    at: Sequence[Any],
+    which: jax.Array,
+    layer: DecoderLayer,
+    x: jax.Array,
+    state: Any,
+) -> tuple[jax.Array, Tail, Attention]:
+    """Read a block through a layer of type `which` () and watch it: see :func:`fam_jax.memories.inspection`."""
+    branches: list[Callable[..., Any]] = [
+        lambda x, state, memory=memory, at=at: inspection.inspect_block(memory, layer, x, state, at)
+        for memory, at in zip(memories, at, strict=True)
+    ]
+    # Layers that have no memory see no keys of one; the results of all types need one shape.
+    seen = max(jax.eval_shape(branch, x, state)[2].memory.shape[-1] for branch in branches)
+
+    def padded(branch: Any) -> Any:
+        def call(x: jax.Array, state: Any) -> Any:
+            y, tail, found = branch(x, state)
+            missing = ((0, 0), (0, 0), (0, 0), (0, seen - found.memory.shape[-1]))
+            return y, tail, found._replace(memory=jnp.pad(found.memory, missing))
+
+        return call
+
+    return jax.lax.switch(which, [padded(branch) for branch in branches], x, state)
+
+
+def inspect_close(
+    memories: Sequence[Memory],
+    which: jax.Array,
+    layer: DecoderLayer,
+    state: Any,
+    stream: Stream,
+    position: Position,
+) -> tuple[Any, Stream, WriteAttention | None]:
+    """Write a block into the state of a layer of type `which` () and watch it. Layers that write nothing have 0."""
+    branches: list[Callable[..., Any]] = [
+        lambda state, stream, memory=memory: inspection.inspect_close(memory, layer, state, stream, position)
+        for memory in memories
+    ]
+    written = [jax.eval_shape(branch, state, stream)[2] for branch in branches]
+    like = next((each for each in written if each is not None), None)
+
+    def padded(branch: Any) -> Any:
+        def call(state: Any, stream: Stream) -> Any:
+            state, stream, found = branch(state, stream)
+            nothing = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), like)
+            return state, stream, nothing if found is None else found
+
+        return call
+
+    return jax.lax.switch(which, [padded(branch) for branch in branches], state, stream)

@@ -65,6 +65,16 @@ class StreamState(ShownByShape):
             lambda parts, axis: jax.lax.dynamic_update_slice_in_dim(parts[0], parts[1], row, axis),
         )
 
+    def choose(self, rows: Any, other: "StreamState") -> "StreamState":
+        """Return a state with the own stream where `rows` (B,) bool is True, and that of `other` elsewhere."""
+        chosen = jnp.asarray(rows)
+
+        def merge(parts: list[jax.Array], axis: int) -> jax.Array:
+            own, others = parts
+            return jnp.where(chosen.reshape(*[1] * axis, -1, *[1] * (own.ndim - axis - 1)), own, others)
+
+        return _by_rows([self, other], merge)
+
 
 def _by_rows(
     states: Sequence[StreamState], merge: Callable[[list[jax.Array], int], jax.Array]
@@ -198,3 +208,8 @@ def ablated(model: ModelConfig, state: StreamState, start: StreamState, how: str
         ),
         position=position,
     )
+
+
+def memory_vectors(model: ModelConfig, state: StreamState) -> jax.Array | None:
+    """Return the vectors (L, B, M, W) that hold what was written, L = 1 if layers share them; None without memory."""
+    return memory_of(model).vectors(state.layers, state.shared)

@@ -1,6 +1,7 @@
 """The decoder-only transformer: parameters, and the scans over layers that apply them."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,9 +20,18 @@ from fam_jax.layers.decoder_layer import (
     embedding_stddev,
 )
 from fam_jax.layers.fsdp import embed, gather_layer, keep_rows
+from fam_jax.memories.inspection import Attention, WriteAttention
 from fam_jax.memories.interface import Memory, Stream, choose_rows, write_tail
 from fam_jax.memories.window_cache import with_past_slots
-from fam_jax.model.layer_types import LayerTypes, close_block, layer_types, read_blocks, read_piece
+from fam_jax.model.layer_types import (
+    LayerTypes,
+    close_block,
+    inspect_block,
+    inspect_close,
+    layer_types,
+    read_blocks,
+    read_piece,
+)
 from fam_jax.model.state import StreamState, empty_state
 
 # Results of attention are kept too; otherwise the attention kernels would run twice.
@@ -199,8 +209,8 @@ class Transformer(nnx.Module):
         state = self._with_initial(state)
 
         def body(state: StreamState, block: jax.Array) -> tuple[StreamState, jax.Array]:
-            hidden, state = self._read_tokens(block, state, jnp.full(batch, size, jnp.int32))
-            return self._close(state), hidden
+            (hidden, _), state = self._read_tokens(block, state, jnp.full(batch, size, jnp.int32))
+            return self._close(state)[1], hidden
 
         parts = []
         if full:
@@ -209,7 +219,7 @@ class Transformer(nnx.Module):
             parts.append(hidden.swapaxes(0, 1).reshape(batch, full * size, -1))
         if rest:
             count = jnp.full(batch, rest, jnp.int32)
-            hidden, state = self._read_tokens(tokens[:, full * size :], state, count)
+            (hidden, _), state = self._read_tokens(tokens[:, full * size :], state, count)
             parts.append(hidden)
         return jnp.concatenate(parts, axis=1), state
 
@@ -257,11 +267,11 @@ class Transformer(nnx.Module):
         self, tokens: jax.Array, state: StreamState, count: jax.Array
     ) -> tuple[jax.Array, StreamState]:
         """Read the first `count` (B,) tokens of each row of (B, W), at most to its block's end; close full blocks."""
-        hidden, state = self._read_tokens(tokens, state, count)
+        (hidden, _), state = self._read_tokens(tokens, state, count)
         full = state.position.filled == self.config.block_size
 
         def close(state: StreamState) -> StreamState:
-            closed = self._close(state)
+            _, closed = self._close(state)
             by_layer = jax.vmap(lambda new, old: choose_rows(full, new, old))
             return StreamState(
                 layers=by_layer(closed.layers, state.layers),
@@ -272,10 +282,38 @@ class Transformer(nnx.Module):
         # While no row's block is full, this costs only the test.
         return hidden, jax.lax.cond(full.any(), close, lambda state: state, state)
 
+    def inspect(
+        self,
+        tokens: jax.Array,
+        state: StreamState,
+        of_read: Callable[[Attention], Any],
+        of_write: Callable[[WriteAttention], Any],
+    ) -> tuple[Any, Any, StreamState]:
+        """Read one block and watch what attends to what.
+
+        Args:
+          tokens: (B, C) int32.
+          state: of streams at a block border.
+          of_read: what to keep of a layer's attention. The whole of all layers may be too large for the device.
+          of_write: what to keep of the attention with which a layer's memory is written.
+
+        Returns:
+          What `of_read` and `of_write` returned, stacked (L, ...), and the state after the block. The second is None if
+          no layer writes by attention.
+        """
+        counts = jnp.full(tokens.shape[0], self.config.block_size, jnp.int32)
+        (_, read), state = self._read_tokens(tokens, state, counts, of_read)
+        written, state = self._close(state, of_write)
+        return read, written, state
+
     def _read_tokens(
-        self, tokens: jax.Array, state: StreamState, count: jax.Array
-    ) -> tuple[jax.Array, StreamState]:
-        """Read a piece and write it into the unfinished block."""
+        self,
+        tokens: jax.Array,
+        state: StreamState,
+        count: jax.Array,
+        watch: Callable[[Attention], Any] | None = None,
+    ) -> tuple[tuple[jax.Array, Any], StreamState]:
+        """Read a piece and write it into the unfinished block; also return what `watch` returned, (L, ...)."""
         config, position = self.config, state.position
         types = layer_types(config)
         at = [memory.piece_at(position, tokens.shape[1]) for memory in types.memories]
@@ -284,37 +322,46 @@ class Transformer(nnx.Module):
         def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             layer_parameters, layer_state, which = xs
             layer = nnx.merge(graphdef, gather_layer(layer_parameters, config))
-            return read_piece(types.memories, at, which, layer, x, layer_state)
+            if watch is None:
+                x, tail = read_piece(types.memories, at, which, layer, x, layer_state)
+                return x, (tail, None)
+            x, tail, attention = inspect_block(types.memories, at, which, layer, x, layer_state)
+            return x, (tail, watch(attention))
 
         per_layer = (parameters, state.layers, jnp.asarray(types.of_layers))
-        x, tail = jax.lax.scan(body, self._embed(tokens), per_layer)
+        x, (tail, watched) = jax.lax.scan(body, self._embed(tokens), per_layer)
         layers = write_tail(state.layers, tail, position.filled, count, stacked=True)
         position = dataclasses.replace(position, filled=position.filled + count)
-        return self.final_norm(x), dataclasses.replace(state, layers=layers, position=position)
+        state = dataclasses.replace(state, layers=layers, position=position)
+        return (self.final_norm(x), watched), state
 
-    def _close(self, state: StreamState) -> StreamState:
-        """Write the unfinished block, which must be full in every row, into the state."""
+    def _close(
+        self, state: StreamState, watch: Callable[[WriteAttention], Any] | None = None
+    ) -> tuple[Any, StreamState]:
+        """Write the unfinished block, which must be full in every row; also return what `watch` returned, (L, ...)."""
         config, types = self.config, layer_types(self.config)
         graphdef, parameters = nnx.split(self.layers)
 
         def body(stream: Stream, xs: Any) -> tuple[Stream, Any]:
             layer_parameters, layer_state, which = xs
             layer = nnx.merge(graphdef, gather_layer(layer_parameters, config))
-            layer_state, stream = close_block(
-                types.memories, which, layer, layer_state, stream, state.position
-            )
-            return stream, layer_state
+            args = (types.memories, which, layer, layer_state, stream, state.position)
+            if watch is None:
+                layer_state, stream = close_block(*args)
+                return stream, (layer_state, None)
+            layer_state, stream, attention = inspect_close(*args)
+            return stream, (layer_state, None if attention is None else watch(attention))
 
         stream = types.main.close_stream(self.memory, state.shared, state.batch_size)
         per_layer = (parameters, state.layers, jnp.asarray(types.of_layers))
-        stream, layers = jax.lax.scan(body, stream, per_layer)
+        stream, (layers, watched) = jax.lax.scan(body, stream, per_layer)
         position = dataclasses.replace(
             state.position.next_block(writes=config.memory.has_state),
             filled=jnp.zeros_like(state.position.filled),
         )
         shared = types.main.next_shared(self.final_norm, state.shared, stream)
         closed = StreamState(layers, shared, position)
-        return self._enter(types, closed) if types.main.order == "segment" else closed
+        return watched, self._enter(types, closed) if types.main.order == "segment" else closed
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         x = embed(self.embedding.table[...], tokens, self.config.dtype)

@@ -112,12 +112,9 @@ class ReadWriteRows(Memory[ReadWriteState]):
         q, k, v = layer.project(stream)
         after = self.rope.static(self.model.block_size + np.arange(self.length))
         q, k = rotate(q, after), rotate(k, after)
-        parts = [
-            Part(q, state.read_keys, state.read_values),
-            Part(q, state.block_keys, state.block_values),
-            Part(q, k, v),
-        ]
-        return shift_window(state), layer.finish(multi_part_attention(parts), stream)
+        itself = [Part(q, state.read_keys, state.read_values), Part(q, k, v)]
+        attended = self.attend_to_write(itself, Part(q, state.block_keys, state.block_values))
+        return shift_window(state), layer.finish(attended, stream)
 
     def next_shared(self, norm: Norm, shared: Any, stream: Stream) -> jax.Array:
         return norm(stream)
