@@ -5,6 +5,7 @@ largest value. The error of a gradient is a few roundings of the sum of its abso
 """
 
 import dataclasses
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -89,6 +90,10 @@ PORTABLE = ("reference", "xla")
 RUNNABLE = (*PORTABLE, "pallas_interpret")
 
 
+RESIDENT = {f"block_attention_{name}" for name in ("forward", "backward")}
+STREAMED = {f"block_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dextra")}
+
+
 def of_size(case: Case, implementation: str) -> Case:
     return case if implementation in PORTABLE else case.wider()
 
@@ -130,6 +135,19 @@ def test_two_cores_split_a_single_key_head(
     trace = str(jax.make_jaxpr(lambda x: attend(case.wider(), call, x, "pallas_interpret"))(call.inputs))
     assert ",2,8]" in trace  # keys of two heads, eight wide
     check(case.wider(), "pallas_interpret", "float32", roundings=8)
+
+
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [("training", RESIDENT), ("continued", RESIDENT), ("room for part of the past", STREAMED)],
+)
+def test_which_kernels_run(case: str, kernels: set[str]) -> None:
+    """A call with no past or with room for all of it takes the resident kernels, which train faster."""
+    wide = ALL_CASES[case].wider()
+    call = draw(wide)
+    single = {name: np.float32(x) for name, x in call.inputs.items()}
+    trace = str(jax.make_jaxpr(jax.grad(lambda x: attend(wide, call, x, "pallas_interpret").sum()))(single))
+    assert set(re.findall(r"name=(block_attention_\w+)", trace)) == kernels
 
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
