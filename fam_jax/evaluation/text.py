@@ -58,6 +58,8 @@ def measure_documents(
       text_bytes, seconds, the figures above (or None), and
         by_position: buckets of positions in the document, each twice as long as the one before: begin, end, documents
           that reach it, tokens, loss, next_token_accuracy.
+        by_document: for each document, in order, lists over the buckets that it reaches: tokens, and nats, the sum of
+          their losses. Two evaluations of the same documents can be compared document by document with them.
         ablations: for each of evaluate.ablations, its loss, loss_after_first_block and by_position, and how much the
           memory's loss exceeds the intact one's (difference_after_first_block, and `difference` of every bucket): mean
           in nats per token, and low and high, the limits of a 95 % confidence interval over documents.
@@ -77,6 +79,7 @@ def measure_documents(
     details = {**_totals(scores, examples), **_summary(scores, streamer.config.block_size)}
     details["perplexity"] = math.exp(min(details["loss"], 700.0))
     details |= {
+        "by_document": [_by_bucket(each) for each in scores],
         "ablations": {
             name: _ablation(scores, reader.read(name, ablation(streamer, name)), streamer.config.block_size)
             for name in evaluate.ablations
@@ -140,6 +143,18 @@ def _summary(scores: list[Scores], block_size: int) -> dict[str, Any]:
         "loss_after_first_block": mean(position >= block_size),
         "by_position": buckets,
     }
+
+
+def _by_bucket(scores: Scores) -> dict[str, list[Any]]:
+    """Return the number of counted tokens and the sum of their losses in each bucket of positions."""
+    found: dict[str, list[Any]] = {"tokens": [], "nats": []}
+    begin, end = 0, FIRST_EDGE
+    while begin < len(scores.nats):
+        counted = scores.counted[begin:end]
+        found["tokens"].append(int(counted.sum()))
+        found["nats"].append(float(scores.nats[begin:end][counted].sum(dtype=np.float64)))
+        begin, end = end, 2 * end
+    return found
 
 
 def _ablation(intact: list[Scores], ablated: list[Scores], block_size: int) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class Problem:
     missing: int = 0
     # Distance in tokens from which keys are hidden; 0 sets no limit.
     window: int = 0
+    # Blocks of past slots before the tokens: 0 or m
+    cached: int = 0
 
     @property
     def cores(self) -> int:
@@ -72,7 +74,7 @@ class Problem:
         return Geometry(
             block_size=self.block_size,
             blocks=self.blocks,
-            segments=min(self.segments, self.blocks - 1),
+            segments=self.segments if self.cached else min(self.segments, self.blocks - 1),
             window=self.window,
             extra_slots=ceil_div(self.extra, SUBLANES) * SUBLANES,
             extra_keys=self.extra,
@@ -81,6 +83,7 @@ class Problem:
             head_dim=self.head_dim,
             stop_gradient=False,
             missing=self.missing,
+            cached=self.cached,
         )
 
     def tiles(self) -> Tiles:
@@ -95,6 +98,7 @@ class Problem:
             segments=self.segments,
             extra=lambda _: self.extra,
             window=self.window,
+            past=self.cached,
         )
         return PRODUCTS[which] * self.group * keys * self.head_dim
 
@@ -113,7 +117,7 @@ class LocalShare:
     heads: int
     # K, key heads.
     kv_heads: int
-    # Past blocks that the state has room for; 0 in training.
+    # Past blocks that the state has room for; 0 in training, unless rows go on from the step before.
     past: int = 0
     # Whether there is a backward pass.
     gradient: bool = True
@@ -153,13 +157,17 @@ def kernel_seconds(model: ModelConfig, share: LocalShare) -> dict[str, tuple[flo
         ceil_div(share.tokens, model.block_size),
         min(share.heads // share.kv_heads, GROUP),
         window=model.memory.window,
+        cached=share.past,
     )
     tiles = problem.tiles()
     padded = ceil_div(share.tokens, tiles.rows) * tiles.rows
     problem = dataclasses.replace(problem, missing=problem.blocks * model.block_size - padded)
     # The chip's work as a multiple of the problem's.
     scale = share.rows * share.heads / (problem.cores * problem.group)
-    static = share.past == 0 and model.memory.extra_keys_of_block(0) == model.memory.extra_keys
+    static = (
+        share.past in (0, model.memory_segments)
+        and model.memory.extra_keys_of_block(0) == model.memory.extra_keys
+    )
     resident = {"forward": tiles.resident_forward, "backward": tiles.resident_backward}
     found = {}
     for which in share.passes:
@@ -221,14 +229,16 @@ def compile_kernel(problem: Problem, which: str, tiles: Tiles) -> Any:
         shape = call.layout.shape(1, rows, heads)
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated(mesh))
 
-    q, k = array(tokens, geometry.heads), array(tokens, geometry.kv_heads)
+    cached = geometry.cached * geometry.block_size
+    q, k = array(tokens, geometry.heads), array(cached + tokens, geometry.kv_heads)
+    past_length = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=replicated(mesh))
     extra = array(problem.blocks * geometry.extra_slots, geometry.kv_heads)
     views = Views(q, KV(k, k), KV(extra, extra) if problem.extra else None)
     if which == "forward":
-        return compile_on(mesh, functools.partial(resident.forward, call), views)
+        return compile_on(mesh, functools.partial(resident.forward, call), past_length, views)
     logsum = jax.ShapeDtypeStruct((1, geometry.heads, 1, tokens), jnp.float32, sharding=replicated(mesh))
     backward = functools.partial(resident_backward.backward, call)
-    return compile_on(mesh, backward, views, Results(q, logsum), q)
+    return compile_on(mesh, backward, past_length, views, Results(q, logsum), q)
 
 
 if __name__ == "__main__":

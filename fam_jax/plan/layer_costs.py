@@ -77,7 +77,8 @@ def local_share(
     rows: int,
     tokens: int,
     *,
-    past: int | None = None,
+    past: int = 0,
+    gradient: bool = True,
 ) -> LocalShare:
     """Return the part of an attention layer that one chip computes.
 
@@ -87,7 +88,8 @@ def local_share(
       mesh: sizes of the mesh axes.
       rows: rows of the batch on all chips.
       tokens: T.
-      past: None for training; otherwise a forward pass over rows with room for this many past blocks.
+      past: past blocks that the rows have room for.
+      gradient: whether there is a backward pass.
     """
     ways = math.prod(mesh[axis] for axis in ROW_AXES)
     return LocalShare(
@@ -96,6 +98,6 @@ def local_share(
         tokens=tokens,
         heads=model.num_heads // mesh["tensor"],
         kv_heads=max(model.num_kv_heads // mesh["tensor"], 1),
-        past=past or 0,
-        gradient=past is None,
+        past=past,
+        gradient=gradient,
     )

@@ -231,7 +231,13 @@ class _Programs:
         """Return the seconds of the kernels of a chunk. Decoding runs no kernels."""
         model = self.config.model
         share = local_share(
-            model, self.topology, self.mesh.shape, self.streams, self.tokens, past=model.memory_segments
+            model,
+            self.topology,
+            self.mesh.shape,
+            self.streams,
+            self.tokens,
+            past=model.memory_segments,
+            gradient=False,
         )
         return kernels_of_types(model, share)
 

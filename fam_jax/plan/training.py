@@ -108,7 +108,8 @@ def plan_training(config: Config, topology: str, tokens: int, mesh: MeshConfig |
     config = dataclasses.replace(config, mesh=mesh or config.mesh)
     trainer = make_trainer(config, devices)
     rows = config.train.batch_size // config.train.accumulation
-    share = local_share(config.model, topology, trainer.mesh.shape, rows, tokens)
+    past = config.model.memory_segments if config.train.carry == "all" else 0
+    share = local_share(config.model, topology, trainer.mesh.shape, rows, tokens, past=past)
     started = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         # Kernels are profiled in other processes while this one compiles.

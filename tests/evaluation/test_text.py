@@ -83,6 +83,10 @@ def test_losses_by_position_are_those_of_whole_passes(plain: dict[str, Any]) -> 
         nats = np.concatenate([direct(e.ids)[0][bucket["begin"] : bucket["end"]] for e in EXAMPLES])
         assert bucket["tokens"] == len(nats)
         assert bucket["loss"] == pytest.approx(nats.mean(), rel=1e-5)
+    for example, by_document in zip(EXAMPLES, plain["by_document"], strict=True):
+        nats = np.split(direct(example.ids)[0], [b["end"] for b in found if b["end"] < len(example.ids)])
+        assert by_document["tokens"] == [*map(len, nats)]
+        assert by_document["nats"] == pytest.approx([part.sum() for part in nats], rel=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 64}, {"chunk_blocks": 1}])

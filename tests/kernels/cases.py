@@ -40,8 +40,10 @@ class Case:
     head_dim: int = 4
     # P / C; -1 means m.
     slots: int = -1
-    # Whether the call passes past_length and extra_count
+    # Whether the call passes past_length
     counted: bool = True
+    # Whether the call passes extra_count
+    extra_counted: bool = True
 
     @property
     def past_slots(self) -> int:
@@ -99,18 +101,20 @@ def draw(case: Case, seed: int = 0) -> Call:
     past_length = np.array(case.past_blocks, np.int32) * case.block_size
     extra_count = rng.integers(0, case.extra_slots + 1, (batch, case.blocks)).astype(np.int32)
     if not case.counted:
-        past_length, extra_count = (
-            np.full_like(past_length, case.past_slots),
-            np.full_like(extra_count, case.extra_slots),
-        )
+        past_length = np.full_like(past_length, case.past_slots)
+    if not case.extra_counted:
+        extra_count = np.full_like(extra_count, case.extra_slots)
     return Call(inputs, past_length, extra_count, rng.normal(size=queries))
 
 
 def attend(case: Case, call: Call, inputs: dict[str, Any], implementation: str) -> jax.Array:
     """Return the attention under test."""
     ordered = (inputs[name] for name in ("q", "k", "v", "extra_k", "extra_v"))
-    counts = (jnp.asarray(call.past_length), jnp.asarray(call.extra_count)) if case.counted else (None, None)
-    return block_attention(*ordered, *counts, implementation=implementation, **case.options())
+    past_length = jnp.asarray(call.past_length) if case.counted else None
+    extra_count = jnp.asarray(call.extra_count) if case.extra_counted else None
+    return block_attention(
+        *ordered, past_length, extra_count, implementation=implementation, **case.options()
+    )
 
 
 def visibility(case: Case, call: Call) -> tuple[np.ndarray, np.ndarray]:

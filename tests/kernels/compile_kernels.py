@@ -18,13 +18,16 @@ from fam_jax.kernels import block_attention, rotary, update_attention
 from fam_jax.plan import topology_devices
 from fam_jax.sharding import make_mesh, traced_for
 
-# (B, H, K, hd, C, T / C, m, S, P / C, dtype). Calls with P = 0 use the resident kernels where these fit.
+# (B, H, K, hd, C, T / C, m, S, P / C, dtype). Calls use the resident kernels where these fit, but not prefill, which
+# passes the number of existing extra keys.
 SHAPES = {
     "training": (1, 2, 2, 128, 256, 4, 2, 16, 0, jnp.bfloat16),
     "training, multi-query": (1, 2, 1, 128, 256, 4, 2, 16, 0, jnp.bfloat16),
     "training, 64 wide heads, float32": (1, 2, 1, 64, 128, 4, 1, 8, 0, jnp.float32),
     "training, no extra keys": (1, 2, 2, 256, 128, 2, 1, 0, 0, jnp.bfloat16),
     "training, half of the last block": (1, 2, 1, 128, 512, 2.5, 2, 16, 0, jnp.bfloat16),
+    "training, continued": (2, 2, 1, 128, 256, 4, 2, 16, 2, jnp.bfloat16),
+    "training, continued, shorter than the past": (2, 2, 1, 64, 128, 1.5, 3, 0, 3, jnp.float32),
     "prefill": (2, 2, 1, 128, 256, 2, 2, 64, 2, jnp.bfloat16),
     "prefill, 64 wide heads, float32": (1, 2, 2, 64, 128, 2, 1, 8, 1, jnp.float32),
     "prefill, long memory": (1, 2, 1, 128, 1024, 1, 12, 256, 12, jnp.bfloat16),
@@ -49,7 +52,8 @@ def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **op
         *[array(batch, keys, kv_heads, head_dim)] * 2,
         *[array(batch, blocks, extra, kv_heads, head_dim)] * 2,
     )
-    counts = (array(batch, dtype=jnp.int32), array(batch, blocks, dtype=jnp.int32)) if past else (None, None)
+    past_length = array(batch, dtype=jnp.int32) if past else None
+    counts = (past_length, array(batch, blocks, dtype=jnp.int32) if "prefill" in name else None)
 
     def attention_and_gradients(inputs: Any, counts: Any, cotangent: jax.Array) -> Any:
         def attend(*inputs: jax.Array) -> jax.Array:
@@ -101,7 +105,7 @@ def main(topology: str, *names: str) -> None:
             print(json.dumps([name, sorted(compile_small(topology))]), flush=True)
             continue
         variants: list[dict[str, Any]] = [{}]
-        if name in ("training", "prefill"):
+        if name in ("training", "training, continued", "prefill"):
             variants.append({"window": SHAPES[name][6] * SHAPES[name][4], "stop_gradient": True})
         for options in variants:
             print(json.dumps([name, sorted(compile_shape(topology, name, **options))]), flush=True)

@@ -5,6 +5,7 @@ largest value. The error of a gradient is a few roundings of the sum of its abso
 """
 
 import dataclasses
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -39,7 +40,9 @@ CASES = {
     "room for part of the past": Case(slots=1, past_blocks=(1, 0)),
 }
 # A call as in training: there is no past, and all extra keys exist.
-TRAINING = Case(slots=0, counted=False, past_blocks=(0, 0), length=16)
+TRAINING = Case(slots=0, counted=False, extra_counted=False, past_blocks=(0, 0), length=16)
+# A call as in training whose rows go on from the step before: there is room for m past blocks.
+CONTINUED = Case(extra_counted=False, length=16)
 TRAINING_CASES = {
     "training": TRAINING,
     "training, multi-query": dataclasses.replace(TRAINING, kv_heads=1),
@@ -58,7 +61,24 @@ TRAINING_CASES = {
         TRAINING, block_size=16, length=52, window=20, stop_gradient=True
     ),
 }
-ALL_CASES = CASES | TRAINING_CASES
+CONTINUED_CASES = {
+    "continued": CONTINUED,
+    "continued, all of the past": dataclasses.replace(CONTINUED, counted=False, kv_heads=1),
+    "continued, odd length": dataclasses.replace(CONTINUED, length=14),
+    "continued, memory longer than the tokens": dataclasses.replace(
+        CONTINUED, memory_segments=4, length=6, past_blocks=(4, 2, 0)
+    ),
+    "continued, one segment": dataclasses.replace(CONTINUED, memory_segments=1, past_blocks=(0, 1)),
+    "continued, no extra keys": dataclasses.replace(CONTINUED, extra_slots=0),
+    "continued, window across blocks": dataclasses.replace(CONTINUED, window=6),
+    "continued, stop-gradient": dataclasses.replace(CONTINUED, stop_gradient=True),
+    "continued, half of the last block": dataclasses.replace(CONTINUED, block_size=16, length=38),
+    "continued, half of the only block": dataclasses.replace(CONTINUED, block_size=16, length=5, kv_heads=1),
+    "continued, half of the last block in a window": dataclasses.replace(
+        CONTINUED, block_size=16, length=52, window=20, stop_gradient=True
+    ),
+}
+ALL_CASES = CASES | TRAINING_CASES | CONTINUED_CASES
 SOFT_CAPPED = {
     "soft cap": Case(softcap=1.5),
     "soft cap, stop-gradient in a window": Case(softcap=0.5, stop_gradient=True, window=6, length=11),
@@ -67,6 +87,10 @@ SOFT_CAPPED = {
 # Implementations that run natively and in float64; then these and the kernels in their interpreter.
 PORTABLE = ("reference", "xla")
 RUNNABLE = (*PORTABLE, "pallas_interpret")
+
+
+RESIDENT = {f"block_attention_{name}" for name in ("forward", "backward")}
+STREAMED = {f"block_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dextra")}
 
 
 def of_size(case: Case, implementation: str) -> Case:
@@ -89,7 +113,7 @@ def test_portable_implementations_match_dense_attention(case: Case, implementati
         ALL_CASES,
         [
             "multi-query", "stop-gradient in a window", "no extra keys", "training",
-            "training, half of the last block in a window",
+            "training, half of the last block in a window", "continued", "continued, half of the only block",
         ],
     ),
 )  # fmt: skip
@@ -110,6 +134,19 @@ def test_two_cores_split_a_single_key_head(
     trace = str(jax.make_jaxpr(lambda x: attend(case.wider(), call, x, "pallas_interpret"))(call.inputs))
     assert ",2,8]" in trace  # keys of two heads, eight wide
     check(case.wider(), "pallas_interpret", "float32", roundings=8)
+
+
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [("training", RESIDENT), ("continued", RESIDENT), ("room for part of the past", STREAMED)],
+)
+def test_which_kernels_run(case: str, kernels: set[str]) -> None:
+    """A call with no past or with room for all of it takes the resident kernels, which train faster."""
+    wide = ALL_CASES[case].wider()
+    call = draw(wide)
+    single = {name: np.float32(x) for name, x in call.inputs.items()}
+    trace = str(jax.make_jaxpr(jax.grad(lambda x: attend(wide, call, x, "pallas_interpret").sum()))(single))
+    assert set(re.findall(r"name=(block_attention_\w+)", trace)) == kernels
 
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
@@ -135,7 +172,7 @@ def any_case(draw_from: st.DrawFn) -> Case:
     """Draw arbitrary shapes and options."""
     size, segments = draw_from(st.integers(1, 5)), draw_from(st.integers(0, 4))
     kv_heads = draw_from(st.sampled_from([1, 2]))
-    training = draw_from(st.booleans())
+    training, all_extra = draw_from(st.booleans()), draw_from(st.booleans())
     past = [0] if training else draw_from(st.lists(st.integers(0, segments), min_size=1, max_size=3))
     return Case(
         length=draw_from(st.integers(1, 4 * size)),
@@ -149,6 +186,7 @@ def any_case(draw_from: st.DrawFn) -> Case:
         past_blocks=tuple(past),
         slots=0 if training else -1,
         counted=not training,
+        extra_counted=not training and not all_extra,
     )
 
 

@@ -26,7 +26,7 @@ def gradients(case: Case, implementation: str) -> Any:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(length=16, slots=0, counted=False, past_blocks=(0, 0), heads=2, kv_heads=1),
+        Case(length=16, slots=0, counted=False, extra_counted=False, past_blocks=(0, 0), heads=2, kv_heads=1),
         pytest.param(Case(length=8, past_blocks=(1, 0), heads=2, kv_heads=1), marks=pytest.mark.slow),
     ],
     ids=["training", "prefill"],

@@ -128,5 +128,19 @@ def test_streamed_kernels_have_times() -> None:
     assert found.keys() == {f"block_attention_streamed_{name}" for name in ("forward", "dq", "dkv", "dextra")}
     assert all(0 < low < high for low, high in found.values())
     reading = dataclasses.replace(share, past=3, gradient=False)
-    read = kernel_seconds(SMOKE.model, reading)
+    read = kernel_seconds(variant(SMOKE.model, segments=5), reading)
     assert read.keys() == {"block_attention_streamed_forward"}
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("segments", [1, 3])
+def test_cached_blocks_cost_what_their_scores_cost(segments: int) -> None:
+    model = variant(SMOKE.model, block_size=256, head_dim=128, segments=segments)
+    share = LocalShare("v5p:2x2x1", rows=2, tokens=8 * 256, heads=4, kv_heads=4)
+    plain = kernel_seconds(model, share)
+    continued = kernel_seconds(model, dataclasses.replace(share, past=segments))
+    assert continued.keys() == plain.keys() == {"block_attention_forward", "block_attention_backward"}
+    more = keys_of_layers(model, share.tokens, segments) / keys_of_layers(model, share.tokens)
+    for name, (seconds, _) in plain.items():
+        assert seconds < continued[name][0] < 1.15 * more * seconds

@@ -85,7 +85,8 @@ def _attend_on_device(
     """Compute attention of the rows and heads of one device."""
     inputs = _for_cores(inputs, chip)
     length = inputs.q.shape[1]
-    static = inputs.past_slots == 0 and inputs.extra_count is None
+    past = options.memory_segments * options.block_size
+    static = inputs.past_slots in (0, past) and inputs.extra_count is None
     geometry = _geometry(inputs, options, static)
     tiles = tiles or choose_tiles(chip, geometry, inputs.q.dtype, static)
     tiles.check(geometry.block_size)
@@ -113,10 +114,14 @@ def _for_cores(inputs: BlockInputs, chip: str) -> BlockInputs:
 
 def _geometry(inputs: BlockInputs, options: BlockOptions, static: bool) -> Geometry:
     blocks, extra_keys = inputs.extra_k.shape[1:3]
+    cached = inputs.past_slots // options.block_size if static else 0
     return Geometry(
         block_size=options.block_size,
         blocks=blocks,
-        segments=min(options.memory_segments, blocks - 1) if static else options.memory_segments,
+        segments=min(options.memory_segments, blocks - 1)
+        if static and not cached
+        else options.memory_segments,
+        cached=cached,
         window=options.window,
         extra_slots=ceil_div(extra_keys, SUBLANES) * SUBLANES,
         extra_keys=extra_keys,
@@ -143,7 +148,7 @@ def _forward(call: KernelCall, inputs: BlockInputs) -> tuple[jax.Array, tuple[Bl
     """Compute attention of padded inputs; also return the residuals of its derivative."""
     views, counts = _views(call, inputs), Counts(inputs.past_length, inputs.extra_count)
     if call.tiles.resident_forward:
-        results = resident.forward(call, views)
+        results = resident.forward(call, inputs.past_length, views)
     else:
         results = streamed.forward(call, counts, _with_past(call, views))
     # Rematerialization policies keep results by name. Without the name the kernel would run twice.
@@ -158,7 +163,7 @@ def _backward(
     views, counts = _views(call, inputs), Counts(inputs.past_length, inputs.extra_count)
     d_view = call.layout.view(d_out)
     if call.tiles.resident_backward:
-        gradients = resident_backward.backward(call, views, results, d_view)
+        gradients = resident_backward.backward(call, inputs.past_length, views, results, d_view)
     else:
         gradients = streamed_backward.backward(call, counts, _with_past(call, views), results, d_view)
     unview, length = call.layout.unview, inputs.k.shape[1]
@@ -168,11 +173,17 @@ def _backward(
     else:
         d_extra = [jnp.zeros_like(x) for x in extra]
     no_gradient = (np.zeros(x.shape, jax.dtypes.float0) for x in (inputs.past_length, inputs.extra_count))
-    d_tokens = (unview(x)[:, -length:] for x in gradients.tokens)
+    d_tokens = (_with_slots(unview(x), length) for x in gradients.tokens)
     return (BlockInputs(unview(gradients.q), *d_tokens, *d_extra, *no_gradient),)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _with_slots(gradient: jax.Array, length: int) -> jax.Array:
+    """Return the gradient (B, *, K, hd) of `length` past and new tokens: the last ones, or zeros before fewer."""
+    missing = length - gradient.shape[1]
+    return jnp.pad(gradient, ((0, 0), (missing, 0), (0, 0), (0, 0))) if missing > 0 else gradient[:, -length:]
 
 
 def _views(call: KernelCall, inputs: BlockInputs) -> Views:

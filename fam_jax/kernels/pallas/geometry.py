@@ -39,6 +39,8 @@ class Geometry:
     stop_gradient: bool
     # Tokens that the last block lacks; only the resident kernels take other values than 0.
     missing: int = 0
+    # Blocks of past slots that stand before the tokens for the resident kernels: 0 or m
+    cached: int = 0
 
     @property
     def group(self) -> int:

@@ -1,9 +1,12 @@
-"""The forward kernel for training: the sequence has no past, and no branch depends on data.
+"""The forward kernel for training: all extra keys exist, and no branch depends on data.
 
 A grid step takes one block of queries of one head and holds all keys that they see in fast memory: m blocks, the extra
 keys, the block itself. The code of a step has no loops, so the compiler overlaps the exponentials of one tile with the
 products of another. Only visible scores are computed: the block itself is cut into tiles along its diagonal, and only
-these are masked. The block's number says how many past blocks exist at the start of a sequence.
+these are masked. At the start of a sequence, the block's number says how many past blocks exist.
+
+A sequence may also go on behind m cached blocks. Then every block of queries reads m blocks, and those that do not
+exist in its row of the batch are hidden by the statistics of the softmax, which costs next to nothing.
 """
 
 import functools
@@ -13,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from fam_jax.kernels.pallas.blocks import KV, as_row, product, row_spec
 from fam_jax.kernels.pallas.call import KernelCall, Results, Views
@@ -26,6 +30,15 @@ class Window(NamedTuple):
     tokens: KV
     # (S, hd); None if there are no extra keys
     extra: KV | None
+    # (B,) int32, filled past slots, in scalar memory; None if there are no cached blocks
+    past_length: Any
+
+    def exists(self, span: Span | None, geometry: Geometry) -> jax.Array | None:
+        """Return whether the block of a span exists, for the current step of a grid (b, k, n, g); None: it does."""
+        if self.past_length is None or span is None or span.start >= 0:
+            return None
+        back = (-span.start - 1) // geometry.block_size + 1
+        return (back - pl.program_id(2)) * geometry.block_size <= self.past_length[pl.program_id(0)]
 
     def keys(self, span: Span | None, block_size: int) -> jax.Array:
         """Return (R, hd) keys of a span within one block, or the extra keys if `span` is None."""
@@ -43,26 +56,28 @@ class Window(NamedTuple):
         return blocks[len(blocks) - 1 + block][pl.ds(start, span.size), :]
 
     @classmethod
-    def of(cls, views: Views, geometry: Geometry) -> "Window":
+    def of(cls, views: Views, past_length: jax.Array, geometry: Geometry) -> "Window":
         """Return the arrays from which the blocks of a window come."""
         count = geometry.segments + 1
-        return cls(KV((views.tokens.k,) * count, (views.tokens.v,) * count), views.extra)
+        tokens = KV((views.tokens.k,) * count, (views.tokens.v,) * count)
+        return cls(tokens, views.extra, past_length if geometry.cached else None)
 
     @classmethod
     def specs(cls, call: KernelCall, block: Callable[[Any], Any] = lambda n: n) -> "Window":
         """Return block specs for a grid (b, k, n, g); `block(n)` is the number of the queries' block."""
         geometry, layout = call.geometry, call.layout
-        size, past = geometry.block_size, geometry.segments
+        size, past = geometry.block_size, geometry.segments - geometry.cached
 
         def slot(j: int) -> pl.BlockSpec:
             return layout.spec(size, lambda b, k, n, g: (b, k, jnp.maximum(block(n) + (j - past), 0)))
 
-        slots = tuple(slot(j) for j in range(past + 1))
+        slots = tuple(slot(j) for j in range(geometry.segments + 1))
         extra = layout.spec(geometry.extra_slots, lambda b, k, n, g: (b, k, block(n)))
-        return cls(KV(slots, slots), KV(extra, extra) if geometry.extra_slots else None)
+        scalars = pl.BlockSpec(memory_space=pltpu.SMEM) if geometry.cached else None
+        return cls(KV(slots, slots), KV(extra, extra) if geometry.extra_slots else None, scalars)
 
 
-def forward(call: KernelCall, views: Views) -> Results:
+def forward(call: KernelCall, past_length: jax.Array, views: Views) -> Results:
     """Compute attention of whole blocks of queries; the last may lack `geometry.missing` tokens."""
     geometry, size, group = call.geometry, call.geometry.block_size, call.geometry.group
     batch = views.q.shape[0]
@@ -79,35 +94,45 @@ def forward(call: KernelCall, views: Views) -> Results:
         jax.ShapeDtypeStruct((batch, geometry.heads, 1, geometry.tokens), jnp.float32),
     )
     kernel = call.kernel(_kernel, "block_attention_forward", 3, grid, [shapes])
-    (results,) = kernel(views.q, Window.of(views, geometry))
+    (results,) = kernel(views.q, Window.of(views, past_length, geometry))
     return results
 
 
 def _kernel(q: Any, window: Window, results: Results, *, call: KernelCall) -> None:
-    def body(past: int, tokens: int) -> None:
+    def body(past: int, may_lack: bool, tokens: int) -> None:
+        known = window if may_lack else window._replace(past_length=None)
         for queries in Span(0, tokens).split(call.tiles.rows):
             spans = list(_seen(queries, past, call))
             rows = pl.ds(queries.start, queries.size)
-            out, logsum = _softmax(q[rows, :], queries, spans, window, call.geometry)
+            out, logsum = _softmax(q[rows, :], queries, spans, known, call.geometry)
             results.out[rows, :] = out.astype(results.out.dtype)
             results.logsum[:, rows] = as_row(logsum)
 
     _by_past(pl.program_id(2), call.geometry, body)
 
 
-def _by_past(block: jax.Array, geometry: Geometry, body: Callable[[int, int], None]) -> None:
-    """Call `body` with the number of past blocks that block number `block` sees and the number of its tokens.
+def _by_past(block: jax.Array, geometry: Geometry, body: Callable[[int, bool, int], None]) -> None:
+    """Call `body` with the past blocks that block number `block` reads, whether some may lack, and its tokens.
 
-    The body is compiled once per number of past blocks. It is compiled once more for an incomplete last block, because
-    nothing beyond the end of the sequence may be read.
+    The body is compiled once per number of past blocks, or once for all blocks that may see cached ones. It is compiled
+    once more for an incomplete last block, because nothing beyond the end of the sequence may be read.
     """
-    size, segments, whole = geometry.block_size, geometry.segments, geometry.whole_blocks
-    for past in range(min(segments, whole)):
-        pl.when(block == past)(functools.partial(body, past, size))
+    size, segments, whole, cached = (
+        geometry.block_size,
+        geometry.segments,
+        geometry.whole_blocks,
+        geometry.cached,
+    )
+    if cached:
+        pl.when(block < min(segments, whole))(functools.partial(body, segments, True, size))
+    else:
+        for past in range(min(segments, whole)):
+            pl.when(block == past)(functools.partial(body, past, False, size))
     if whole > segments:
-        pl.when((block >= segments) & (block < whole))(functools.partial(body, segments, size))
+        pl.when((block >= segments) & (block < whole))(functools.partial(body, segments, False, size))
     if geometry.missing:
-        pl.when(block == whole)(functools.partial(body, min(whole, segments), size - geometry.missing))
+        past = segments if cached else min(whole, segments)
+        pl.when(block == whole)(functools.partial(body, past, whole < segments, size - geometry.missing))
 
 
 def _seen(queries: Span, past: int, call: KernelCall) -> Iterator[Span | None]:
@@ -127,7 +152,8 @@ def _softmax(
 ) -> tuple[jax.Array, jax.Array]:
     """Return (R, hd) float32 attention over the spans and (R, 1) log2 of the sum of exponentials.
 
-    All scores are computed before the exponentials, which share one maximum.
+    All scores are computed before the exponentials, which share one maximum. The exponentials of a block that does not
+    exist are 0 because a very large number is subtracted from its scores.
     """
     size, factor = geometry.block_size, geometry.factor
 
@@ -142,11 +168,14 @@ def _softmax(
         return s
 
     all_scores = [scores(span) for span in spans]
-    top = functools.reduce(jnp.maximum, [s.max(axis=1, keepdims=True) for s in all_scores])
+    exist = [window.exists(span, geometry) for span in spans]
+    tops = [s.max(axis=1, keepdims=True) for s in all_scores]
+    tops = [t if seen is None else jnp.where(seen, t, HIDDEN) for t, seen in zip(tops, exist, strict=True)]
+    top = functools.reduce(jnp.maximum, tops)
     total = jnp.zeros_like(top)
     out = jnp.zeros(q.shape, jnp.float32)
-    for s, span in zip(all_scores, spans, strict=True):
-        p = jnp.exp2((s - top) * factor)
+    for s, span, seen in zip(all_scores, spans, exist, strict=True):
+        p = jnp.exp2((s - (top if seen is None else jnp.where(seen, top, -HIDDEN))) * factor)
         total += p.sum(axis=1, keepdims=True)
         v = window.values(span, size)
         out += product(p.astype(v.dtype), v, "nn")

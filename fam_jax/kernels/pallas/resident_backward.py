@@ -3,7 +3,7 @@
 As in the forward kernel, a grid step takes one block of queries with all keys that they see. Scores have their keys
 along the rows, which makes statistics of queries row vectors. The gradients of a block of keys are complete when its
 last reader, m blocks later, is done; until then they wait in a ring of m + 1 blocks of fast memory. After the last
-block of queries, m further steps empty the ring.
+block of queries, m further steps empty the ring. Cached blocks pass through the ring like the others.
 """
 
 import functools
@@ -24,7 +24,7 @@ from fam_jax.kernels.pallas.call import (
     shapes_like,
     write_gradients,
 )
-from fam_jax.kernels.pallas.geometry import Geometry, Span, extra_mask, sight, token_mask
+from fam_jax.kernels.pallas.geometry import HIDDEN, Geometry, Span, extra_mask, sight, token_mask
 from fam_jax.kernels.pallas.resident import Window
 
 
@@ -41,8 +41,13 @@ class _Scratch(NamedTuple):
     extra: KV | None
 
 
-def backward(call: KernelCall, views: Views, results: Results, d_out: jax.Array) -> Views:
-    """Return the gradients of `views`, from the results of the forward kernel and the cotangent of its output."""
+def backward(
+    call: KernelCall, past_length: jax.Array, views: Views, results: Results, d_out: jax.Array
+) -> Views:
+    """Return the gradients of `views`, from the results of the forward kernel and the cotangent of its output.
+
+    With stop-gradient, cached keys get none, and the result lacks their gradients.
+    """
     geometry, layout = call.geometry, call.layout
     size, group, blocks, waiting = geometry.block_size, geometry.group, geometry.blocks, _waiting(geometry)
 
@@ -56,7 +61,9 @@ def backward(call: KernelCall, views: Views, results: Results, d_out: jax.Array)
 
     queries, stats = layout.spec(size, query_index), row_spec(size, query_index)
     window = Window.specs(call, block)
-    finished = layout.spec(size, lambda b, k, n, g: (b, k, jnp.maximum(n - waiting, 0)))
+    # Step n completes block n of all keys, cached ones included.
+    before = 0 if waiting and geometry.cached else waiting
+    finished = layout.spec(size, lambda b, k, n, g: (b, k, jnp.maximum(n - before, 0)))
     ring = scratch((waiting + 1) * size, geometry.head_dim)
     extra = scratch(geometry.extra_slots, geometry.head_dim)
     grid = pl.GridSpec(
@@ -72,8 +79,12 @@ def backward(call: KernelCall, views: Views, results: Results, d_out: jax.Array)
             )
         ],
     )
-    kernel = call.kernel(_kernel, "block_attention_backward", 2, grid, [shapes_like(views)])
-    (gradients,) = kernel(views.q, d_out, results, Window.of(views, geometry))
+    shapes = shapes_like(views)
+    if geometry.stop_gradient:
+        own = layout.shape(d_out.shape[0], geometry.tokens, geometry.kv_heads)
+        shapes = shapes._replace(tokens=KV(*(jax.ShapeDtypeStruct(own, x.dtype) for x in views.tokens)))
+    kernel = call.kernel(_kernel, "block_attention_backward", 2, grid, [shapes])
+    (gradients,) = kernel(views.q, d_out, results, Window.of(views, past_length, geometry))
     return gradients
 
 
@@ -107,6 +118,10 @@ def _kernel(
             sums.extra.reset()
         sums.ring.reset(rows_from(ring(n), size))
 
+    if geometry.cached and waiting:
+        # The first step begins the gradients of all cached blocks.
+        pl.when((n == 0) & (g == 0))(sums.ring.reset)
+
     @pl.when(n < blocks)
     def _() -> None:
         sums.q[...] = jnp.zeros_like(sums.q)
@@ -115,13 +130,15 @@ def _kernel(
 
     def read_extra(tokens: int) -> None:
         keys = KV(window.keys(None, size), window.values(None, size))
-        _accumulate(sums.extra, ..., _tile(keys, side, sums.q, _all_queries(tokens, call), True, geometry))
+        _accumulate(sums.extra, ..., _tile(keys, side, sums.q, _all_queries(tokens, call), geometry))
 
     def read_block(back: int, tokens: int) -> None:
         wanted = back == 0 or not geometry.stop_gradient
         for span in Span(-back * size, size if back else tokens).split(call.tiles.back_keys):
             keys = KV(window.keys(span, size), window.values(span, size))
-            found = _tile(keys, side, sums.q, _readers(span, tokens, call), wanted, geometry)
+            readers = _readers(span, tokens, call)
+            exists = window.exists(span, geometry)
+            found = _tile(keys, side, sums.q, readers, geometry, wanted=wanted, exists=exists)
             if wanted:
                 start = ring(n + (waiting + 1 - back)) + (span.start + back * size)
                 _accumulate(sums.ring, rows_from(start, span.size), found)
@@ -137,9 +154,10 @@ def _kernel(
         if gradients.extra and sums.extra:
             write_gradients(gradients.extra, sums.extra, ..., geometry.scale)
 
-    @pl.when((n >= waiting) & (g == last))
+    @pl.when(((n >= waiting) | (geometry.cached > 0)) & (g == last))
     def _() -> None:
-        write_gradients(gradients.tokens, sums.ring, rows_from(ring(n - waiting), size), geometry.scale)
+        # Block n - m of the keys is complete; its rows in the ring are those of block n + 1.
+        write_gradients(gradients.tokens, sums.ring, rows_from(ring(n + 1), size), geometry.scale)
 
 
 def _by_block(
@@ -164,8 +182,9 @@ def _by_block(
         if first < end and read_extra:
             pl.when((n >= first) & (n < end))(functools.partial(read_extra, tokens))
         for back in range(geometry.segments + 1):
-            if max(first, back) < end:
-                pl.when((n >= max(first, back)) & (n < end))(functools.partial(read_block, back, tokens))
+            begin = max(first, back - geometry.cached)
+            if begin < end:
+                pl.when((n >= begin) & (n < end))(functools.partial(read_block, back, tokens))
 
 
 def _accumulate(sums: Any, rows: Any, gradients: KV) -> None:
@@ -201,8 +220,10 @@ def _tile(
     side: QuerySide,
     d_q: Any,
     readers: Iterator[tuple[Span, _Mask]],
-    wanted: bool,
     geometry: Geometry,
+    *,
+    wanted: bool = True,
+    exists: jax.Array | None = None,
 ) -> KV:
     """Add the contribution of a tile of keys to its readers' gradient; return the gradients of keys and values.
 
@@ -211,8 +232,10 @@ def _tile(
       side: references to the block of queries.
       d_q: reference to the sum of the queries' gradient.
       readers: tiles of queries with their masks.
-      wanted: whether gradients of keys and values are needed; if not, they are zeros.
       geometry: sizes of the call.
+      wanted: whether gradients of keys and values are needed; if not, they are zeros.
+      exists: whether the keys exist; None: they do. If not, all contributions are 0, because the statistics say that
+        the sums of exponentials are very large.
 
     Returns:
       (R, hd) float32 gradients; those of the keys still lack the factor of the scores.
@@ -221,6 +244,8 @@ def _tile(
     for queries, mask in readers:
         rows = pl.ds(queries.start, queries.size)
         here = side.rows(rows)
+        if exists is not None:
+            here = here._replace(logsum=jnp.where(exists, here.logsum, -HIDDEN))
         p, d_s = score_gradients(keys, here, geometry.factor, mask() if mask else None)
         d_q[rows, :] += product(d_s, keys.k, "tn")
         if wanted:

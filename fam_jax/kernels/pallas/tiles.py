@@ -77,7 +77,7 @@ def choose_tiles(chip: str, geometry: Geometry, dtype: jnp.dtype, static: bool) 
       chip: kind of device, such as "TPU v5p".
       geometry: sizes of the call.
       dtype: dtype of queries and keys.
-      static: True if there is no past and all extra keys exist, as in training.
+      static: True if all extra keys exist and past slots are none or all of m blocks, as in training.
     """
     capacity = VMEM_MIB.get(chip, SMALLEST_VMEM_MIB) * 2**20
     size = geometry.block_size
