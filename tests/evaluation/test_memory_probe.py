@@ -40,7 +40,7 @@ from launch import evaluate
 from tests.evaluation.runs import save_run
 from tests.generation.tiny import CONFIG, texts
 from tests.memories.cases import random_parameters
-from tests.model.tiny import Reader, build, params_of, quick_jit, variant
+from tests.model.tiny import Reader, build, params_of, variant
 from tests.variants import rest_slow
 
 C = CONFIG.block_size
@@ -262,7 +262,7 @@ def test_gradient_norms_are_those_of_a_plain_gradient(tied: bool) -> None:
     ids = documents.examples[0].ids
     inputs = np.append(model.vocab_size - 1, ids[:-1]).astype(np.int32)
 
-    @quick_jit
+    @jax.jit
     def plain(table: jax.Array) -> jax.Array:
         def loss(table: jax.Array) -> jax.Array:
             own = build(model, {**params, "embedding": {"table": table}})

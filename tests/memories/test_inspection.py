@@ -17,7 +17,7 @@ from fam_jax.model import StreamState, memory_vectors
 from fam_jax.model.layer_types import layers_with_memory
 from tests.memories import reference
 from tests.memories.cases import BLOCKS, CASES, LAYERS, SIZE, random_parameters
-from tests.model.tiny import Reader, build, params_of, quick_jit
+from tests.model.tiny import Reader, build, params_of
 from tests.oracle import naive
 from tests.variants import rest_slow
 
@@ -41,7 +41,7 @@ def tokens_of(model: ModelConfig, blocks: int = READ) -> np.ndarray:
 
 @functools.cache
 def inspect(model: ModelConfig) -> Any:
-    @quick_jit
+    @jax.jit
     def call(params: Any, tokens: jax.Array, state: StreamState) -> Any:
         return build(model, params).inspect(tokens, state, lambda read: read, lambda written: written)
 
