@@ -7,6 +7,7 @@ import pytest
 from fam_jax.config import UserError
 from fam_jax.evaluation.item import Answered, Item, Likelihood
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
+from fam_jax.evaluation.item_tasks.long import OF_THE_PAPER
 from fam_jax.evaluation.summary import summarize
 from tests.evaluation.fake import FakeStreamer, model_for, request_for, rows_of, whole_text
 from tests.evaluation.fixtures import NAMES, PLACES, THINGS
@@ -139,3 +140,12 @@ def test_questions_on_a_document_read_it_once() -> None:
     found = summarize(task, run(task, items, model))
     assert found["value"] == 1 and found["documents"] == 1
     assert sum(model.calls) < 2 * len(article) < found["tokens_read"]
+
+
+def test_the_papers_scores_stand_beside_ours() -> None:
+    assert ITEM_TASKS["narrative_qa"].published["paper's FAM 24B"] == 0.230
+    assert ITEM_TASKS["quality"].published["paper's BSWA 1B"] == 0.261
+    assert ITEM_TASKS["qasper"].published["paper's FAM 8B, ROUGE-L"] == 0.185
+    assert ITEM_TASKS["xlsum:ja"].published["paper's BSWA 24B, all languages"] == 0.247
+    for scores in OF_THE_PAPER.values():
+        assert all(bswa < fam for bswa, fam in scores.values())
