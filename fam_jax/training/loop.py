@@ -30,6 +30,7 @@ from fam_jax.generation.compiled import state_sharding
 from fam_jax.model import count_parameters, lora
 from fam_jax.training.compiler import compiler_options
 from fam_jax.training.flops import peak_flops, step_flops
+from fam_jax.training.folder_state import only_training, remember_restored, step_to_restore
 from fam_jax.training.init_from import check_named, load_base
 from fam_jax.training.interruption import Interrupted, stop_requests
 from fam_jax.training.metrics import MetricsWriter
@@ -124,7 +125,8 @@ def train(
       workdir: folder of the run: local, or in a bucket (`gs://...`) that all processes can access.
       evaluate: called with parameters and step every config.evaluate.every steps; its figures go to the metrics.
         None: the evaluation task of the run's data, by :func:`fam_jax.evaluation.evaluate_in_training`.
-      restore_step: checkpoint to go back to, instead of the latest; later ones are deleted.
+      restore_step: checkpoint to go back to, instead of the latest; later ones are deleted. If the run went back to it
+        the last time, and made later ones since, it goes on from the latest.
       profile_steps: first and last step of a profiler trace.
       allow_change: other fields that may change now, such as "optimizer.learning_rate". The run keeps its state, and
         config.json records the change.
@@ -136,16 +138,20 @@ def train(
       The last metrics.
 
     Raises:
-      UserError: for example, LoRA has no base, the folder belongs to another config, or the loss is not finite.
+      UserError: for example, LoRA has no base, the folder belongs to another config, another training writes to it, or
+        the loss is not finite.
       Interrupted: a signal asked to stop; a checkpoint of the last step was saved.
     """
     folder, first = absolute(workdir), jax.process_index() == 0
+    asked, (restore_step, back) = restore_step, step_to_restore(folder, restore_step)
     config = find_vocabulary(config, folder, restore_step, resuming=True)
     if evaluate is None and config.evaluate.every:
         evaluate = evaluate_in_training(config, workdir)
     opened = _open(config, folder, restore_step, allow_change, fork)
     with opened as (trainer, checkpoints, state, batches, notes):
         done = int(state.step)
+        if first:
+            remember_restored(folder, restore_step, asked)
         remaining = range(done + 1, config.train.steps + 1)
         writing: contextlib.AbstractContextManager[MetricsWriter | None] = (
             MetricsWriter(folder, resume_step=done) if first else contextlib.nullcontext()
@@ -155,7 +161,7 @@ def train(
             ProgressReport(config.train.steps, done, quiet=quiet or not first) as progress,
             StepTrace(folder, profile_steps, remaining=remaining) as trace,
         ):
-            for line in (*_header(config, trainer, state, batches.longest_row, folder), *notes):
+            for line in (*_header(config, trainer, state, batches.longest_row, folder), *back, *notes):
                 progress.say(line)
             run = _Run(trainer, batches, checkpoints, writer, progress, trace, evaluate, folder)
             return run(state, remaining)
@@ -178,14 +184,18 @@ def _open(
     state = None
     if restore_step is None and source is None and not saved_steps(folder):
         state = trainer.create()  # before the folder is made, so that a missing base leaves no trace
-    with Checkpoints(
-        folder,
-        config=dataclasses.asdict(config),
-        keep=config.train.keep_checkpoints,
-        may_change=(*MAY_CHANGE, *changing),
-        step=restore_step,
-        forked_from=source.name if source else "",
-    ) as checkpoints:
+    alone = only_training(folder) if jax.process_index() == 0 else contextlib.nullcontext()
+    with (
+        alone,
+        Checkpoints(
+            folder,
+            config=dataclasses.asdict(config),
+            keep=config.train.keep_checkpoints,
+            may_change=(*MAY_CHANGE, *changing),
+            step=restore_step,
+            forked_from=source.name if source else "",
+        ) as checkpoints,
+    ):
         if state is None:
             values, position = load_from(checkpoints, restore_step, source, _as_dict(trainer.state_shapes))
             state, before = TrainState(**values), source.config if source else checkpoints.previous_config

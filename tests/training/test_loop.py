@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from fam_jax import sharding
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params
@@ -20,7 +21,7 @@ from fam_jax.config import Config, ConfigError, DataConfig, UserError
 from fam_jax.config.format1 import FORMAT
 from fam_jax.data import build
 from fam_jax.data.curriculum import PasskeyCurriculum
-from fam_jax.training import loop
+from fam_jax.training import folder_state, loop
 from fam_jax.training.loop import Interrupted, train
 from tests.training.tiny import changed
 
@@ -227,6 +228,33 @@ def test_restore_step_goes_back(uninterrupted: pathlib.Path, finished: pathlib.P
     assert (finished / "8" / "_CHECKPOINT_METADATA").stat().st_mtime_ns > before, "step 8 is the old one"
     with pytest.raises(CheckpointError, match="has no step 5; saved are 4, 8"):
         run(finished, restore_step=5)
+
+
+def test_a_repeated_command_goes_back_once(
+    uninterrupted: pathlib.Path, finished: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A supervisor repeats the command after an interruption; what was made since must not be deleted."""
+    run(finished, restore_step=4)
+    made = (finished / "8" / "_CHECKPOINT_METADATA").stat().st_mtime_ns
+    train(RUN, str(finished), evaluate=evaluate, restore_step=4)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "went back to step 4 before, and goes on from step 8; to go back again, remove" in told
+    assert (finished / "8" / "_CHECKPOINT_METADATA").stat().st_mtime_ns == made
+    assert_same_run(finished, uninterrupted)
+    run(finished)  # another command: the next one goes back again
+    run(finished, restore_step=4)
+    assert (finished / "8" / "_CHECKPOINT_METADATA").stat().st_mtime_ns > made
+
+
+def test_one_training_at_a_time(finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_state, "PATIENCE", 0.2)
+    with folder_state.only_training(epath.Path(finished)):
+        with pytest.raises(
+            UserError, match=rf"another training writes to it \(process {os.getpid()} on .*, since 20"
+        ):
+            run(finished, restore_step=4)
+        assert (finished / "8").is_dir(), "the second training deleted a step"
+    run(finished)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_advice_works(
