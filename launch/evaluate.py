@@ -54,8 +54,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     data = "folders with data, and tfds for prepared TFDS datasets; default: tfds"
     add("--data", type=cli.words, default=(), metavar="DIR,...", help=data)
-    shots = "solved examples to show before a question; gpt3: as many as GPT-3 saw; default: 0"
-    add("--shots", type=cli.words, default=("0",), metavar="N,...", help=shots)
+    shots = (
+        "solved examples to show before a question; gpt3: as many as GPT-3 saw; default: 0, or the task's own"
+    )
+    add("--shots", type=cli.words, default=(), metavar="N,...", help=shots)
     add(
         "--limit",
         type=cli.at_least(0),
@@ -71,6 +73,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--fresh", action="store_true", help="forget the answers of a run of the same command that was killed"
     )
+    add = parser.add_argument_group("tasks of lm-evaluation-harness, as lm_eval:TASK").add_argument
+    folders = "folders with task files (YAML), besides those of the harness"
+    add("--lm_eval_tasks", type=cli.paths, default=(), metavar="DIR,...", help=folders)
+    add("--lm_eval_chat", action="store_true", help="ask by the tokenizer's chat template")
     add = parser.add_argument_group("the task passkey").add_argument
     lengths = "lengths of the filler in blocks; with --tasks or --suite, of synthetic prompts in tokens, as in 4k,1m"
     add("--lengths", type=_lengths, metavar="N,N,...", help=lengths)
@@ -115,8 +121,10 @@ class _ListTasks(argparse.Action):
 
 def list_tasks(arguments: argparse.Namespace) -> None:
     """Print the tasks, and where their data is if --data says where to look."""
+    from fam_jax.evaluation.harness_tasks import PREFIX
+    from fam_jax.evaluation.item_tasks import ITEM_TASKS
+    from fam_jax.evaluation.planning import DOCUMENTS, availability, find_tasks
     from fam_jax.evaluation.rows import Data, how_to_prepare
-    from fam_jax.evaluation.suite import DOCUMENTS, ITEM_TASKS, availability, find_tasks
     from fam_jax.evaluation.tasks import TASKS
 
     names = (*arguments.tasks, *arguments.suite) or (*TASKS, *DOCUMENTS, *ITEM_TASKS)
@@ -125,6 +133,9 @@ def list_tasks(arguments: argparse.Namespace) -> None:
             print(f"{name:20}{doc}; {place}")
         return
     for name in find_tasks(names):
+        if name.startswith(PREFIX):
+            print(f"{name:20}task of lm-evaluation-harness, which finds its data itself")
+            continue
         if name in TASKS or name in DOCUMENTS:
             print(f"{name:20}{TASKS[name].doc if name in TASKS else DOCUMENTS[name][1]}")
             continue
@@ -135,9 +146,11 @@ def list_tasks(arguments: argparse.Namespace) -> None:
 
 def _is_item_task(name: str | None) -> bool:
     """Return whether --task names a task that only `evaluate_tasks` runs."""
-    from fam_jax.evaluation.suite import DOCUMENTS, ITEM_TASKS
+    from fam_jax.evaluation.harness_tasks import PREFIX
+    from fam_jax.evaluation.item_tasks import ITEM_TASKS
+    from fam_jax.evaluation.planning import DOCUMENTS
 
-    return name in ITEM_TASKS or name in DOCUMENTS
+    return name in ITEM_TASKS or name in DOCUMENTS or (name or "").startswith(PREFIX)
 
 
 def run_tasks(arguments: argparse.Namespace, command: str) -> None:
@@ -159,6 +172,8 @@ def run_tasks(arguments: argparse.Namespace, command: str) -> None:
         limit=arguments.limit,
         count=arguments.items,
         seeds=arguments.seeds,
+        lm_eval_tasks=arguments.lm_eval_tasks,
+        lm_eval_chat=arguments.lm_eval_chat,
         **({} if arguments.lengths is None else {"lengths": arguments.lengths}),
     )
     settings = {} if arguments.batch_size is None else {"batch_size": arguments.batch_size}

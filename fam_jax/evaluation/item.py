@@ -104,6 +104,8 @@ class Likelihood(NamedTuple):
     bytes: int
     # Log probability behind `Item.unconditional`; None: not measured.
     unconditional: float | None = None
+    # Whether greedy decoding would generate these tokens. A tie counts as not.
+    greedy: bool = False
 
     def by(self, rule: str) -> float:
         """Return what the rule compares."""

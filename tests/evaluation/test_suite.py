@@ -12,8 +12,8 @@ from fam_jax.evaluation import HowToRun, evaluate_tasks, suite
 from fam_jax.evaluation.item import Answered, Item, Likelihood
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
 from fam_jax.evaluation.journal import Journal
+from fam_jax.evaluation.planning import DOCUMENTS, find_tasks
 from fam_jax.evaluation.rows import Data, MissingDataError
-from fam_jax.evaluation.suite import DOCUMENTS, find_tasks
 from fam_jax.evaluation.summary import fingerprint, limited
 from fam_jax.evaluation.tasks import TASKS
 from launch import evaluate
