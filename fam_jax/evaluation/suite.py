@@ -116,14 +116,11 @@ def evaluate_tasks(
     plan = make_plan([*dict.fromkeys(tasks)], how, data)
     if out is not None:
         check_output_file(os.path.expanduser(out))
-    config, params, step = _load(checkpoint, step, mesh or MeshConfig(), settings)
+    model, step = _load(checkpoint, step, mesh or MeshConfig(), settings)
     path = Path(_default_path(checkpoint, step, tasks) if out is None else os.path.expanduser(out))
     check_output_file(path)
-    model = _Model(
-        config, params, Streamer(config.model, params), _joiner(config), end_ids(config, checkpoint)
-    )
-    runs = _with_items(plan.runs, plan.skipped, how, data, model.joiner, config.model.block_size)
-    head = _head(checkpoint, step, config, model.streamer, runs, how) | _measured_head(plan.measured, config)
+    runs = _with_items(plan.runs, plan.skipped, how, data, model)
+    head = _head(checkpoint, step, model, runs, how) | _measured_head(plan.measured, model.config)
     head |= harness_head(plan.harness, chat=how.lm_eval_chat)
     journal = Journal(path.with_suffix(".items.jsonl"), head, fresh=fresh)
     found = {}
@@ -133,18 +130,20 @@ def evaluate_tasks(
         found[name] = _measure(name, folder, model, journal, on_progress)
     found |= _run_harness(plan.harness, model, journal, how, on_progress)
     results = SuiteResults(os.fspath(path), step, found, plan.skipped)
-    _write(results, provenance(config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
+    _write(results, provenance(model.config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
     return results
 
 
 def _load(
     checkpoint: str | os.PathLike[str], step: int | None, mesh: MeshConfig, settings: Mapping[str, Any]
-) -> tuple[Config, dict[str, Any], int]:
-    """Return config, parameters and step of a run, with settings of the evaluation."""
+) -> tuple[_Model, int]:
+    """Return the model of a run, with settings of the evaluation, and its step."""
     config, params, step = load_model(checkpoint, step, make_mesh(mesh))
     values = dataclasses.asdict(config)
     values["evaluate"] |= settings
-    return resolve({**values, "mesh": dataclasses.asdict(mesh)}), params, step
+    config = resolve({**values, "mesh": dataclasses.asdict(mesh)})
+    streamer = Streamer(config.model, params)
+    return _Model(config, params, streamer, _joiner(config), end_ids(config, checkpoint)), step
 
 
 def _joiner(config: Config) -> Joiner:
@@ -157,20 +156,20 @@ def _joiner(config: Config) -> Joiner:
 
 
 def _with_items(
-    runs: Sequence[Run], skipped: dict[str, str], how: HowToRun, data: Data, joiner: Joiner, block_size: int
+    runs: Sequence[Run], skipped: dict[str, str], how: HowToRun, data: Data, model: _Model
 ) -> list[Run]:
     """Make the items of all tasks; those with too little data go to `skipped`."""
     found = []
     for run in runs:
         try:
-            run.items = _items(run, how, data, joiner, block_size)
+            run.items = _items(run, how, data, model)
             found.append(run)
         except MissingDataError as error:
             skipped[run.key] = str(error)
     return found
 
 
-def _items(run: Run, how: HowToRun, data: Data, joiner: Joiner, block_size: int) -> list[Item]:
+def _items(run: Run, how: HowToRun, data: Data, model: _Model) -> list[Item]:
     request = Request(
         rows=functools.partial(data.rows, run.task),
         shots=run.shots,
@@ -178,8 +177,8 @@ def _items(run: Run, how: HowToRun, data: Data, joiner: Joiner, block_size: int)
         lengths=how.lengths,
         count=how.count,
         seeds=tuple(range(how.seed, how.seed + how.seeds)),
-        block_size=block_size,
-        joiner=joiner,
+        block_size=model.config.model.block_size,
+        joiner=model.joiner,
     )
     items = limited([*run.task.items(request)], how.limit, how.seed)
     if not items:
@@ -190,23 +189,18 @@ def _items(run: Run, how: HowToRun, data: Data, joiner: Joiner, block_size: int)
 
 
 def _head(
-    checkpoint: str | os.PathLike[str],
-    step: int,
-    config: Config,
-    streamer: Streamer,
-    runs: Sequence[Run],
-    how: HowToRun,
+    checkpoint: str | os.PathLike[str], step: int, model: _Model, runs: Sequence[Run], how: HowToRun
 ) -> dict[str, Any]:
     """Return what the answers depend on."""
-    model = dataclasses.asdict(config.model)
+    data = model.config.data
     return {
         "format": FORMAT,
         "checkpoint": os.path.abspath(checkpoint),
         "step": step,
-        "weights": state_file.fingerprint(streamer.params)[:16],
-        "model": json.loads(dump_json(model)),
-        "vocabulary": config.data.vocabulary.rpartition("/")[2],
-        "add_bos": config.data.add_bos,
+        "weights": state_file.fingerprint(model.streamer.params)[:16],
+        "model": json.loads(dump_json(dataclasses.asdict(model.config.model))),
+        "vocabulary": data.vocabulary.rpartition("/")[2],
+        "add_bos": data.add_bos,
         "limit": how.limit,
         "seed": how.seed,
         "tasks": {
