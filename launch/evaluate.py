@@ -65,6 +65,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="items, or documents with their questions, drawn by seed; 0: all",
     )
+    longest = "leave out documents with more tokens, and say how many; 0: read all"
+    add("--limit_tokens", "--limit-tokens", type=cli.at_least(0), default=0, metavar="N", help=longest)
+    place = "where questions on documents stand; before: before the document as well as after it"
+    add("--question", choices=("after", "before"), default="after", help=place)
     add(
         "--items", type=cli.at_least(1), default=50, metavar="N", help="synthetic tasks: items of each length"
     )
@@ -170,6 +174,8 @@ def run_tasks(arguments: argparse.Namespace, command: str) -> None:
         data=arguments.data or ("tfds",),
         shots=arguments.shots,
         limit=arguments.limit,
+        limit_tokens=arguments.limit_tokens,
+        question=arguments.question,
         count=arguments.items,
         seeds=arguments.seeds,
         lm_eval_tasks=arguments.lm_eval_tasks,
@@ -192,6 +198,12 @@ def run_tasks(arguments: argparse.Namespace, command: str) -> None:
         )
     console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
     console.print(found.table(arguments.checkpoint))
+    for name, result in found.suites.items():
+        if result.get("documents_over_limit"):
+            left_out = (
+                f"{result['documents_over_limit']:,} documents of more than {result['limit_tokens']:,} tokens"
+            )
+            print(f"{name}: left out {left_out}")
     for name, reason in found.skipped.items():
         print(f"skipped {name}: {reason}")
     print(f"written to {found.path}")

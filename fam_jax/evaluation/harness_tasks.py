@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fam_jax.config import UserError
+from fam_jax.evaluation.device_use import DeviceUse
 from fam_jax.evaluation.journal import Journal
 from fam_jax.evaluation.summary import draw, interval
 
@@ -162,7 +163,7 @@ def run_harness(
     from fam_jax.evaluation.lm_eval import simple_evaluate
 
     model.write_to(journal, run.key)
-    began = time.perf_counter()
+    began, use = time.perf_counter(), DeviceUse()
     found = simple_evaluate(
         model=model,
         tasks=run.roots,
@@ -183,6 +184,7 @@ def run_harness(
         "longest_prompt": model.requests.longest,
         "seconds": round(seconds, 3),
         "padding": round(cost.paid / cost.needed, 4) if cost.needed else None,
+        **use.figures(),
     }
     results = {}
     for name in found["results"]:

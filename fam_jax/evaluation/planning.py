@@ -5,10 +5,12 @@ from collections.abc import Iterator, Sequence
 
 from fam_jax.config import UserError
 from fam_jax.evaluation.harness_tasks import PREFIX, HarnessRun, plan_harness
-from fam_jax.evaluation.item import Item, ItemTask
+from fam_jax.evaluation.item import Document, Encoded, Item, ItemTask
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
+from fam_jax.evaluation.joining import Joiner
 from fam_jax.evaluation.rows import Data, MissingDataError
 from fam_jax.evaluation.tasks import TASKS, find_task
+from fam_jax.generation.tokenize import encode_pieces
 
 SUITES = (*dict.fromkeys(task.suite for task in ITEM_TASKS.values()), "perplexity", "passkey")
 # Suites of tasks that are measured as a whole.
@@ -20,6 +22,8 @@ DOCUMENTS = {
     "isabelle": ((".thy",), "Isabelle: next-token accuracy and loss on theories, by position"),
 }
 PUBLISHED_SHOTS = "gpt3"
+# Places of a question.
+AFTER, BEFORE = QUESTIONS = ("after", "before")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,10 @@ class HowToRun:
     # Items of a task, or documents with all their questions, drawn by seed; 0: all.
     limit: int = 0
     seed: int = 1
+    # Leave out documents with more tokens, and count them; 0: read all.
+    limit_tokens: int = 0
+    # Where the question on a document stands: "after" it, or "before" it as well, as SCROLLS has it.
+    question: str = AFTER
     # For synthetic tasks: tokens of a prompt, items of each length and seed, and how many seeds.
     lengths: tuple[int, ...] = (1024, 4096)
     count: int = 50
@@ -52,6 +60,8 @@ class Run:
     shots: int
     sources: dict[str, str]
     items: list[Item] = dataclasses.field(default_factory=list)
+    # Documents that were left out, as they are longer than the limit.
+    over_limit: int = 0
 
 
 @dataclasses.dataclass
@@ -126,12 +136,31 @@ def _splits(task: ItemTask, shots: int) -> list[str]:
     return [split for split in task.sources if split != "train" or shots]
 
 
+def within_tokens(items: Sequence[Item], limit: int, joiner: Joiner) -> tuple[list[Item], int]:
+    """Return the items whose documents have at most `limit` tokens, and how many documents have more; 0: all."""
+    documents = {item.document.key: item.document for item in items} if limit else {}
+    long = {key for key, document in documents.items() if _is_longer(document, limit, joiner)}
+    return [item for item in items if item.document.key not in long], len(long)
+
+
+def _is_longer(document: Document, limit: int, joiner: Joiner) -> bool:
+    found = document.load()
+    text, count = (found.held, len(found.ids)) if isinstance(found, Encoded) else (found, 0)
+    for piece in encode_pieces(joiner.encode, [text]):
+        count += len(piece)
+        if count > limit:
+            return True
+    return count > limit
+
+
 def make_plan(names: Sequence[str], how: HowToRun, data: Data) -> Plan:
     """Return what to run of the tasks and suites that are named.
 
     Raises:
       UserError: a name is unknown, a number of shots is none, or no task can run.
     """
+    if how.question not in QUESTIONS:
+        raise UserError(f"--question={how.question}: expected {' or '.join(QUESTIONS)}")
     found = find_tasks(names)
     harness, skipped = plan_harness(
         [name for name in found if name.startswith(PREFIX)],

@@ -11,12 +11,16 @@ from fam_jax.checkpoint import read_config
 from fam_jax.config import Config, MeshConfig, resolve
 from fam_jax.data.vocabulary import check_vocabulary_size
 from fam_jax.evaluation.record import Evaluation, check_output, evaluation_path, make_evaluation
+from fam_jax.evaluation.rows import MissingDataError
 from fam_jax.evaluation.task import OnProgress, Setting
 from fam_jax.evaluation.tasks import default_task, find_task
+from fam_jax.evaluation.text import Documents
 from fam_jax.generation.streaming import Streamer
 from fam_jax.model import lora
 from fam_jax.restore import load_model
 from fam_jax.sharding import make_mesh
+
+ALL_TOO_LONG = "all its documents have more tokens than --limit_tokens; raise it"
 
 
 def evaluate(
@@ -103,9 +107,33 @@ def make_setting(config: Config, files: Sequence[str] = (), suffixes: Sequence[s
     return Setting(config.model, config.data, config.evaluate, config.train.loss_chunk, files, suffixes)
 
 
-def prepare(name: str, setting: Setting, on_progress: OnProgress | None = None) -> Callable[[Any], Any]:
-    """Make the items of a task; return a function that measures parameters on them."""
+def prepare(
+    name: str, setting: Setting, on_progress: OnProgress | None = None, *, limit_tokens: int = 0
+) -> Callable[[Any], Any]:
+    """Make the items of a task; return a function that measures parameters on them.
+
+    Args:
+      name: of the task.
+      setting: what it may depend on.
+      on_progress: as for :func:`evaluate`.
+      limit_tokens: leave out documents with more tokens, and count them in the details; 0: read all.
+
+    Raises:
+      UserError: the items cannot be made.
+      MissingDataError: all documents are longer.
+    """
     task = find_task(name)
     items = task.items(setting)
     check_vocabulary_size(items.vocabulary, setting.model, setting.data)
-    return lambda params: task.measure(Streamer(setting.model, params), items, setting, on_progress)
+    if not limit_tokens or not isinstance(items, Documents):
+        return lambda params: task.measure(Streamer(setting.model, params), items, setting, on_progress)
+    kept = [example for example in items.examples if len(example.ids) <= limit_tokens]
+    if not kept:
+        raise MissingDataError(f"task {name}: {ALL_TOO_LONG}")
+    over, within = len(items.examples) - len(kept), items._replace(examples=kept)
+
+    def measure(params: Any) -> Any:
+        found = task.measure(Streamer(setting.model, params), within, setting, on_progress)
+        return found._replace(details=found.details | {"documents_over_limit": over})
+
+    return measure

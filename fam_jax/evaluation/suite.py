@@ -23,14 +23,15 @@ from fam_jax.config import Config, MeshConfig, UserError, resolve
 from fam_jax.config.strict_json import dump_json
 from fam_jax.data.vocabulary import bos_ids, check_vocabulary_size, first_input
 from fam_jax.evaluation.answering import Answering, HowToAnswer
+from fam_jax.evaluation.device_use import DeviceUse
 from fam_jax.evaluation.harness_tasks import HarnessRun, harness_head, run_harness
-from fam_jax.evaluation.item import Answered, Item, Request
+from fam_jax.evaluation.item import Answered, Item, Request, question_first
 from fam_jax.evaluation.joining import Joiner
 from fam_jax.evaluation.journal import Journal
-from fam_jax.evaluation.planning import DOCUMENTS, HowToRun, Run, make_plan
+from fam_jax.evaluation.planning import BEFORE, DOCUMENTS, HowToRun, Run, make_plan, within_tokens
 from fam_jax.evaluation.record import FOLDER, provenance
 from fam_jax.evaluation.rows import Data, MissingDataError
-from fam_jax.evaluation.run import make_setting, prepare
+from fam_jax.evaluation.run import ALL_TOO_LONG, make_setting, prepare
 from fam_jax.evaluation.summary import fingerprint, limited, result_table, summarize
 from fam_jax.evaluation.task import OnProgress
 from fam_jax.evaluation.tasks import find_task
@@ -125,9 +126,12 @@ def evaluate_tasks(
     journal = Journal(path.with_suffix(".items.jsonl"), head, fresh=fresh)
     found = {}
     for run in runs:
-        found[run.key] = _answer(run, model, journal, on_progress)
+        found[run.key] = _answer(run, model, journal, on_progress) | _limits(how, run.over_limit)
     for name, folder in plan.measured.items():
-        found[name] = _measure(name, folder, model, journal, on_progress)
+        try:
+            found[name] = _measure(name, folder, model, journal, how, on_progress)
+        except MissingDataError as error:
+            plan.skipped[name] = str(error)
     found |= _run_harness(plan.harness, model, journal, how, on_progress)
     results = SuiteResults(os.fspath(path), step, found, plan.skipped)
     _write(results, provenance(model.config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
@@ -181,6 +185,11 @@ def _items(run: Run, how: HowToRun, data: Data, model: _Model) -> list[Item]:
         joiner=model.joiner,
     )
     items = limited([*run.task.items(request)], how.limit, how.seed)
+    items, run.over_limit = within_tokens(items, how.limit_tokens, model.joiner)
+    if run.over_limit and not items:
+        raise MissingDataError(f"task {run.task.name}: {ALL_TOO_LONG}")
+    if how.question == BEFORE:
+        items = [question_first(item) for item in items]
     if not items:
         raise UserError(f"task {run.task.name}: has no items; give its data")
     if len({item.id for item in items}) < len(items):
@@ -203,6 +212,8 @@ def _head(
         "add_bos": data.add_bos,
         "limit": how.limit,
         "seed": how.seed,
+        # Only where they are set, so that answers of earlier versions stay valid.
+        **({"limit_tokens": how.limit_tokens} if how.limit_tokens else {}),
         "tasks": {
             run.key: {
                 "version": run.task.version,
@@ -238,7 +249,7 @@ def _answer(run: Run, model: _Model, journal: Journal, on_progress: OnProgress |
     eos, evaluate = model.joiner.vocabulary.eos_id, model.config.evaluate
     stops = {*model.ends} | ({eos} if eos is not None and eos >= 0 else set())
     how = HowToAnswer(evaluate.batch_size, evaluate.chunk_blocks, run.task.max_tokens, run.task.stop)
-    answering = Answering(model.streamer, model.joiner, how, sorted(stops))
+    answering, use = Answering(model.streamer, model.joiner, how, sorted(stops)), DeviceUse()
     left = [item for item in run.items if journal.find(run.key, item) is None]
     began, read, done = time.perf_counter(), 0, len(run.items) - len(left)
     for answers in answering.run(left):
@@ -261,7 +272,13 @@ def _answer(run: Run, model: _Model, journal: Journal, on_progress: OnProgress |
         "seconds": round(seconds, 3),
         "tokens_per_second": round(read / seconds, 1) if read else None,
         "padding": round(answering.cost.paid / answering.cost.needed, 4) if answering.cost.needed else None,
+        **use.figures(),
     }
+
+
+def _limits(how: HowToRun, over: int) -> dict[str, Any]:
+    """Return what results say of documents that are too long; nothing without a limit."""
+    return {"limit_tokens": how.limit_tokens, "documents_over_limit": over} if how.limit_tokens else {}
 
 
 def _longest(answered: Sequence[Answered]) -> int:
@@ -270,7 +287,12 @@ def _longest(answered: Sequence[Answered]) -> int:
 
 
 def _measure(
-    name: str, folder: str | None, model: _Model, journal: Journal, on_progress: OnProgress | None
+    name: str,
+    folder: str | None,
+    model: _Model,
+    journal: Journal,
+    how: HowToRun,
+    on_progress: OnProgress | None,
 ) -> dict[str, Any]:
     """Return the results of a task that is measured as a whole."""
     found = journal.find_result(name)
@@ -281,7 +303,9 @@ def _measure(
         else:
             task, setting = "text", make_setting(model.config, [folder], DOCUMENTS[name][0])
             headline = "next_token_accuracy"
-        measured = prepare(task, setting, on_progress)(model.params)
+        use = DeviceUse()
+        measured = prepare(task, setting, on_progress, limit_tokens=how.limit_tokens)(model.params)
+        over = measured.details.pop("documents_over_limit", 0)
         found = {
             "headline": headline,
             "value": measured.scalars[headline],
@@ -290,6 +314,8 @@ def _measure(
             "metrics": measured.scalars,
             "details": measured.details,
             "source": folder,
+            **use.figures(),
+            **_limits(how, over),
         }
         found = json.loads(dump_json(found))
         journal.add_result(name, found)

@@ -97,7 +97,8 @@ def _scores(
 
 
 def _document(item: Item) -> Hashable:
-    return item.document.key or item.group or item.id
+    # With its question before it, a document has a key per question; its group is the document itself.
+    return item.group or item.document.key or item.id
 
 
 def interval(own: Sequence[float], documents: Sequence[Hashable]) -> list[float]:

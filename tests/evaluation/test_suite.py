@@ -55,7 +55,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
 def without_times(path: str | pathlib.Path) -> dict[str, Any]:
     found = json.loads(pathlib.Path(path).read_text())
     for result in found["suites"].values():
-        for name in ("seconds", "tokens_per_second", "padding", "longest_prompt"):
+        for name in ("seconds", "tokens_per_second", "padding", "longest_prompt", "programs"):
             del result[name]
     del found["provenance"]
     return found
