@@ -17,6 +17,7 @@ from fam_jax.evaluation.rows import Data
 from launch import evaluate
 from tests.evaluation.fixtures import GPT3, write_rows
 from tests.evaluation.runs import save_run
+from tests.evaluation.schema import check_results
 
 lm_eval = pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.slow
@@ -139,6 +140,7 @@ def test_the_same_rows_and_prompts_give_the_same(
     names = [*(f"lm_eval:same_{name}" for name in (*CHOOSING, *WRITING)), "lm_eval:copa_of_harness"]
     arguments = [f"--checkpoint={run}", f"--data={data}", f"--out={out}", f"--lm_eval_tasks={tasks}"]
     assert evaluate.main([*arguments, f"--tasks={','.join([*CHOOSING, *WRITING, *names])}"]) == 0
+    check_results(out)
     suites = json.loads(out.read_text())["suites"]
     for name in CHOOSING[:2]:
         ours, theirs = lines_of(out, name), lines_of(out, f"lm_eval:same_{name}")
@@ -195,10 +197,11 @@ def test_results_are_those_of_other_tasks(
     again = evaluate_tasks(run, ["lm_eval:same"], how=how, out=tmp_path / "again.json")
     asked = [lines_of(tmp_path / f"{name}.json", "lm_eval:same") for name in ("a", "again")]
     assert asked[0].keys() == asked[1].keys() and len(asked[0]) == len(journal) - 1 == 6
-    changing = {"seconds", "padding", "longest_prompt"}
+    changing = {"seconds", "padding", "longest_prompt", "programs"}
     for name, result in found.suites.items():
         for key in result.keys() - changing:
             assert again.suites[name][key] == result[key], (name, key)
+    check_results(tmp_path / "again.json")
     write_report([tmp_path / "a.json", tmp_path / "again.json"], tmp_path / "report")
     assert "lm_eval:same_copa" in (tmp_path / "report" / "report.md").read_text()
 
