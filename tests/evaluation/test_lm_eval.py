@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fam_jax.config import Config, UserError, changed
+from fam_jax.data.vocabulary import load_vocabulary
 from fam_jax.evaluation import HowToRun, evaluate_tasks, suite
 from fam_jax.evaluation.harness import _name
 from fam_jax.evaluation.item import Item, Request
@@ -15,6 +16,7 @@ from fam_jax.evaluation.item_tasks import ITEM_TASKS
 from fam_jax.evaluation.report import write_report
 from fam_jax.evaluation.rows import Data
 from launch import evaluate
+from tests.data.chat_templates import LLAMA3, unmarked, write_folder
 from tests.evaluation.fixtures import GPT3, write_rows
 from tests.evaluation.runs import save_run
 from tests.evaluation.schema import check_results
@@ -235,6 +237,45 @@ def test_from_python(run: pathlib.Path, tasks: pathlib.Path, tmp_path: pathlib.P
     for argument in ("step=1,batch_size=2", f"checkpoint={run},pretrained=x", f"checkpoint={run},step=x"):
         with pytest.raises(UserError, match=r"^model_args: "):
             lm_eval.simple_evaluate(model="fam_jax", model_args=argument, tasks=names, **how)
+
+
+def test_chats(tmp_path: pathlib.Path, config: Config) -> None:
+    """Prompts by the tokenizer's template begin with the start token once, and keep their last blanks."""
+    from lm_eval.tasks import TaskManager
+
+    from fam_jax.evaluation.lm_eval import HarnessLM
+
+    vocabulary = write_folder(tmp_path / "tokenizer", "llama3", unmarked(LLAMA3))
+    size = load_vocabulary(vocabulary).vocab_size
+    own = changed(
+        config,
+        model={"vocab_size": size, "block_size": 16},
+        data={"task": "text", "vocabulary": vocabulary, "train_files": ("x",), "add_bos": True},
+    )
+    model = HarnessLM.restore(save_run(tmp_path / "run", own), batch_size=2)
+    (tmp_path / "tasks").mkdir()
+    rows = [{"context": f"where is {name}?", "gold": "there"} for name in ("it", "he")]
+    limits = {"until": ["\n\n"], "max_gen_toks": 4}
+    fields = {"output_type": "generate_until", "doc_to_target": "{{gold}}", "generation_kwargs": limits}
+    write_task(tmp_path / "tasks", "asked", rows, metric_list=[{"metric": "exact_match"}], **fields)
+    found = lm_eval.simple_evaluate(
+        model=model,
+        tasks=["asked"],
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        bootstrap_iters=0,
+        apply_chat_template=True,
+    )
+    shown = [sample["arguments"][0][0] for sample in found["samples"]["asked"]]
+    header = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
+    assert shown[0] == f"{header}where is it?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    encode = load_vocabulary(vocabulary).encode
+    assert [each.tokens_read for each in model.read_for("asked")] == [len(encode(text)) for text in shown]
+    assert model.chat_template(True) == unmarked(LLAMA3) and model.chat_template() is None
+    other = changed(own, data={"vocabulary": write_folder(tmp_path / "plain", "llama3", None)})
+    plain = HarnessLM.restore(save_run(tmp_path / "other", other))
+    assert plain.tokenizer_name != model.tokenizer_name and plain.chat_template(True) is None
+    with pytest.raises(UserError, match=r"has no chat template beside it; set data\.chat_template"):
+        plain.apply_chat_template([{"role": "user", "content": "x"}])
 
 
 def test_tasks_that_cannot_run(
