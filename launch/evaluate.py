@@ -45,6 +45,24 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--task", metavar="NAME", help="default: that of the run, which is text for seqio tasks")
     add("--batch_size", type=int, metavar="N", help="examples read together")
     add("--out", metavar="FILE.json", help="default: CHECKPOINT/evaluations/STEP/TASK.json")
+    _add_flags_of_several_tasks(parser)
+    add = parser.add_argument_group("the task passkey").add_argument
+    lengths = "lengths of the filler in blocks; with --tasks or --suite, of synthetic prompts in tokens, as in 4k,1m"
+    add("--lengths", type=_lengths, metavar="N,N,...", help=lengths)
+    add("--keys", type=int, metavar="N", help="examples per length")
+    add = parser.add_argument_group("the task text").add_argument
+    heldout = "files, folders or patterns; default: config.data.heldout_files"
+    add("--files", type=cli.paths, default=(), metavar="PATH,...", help=heldout)
+    suffixes = "endings of the files that count in a folder; default: config.data.file_suffixes"
+    add("--suffixes", type=cli.words, default=(), metavar=".txt,...", help=suffixes)
+    add("--documents", type=int, metavar="N", help="number of documents, drawn at random; 0: all")
+    add("--min_tokens", type=int, metavar="N", help="leave out shorter documents")
+    ablations = "read again with the memory zeroed, shuffled or frozen after every block"
+    add("--ablations", type=cli.words, metavar="HOW,...", help=ablations)
+    return parser.parse_args(argv)
+
+
+def _add_flags_of_several_tasks(parser: cli.Parser) -> None:
     add = parser.add_argument_group("several tasks").add_argument
     add(
         "--tasks", type=cli.words, default=(), metavar="NAME,...", help="tasks to run, such as boolq,xlsum:ja"
@@ -81,20 +99,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     folders = "folders with task files (YAML), besides those of the harness"
     add("--lm_eval_tasks", type=cli.paths, default=(), metavar="DIR,...", help=folders)
     add("--lm_eval_chat", action="store_true", help="ask by the tokenizer's chat template")
-    add = parser.add_argument_group("the task passkey").add_argument
-    lengths = "lengths of the filler in blocks; with --tasks or --suite, of synthetic prompts in tokens, as in 4k,1m"
-    add("--lengths", type=_lengths, metavar="N,N,...", help=lengths)
-    add("--keys", type=int, metavar="N", help="examples per length")
-    add = parser.add_argument_group("the task text").add_argument
-    heldout = "files, folders or patterns; default: config.data.heldout_files"
-    add("--files", type=cli.paths, default=(), metavar="PATH,...", help=heldout)
-    suffixes = "endings of the files that count in a folder; default: config.data.file_suffixes"
-    add("--suffixes", type=cli.words, default=(), metavar=".txt,...", help=suffixes)
-    add("--documents", type=int, metavar="N", help="number of documents, drawn at random; 0: all")
-    add("--min_tokens", type=int, metavar="N", help="leave out shorter documents")
-    ablations = "read again with the memory zeroed, shuffled or frozen after every block"
-    add("--ablations", type=cli.words, metavar="HOW,...", help=ablations)
-    return parser.parse_args(argv)
 
 
 def _lengths(text: str) -> tuple[int, ...]:

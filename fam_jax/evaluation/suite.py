@@ -28,7 +28,7 @@ from fam_jax.evaluation.harness_tasks import HarnessRun, harness_head, run_harne
 from fam_jax.evaluation.item import Answered, Item, Request, question_first
 from fam_jax.evaluation.joining import Joiner
 from fam_jax.evaluation.journal import Journal
-from fam_jax.evaluation.planning import BEFORE, DOCUMENTS, HowToRun, Run, make_plan, within_tokens
+from fam_jax.evaluation.planning import BEFORE, DOCUMENTS, HowToRun, Plan, Run, make_plan, within_tokens
 from fam_jax.evaluation.record import FOLDER, provenance
 from fam_jax.evaluation.rows import Data, MissingDataError
 from fam_jax.evaluation.run import ALL_TOO_LONG, make_setting, prepare
@@ -124,7 +124,22 @@ def evaluate_tasks(
     head = _head(checkpoint, step, model, runs, how) | _measured_head(plan.measured, model.config)
     head |= harness_head(plan.harness, chat=how.lm_eval_chat)
     journal = Journal(path.with_suffix(".items.jsonl"), head, fresh=fresh)
-    found = {}
+    found = _run_all(plan, runs, model, journal, how, on_progress)
+    results = SuiteResults(os.fspath(path), step, found, plan.skipped)
+    _write(results, provenance(model.config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
+    return results
+
+
+def _run_all(
+    plan: Plan,
+    runs: Sequence[Run],
+    model: _Model,
+    journal: Journal,
+    how: HowToRun,
+    on_progress: OnProgress | None,
+) -> dict[str, dict[str, Any]]:
+    """Return the results of all tasks by name; those without a document to measure go to `plan.skipped`."""
+    found: dict[str, dict[str, Any]] = {}
     for run in runs:
         found[run.key] = _answer(run, model, journal, on_progress) | _limits(how, run.over_limit)
     for name, folder in plan.measured.items():
@@ -133,9 +148,7 @@ def evaluate_tasks(
         except MissingDataError as error:
             plan.skipped[name] = str(error)
     found |= _run_harness(plan.harness, model, journal, how, on_progress)
-    results = SuiteResults(os.fspath(path), step, found, plan.skipped)
-    _write(results, provenance(model.config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
-    return results
+    return found
 
 
 def _load(
