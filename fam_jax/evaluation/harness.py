@@ -153,7 +153,7 @@ class Requests:
         for context, choices in continuations.items():
             for begin in range(0, len(choices), CHOICES_OF_AN_ITEM):
                 part = tuple(choices[begin : begin + CHOICES_OF_AN_ITEM])
-                item = Item(_name("pair", context, *part), CHOOSE, self._once(context), choices=part)
+                item = Item(request_name("pair", context, *part), CHOOSE, self._once(context), choices=part)
                 items.append(item)
                 contexts[item.id] = context
         how = HowToAnswer(self._batch_size, self._chunk_blocks)
@@ -178,7 +178,7 @@ class Requests:
         """
         found = {text: Answer(NOTHING, None) for text in texts if not self._once(text)}
         items = [
-            Item(_name("rolling", text), CHOOSE, choices=(text,))
+            Item(request_name("rolling", text), CHOOSE, choices=(text,))
             for text in dict.fromkeys(texts)
             if text not in found
         ]
@@ -206,7 +206,7 @@ class Requests:
         members: dict[Generation, dict[str, tuple[str, Generation, int]]] = {}
         for request in dict.fromkeys(requests):
             context, generation, number = request
-            name = _name("text", context, repr(generation), str(number))
+            name = request_name("text", context, repr(generation), str(number))
             members.setdefault(generation, {})[name] = request
         for generation, named in members.items():
             how = HowToAnswer(
@@ -289,6 +289,6 @@ class Requests:
         return text.removeprefix(self._spelled)
 
 
-def _name(*parts: str) -> str:
+def request_name(*parts: str) -> str:
     """Return the id of an item: it changes with any of its texts."""
     return hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16).hexdigest()

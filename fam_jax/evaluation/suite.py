@@ -96,7 +96,8 @@ def evaluate_tasks(
 
     Args:
       checkpoint: workdir of a training run.
-      tasks: names of tasks and suites; NAME:LANGUAGE for one language of a task that has several.
+      tasks: names of tasks and suites; NAME:LANGUAGE for one language of a task that has several, lm_eval:NAME for a
+        task of lm-evaluation-harness.
       how: data, shots, limit and lengths.
       step: a saved step; None: the latest.
       mesh: mesh to divide the model over; None: all devices along the data axis.

@@ -10,7 +10,7 @@ import pytest
 from fam_jax.config import Config, UserError, changed
 from fam_jax.data.vocabulary import load_vocabulary
 from fam_jax.evaluation import HowToRun, evaluate_tasks, suite
-from fam_jax.evaluation.harness import _name
+from fam_jax.evaluation.harness import request_name
 from fam_jax.evaluation.item import Item, Request
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
 from fam_jax.evaluation.report import write_report
@@ -147,7 +147,7 @@ def test_the_same_rows_and_prompts_give_the_same(
     for name in CHOOSING[:2]:
         ours, theirs = lines_of(out, name), lines_of(out, f"lm_eval:same_{name}")
         for item in items_of(name, data):
-            other = theirs[_name("pair", item.context, *item.choices)]["likelihoods"]
+            other = theirs[request_name("pair", item.context, *item.choices)]["likelihoods"]
             for (total, tokens, *_), (other_total, other_tokens, *_) in zip(
                 ours[item.id]["likelihoods"], other, strict=True
             ):
@@ -158,7 +158,7 @@ def test_the_same_rows_and_prompts_give_the_same(
         assert their["metrics"]["acc_norm"] == pytest.approx(mine["metrics"]["acc_byte"])
     ours, theirs = lines_of(out, "winogrande"), lines_of(out, "lm_eval:same_winogrande")
     for item in items_of("winogrande", data):
-        other = theirs[_name("pair", item.contexts[item.gold], item.choices[0])]["likelihoods"][0]
+        other = theirs[request_name("pair", item.contexts[item.gold], item.choices[0])]["likelihoods"][0]
         assert ours[item.id]["likelihoods"][item.gold][0] == pytest.approx(other[0], abs=1e-4)
     for name in WRITING:
         ours, theirs = lines_of(out, name), lines_of(out, f"lm_eval:same_{name}")
