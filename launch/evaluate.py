@@ -51,32 +51,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "also find out whether, where and how far back the model uses its memory: figures and a page of plots"
     )
     add("--probe", type=cli.words, default=(), metavar="memory", help=probe)
-    add = parser.add_argument_group("several tasks").add_argument
-    add(
-        "--tasks", type=cli.words, default=(), metavar="NAME,...", help="tasks to run, such as boolq,xlsum:ja"
-    )
-    add(
-        "--suite", type=cli.words, default=(), metavar="NAME,...", help="groups of tasks to run, such as gpt3"
-    )
-    data = "folders with data, and tfds for prepared TFDS datasets; default: tfds"
-    add("--data", type=cli.words, default=(), metavar="DIR,...", help=data)
-    shots = "solved examples to show before a question; gpt3: as many as GPT-3 saw; default: 0"
-    add("--shots", type=cli.words, default=("0",), metavar="N,...", help=shots)
-    add(
-        "--limit",
-        type=cli.at_least(0),
-        default=0,
-        metavar="N",
-        help="items, or documents with their questions, drawn by seed; 0: all",
-    )
-    add(
-        "--items", type=cli.at_least(1), default=50, metavar="N", help="synthetic tasks: items of each length"
-    )
-    seeds = "synthetic tasks: number of seeds; each has its own items"
-    add("--seeds", type=cli.at_least(1), default=1, metavar="N", help=seeds)
-    add(
-        "--fresh", action="store_true", help="forget the answers of a run of the same command that was killed"
-    )
+    _add_flags_of_several_tasks(parser)
     add = parser.add_argument_group("the task passkey").add_argument
     lengths = "lengths of the filler in blocks; with --tasks or --suite, of synthetic prompts in tokens, as in 4k,1m"
     add("--lengths", type=_lengths, metavar="N,N,...", help=lengths)
@@ -91,6 +66,45 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ablations = "read again with the memory zeroed, shuffled or frozen after every block"
     add("--ablations", type=cli.words, metavar="HOW,...", help=ablations)
     return parser.parse_args(argv)
+
+
+def _add_flags_of_several_tasks(parser: cli.Parser) -> None:
+    add = parser.add_argument_group("several tasks").add_argument
+    add(
+        "--tasks", type=cli.words, default=(), metavar="NAME,...", help="tasks to run, such as boolq,xlsum:ja"
+    )
+    add(
+        "--suite", type=cli.words, default=(), metavar="NAME,...", help="groups of tasks to run, such as gpt3"
+    )
+    data = "folders with data, and tfds for prepared TFDS datasets; default: tfds"
+    add("--data", type=cli.words, default=(), metavar="DIR,...", help=data)
+    shots = (
+        "solved examples to show before a question; gpt3: as many as GPT-3 saw; default: 0, or the task's own"
+    )
+    add("--shots", type=cli.words, default=(), metavar="N,...", help=shots)
+    add(
+        "--limit",
+        type=cli.at_least(0),
+        default=0,
+        metavar="N",
+        help="items, or documents with their questions, drawn by seed; 0: all",
+    )
+    longest = "leave out documents with more tokens, and say how many; 0: read all"
+    add("--limit_tokens", "--limit-tokens", type=cli.at_least(0), default=0, metavar="N", help=longest)
+    place = "where questions on documents stand; before: before the document as well as after it"
+    add("--question", choices=("after", "before"), default="after", help=place)
+    add(
+        "--items", type=cli.at_least(1), default=50, metavar="N", help="synthetic tasks: items of each length"
+    )
+    seeds = "synthetic tasks: number of seeds; each has its own items"
+    add("--seeds", type=cli.at_least(1), default=1, metavar="N", help=seeds)
+    add(
+        "--fresh", action="store_true", help="forget the answers of a run of the same command that was killed"
+    )
+    add = parser.add_argument_group("tasks of lm-evaluation-harness, as lm_eval:TASK").add_argument
+    folders = "folders with task files (YAML), besides those of the harness"
+    add("--lm_eval_tasks", type=cli.paths, default=(), metavar="DIR,...", help=folders)
+    add("--lm_eval_chat", action="store_true", help="ask by the tokenizer's chat template")
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -121,8 +135,10 @@ class _ListTasks(argparse.Action):
 
 def list_tasks(arguments: argparse.Namespace) -> None:
     """Print the tasks, and where their data is if --data says where to look."""
+    from fam_jax.evaluation.harness_tasks import PREFIX
+    from fam_jax.evaluation.item_tasks import ITEM_TASKS
+    from fam_jax.evaluation.planning import DOCUMENTS, availability, find_tasks
     from fam_jax.evaluation.rows import Data, how_to_prepare
-    from fam_jax.evaluation.suite import DOCUMENTS, ITEM_TASKS, availability, find_tasks
     from fam_jax.evaluation.tasks import TASKS
 
     names = (*arguments.tasks, *arguments.suite) or (*TASKS, *DOCUMENTS, *ITEM_TASKS)
@@ -131,6 +147,9 @@ def list_tasks(arguments: argparse.Namespace) -> None:
             print(f"{name:20}{doc}; {place}")
         return
     for name in find_tasks(names):
+        if name.startswith(PREFIX):
+            print(f"{name:20}task of lm-evaluation-harness, which finds its data itself")
+            continue
         if name in TASKS or name in DOCUMENTS:
             print(f"{name:20}{TASKS[name].doc if name in TASKS else DOCUMENTS[name][1]}")
             continue
@@ -141,9 +160,11 @@ def list_tasks(arguments: argparse.Namespace) -> None:
 
 def _is_item_task(name: str | None) -> bool:
     """Return whether --task names a task that only `evaluate_tasks` runs."""
-    from fam_jax.evaluation.suite import DOCUMENTS, ITEM_TASKS
+    from fam_jax.evaluation.harness_tasks import PREFIX
+    from fam_jax.evaluation.item_tasks import ITEM_TASKS
+    from fam_jax.evaluation.planning import DOCUMENTS
 
-    return name in ITEM_TASKS or name in DOCUMENTS
+    return name in ITEM_TASKS or name in DOCUMENTS or (name or "").startswith(PREFIX)
 
 
 def run_tasks(arguments: argparse.Namespace, command: str) -> None:
@@ -167,8 +188,12 @@ def run_tasks(arguments: argparse.Namespace, command: str) -> None:
         data=arguments.data or ("tfds",),
         shots=arguments.shots,
         limit=arguments.limit,
+        limit_tokens=arguments.limit_tokens,
+        question=arguments.question,
         count=arguments.items,
         seeds=arguments.seeds,
+        lm_eval_tasks=arguments.lm_eval_tasks,
+        lm_eval_chat=arguments.lm_eval_chat,
         **({} if arguments.lengths is None else {"lengths": arguments.lengths}),
     )
     settings = {} if arguments.batch_size is None else {"batch_size": arguments.batch_size}
@@ -187,6 +212,12 @@ def run_tasks(arguments: argparse.Namespace, command: str) -> None:
         )
     console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
     console.print(found.table(arguments.checkpoint))
+    for name, result in found.suites.items():
+        if result.get("documents_over_limit"):
+            left_out = (
+                f"{result['documents_over_limit']:,} documents of more than {result['limit_tokens']:,} tokens"
+            )
+            print(f"{name}: left out {left_out}")
     for name, reason in found.skipped.items():
         print(f"skipped {name}: {reason}")
     print(f"written to {found.path}")

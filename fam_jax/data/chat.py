@@ -182,6 +182,28 @@ class ChatTemplate:
         ended = turns[-1] != len(messages) - 1 or self._ends_turn(text[slice(*spans[-1])])
         return Rendered(_runs(text, spans), ended)
 
+    def prompt(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+        """Return a chat as a prompt, as transformers renders it: control tokens that messages spell are not broken up.
+
+        Args:
+          messages: with a role and a content each.
+          answer: whether a turn of the assistant begins at the end; if not, the last message goes on.
+
+        Raises:
+          RowError: the template rejects the chat, or does not show the last message, which should go on.
+        """
+        text, _ = self._text([*messages], None, where="the prompt", prompt=answer)
+        if answer:
+            return text
+        last = str(messages[-1]["content"]).strip()
+        before, found, _ = text.rpartition(last)
+        if last and not found:
+            raise RowError(
+                f"the prompt: the chat template {self.name} changes the last message, so it cannot go on; begin a turn "
+                "of the assistant instead"
+            )
+        return before + found
+
     def _marked_spans(
         self, text: str, marked: list[tuple[int, int]], given: list[Message], tools: Any, where: str
     ) -> list[tuple[int, int]]:

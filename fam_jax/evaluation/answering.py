@@ -6,16 +6,19 @@ rounding.
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from fam_jax.evaluation.item import CHOOSE, NO_DOCUMENT, Answered, Item, Likelihood
 from fam_jax.evaluation.joining import Joiner, Prefix
 from fam_jax.evaluation.reading import Cost, Read, Unread, read_documents
 from fam_jax.generation.endings import Endings, TextWriter
+from fam_jax.generation.sampling import GREEDY, Sampling
 from fam_jax.generation.streaming import NotFiniteError, Streamer
 from fam_jax.model import StreamState
 
@@ -27,13 +30,15 @@ Part = tuple[bool, int]
 
 @dataclasses.dataclass(frozen=True)
 class HowToAnswer:
-    """How items are run. Only `max_tokens` and `stop` change results."""
+    """How items are run. `batch_size`, `chunk_blocks` and `waiting` do not change results."""
 
     batch_size: int
     chunk_blocks: int
-    # For generation.
+    # For generation. What is sampled for an item depends on the seed and the item's id alone.
     max_tokens: int = 0
     stop: tuple[str, ...] = ()
+    sampling: Sampling = GREEDY
+    seed: int = 0
     # Memories of documents that wait for a batch of questions to fill up.
     waiting: int = 16
 
@@ -73,7 +78,8 @@ class _Open:
     item: Item
     # Answers that are missing.
     missing: int
-    sums: dict[Part, tuple[float, int]] = dataclasses.field(default_factory=dict)
+    # Log probability, tokens, and whether they are the likeliest.
+    sums: dict[Part, tuple[float, int, bool]] = dataclasses.field(default_factory=dict)
     tokens_read: int = 0
     tokens_expected: int = 0
 
@@ -198,9 +204,11 @@ class Answering:
                 self._open[name].tokens_read += read
                 self._open[name].tokens_expected += prompt.expected
         done = self._score(batch, logits, state)
-        generating = [row for row, prompt in enumerate(batch) if prompt.generates]
-        if generating:
-            done += self._generate(batch, generating, logits, state)
+        generating = [(row, prompt.generates) for row, prompt in enumerate(batch) if prompt.generates]
+        if self._how.sampling != GREEDY:  # every item has a text of its own
+            generating = [(row, [name]) for row, names in generating for name in names]
+        for begin in range(0, len(generating), size):
+            done += self._generate(generating[begin : begin + size], logits, state)
         return done
 
     def _score(self, batch: list[_Prompt], logits: Any, state: StreamState) -> list[Answered]:
@@ -214,26 +222,34 @@ class Answering:
             texts = [ask.ids for _, ask in part] + [part[-1][1].ids] * (size - len(part))
             chosen = logits[np.asarray(rows)]
             scores = self._streamer.score(texts, chosen, state.select(rows))
-            for (row, ask), (_, logprobs) in zip(part, scores, strict=False):
+            for (row, ask), (likeliest, logprobs) in zip(part, scores, strict=False):
                 total = float(np.sum(logprobs, dtype=np.float64))
                 if math.isnan(total):
                     raise NotFiniteError(f"item {ask.item}: {NotFiniteError.reason(batch[row].expected)}")
-                self._open[ask.item].sums[ask.part] = (total, len(ask.ids))
+                greedy = np.array_equal(likeliest, ask.ids)
+                self._open[ask.item].sums[ask.part] = (total, len(ask.ids), greedy)
                 done += self._close(ask.item)
         return done
 
     def _generate(
-        self, batch: list[_Prompt], rows: list[int], logits: Any, state: StreamState
+        self, asked: Sequence[tuple[int, list[str]]], logits: Any, state: StreamState
     ) -> list[Answered]:
-        size, how = self._how.batch_size, self._how
-        filled = rows + [rows[-1]] * (size - len(rows))
+        """Generate a text behind each of some rows, at most as many as a batch has, for the items named with it."""
+        how, rows = self._how, [row for row, _ in asked]
+        filled = rows + [rows[-1]] * (how.batch_size - len(rows))
         logits, state = logits[np.asarray(filled)], state.select(filled)
         writers = [TextWriter(self._joiner.vocabulary.decode, self._endings) for _ in rows]
         counts, made = [0] * len(rows), 0
         while made < how.max_tokens and any(writer.ended_by is None for writer in writers):
             wanted = min(TOKENS_PER_CALL, how.max_tokens - made)
             out = self._streamer.generate(
-                logits, state, max_tokens=wanted, stop_tokens=self._endings.tokens, tokens_per_call=wanted
+                logits,
+                state,
+                max_tokens=wanted,
+                sampling=how.sampling,
+                key=self._keys([names[0] for _, names in asked], made),
+                stop_tokens=self._endings.tokens,
+                tokens_per_call=wanted,
             )
             logits, state, made = out.logits, out.state, made + wanted
             for number, writer in enumerate(writers):
@@ -241,12 +257,22 @@ class Answering:
                     tokens = out.tokens[number, : out.lengths[number]].tolist()
                     counts[number] += writer.add(tokens, stopped=bool(out.stopped[number]))
         done = []
-        for row, writer, count in zip(rows, writers, counts, strict=True):
+        for (_, names), writer, count in zip(asked, writers, counts, strict=True):
             text = writer.finish()
             assert writer.ended_by is not None
-            for item in batch[row].generates:
-                done += self._close(item, text=text, ended_by=writer.ended_by, tokens_generated=count)
+            for name in names:
+                done += self._close(name, text=text, ended_by=writer.ended_by, tokens_generated=count)
         return done
+
+    def _keys(self, names: Sequence[str], made: int) -> jax.Array | None:
+        """Return a key per row of a batch to sample with, behind `made` tokens; None for greedy decoding."""
+        if self._how.sampling == GREEDY:
+            return None
+        filled = [*names] + [names[-1]] * (self._how.batch_size - len(names))
+        digests = [hashlib.blake2b(name.encode(), digest_size=4).digest() for name in filled]
+        numbers = np.array([int.from_bytes(digest) for digest in digests], np.uint32)
+        begin = jax.random.fold_in(jax.random.key(self._how.seed), made)
+        return jax.vmap(jax.random.fold_in, (None, 0))(begin, numbers)
 
     def _close(self, name: str, **generated: Any) -> list[Answered]:
         """Count an answer of an item; return the item if it was the last one."""
@@ -263,13 +289,9 @@ class Answering:
         for number in range(item.answers):
             text = item.choices[0 if item.contexts else number]
             plain = found.sums.get((False, number))
-            likelihoods.append(
-                Likelihood(
-                    *found.sums[(True, number)],
-                    len(text.strip().encode()),
-                    None if plain is None else plain[0],
-                )
-            )
+            total, tokens, greedy = found.sums[(True, number)]
+            unconditional = None if plain is None else plain[0]
+            likelihoods.append(Likelihood(total, tokens, len(text.strip().encode()), unconditional, greedy))
         return [Answered(item, tuple(likelihoods), **counts)]
 
 

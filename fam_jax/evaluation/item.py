@@ -70,6 +70,8 @@ class Item:
     # Few-shot examples and question, behind the document.
     context: str = ""
     document: Document = NO_DOCUMENT
+    # What is asked about the document, to be put before it too; empty: it cannot be.
+    question: str = ""
     # Continuations of the context.
     choices: tuple[str, ...] = ()
     # If not empty: contexts, one per answer, of the one continuation in `choices`.
@@ -94,6 +96,28 @@ class Item:
         return int(self.references[0])
 
 
+def question_first(item: Item) -> Item:
+    """Return an item whose question stands before its document too, which is then read for it alone."""
+    if not item.question:
+        return item
+
+    def load(document: Document = item.document) -> str:
+        found = document.load()
+        assert isinstance(found, str)  # documents with a question are texts
+        return f"{item.question}\n\n{found}"
+
+    digest = hashlib.blake2b(
+        repr((item.question, item.document.fingerprint)).encode(errors="surrogatepass"), digest_size=8
+    )
+    document = Document(
+        f"{item.document.key}/{digest.hexdigest()}",
+        digest.hexdigest(),
+        item.document.size + len(item.question),
+        load,
+    )
+    return dataclasses.replace(item, document=document)
+
+
 class Likelihood(NamedTuple):
     """How likely a choice is."""
 
@@ -104,6 +128,8 @@ class Likelihood(NamedTuple):
     bytes: int
     # Log probability behind `Item.unconditional`; None: not measured.
     unconditional: float | None = None
+    # Whether greedy decoding would generate these tokens. A tie counts as not.
+    greedy: bool = False
 
     def by(self, rule: str) -> float:
         """Return what the rule compares."""

@@ -41,7 +41,15 @@ class Prefix(NamedTuple):
 class Joiner:
     """Encodes documents, contexts and continuations with one vocabulary."""
 
-    def __init__(self, vocabulary: Any, vocab_size: int, begin: Sequence[int], first: int):
+    def __init__(
+        self,
+        vocabulary: Any,
+        vocab_size: int,
+        begin: Sequence[int],
+        first: int,
+        *,
+        keep_blanks: bool = False,
+    ):
         """Create a joiner.
 
         Args:
@@ -49,9 +57,10 @@ class Joiner:
           vocab_size: V of the model.
           begin: ids before every text: the start token or none.
           first: the id that a continuation without any context is predicted from.
+          keep_blanks: whether prompts keep the blanks at their ends, and continuations may be blanks alone.
         """
         self.vocabulary, self._vocab_size = vocabulary, vocab_size
-        self._begin, self._first = [*begin], first
+        self._begin, self._first, self._keep_blanks = [*begin], first, keep_blanks
 
     @property
     def start(self) -> list[int]:
@@ -90,13 +99,14 @@ class Joiner:
         alone = encode_behind(self.encode, prefix.behind, text.rstrip())
         shared = _common(whole, alone)
         cut = min(shared, len(whole) - 1)
-        if not whole or not continuation.strip():
+        if not whole or not (continuation if self._keep_blanks else continuation.strip()):
             raise UserError(f"the continuation {continuation!r}: has no tokens; leave the item out")
         return self._first_of(prefix, self._array(whole[:cut])), self._array(whole[cut:])
 
     def prompt(self, prefix: Prefix, context: str) -> np.ndarray:
-        """Return the ids of a context that a text is generated behind, without the blanks at its end."""
-        text = (prefix.held + context).rstrip()
+        """Return the ids of a context that a text is generated behind, by default without the blanks at its end."""
+        text = prefix.held + context
+        text = text if self._keep_blanks else text.rstrip()
         check_unicode(text, "an item")
         return self._first_of(prefix, self._array(encode_behind(self.encode, prefix.behind, text)))
 

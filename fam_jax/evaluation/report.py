@@ -12,7 +12,7 @@ from fam_jax.evaluation.plot import plot_by_fact
 from fam_jax.evaluation.scores import paired_difference
 
 # What must be equal for results of a task to compare. The fingerprint covers data, prompts, limit and seed.
-MUST_BE_EQUAL = ("version", "shots", "fingerprint", "headline")
+MUST_BE_EQUAL = ("version", "shots", "fingerprint", "headline", "harness")
 PLOTTED = {
     "length": "length of the prompt (tokens)",
     "depth": "depth of what is asked for",

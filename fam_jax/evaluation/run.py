@@ -10,14 +10,18 @@ import jax
 from fam_jax.checkpoint import read_config
 from fam_jax.config import Config, MeshConfig, UserError, resolve
 from fam_jax.data.vocabulary import check_vocabulary_size
+from fam_jax.evaluation.documents import Documents
 from fam_jax.evaluation.probes import find_probe
 from fam_jax.evaluation.record import Evaluation, check_output, evaluation_path, make_evaluation
+from fam_jax.evaluation.rows import MissingDataError
 from fam_jax.evaluation.task import Measured, OnProgress, Setting
 from fam_jax.evaluation.tasks import default_task, find_task
 from fam_jax.generation.streaming import Streamer
 from fam_jax.model import lora
 from fam_jax.restore import load_model
 from fam_jax.sharding import make_mesh
+
+ALL_TOO_LONG = "all its documents have more tokens than --limit_tokens; raise it"
 
 
 def evaluate(
@@ -69,7 +73,7 @@ def evaluate(
     path = evaluation_path(checkpoint, step, name) if out is None else os.path.expanduser(out)
     if jax.process_index() == 0:
         check_output(path, name, probes)
-    measure = prepare(name, make_setting(config, files, suffixes), on_progress, probes)
+    measure = prepare(name, make_setting(config, files, suffixes), on_progress, probes=probes)
     found = make_evaluation(config, name, step, measure(params), command=command, path=path)
     if jax.process_index() == 0:
         found.write(os.fspath(checkpoint))
@@ -118,16 +122,41 @@ def check_probes(name: str, probes: Sequence[str]) -> None:
 
 
 def prepare(
-    name: str, setting: Setting, on_progress: OnProgress | None = None, probes: Sequence[str] = ()
+    name: str,
+    setting: Setting,
+    on_progress: OnProgress | None = None,
+    *,
+    probes: Sequence[str] = (),
+    limit_tokens: int = 0,
 ) -> Callable[[Any], Measured]:
-    """Make the items of a task; return a function that measures parameters on them, and probes them."""
+    """Make the items of a task; return a function that measures parameters on them, and probes them.
+
+    Args:
+      name: of the task.
+      setting: what it may depend on.
+      on_progress: as for :func:`evaluate`.
+      probes: names of probes, which need a task with documents.
+      limit_tokens: leave out documents with more tokens, and count them in the details; 0: read all.
+
+    Raises:
+      UserError: the items cannot be made.
+      MissingDataError: all documents are longer.
+    """
     task = find_task(name)
     items = task.items(setting)
     check_vocabulary_size(items.vocabulary, setting.model, setting.data)
+    over: dict[str, int] = {}
+    if limit_tokens and isinstance(items, Documents):
+        kept = [example for example in items.examples if len(example.ids) <= limit_tokens]
+        if not kept:
+            raise MissingDataError(f"task {name}: {ALL_TOO_LONG}")
+        over = {"documents_over_limit": len(items.examples) - len(kept)}
+        items = items._replace(examples=kept)
 
     def measure(params: Any) -> Measured:
         streamer = Streamer(setting.model, params)
         measured = task.measure(streamer, items, setting, on_progress)
+        measured = measured._replace(details=measured.details | over)
         if not probes:
             return measured
         assert task.documents is not None

@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import rich.table
@@ -23,18 +23,21 @@ from fam_jax.config import Config, MeshConfig, UserError, resolve
 from fam_jax.config.strict_json import dump_json
 from fam_jax.data.vocabulary import bos_ids, check_vocabulary_size, first_input
 from fam_jax.evaluation.answering import Answering, HowToAnswer
-from fam_jax.evaluation.item import Answered, Item, ItemTask, Request
-from fam_jax.evaluation.item_tasks import ITEM_TASKS
+from fam_jax.evaluation.device_use import DeviceUse
+from fam_jax.evaluation.harness_tasks import HarnessRun, harness_head, run_harness
+from fam_jax.evaluation.item import Answered, Item, Request, question_first
 from fam_jax.evaluation.joining import Joiner
 from fam_jax.evaluation.journal import Journal
+from fam_jax.evaluation.planning import BEFORE, DOCUMENTS, HowToRun, Plan, Run, make_plan, within_tokens
 from fam_jax.evaluation.record import FOLDER, provenance
 from fam_jax.evaluation.rows import Data, MissingDataError
-from fam_jax.evaluation.run import make_setting, prepare
+from fam_jax.evaluation.run import ALL_TOO_LONG, make_setting, prepare
 from fam_jax.evaluation.summary import fingerprint, limited, result_table, summarize
 from fam_jax.evaluation.task import OnProgress
-from fam_jax.evaluation.tasks import TASKS, find_task
+from fam_jax.evaluation.tasks import find_task
 from fam_jax.generation import state_file
 from fam_jax.generation.streaming import Streamer
+from fam_jax.generation.text import TextModel
 from fam_jax.restore import load_model
 from fam_jax.sharding import make_mesh
 
@@ -42,33 +45,6 @@ from fam_jax.sharding import make_mesh
 FORMAT = 1
 # Longest name of the default file.
 LONGEST_NAME = 60
-SUITES = (*dict.fromkeys(task.suite for task in ITEM_TASKS.values()), "perplexity", "passkey")
-# Suites of tasks that are measured as a whole.
-_MEASURED = {"perplexity": "text", "passkey": "passkey"}
-# Tasks that measure the documents of a folder of --data as the task "text" does: endings of files, and the line for
-# --list.
-DOCUMENTS = {
-    "pg19": ((".txt",), "PG-19: next-token accuracy and loss on books, by position"),
-    "isabelle": ((".thy",), "Isabelle: next-token accuracy and loss on theories, by position"),
-}
-PUBLISHED_SHOTS = "gpt3"
-
-
-@dataclasses.dataclass(frozen=True)
-class HowToRun:
-    """What the results of tasks of items depend on, beside the model."""
-
-    # Folders, and "tfds" for datasets that TFDS has prepared.
-    data: tuple[str, ...] = ("tfds",)
-    # Numbers of solved examples to show, as text; "gpt3": those of GPT-3.
-    shots: tuple[str, ...] = ("0",)
-    # Items of a task, or documents with all their questions, drawn by seed; 0: all.
-    limit: int = 0
-    seed: int = 1
-    # For synthetic tasks: tokens of a prompt, items of each length and seed, and how many seeds.
-    lengths: tuple[int, ...] = (1024, 4096)
-    count: int = 50
-    seeds: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +63,15 @@ class SuiteResults:
         return result_table(self.suites, f"Step {self.step}" + (f" of {run}" if run else ""))
 
 
-@dataclasses.dataclass
-class _Run:
-    """A task with a number of shots."""
+class _Model(NamedTuple):
+    """A model of a run, and what reads text for it."""
 
-    key: str
-    task: ItemTask
-    shots: int
-    sources: dict[str, str]
-    items: list[Item] = dataclasses.field(default_factory=list)
+    config: Config
+    params: Any
+    streamer: Streamer
+    joiner: Joiner
+    # Tokens that end a text.
+    ends: Sequence[int]
 
 
 def evaluate_tasks(
@@ -120,7 +96,8 @@ def evaluate_tasks(
 
     Args:
       checkpoint: workdir of a training run.
-      tasks: names of tasks and suites; NAME:LANGUAGE for one language of a task that has several.
+      tasks: names of tasks and suites; NAME:LANGUAGE for one language of a task that has several, lm_eval:NAME for a
+        task of lm-evaluation-harness.
       how: data, shots, limit and lengths.
       step: a saved step; None: the latest.
       mesh: mesh to divide the model over; None: all devices along the data axis.
@@ -138,138 +115,53 @@ def evaluate_tasks(
         raise UserError("--tasks, --suite: run in one process; start it on one host")
     how = how or HowToRun()
     data = Data(how.data)
-    runs, measured, skipped = _plan([*dict.fromkeys(tasks)], how, data)
+    plan = make_plan([*dict.fromkeys(tasks)], how, data)
     if out is not None:
         check_output_file(os.path.expanduser(out))
-    config, params, step = _load(checkpoint, step, mesh or MeshConfig(), settings)
+    model, step = _load(checkpoint, step, mesh or MeshConfig(), settings)
     path = Path(_default_path(checkpoint, step, tasks) if out is None else os.path.expanduser(out))
     check_output_file(path)
-    streamer = Streamer(config.model, params)
-    joiner = _joiner(config)
-    runs = _with_items(runs, skipped, how, data, joiner, config.model.block_size)
-    head = _head(checkpoint, step, config, streamer, runs, how) | _measured_head(measured, config)
+    runs = _with_items(plan.runs, plan.skipped, how, data, model)
+    head = _head(checkpoint, step, model, runs, how) | _measured_head(plan.measured, model.config)
+    head |= harness_head(plan.harness, chat=how.lm_eval_chat)
     journal = Journal(path.with_suffix(".items.jsonl"), head, fresh=fresh)
-    ends = end_ids(config, checkpoint)
-    found = {}
-    for run in runs:
-        found[run.key] = _answer(run, streamer, joiner, journal, config, ends, on_progress)
-    found |= {name: _measure(name, at, config, params, journal, on_progress) for name, at in measured.items()}
-    results = SuiteResults(os.fspath(path), step, found, skipped)
-    _write(results, provenance(config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
+    found = _run_all(plan, runs, model, journal, how, on_progress)
+    results = SuiteResults(os.fspath(path), step, found, plan.skipped)
+    _write(results, provenance(model.config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
     return results
+
+
+def _run_all(
+    plan: Plan,
+    runs: Sequence[Run],
+    model: _Model,
+    journal: Journal,
+    how: HowToRun,
+    on_progress: OnProgress | None,
+) -> dict[str, dict[str, Any]]:
+    """Return the results of all tasks by name; those without a document to measure go to `plan.skipped`."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        found[run.key] = _answer(run, model, journal, on_progress) | _limits(how, run.over_limit)
+    for name, folder in plan.measured.items():
+        try:
+            found[name] = _measure(name, folder, model, journal, how, on_progress)
+        except MissingDataError as error:
+            plan.skipped[name] = str(error)
+    found |= _run_harness(plan.harness, model, journal, how, on_progress)
+    return found
 
 
 def _load(
     checkpoint: str | os.PathLike[str], step: int | None, mesh: MeshConfig, settings: Mapping[str, Any]
-) -> tuple[Config, dict[str, Any], int]:
-    """Return config, parameters and step of a run, with settings of the evaluation."""
+) -> tuple[_Model, int]:
+    """Return the model of a run, with settings of the evaluation, and its step."""
     config, params, step = load_model(checkpoint, step, make_mesh(mesh))
     values = dataclasses.asdict(config)
     values["evaluate"] |= settings
-    return resolve({**values, "mesh": dataclasses.asdict(mesh)}), params, step
-
-
-def find_tasks(names: Sequence[str]) -> list[str]:
-    """Return the tasks that names of tasks and suites stand for.
-
-    Raises:
-      UserError: a name is unknown, or there is none.
-    """
-    found: dict[str, None] = {}
-    for name in names:
-        if name in ITEM_TASKS or name in TASKS or name in DOCUMENTS:
-            found[name] = None
-        elif name in _MEASURED:
-            found[_MEASURED[name]] = None
-        elif name in SUITES:
-            found |= dict.fromkeys(task.name for task in ITEM_TASKS.values() if task.suite == name)
-            found |= dict.fromkeys(DOCUMENTS if name == "long_context" else ())
-        else:
-            found |= dict.fromkeys(_variants(name))
-    if not found:
-        raise UserError("--tasks: names no task; --list shows all")
-    return [*found]
-
-
-def _variants(name: str) -> list[str]:
-    """Return the tasks NAME:PART for a name without its part, such as all languages."""
-    found = [task for task in ITEM_TASKS if task.startswith(f"{name}:")]
-    if not found:
-        find_task(name)  # its message names the choices
-    return found
-
-
-def availability(names: Sequence[str], data: Data) -> Iterator[tuple[str, str, str]]:
-    """Yield the name of each task, its line for --list, and where its data is or how to prepare it."""
-    for name in names:
-        if name in DOCUMENTS:
-            yield name, DOCUMENTS[name][1], data.folder(name) or f"missing: {_missing(name)}"
-            continue
-        if name not in ITEM_TASKS:
-            yield name, TASKS[name].doc, "needs no data of --data"
-            continue
-        task = ITEM_TASKS[name]
-        try:
-            sources = {split: data.source(task, split) for split in _splits(task, shots=0)}
-            place = ", ".join(sources.values()) or "makes its own text"
-        except MissingDataError as error:
-            place = f"missing: {str(error).partition('; ')[2]}"
-        yield name, task.doc, place
-
-
-def _splits(task: ItemTask, shots: int) -> list[str]:
-    """Return the splits that a task needs."""
-    return [split for split in task.sources if split != "train" or shots]
-
-
-def _plan(
-    names: Sequence[str], how: HowToRun, data: Data
-) -> tuple[list[_Run], dict[str, str | None], dict[str, str]]:
-    """Return what to run, before a model is loaded.
-
-    Returns:
-      Tasks of items; tasks that are measured as a whole, with the folder of their documents if they have one; and why
-      the other tasks are skipped.
-    """
-    runs, skipped = [], {}
-    measured: dict[str, str | None] = {}
-    for name in find_tasks(names):
-        if name in DOCUMENTS and data.folder(name) is None:
-            skipped[name] = f"task {name}: its data is not on disk; {_missing(name)}"
-            continue
-        if name not in ITEM_TASKS:
-            measured[name] = data.folder(name) if name in DOCUMENTS else None
-            continue
-        task = ITEM_TASKS[name]
-        for number, shots in _shots(task, how.shots).items():
-            key = task.name if number == "0" else f"{task.name}@{number}"
-            try:
-                task.check()
-                sources = {split: data.source(task, split) for split in _splits(task, shots)}
-                runs.append(_Run(key, task, shots, sources))
-            except UserError as error:
-                skipped[key] = str(error)
-    if not runs and not measured:
-        more = f", and {len(skipped) - 1} other tasks cannot run either" if len(skipped) > 1 else ""
-        raise UserError(f"{next(iter(skipped.values()))}{more}")
-    return runs, measured, skipped
-
-
-def _missing(name: str) -> str:
-    """Return what puts documents on disk."""
-    return f"put {', '.join(DOCUMENTS[name][0])} files into the folder {name} of a folder of --data"
-
-
-def _shots(task: ItemTask, wanted: Sequence[str]) -> dict[str, int]:
-    """Return the numbers of shots by the text that asks for each; a task that shows no examples has 0 alone."""
-    if not task.published_shots:
-        return {"0": 0}
-    found = {}
-    for text in wanted:
-        if text != PUBLISHED_SHOTS and not text.isdecimal():
-            raise UserError(f"--shots={text}: expected numbers, or gpt3 for those of GPT-3")
-        found[text] = task.published_shots if text == PUBLISHED_SHOTS else int(text)
-    return found
+    config = resolve({**values, "mesh": dataclasses.asdict(mesh)})
+    streamer = Streamer(config.model, params)
+    return _Model(config, params, streamer, _joiner(config), end_ids(config, checkpoint)), step
 
 
 def _joiner(config: Config) -> Joiner:
@@ -282,20 +174,20 @@ def _joiner(config: Config) -> Joiner:
 
 
 def _with_items(
-    runs: Sequence[_Run], skipped: dict[str, str], how: HowToRun, data: Data, joiner: Joiner, block_size: int
-) -> list[_Run]:
+    runs: Sequence[Run], skipped: dict[str, str], how: HowToRun, data: Data, model: _Model
+) -> list[Run]:
     """Make the items of all tasks; those with too little data go to `skipped`."""
     found = []
     for run in runs:
         try:
-            run.items = _items(run, how, data, joiner, block_size)
+            run.items = _items(run, how, data, model)
             found.append(run)
         except MissingDataError as error:
             skipped[run.key] = str(error)
     return found
 
 
-def _items(run: _Run, how: HowToRun, data: Data, joiner: Joiner, block_size: int) -> list[Item]:
+def _items(run: Run, how: HowToRun, data: Data, model: _Model) -> list[Item]:
     request = Request(
         rows=functools.partial(data.rows, run.task),
         shots=run.shots,
@@ -303,10 +195,15 @@ def _items(run: _Run, how: HowToRun, data: Data, joiner: Joiner, block_size: int
         lengths=how.lengths,
         count=how.count,
         seeds=tuple(range(how.seed, how.seed + how.seeds)),
-        block_size=block_size,
-        joiner=joiner,
+        block_size=model.config.model.block_size,
+        joiner=model.joiner,
     )
     items = limited([*run.task.items(request)], how.limit, how.seed)
+    items, run.over_limit = within_tokens(items, how.limit_tokens, model.joiner)
+    if run.over_limit and not items:
+        raise MissingDataError(f"task {run.task.name}: {ALL_TOO_LONG}")
+    if how.question == BEFORE:
+        items = [question_first(item) for item in items]
     if not items:
         raise UserError(f"task {run.task.name}: has no items; give its data")
     if len({item.id for item in items}) < len(items):
@@ -315,25 +212,22 @@ def _items(run: _Run, how: HowToRun, data: Data, joiner: Joiner, block_size: int
 
 
 def _head(
-    checkpoint: str | os.PathLike[str],
-    step: int,
-    config: Config,
-    streamer: Streamer,
-    runs: Sequence[_Run],
-    how: HowToRun,
+    checkpoint: str | os.PathLike[str], step: int, model: _Model, runs: Sequence[Run], how: HowToRun
 ) -> dict[str, Any]:
     """Return what the answers depend on."""
-    model = dataclasses.asdict(config.model)
+    data = model.config.data
     return {
         "format": FORMAT,
         "checkpoint": os.path.abspath(checkpoint),
         "step": step,
-        "weights": state_file.fingerprint(streamer.params)[:16],
-        "model": json.loads(dump_json(model)),
-        "vocabulary": config.data.vocabulary.rpartition("/")[2],
-        "add_bos": config.data.add_bos,
+        "weights": state_file.fingerprint(model.streamer.params)[:16],
+        "model": json.loads(dump_json(dataclasses.asdict(model.config.model))),
+        "vocabulary": data.vocabulary.rpartition("/")[2],
+        "add_bos": data.add_bos,
         "limit": how.limit,
         "seed": how.seed,
+        # Only where they are set, so that answers of earlier versions stay valid.
+        **({"limit_tokens": how.limit_tokens} if how.limit_tokens else {}),
         "tasks": {
             run.key: {
                 "version": run.task.version,
@@ -364,20 +258,12 @@ def _measured_head(measured: Mapping[str, str | None], config: Config) -> dict[s
     return json.loads(dump_json({"measured": {**own, **data, "sources": sources}}))
 
 
-def _answer(
-    run: _Run,
-    streamer: Streamer,
-    joiner: Joiner,
-    journal: Journal,
-    config: Config,
-    ends: Sequence[int],
-    on_progress: OnProgress | None,
-) -> dict[str, Any]:
+def _answer(run: Run, model: _Model, journal: Journal, on_progress: OnProgress | None) -> dict[str, Any]:
     """Answer the items of a task that have no answer, and return its results."""
-    eos, evaluate = joiner.vocabulary.eos_id, config.evaluate
-    stops = {*ends} | ({eos} if eos is not None and eos >= 0 else set())
+    eos, evaluate = model.joiner.vocabulary.eos_id, model.config.evaluate
+    stops = {*model.ends} | ({eos} if eos is not None and eos >= 0 else set())
     how = HowToAnswer(evaluate.batch_size, evaluate.chunk_blocks, run.task.max_tokens, run.task.stop)
-    answering = Answering(streamer, joiner, how, sorted(stops))
+    answering, use = Answering(model.streamer, model.joiner, how, sorted(stops)), DeviceUse()
     left = [item for item in run.items if journal.find(run.key, item) is None]
     began, read, done = time.perf_counter(), 0, len(run.items) - len(left)
     for answers in answering.run(left):
@@ -400,7 +286,13 @@ def _answer(
         "seconds": round(seconds, 3),
         "tokens_per_second": round(read / seconds, 1) if read else None,
         "padding": round(answering.cost.paid / answering.cost.needed, 4) if answering.cost.needed else None,
+        **use.figures(),
     }
+
+
+def _limits(how: HowToRun, over: int) -> dict[str, Any]:
+    """Return what results say of documents that are too long; nothing without a limit."""
+    return {"limit_tokens": how.limit_tokens, "documents_over_limit": over} if how.limit_tokens else {}
 
 
 def _longest(answered: Sequence[Answered]) -> int:
@@ -411,21 +303,23 @@ def _longest(answered: Sequence[Answered]) -> int:
 def _measure(
     name: str,
     folder: str | None,
-    config: Config,
-    params: Any,
+    model: _Model,
     journal: Journal,
+    how: HowToRun,
     on_progress: OnProgress | None,
 ) -> dict[str, Any]:
     """Return the results of a task that is measured as a whole."""
     found = journal.find_result(name)
     if found is None:
         if folder is None:
-            task, setting = name, make_setting(config)
+            task, setting = name, make_setting(model.config)
             headline = next(iter(find_task(name).metrics))
         else:
-            task, setting = "text", make_setting(config, [folder], DOCUMENTS[name][0])
+            task, setting = "text", make_setting(model.config, [folder], DOCUMENTS[name][0])
             headline = "next_token_accuracy"
-        measured = prepare(task, setting, on_progress)(params)
+        use = DeviceUse()
+        measured = prepare(task, setting, on_progress, limit_tokens=how.limit_tokens)(model.params)
+        over = measured.details.pop("documents_over_limit", 0)
         found = {
             "headline": headline,
             "value": measured.scalars[headline],
@@ -434,9 +328,28 @@ def _measure(
             "metrics": measured.scalars,
             "details": measured.details,
             "source": folder,
+            **use.figures(),
+            **_limits(how, over),
         }
         found = json.loads(dump_json(found))
         journal.add_result(name, found)
+    return found
+
+
+def _run_harness(
+    runs: Sequence[HarnessRun], model: _Model, journal: Journal, how: HowToRun, on_progress: OnProgress | None
+) -> dict[str, dict[str, Any]]:
+    """Return the results of tasks of lm-evaluation-harness."""
+    found: dict[str, dict[str, Any]] = {}
+    if not runs:
+        return found
+    from fam_jax.evaluation.lm_eval import HarnessLM  # needs the package lm_eval
+
+    text = TextModel(model.config, model.params, model.joiner.vocabulary, end_ids=model.ends)
+    for run in runs:
+        report = None if on_progress is None else functools.partial(on_progress, run.key)
+        harness = HarnessLM(text, seed=how.seed, on_progress=report)
+        found |= run_harness(run, harness, journal, chat=how.lm_eval_chat, limit=how.limit)
     return found
 
 

@@ -33,11 +33,12 @@ def limited(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
     if not limit:
         return [*items]
     groups = dict.fromkeys(item.group or item.id for item in items)
-    chosen = {*sorted(groups, key=lambda name: _draw(seed, name))[:limit]}
+    chosen = {*sorted(groups, key=lambda name: draw(seed, name))[:limit]}
     return [item for item in items if (item.group or item.id) in chosen]
 
 
-def _draw(seed: int, name: str) -> bytes:
+def draw(seed: int, name: str) -> bytes:
+    """Return a random value that a draw by the seed sorts names by."""
     return hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
 
 
@@ -69,7 +70,7 @@ def summarize(task: ItemTask, answered: Sequence[Answered]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "headline": task.headline,
         "value": metrics[task.headline],
-        "ci95": None if own is None else _interval(own, documents),
+        "ci95": None if own is None else interval(own, documents),
         "chance": None if task.chance is None else task.chance(items),
         "metrics": metrics,
         "n": len(items),
@@ -96,10 +97,11 @@ def _scores(
 
 
 def _document(item: Item) -> Hashable:
-    return item.document.key or item.group or item.id
+    # With its question before it, a document has a key per question; its group is the document itself.
+    return item.group or item.document.key or item.id
 
 
-def _interval(own: Sequence[float], documents: Sequence[Hashable]) -> list[float]:
+def interval(own: Sequence[float], documents: Sequence[Hashable]) -> list[float]:
     """Return the interval of a mean: Wilson's where items are independent and right or wrong, else by bootstrap.
 
     If all are right, or all wrong, a bootstrap would say that there is no doubt. Then each document counts as one item.

@@ -91,6 +91,11 @@ def measure_documents(
     return Measured(_scalars(details), details)
 
 
+def document_scores(streamer: Streamer, documents: Documents, setting: Setting) -> list[Scores]:
+    """Return the scores of every document's tokens, in order; arguments are those of :func:`measure_documents`."""
+    return DocumentReader(streamer, documents, setting).read("loss")
+
+
 def _totals(scores: list[Scores], examples: "Sequence[Example]") -> dict[str, Any]:
     text_bytes = sum(each.text_bytes for each in examples)
     nats = sum(float(each.nats[each.counted].sum(dtype=np.float64)) for each in scores)

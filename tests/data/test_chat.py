@@ -113,6 +113,27 @@ def test_ids_and_masks_are_those_of_transformers(style: str, tmp_path: pathlib.P
         assert learned.count(tokens.control_tokens[end]) == sum(m["role"] == "assistant" for m in messages)
 
 
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_prompts_are_those_of_transformers(style: str, tmp_path: pathlib.Path) -> None:
+    """With a turn of the assistant to write, and with its last turn to go on with."""
+    transformers = pytest.importorskip("transformers")
+    template, _ = loaded(tmp_path, style, unmarked(TEMPLATES[style]))
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for name in ("one turn", "ends with the user", "unicode", "blanks"):
+        messages = CHATS[name]
+        wanted = auto.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert template.prompt(messages) == wanted
+        if messages[-1]["role"] == "assistant":
+            wanted = auto.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+            # transformers keeps blanks behind the message if the template does, which a stop would follow.
+            assert template.prompt(messages, answer=False) == wanted.rstrip()
+    silent = made("{% for m in messages %}{{ m.role }}{% endfor %}")
+    with pytest.raises(
+        RowError, match=r"^the prompt: the chat template mine changes the last message, so it cannot"
+    ):
+        silent.prompt(turns("a", "b"), answer=False)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     texts=st.lists(st.text("ab <>|/s_imend\n{}"), min_size=2, max_size=5),

@@ -11,7 +11,7 @@ import pytest
 from fam_jax.config import Config, UserError, resolve
 from fam_jax.evaluation import TASKS, read_evaluation
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
-from fam_jax.evaluation.suite import DOCUMENTS
+from fam_jax.evaluation.planning import DOCUMENTS
 from launch import evaluate
 from launch.errors import user_errors
 from tests.evaluation.fixtures import GPT3, write_rows

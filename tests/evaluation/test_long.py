@@ -2,14 +2,16 @@
 
 import importlib.util
 
+import numpy as np
 import pytest
 
 from fam_jax.config import UserError
-from fam_jax.evaluation.item import Answered, Item, Likelihood
+from fam_jax.evaluation.item import Answered, Document, Encoded, Item, Likelihood, question_first
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
 from fam_jax.evaluation.item_tasks.long import OF_THE_PAPER
-from fam_jax.evaluation.summary import summarize
-from tests.evaluation.fake import FakeStreamer, model_for, request_for, rows_of, whole_text
+from fam_jax.evaluation.planning import within_tokens
+from fam_jax.evaluation.summary import fingerprint, summarize
+from tests.evaluation.fake import FakeStreamer, joiner, model_for, request_for, rows_of, whole_text
 from tests.evaluation.fixtures import NAMES, PLACES, THINGS
 from tests.evaluation.test_gpt3 import right, run, wrong
 
@@ -149,3 +151,52 @@ def test_the_papers_scores_stand_beside_ours() -> None:
     assert ITEM_TASKS["xlsum:ja"].published["paper's BSWA 24B, all languages"] == 0.247
     for scores in OF_THE_PAPER.values():
         assert all(bswa < fam for bswa, fam in scores.values())
+
+
+def test_a_question_before_its_document() -> None:
+    """Each question is read with its document; intervals are over documents as ever."""
+    rows = scrolls("a", "Who walked?", ARTICLES[0], "Ada") + scrolls("b", "Where?", ARTICLES[0], "there")
+    items = items_of("narrative_qa", rows)
+    before = [question_first(item) for item in items]
+    asked = "Question: Where?"
+    assert whole_text(before[1]) == f"{asked}\n\n{ARTICLES[0].strip()}\n\n{asked}\nAnswer:"
+    assert len({item.document.key for item in before}) == 2 and len({item.group for item in before}) == 1
+    assert fingerprint(before) != fingerprint(items)
+    (quality,) = items_of("quality", quality_rows()[:1])
+    options = "".join(f"\n({letter}) the {PLACES[-k]}" for k, letter in enumerate("ABCD"))
+    assert whole_text(question_first(quality)).startswith(
+        f"Question: Where did\nthey go?{options}\n\nAda walked"
+    )
+    task = ITEM_TASKS["quality"]
+    items = items_of("quality", quality_rows() + scrolls_of_one_article())
+    found = summarize(task, run(task, items, model_for(task, items, right)))
+    first = [question_first(item) for item in items]
+    again = summarize(task, run(task, first, model_for(task, first, right)))
+    for name in ("value", "ci95", "documents", "document_of", "n"):
+        assert again[name] == found[name]
+    assert found["documents"] == 10 < found["n"] and again["tokens_read"] > found["tokens_read"]
+    # What has no question stays.
+    rows = [{"id": "x", "url": "", "title": "t", "summary": "s", "text": "text"}]
+    (summary,) = items_of("xlsum:en", rows)
+    assert question_first(summary) is summary
+
+
+def scrolls_of_one_article() -> list[dict]:
+    """Return a second question on the first article of `quality_rows`."""
+    (row,) = [row for row in quality_rows() if row["id"] == "q0"]
+    return [{**row, "id": "again", "input": row["input"].replace("Where did", "And where did")}]
+
+
+def test_documents_with_too_many_tokens() -> None:
+    """A token is a byte here. Documents count, not the questions on them."""
+    items = items_of("quality", quality_rows() + scrolls_of_one_article())
+    sizes = sorted({len(whole_text(item).partition("\n\nQuestion")[0].encode()) for item in items})
+    for limit in (sizes[0] - 1, sizes[0], sizes[-1] - 1, sizes[-1]):
+        kept, over = within_tokens(items, limit, joiner())
+        fits = [item for item in items if len(whole_text(item).partition("\n\nQuestion")[0]) <= limit]
+        assert kept == fits and over == len({item.document.key for item in items if item not in fits})
+    assert within_tokens(items, 0, joiner()) == (items, 0)
+    encoded = Document("d", "", 3, lambda: Encoded(np.zeros(5, np.int32), "", "ab"))
+    item = Item("i", "generate", document=encoded)
+    assert within_tokens([item], 7, joiner()) == ([item], 0)
+    assert within_tokens([item], 6, joiner()) == ([], 1)

@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any
 
+import jsonschema
 import pytest
 
 from fam_jax.config import Config, UserError, changed
@@ -12,13 +13,14 @@ from fam_jax.evaluation import HowToRun, evaluate_tasks, suite
 from fam_jax.evaluation.item import Answered, Item, Likelihood
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
 from fam_jax.evaluation.journal import Journal
+from fam_jax.evaluation.planning import DOCUMENTS, find_tasks
 from fam_jax.evaluation.rows import Data, MissingDataError
-from fam_jax.evaluation.suite import DOCUMENTS, find_tasks
 from fam_jax.evaluation.summary import fingerprint, limited
 from fam_jax.evaluation.tasks import TASKS
 from launch import evaluate
 from tests.evaluation.fixtures import GPT3, write_rows
 from tests.evaluation.runs import save_run
+from tests.evaluation.schema import check_results, schema
 
 TASKS_OF_RUN = ("copa", "web_questions")
 
@@ -55,7 +57,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
 def without_times(path: str | pathlib.Path) -> dict[str, Any]:
     found = json.loads(pathlib.Path(path).read_text())
     for result in found["suites"].values():
-        for name in ("seconds", "tokens_per_second", "padding", "longest_prompt"):
+        for name in ("seconds", "tokens_per_second", "padding", "longest_prompt", "programs"):
             del result[name]
     del found["provenance"]
     return found
@@ -71,7 +73,9 @@ def test_tasks_from_rows_to_a_file_of_results(
     assert "acc_token" in printed and f"written to {out}" in printed
     assert "skipped wic: task wic: its data is not on disk; " in printed
     found = json.loads(out.read_text())
+    check_results(found)
     assert list(found["suites"]) == ["copa", "web_questions"]
+    assert found["suites"]["copa"]["programs"] > 0 and found["suites"]["copa"]["peak_device_bytes"] is None
     assert set(found["skipped"]) == {"wic", "wic@99", "web_questions@99", "copa@99"}
     assert found["skipped"]["copa@99"].endswith("has only 7 examples to show; ask for fewer")
     copa = found["suites"]["copa"]
@@ -185,6 +189,22 @@ def test_documents_of_a_folder_are_measured_as_text(
     (tmp_path / "data" / "pg19" / "2.txt").write_text("another book")
     with pytest.raises(UserError, match=r"another evaluation \(measured.sources.pg19 was"):
         evaluate_tasks(run, ["pg19"], how=how, out=out)
+    monkeypatch.undo()
+    monkeypatch.setattr(suite, "make_mesh", lambda _: None)
+    check_results(out)
+    # The first book has 211 tokens with its end.
+    for limit, documents in ((211, 2), (210, 1)):
+        limited_how = dataclasses.replace(how, limit_tokens=limit)
+        book = evaluate_tasks(run, ["pg19"], how=limited_how, out=out, fresh=True).suites["pg19"]
+        assert (book["details"]["documents"], book["documents_over_limit"]) == (documents, 2 - documents)
+        check_results(out)
+    with pytest.raises(UserError, match=r"another evaluation \(limit_tokens was 210, is 5"):
+        evaluate_tasks(run, ["pg19"], how=dataclasses.replace(how, limit_tokens=5), out=out)
+    short = dataclasses.replace(how, limit_tokens=5)
+    assert (
+        "more tokens than --limit_tokens"
+        in evaluate_tasks(run, ["pg19"], how=short, out=out, fresh=True).skipped["pg19"]
+    )
 
 
 def test_the_file_of_results_by_default(run: pathlib.Path, data: pathlib.Path) -> None:
@@ -192,6 +212,23 @@ def test_the_file_of_results_by_default(run: pathlib.Path, data: pathlib.Path) -
     assert found.path == str(run / "evaluations" / "10" / "suite-copa.json")
     assert pathlib.Path(found.path).exists() and found.suites["copa"]["n"] == 1
     assert found.table("a run").row_count == 1
+
+
+def test_the_schema_is_exact(run: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """It names every setting, and rejects results that lack something or have something else."""
+    fields = {field.name for field in dataclasses.fields(HowToRun)}
+    how = schema()["$defs"]["how"]
+    assert fields == how["properties"].keys() == {*how["required"]}
+    made = evaluate_tasks(run, ["copa"], how=HowToRun(data=(str(data),), limit=2), out=tmp_path / "out.json")
+    found = json.loads(pathlib.Path(made.path).read_text())
+    check_results(found)
+    for change in ({"value": "high"}, {"more": 1}, {"n": 0}, {"ci95": [0.5]}, {"padding": 0.5}):
+        with pytest.raises(jsonschema.ValidationError):
+            check_results({**found, "suites": {"copa": {**found["suites"]["copa"], **change}}})
+    for name in found["suites"]["copa"].keys() - {"items"}:
+        part = {key: value for key, value in found["suites"]["copa"].items() if key != name}
+        with pytest.raises(jsonschema.ValidationError):
+            check_results({**found, "suites": {"copa": part}})
 
 
 def item(name: str, group: str = "") -> Item:

@@ -87,6 +87,7 @@ def question_items(request: Request, *, rank_yes_no: bool = False) -> Iterator[I
             CHOOSE if ranked else GENERATE,
             context,
             document,
+            question=f"Question: {question.strip()}",
             choices=(" Yes", " No") if ranked else (),
             references=references,
             group=document.key,
@@ -152,11 +153,13 @@ def _quality_parts(row: Row) -> tuple[str, list[str], str]:
 def _quality(name: str, article: str, question: str, options: Sequence[str], gold: int) -> Item:
     listed = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
     document = text_document(article.strip())
+    asked = f"Question: {question.strip()}\n{listed}"
     return Item(
         name,
         CHOOSE,
-        f"\n\nQuestion: {question.strip()}\n{listed}\nAnswer:",
+        f"\n\n{asked}\nAnswer:",
         document,
+        question=asked,
         choices=tuple(f" {option.strip()}" for option in options),
         references=(str(gold),),
         group=document.key,
