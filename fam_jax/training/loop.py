@@ -30,7 +30,7 @@ from fam_jax.generation.compiled import state_sharding
 from fam_jax.model import count_parameters, lora
 from fam_jax.training.compiler import compiler_options
 from fam_jax.training.flops import peak_flops, step_flops
-from fam_jax.training.folder_state import only_training, remember_restored, step_to_restore
+from fam_jax.training.going_back import remember_restored, step_to_restore
 from fam_jax.training.init_from import check_named, load_base
 from fam_jax.training.interruption import Interrupted, stop_requests
 from fam_jax.training.metrics import MetricsWriter
@@ -184,18 +184,14 @@ def _open(
     state = None
     if restore_step is None and source is None and not saved_steps(folder):
         state = trainer.create()  # before the folder is made, so that a missing base leaves no trace
-    alone = only_training(folder) if jax.process_index() == 0 else contextlib.nullcontext()
-    with (
-        alone,
-        Checkpoints(
-            folder,
-            config=dataclasses.asdict(config),
-            keep=config.train.keep_checkpoints,
-            may_change=(*MAY_CHANGE, *changing),
-            step=restore_step,
-            forked_from=source.name if source else "",
-        ) as checkpoints,
-    ):
+    with Checkpoints(
+        folder,
+        config=dataclasses.asdict(config),
+        keep=config.train.keep_checkpoints,
+        may_change=(*MAY_CHANGE, *changing),
+        step=restore_step,
+        forked_from=source.name if source else "",
+    ) as checkpoints:
         if state is None:
             values, position = load_from(checkpoints, restore_step, source, _as_dict(trainer.state_shapes))
             state, before = TrainState(**values), source.config if source else checkpoints.previous_config

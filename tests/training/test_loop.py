@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from etils import epath
 
 from fam_jax import sharding
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params
@@ -21,7 +20,7 @@ from fam_jax.config import Config, ConfigError, DataConfig, UserError
 from fam_jax.config.format1 import FORMAT
 from fam_jax.data import build
 from fam_jax.data.curriculum import PasskeyCurriculum
-from fam_jax.training import folder_state, loop
+from fam_jax.training import loop
 from fam_jax.training.loop import Interrupted, train
 from tests.training.tiny import changed
 
@@ -244,17 +243,6 @@ def test_a_repeated_command_goes_back_once(
     run(finished)  # another command: the next one goes back again
     run(finished, restore_step=4)
     assert (finished / "8" / "_CHECKPOINT_METADATA").stat().st_mtime_ns > made
-
-
-def test_one_training_at_a_time(finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_state, "PATIENCE", 0.2)
-    with folder_state.only_training(epath.Path(finished)):
-        with pytest.raises(
-            UserError, match=rf"another training writes to it \(process {os.getpid()} on .*, since 20"
-        ):
-            run(finished, restore_step=4)
-        assert (finished / "8").is_dir(), "the second training deleted a step"
-    run(finished)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_advice_works(
