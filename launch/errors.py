@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fam_jax.config import UserError
 
-USER_ERROR = 2
+USER_ERROR = UserError.exit_code
 # What shells report for a program that wrote to a closed pipe, and for one that Ctrl-C ended.
 PIPE_CLOSED = 141
 INTERRUPTED = 130
@@ -15,7 +15,7 @@ INTERRUPTED = 130
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit code 2; exit as shells expect after Ctrl-C or a closed pipe.
+    """Turn a UserError into one line on stderr and its exit code; exit as shells expect after Ctrl-C or a closed pipe.
 
     All other errors are bugs of the program and keep their tracebacks.
     """
@@ -23,7 +23,7 @@ def user_errors() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of standard output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
         sys.exit(PIPE_CLOSED)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params, read_config
+from fam_jax.checkpoint import CheckpointError, Checkpoints, SaveError, load_params, read_config
 from fam_jax.checkpoint.manifest import checksums
 from fam_jax.config import UserError
 from fam_jax.config.format1 import FORMAT
@@ -373,8 +373,9 @@ def test_failed_save_is_reported(run: pathlib.Path, monkeypatch: pytest.MonkeyPa
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("orbax.checkpoint._src.metadata.array_metadata_store.Store.write", no_space)
-        with pytest.raises(CheckpointError, match=r"saving step 30 failed .*No space left"):
+        with pytest.raises(SaveError, match=r"saving step 30 failed .*No space left") as caught:
             checkpoints.save(30, make_state(mesh_of(1, 1)), {}, wait=True)
+    assert caught.value.exit_code == 75, "a supervisor does not repeat a command that ends with 2"
     assert load_params(run)[2] == 20
 
 

@@ -17,6 +17,7 @@ that hold the arrays (see `manifest.py`), saved with the step, and compared afte
 
 from fam_jax.checkpoint.folder import (
     CheckpointError,
+    SaveError,
     absolute,
     check_name,
     locate,
@@ -42,6 +43,7 @@ __all__ = [
     "VOCABULARY",
     "CheckpointError",
     "Checkpoints",
+    "SaveError",
     "absolute",
     "changeable_fields",
     "changed_fields",

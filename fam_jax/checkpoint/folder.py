@@ -20,6 +20,13 @@ class CheckpointError(UserError):
     """A checkpoint is missing or damaged, or belongs to another run. The message says what to do."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be saved. The command is right, and may work again when the disk or the bucket does."""
+
+    # EX_TEMPFAIL of sysexits.h
+    exit_code = 75
+
+
 def absolute(folder: str | os.PathLike[str]) -> epath.Path:
     """Return the path of `folder`, made absolute unless it names a bucket (`gs://...`)."""
     text = os.fspath(folder)

@@ -10,7 +10,7 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from fam_jax.checkpoint import manifest
-from fam_jax.checkpoint.folder import CheckpointError, absolute, check_name
+from fam_jax.checkpoint.folder import CheckpointError, SaveError, absolute, check_name
 from fam_jax.checkpoint.loading import choose_step, load_state, read_back, split_state
 from fam_jax.checkpoint.lock import WriterLock
 from fam_jax.checkpoint.orbax_io import first_line, orbax_context
@@ -100,7 +100,7 @@ class Checkpoints:
             self._steps.close()
 
     def wait(self) -> None:
-        """Wait for the save in progress; raise :class:`CheckpointError` if it failed."""
+        """Wait for the save in progress; raise :class:`SaveError` if it failed."""
         with self._writing():
             self._steps.wait()
 
@@ -128,8 +128,8 @@ class Checkpoints:
           wait: return only when the step is complete on disk.
 
         Raises:
-          CheckpointError: `step` is not above the latest, or this save or the previous one failed, or what
-            was saved cannot be read back.
+          SaveError: this save or the previous one failed.
+          CheckpointError: `step` is not above the latest, or what was saved cannot be read back.
         """
         self.wait()
         self._forget_later_steps()
@@ -204,7 +204,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a background save raises whatever its file system raised
-            raise CheckpointError(
+            raise SaveError(
                 f"{self.folder}: saving step {self._saving} failed ({first_line(error)}); "
                 "check disk space and permissions, then resume from the latest step"
             ) from error

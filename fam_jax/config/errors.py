@@ -2,7 +2,10 @@
 
 
 class UserError(Exception):
-    """A mistake of the user. The message is one line; programs print it and exit with code 2."""
+    """A mistake of the user, or something that the user has to mend. Programs print the message, which is one line."""
+
+    # Of a program that this error ends. A supervisor should not repeat a command that ends with 2.
+    exit_code = 2
 
 
 class ConfigError(UserError):

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fam_jax.config import MeshConfig, UserError
+from fam_jax.checkpoint import CheckpointError, SaveError
+from fam_jax.config import ConfigError, MeshConfig, UserError
 from fam_jax.config.overrides import Override
 from launch import cli, errors
 from tests.launch.running import ROOT, command, environment
@@ -84,6 +85,17 @@ def test_mistakes_are_user_errors(arguments: list[str], says: str) -> None:
     with pytest.raises(UserError) as caught:
         parser().parse_args(arguments)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError, 2), (ConfigError, 2), (CheckpointError, 2), (SaveError, 75)]
+)
+def test_exit_codes_tell_mistakes_from_failures(
+    error: type[UserError], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught, errors.user_errors():
+        raise error("disk:\nfull")
+    assert caught.value.code == code and capsys.readouterr().err == "error: disk: full\n"
 
 
 @pytest.mark.parametrize(
