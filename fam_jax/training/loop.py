@@ -282,6 +282,7 @@ class _Run:
         config = self.trainer.config
         batch_sharding = sharding.batch_sharding(self.trainer.mesh)
         last: dict[str, Any] = {"parameters": count_parameters(state.params)}
+        self._evaluate_if_cut_short(state)
         clock = _Clock()
         with stop_requests() as stop:
             for step in remaining:
@@ -378,6 +379,18 @@ class _Run:
         if self.writer is not None:
             self.writer.flush()
         self.progress.say(f"checkpoint: step {step} in {self.folder}")
+
+    def _evaluate_if_cut_short(self, state: TrainState) -> None:
+        """Make the evaluation of the step that the run resumes from, if it was due there and a kill prevented it."""
+        step, every = int(state.step), self.trainer.config.evaluate.every
+        if self.evaluate is None or not step or not every or step % every:
+            return
+        made = np.asarray(self.writer is not None and self.writer.evaluated)
+        if jax.process_count() > 1:
+            made = multihost_utils.broadcast_one_to_all(made)
+        if not made:
+            self.progress.say(f"the evaluation of step {step} is missing; making it now")
+            self._evaluate(step, state)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         assert self.evaluate is not None

@@ -5,6 +5,7 @@ they can be written.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -45,6 +46,8 @@ class MetricsWriter:
         self._failing: set[str] = set()
         path = self._mirror.fetch("metrics.jsonl")
         _drop_later_lines(path, resume_step)
+        # Whether the lines hold an evaluation of `resume_step`.
+        self.evaluated = _has_evaluation(path, resume_step)
         self._lines = _Lines(path)
         self._events = _Events(self._mirror.local / "tensorboard", resume_step + 1)
 
@@ -186,6 +189,13 @@ def _drop_later_lines(path: pathlib.Path, last_step: int) -> None:
         return
     with new_file(path) as file:
         file.writelines(line for line, kept in zip(lines, keep, strict=True) if kept)
+
+
+def _has_evaluation(path: pathlib.Path, step: int) -> bool:
+    """Return whether a file whose last lines are of `step` or earlier has an evaluation of it."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    last = itertools.takewhile(lambda line: _step_of(line) == step, reversed(lines))
+    return any("evaluation" in json.loads(line) for line in last)
 
 
 def _step_of(line: bytes) -> float:

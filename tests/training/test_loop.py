@@ -18,6 +18,7 @@ from fam_jax import sharding
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params
 from fam_jax.config import Config, ConfigError, DataConfig, UserError
 from fam_jax.config.format1 import FORMAT
+from fam_jax.config.strict_json import dump_json
 from fam_jax.data import build
 from fam_jax.data.curriculum import PasskeyCurriculum
 from fam_jax.training import loop
@@ -227,6 +228,27 @@ def test_restore_step_goes_back(uninterrupted: pathlib.Path, finished: pathlib.P
     assert (finished / "8" / "_CHECKPOINT_METADATA").stat().st_mtime_ns > before, "step 8 is the old one"
     with pytest.raises(CheckpointError, match="has no step 5; saved are 4, 8"):
         run(finished, restore_step=5)
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(step: int, finished: pathlib.Path) -> None:
+    """The step was saved already when the job was killed."""
+    config = changed(RUN, evaluate__every=4)
+    shutil.rmtree(finished / "8")
+    run(finished, config)
+    whole = lines(finished)
+    evaluations = [line for line in whole if "evaluation" in line]
+    assert [line["step"] for line in evaluations if line["step"] % 4 == 0] == [4, 8]
+    (lost,) = [line for line in evaluations if line["step"] == step]
+    if step == 4:
+        shutil.rmtree(finished / "8")
+    kept = [line for line in whole if line is not lost and line["step"] <= step]
+    (finished / "metrics.jsonl").write_text("".join(f"{dump_json(line)}\n" for line in kept))
+    run(finished, config)
+    found = [line for line in lines(finished) if "evaluation" in line and line["step"] in (4, 8)]
+    assert found == [line for line in evaluations if line["step"] % 4 == 0]
+    run(finished, config)
+    assert [line for line in lines(finished) if "evaluation" in line and line["step"] in (4, 8)] == found
 
 
 def test_a_repeated_command_goes_back_once(
