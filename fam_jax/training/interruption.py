@@ -1,6 +1,7 @@
 """Stop training after a step when a signal arrives; all processes stop after the same step."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):
-    """Training was asked to stop (Ctrl-C, or SIGTERM on preemption) and saved everything."""
+    """Training was asked to stop (Ctrl-C, SIGTERM on preemption, or a closed terminal) and saved everything."""
 
     def __init__(self, step: int, signal_number: int):
         super().__init__(f"stopped at step {step}; everything is saved: run the same command to resume")
@@ -19,7 +20,9 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], int]]:
-    """Catch the first SIGINT or SIGTERM. A second one has its usual effect.
+    """Catch the first SIGINT, SIGTERM or SIGHUP (a closed terminal). A second one has its usual effect.
+
+    What is ignored already stays ignored, as SIGHUP below `nohup`.
 
     Yields:
       A function to call after each step with its number. It returns the signal to stop for, or 0. In a job of several
@@ -28,17 +31,20 @@ def stop_requests() -> Iterator[Callable[[int], int]]:
     """
     if jax.process_count() == 1:
         received: list[int] = []
-        with _handling((signal.SIGINT, signal.SIGTERM), received.append):
+        with _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), received.append):
             yield lambda _: received[0] if received else 0
     else:
         # The coordination service handles SIGTERM, outside Python.
-        with _handling((signal.SIGINT,), lambda _: signal.raise_signal(signal.SIGTERM)):
+        with _handling((signal.SIGINT, signal.SIGHUP), lambda _: signal.raise_signal(signal.SIGTERM)):
             yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
 
 
 @contextlib.contextmanager
 def _handling(numbers: tuple[int, ...], act: Callable[[int], Any]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+
+    terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def restore() -> None:
         for number, handler in before.items():
@@ -46,9 +52,13 @@ def _handling(numbers: tuple[int, ...], act: Callable[[int], Any]) -> Iterator[N
 
     def handle(number: int, _: Any) -> None:
         act(number)
+        if number == signal.SIGHUP:
+            # Writing to a terminal that is gone would be an error, and end the program before it has saved.
+            for stream in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         restore()
 
-    for number in numbers:
+    for number in before:
         signal.signal(number, handle)
     try:
         yield
