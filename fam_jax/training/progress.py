@@ -1,5 +1,6 @@
 """The terminal output of training: a header, progress, events and a last line."""
 
+import contextlib
 import datetime
 import sys
 import time
@@ -14,6 +15,8 @@ BAR_WIDTH = 10
 
 class ProgressReport:
     """A progress bar on a terminal, elsewhere a line per report. Writes to stderr. A context manager.
+
+    A line that cannot be written, because the disk is full or nobody reads stderr, is lost, and training goes on.
 
     The time left is estimated from the steps of this process, without those that compiled a program.
     """
@@ -69,7 +72,8 @@ class ProgressReport:
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         elif not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(text, file=sys.stderr, flush=True)
 
     def _left(self, step: int) -> str:
         if not self._steps or step >= self._total:

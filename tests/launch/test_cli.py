@@ -263,3 +263,18 @@ def test_every_program_has_its_help_tested() -> None:
         if "\nif __name__ ==" in path.read_text()
     }
     assert found == PROGRAMS.keys(), os.linesep.join(sorted(found ^ PROGRAMS.keys()))
+
+
+def test_closed_streams_are_no_error() -> None:
+    """The shell's `2>&-` leaves Python without sys.stderr, and the next file that is opened would be file 2."""
+    code = (
+        "import os, sys; import launch; import fam_jax.data.quiet_seqio; "
+        "print('lost'); print('lost', file=sys.stderr); sys.exit(os.open(os.devnull, os.O_WRONLY) < 3)"
+    )
+    found = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -c "{code}" >&- 2>&-'],
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    assert found.returncode == 0

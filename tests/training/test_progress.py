@@ -1,7 +1,10 @@
 """The terminal output of training, and the FLOPs of its reported utilization."""
 
+import contextlib
+import os
 import pathlib
 import re
+import sys
 import time
 
 import pytest
@@ -31,6 +34,21 @@ def test_a_quiet_report_says_nothing(capsys: pytest.CaptureFixture[str]) -> None
         report.note(1, "loss 1")
         report.say("finished")
     assert capsys.readouterr().err == ""
+
+
+def test_a_line_that_nobody_reads_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        report = ProgressReport(10, 0)
+        for _ in range(2):
+            report.say("lost")
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):
+            stderr.flush()
+        with contextlib.suppress(BrokenPipeError):
+            stderr.close()
 
 
 def test_what_a_run_says(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
