@@ -81,16 +81,21 @@ def evaluate(
 
 
 def evaluate_in_training(
-    config: Config, workdir: str | os.PathLike[str]
+    config: Config, workdir: str | os.PathLike[str], on_progress: OnProgress | None = None
 ) -> Callable[[Any, int], dict[str, dict[str, float]]]:
     """Load the data, and return the evaluation for the training loop.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      on_progress: as for :func:`evaluate`; it may raise an exception to leave the evaluation.
 
     Returns:
       A function of (the parameters in training, step). It measures the task of config.data, writes the results below
       the workdir as :func:`evaluate` does, and returns {name of the task: {name: figure}}.
     """
     name = default_task(config.data)
-    measure = prepare(name, make_setting(config))
+    measure = prepare(name, make_setting(config), on_progress)
     merge = (
         jax.jit(lambda params: lora.merge(params, config.lora)) if config.lora.rank else lambda params: params
     )

@@ -18,6 +18,23 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal_number
 
 
+class EvaluationStopped(Exception):
+    """An evaluation was left because training was asked to stop."""
+
+
+# The signal that asks the training of this process to stop, if one came; empty in jobs of several processes.
+_received: list[int] = []
+
+
+def leave_if_asked_to_stop(*_: Any) -> None:
+    """Raise :class:`EvaluationStopped` if training was asked to stop; evaluations call this as they go on.
+
+    In a job of several processes it does nothing: all of them would have to leave at the same place.
+    """
+    if _received:
+        raise EvaluationStopped
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], int]]:
     """Catch the first SIGINT, SIGTERM or SIGHUP (a closed terminal). A second one has its usual effect.
@@ -30,9 +47,12 @@ def stop_requests() -> Iterator[Callable[[int], int]]:
       in the background and picks a step that no process has reached. So the call needs no communication.
     """
     if jax.process_count() == 1:
-        received: list[int] = []
-        with _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), received.append):
-            yield lambda _: received[0] if received else 0
+        _received.clear()
+        try:
+            with _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), _received.append):
+                yield lambda _: _received[0] if _received else 0
+        finally:
+            _received.clear()
     else:
         # The coordination service handles SIGTERM, outside Python.
         with _handling((signal.SIGINT, signal.SIGHUP), lambda _: signal.raise_signal(signal.SIGTERM)):

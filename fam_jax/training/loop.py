@@ -32,7 +32,12 @@ from fam_jax.training.compiler import compiler_options
 from fam_jax.training.flops import peak_flops, step_flops
 from fam_jax.training.going_back import remember_restored, step_to_restore
 from fam_jax.training.init_from import check_named, load_base
-from fam_jax.training.interruption import Interrupted, stop_requests
+from fam_jax.training.interruption import (
+    EvaluationStopped,
+    Interrupted,
+    leave_if_asked_to_stop,
+    stop_requests,
+)
 from fam_jax.training.metrics import MetricsWriter
 from fam_jax.training.optimizer import make_optimizer
 from fam_jax.training.progress import ProgressReport
@@ -146,7 +151,7 @@ def train(
     asked, (restore_step, back) = restore_step, step_to_restore(folder, restore_step)
     config = find_vocabulary(config, folder, restore_step, resuming=True)
     if evaluate is None and config.evaluate.every:
-        evaluate = evaluate_in_training(config, workdir)
+        evaluate = evaluate_in_training(config, workdir, on_progress=leave_if_asked_to_stop)
     opened = _open(config, folder, restore_step, allow_change, fork)
     with opened as (trainer, checkpoints, state, batches, notes):
         done = int(state.step)
@@ -282,9 +287,10 @@ class _Run:
         config = self.trainer.config
         batch_sharding = sharding.batch_sharding(self.trainer.mesh)
         last: dict[str, Any] = {"parameters": count_parameters(state.params)}
-        self._evaluate_if_cut_short(state)
-        clock = _Clock()
         with stop_requests() as stop:
+            if not self._evaluate_if_cut_short(state):
+                raise Interrupted(int(state.step), stop(int(state.step)))
+            clock = _Clock()
             for step in remaining:
                 arrays = sharding.global_batch(batch_sharding, _for_step(self.batches.next(), config))
                 state, metrics, compiling = self._step(step, state, arrays)
@@ -310,7 +316,10 @@ class _Run:
                 if saving:
                     self._save(step, state)
                 if self.evaluate is not None and config.evaluate.every and step % config.evaluate.every == 0:
-                    self._evaluate(step, state)
+                    if not self._evaluate(step, state):
+                        signal_number = stop(step)
+                        if not saving:
+                            self._save(step, state)
                     clock = _Clock()
                 if signal_number:
                     self.checkpoints.wait()
@@ -380,26 +389,37 @@ class _Run:
             self.writer.flush()
         self.progress.say(f"checkpoint: step {step} in {self.folder}")
 
-    def _evaluate_if_cut_short(self, state: TrainState) -> None:
-        """Make the evaluation of the step that the run resumes from, if it was due there and a kill prevented it."""
+    def _evaluate_if_cut_short(self, state: TrainState) -> bool:
+        """Make the evaluation of the step that the run resumes from, if it was due there and a kill prevented it.
+
+        Returns:
+          False if the run was asked to stop in the meantime.
+        """
         step, every = int(state.step), self.trainer.config.evaluate.every
         if self.evaluate is None or not step or not every or step % every:
-            return
+            return True
         made = np.asarray(self.writer is not None and self.writer.evaluated)
         if jax.process_count() > 1:
             made = multihost_utils.broadcast_one_to_all(made)
-        if not made:
-            self.progress.say(f"the evaluation of step {step} is missing; making it now")
-            self._evaluate(step, state)
+        if made:
+            return True
+        self.progress.say(f"the evaluation of step {step} is missing; making it now")
+        return self._evaluate(step, state)
 
-    def _evaluate(self, step: int, state: TrainState) -> None:
+    def _evaluate(self, step: int, state: TrainState) -> bool:
+        """Evaluate; return False if the run was asked to stop in the meantime, and nothing was measured."""
         assert self.evaluate is not None
-        figures = self.evaluate(state.params, step)
+        try:
+            figures = self.evaluate(state.params, step)
+        except EvaluationStopped:
+            self.progress.say(f"evaluation at step {step}: stopped; the run makes it when it resumes")
+            return False
         if self.writer is not None:
             self.writer.write(step, {"evaluation": figures})
         for task, scalars in figures.items():
             shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items() if "/" not in name)
             self.progress.say(f"evaluation at step {step}: {task}  {shown}")
+        return True
 
 
 def _for_step(batch: Mapping[str, Any], config: Config) -> dict[str, Any]:

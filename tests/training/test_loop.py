@@ -21,7 +21,7 @@ from fam_jax.config.format1 import FORMAT
 from fam_jax.config.strict_json import dump_json
 from fam_jax.data import build
 from fam_jax.data.curriculum import PasskeyCurriculum
-from fam_jax.training import loop
+from fam_jax.training import interruption, loop
 from fam_jax.training.loop import Interrupted, train
 from tests.training.tiny import changed
 
@@ -228,6 +228,28 @@ def test_restore_step_goes_back(uninterrupted: pathlib.Path, finished: pathlib.P
     assert (finished / "8" / "_CHECKPOINT_METADATA").stat().st_mtime_ns > before, "step 8 is the old one"
     with pytest.raises(CheckpointError, match="has no step 5; saved are 4, 8"):
         run(finished, restore_step=5)
+
+
+def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_it(
+    uninterrupted: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Otherwise the signal would wait for the end of the evaluation, and the grace would be over."""
+    folder = tmp_path / "run"
+
+    def stopped(params: Any, step: int) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGTERM)
+        interruption.leave_if_asked_to_stop("loss", 1, 2)
+        raise AssertionError("the evaluation went on")
+
+    with pytest.raises(Interrupted) as caught:
+        train(RUN, str(folder), evaluate=stopped, quiet=True)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert "evaluation" not in (folder / "metrics.jsonl").read_text()
+    with pytest.raises(Interrupted):
+        train(RUN, str(folder), evaluate=stopped, quiet=True)  # once more, in what is made up for
+    interruption.leave_if_asked_to_stop()
+    run(folder)
+    assert_same_run(folder, uninterrupted)
 
 
 @pytest.mark.parametrize("step", [4, 8])
