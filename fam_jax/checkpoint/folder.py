@@ -1,5 +1,6 @@
 """The folder of a run: its path, its `config.json`, the steps that it holds."""
 
+import hashlib
 import json
 import os
 from typing import Any
@@ -9,8 +10,11 @@ from orbax.checkpoint import v1 as ocp
 
 from fam_jax.config import UserError
 from fam_jax.config.format1 import FORMAT, upgrade_config
+from fam_jax.config.strict_json import dump_json
 
 CONFIG_FILE = "config.json"
+# The entry of a config.json with the checksum of all others.
+SEAL = "sha256"
 
 # Orbax searches folders with glob, and does not escape these characters of the path.
 PATTERN = "*?[]{}"
@@ -64,6 +68,11 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def seal_of(config: dict[str, Any]) -> str:
+    """Return the checksum of the entries of a config.json: SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(dump_json(config, sort_keys=True).encode()).hexdigest()
+
+
 def read_config_file(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Read the config of the run in `folder`, as :func:`read_config` does, and the history of its changes."""
     path = absolute(folder) / CONFIG_FILE
@@ -77,6 +86,12 @@ def read_config_file(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], li
         raise CheckpointError(f"{path}: is not valid JSON ({error}); restore it from a copy") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected groups of fields; restore it from a copy")
+    # Runs of version 0.1 and folders in other formats have none.
+    if (sealed := config.pop(SEAL, None)) is not None and sealed != seal_of(config):
+        raise CheckpointError(
+            f"{path}: does not match its checksum, so it is damaged or was edited; restore it from a copy, or, if you "
+            f'edited it, remove the entry "{SEAL}"'
+        )
     if "model" not in config and ("architectures" in config or "model_type" in config):
         raise CheckpointError(
             f"{path.parent}: is a folder in Hugging Face format; import it first: "

@@ -9,7 +9,14 @@ from typing import Any
 import jax
 from etils import epath
 
-from fam_jax.checkpoint.folder import CONFIG_FILE, CheckpointError, read_config_file, saved_steps
+from fam_jax.checkpoint.folder import (
+    CONFIG_FILE,
+    SEAL,
+    CheckpointError,
+    read_config_file,
+    saved_steps,
+    seal_of,
+)
 from fam_jax.checkpoint.new_file import new_file
 from fam_jax.config import Config, fields_with_effect
 from fam_jax.config.format1 import FORMAT
@@ -64,6 +71,7 @@ def settle_config(
     else:
         old = new
     whole = {"format": FORMAT, **({"history": history} if history else {}), **new}
+    whole[SEAL] = seal_of(whole)
     if jax.process_index() == 0:
         with new_file(folder / CONFIG_FILE) as file:
             file.write(f"{json.dumps(whole, indent=2, sort_keys=True)}\n".encode())

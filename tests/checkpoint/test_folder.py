@@ -1,8 +1,10 @@
 """The folder of a run: its name, its lock, what is read back after the first save."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -11,11 +13,13 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params, locate, read_config, steps
 from fam_jax.checkpoint.lock import LOCK, WriterLock
 from fam_jax.checkpoint.new_file import check_output_file, new_file, output_file
-from fam_jax.config import UserError
+from fam_jax.checkpoint.run_config import settle_config
+from fam_jax.config import UserError, resolve
 from tests.launch.running import ROOT
 
 PATTERNS = ["exp [v1]", "a*b", "w?", "{x}", "**", "a]", "["]
@@ -148,3 +152,27 @@ def test_an_output_is_checked_before_it_is_written(tmp_path: pathlib.Path) -> No
         with pytest.raises(UserError, match="cannot be written"), output_file(path):
             pass
     assert sorted(os.listdir(tmp_path)) == ["file", "none"]
+
+
+def test_a_damaged_config_is_not_taken_for_another(tmp_path: pathlib.Path) -> None:
+    """Every byte of the file in turn has one of its bits flipped."""
+    config = resolve({"model": {"rope_base": 10000.0, "norm_epsilon": 1e-6}, "data": {"vocabulary": "bytes"}})
+    settle_config(epath.Path(tmp_path), dataclasses.asdict(config), ())
+    file = tmp_path / "config.json"
+    whole, known = file.read_bytes(), read_config(tmp_path)
+    assert resolve(known) == config
+    refused: list[str] = []
+    for place in range(len(whole)):
+        flipped = whole[place] ^ 1 << (place * 5 % 8)
+        file.write_bytes(whole[:place] + bytes([flipped]) + whole[place + 1 :])
+        try:
+            assert resolve(read_config(tmp_path)) == config, whole[max(place - 20, 0) : place + 20]
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > len(whole) / 2  # the others are blanks
+    assert not any("\n" in message for message in refused)
+    file.write_bytes(whole.replace(b"10000.0", b"90000.0"))
+    with pytest.raises(CheckpointError, match=r'damaged or was edited; .* remove the entry "sha256"$'):
+        read_config(tmp_path)
+    file.write_text(re.sub(r' *"sha256": .*\n', "", file.read_text()))
+    assert read_config(tmp_path)["model"]["rope_base"] == 90000.0
