@@ -70,8 +70,6 @@ class Item:
     # Few-shot examples and question, behind the document.
     context: str = ""
     document: Document = NO_DOCUMENT
-    # What is asked about the document, to be put before it too; empty: it cannot be.
-    question: str = ""
     # Continuations of the context.
     choices: tuple[str, ...] = ()
     # If not empty: contexts, one per answer, of the one continuation in `choices`.
@@ -84,6 +82,8 @@ class Item:
     group: str = ""
     # What results are broken down by, and what the scorer needs: length, depth, language and so on. JSON values.
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # What is asked about the document, to be put before it too; empty: it cannot be.
+    question: str = ""
 
     @property
     def answers(self) -> int:

@@ -130,8 +130,7 @@ def train(
       workdir: folder of the run: local, or in a bucket (`gs://...`) that all processes can access.
       evaluate: called with parameters and step every config.evaluate.every steps; its figures go to the metrics.
         None: the evaluation task of the run's data, by :func:`fam_jax.evaluation.evaluate_in_training`.
-      restore_step: checkpoint to go back to, instead of the latest; later ones are deleted. If the run went back to it
-        the last time, and made later ones since, it goes on from the latest.
+      restore_step: checkpoint to go back to, once, instead of the latest; later ones are deleted.
       profile_steps: first and last step of a profiler trace.
       allow_change: other fields that may change now, such as "optimizer.learning_rate". The run keeps its state, and
         config.json records the change.
@@ -143,8 +142,7 @@ def train(
       The last metrics.
 
     Raises:
-      UserError: for example, LoRA has no base, the folder belongs to another config, another training writes to it, or
-        the loss is not finite.
+      UserError: for example, the folder belongs to another config, or the loss is not finite.
       Interrupted: a signal asked to stop; a checkpoint of the last step was saved.
     """
     folder, first = absolute(workdir), jax.process_index() == 0

@@ -40,6 +40,18 @@ class _Scratch(NamedTuple):
     # (S, hd)
     extra: KV | None
 
+    def begin_keys(self, rows: Any) -> None:
+        """Begin the gradients of the extra keys, and of the block of keys whose rows of the ring these are."""
+        if self.extra:
+            self.extra.reset()
+        self.ring.reset(rows)
+
+    def begin_queries(self, d_out: Any, out: Any) -> None:
+        """Begin the gradient of the queries, and compute their delta."""
+        self.q[...] = jnp.zeros_like(self.q)
+        products = d_out[...].astype(jnp.float32) * out[...].astype(jnp.float32)
+        self.delta[...] = as_row(products.sum(axis=1, keepdims=True))
+
 
 def backward(
     call: KernelCall, past_length: jax.Array, views: Views, results: Results, d_out: jax.Array
@@ -114,9 +126,7 @@ def _kernel(
 
     @pl.when(g == 0)
     def _() -> None:
-        if sums.extra:
-            sums.extra.reset()
-        sums.ring.reset(rows_from(ring(n), size))
+        sums.begin_keys(rows_from(ring(n), size))
 
     if geometry.cached and waiting:
         # The first step begins the gradients of all cached blocks.
@@ -124,9 +134,7 @@ def _kernel(
 
     @pl.when(n < blocks)
     def _() -> None:
-        sums.q[...] = jnp.zeros_like(sums.q)
-        products = d_out[...].astype(jnp.float32) * results.out[...].astype(jnp.float32)
-        sums.delta[...] = as_row(products.sum(axis=1, keepdims=True))
+        sums.begin_queries(d_out, results.out)
 
     def read_extra(tokens: int) -> None:
         keys = KV(window.keys(None, size), window.values(None, size))
@@ -136,8 +144,7 @@ def _kernel(
         wanted = back == 0 or not geometry.stop_gradient
         for span in Span(-back * size, size if back else tokens).split(call.tiles.back_keys):
             keys = KV(window.keys(span, size), window.values(span, size))
-            readers = _readers(span, tokens, call)
-            exists = window.exists(span, geometry)
+            readers, exists = _readers(span, tokens, call), window.exists(span, geometry)
             found = _tile(keys, side, sums.q, readers, geometry, wanted=wanted, exists=exists)
             if wanted:
                 start = ring(n + (waiting + 1 - back)) + (span.start + back * size)
