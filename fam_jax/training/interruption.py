@@ -39,7 +39,7 @@ def leave_if_asked_to_stop(*_: Any) -> None:
 def stop_requests() -> Iterator[Callable[[int], int]]:
     """Catch the first SIGINT, SIGTERM or SIGHUP (a closed terminal). A second one has its usual effect.
 
-    What is ignored already stays ignored, as SIGHUP below `nohup`.
+    A SIGHUP that is ignored already stays ignored, as below `nohup`.
 
     Yields:
       A function to call after each step with its number. It returns the signal to stop for, or 0. In a job of several
@@ -62,7 +62,8 @@ def stop_requests() -> Iterator[Callable[[int], int]]:
 @contextlib.contextmanager
 def _handling(numbers: tuple[int, ...], act: Callable[[int], Any]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in numbers}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    if before.get(signal.SIGHUP) == signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 

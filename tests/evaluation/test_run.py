@@ -86,6 +86,7 @@ def test_step_mesh_and_place_can_be_chosen(
     assert not (passkey_run / "evaluations" / "5").exists()
 
 
+@pytest.mark.slow  # tests/launch/test_text.py does the same from the command line
 def test_text_has_a_plot(text_run: pathlib.Path) -> None:
     found = evaluate(text_run, ablations=("zeroed", "shuffled"), batch_size=2)
     folder = text_run / "evaluations" / "10"

@@ -5,11 +5,20 @@ import pty
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from fam_jax.training.interruption import stop_requests
 from tests.launch.running import ROOT
+
+
+@pytest.fixture(autouse=True)
+def handled() -> Iterator[None]:
+    """Undo what nohup does: the tests may run below it, and it ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -22,14 +31,11 @@ def test_the_first_signal_asks_to_stop(number: signal.Signals) -> None:
 
 def test_what_is_ignored_stays_ignored() -> None:
     """As below nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with stop_requests() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert stop(1) == 0
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_requests() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop(1) == 0
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 WRITES = """
@@ -52,4 +58,7 @@ def test_a_terminal_that_is_gone_is_no_error() -> None:
     os.close(end)
     os.close(terminal)
     program.send_signal(signal.SIGHUP)
-    assert program.wait(timeout=60) == 0
+    try:
+        assert program.wait(timeout=60) == 0
+    finally:
+        program.kill()
