@@ -134,13 +134,13 @@ def test_streamed_kernels_have_times() -> None:
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("segments", [1, 3])
-def test_cached_blocks_cost_what_their_scores_cost(segments: int) -> None:
-    model = variant(SMOKE.model, block_size=256, head_dim=128, segments=segments)
-    share = LocalShare("v5p:2x2x1", rows=2, tokens=8 * 256, heads=4, kv_heads=4)
+def test_cached_blocks_cost_less_than_their_scores() -> None:
+    """In the paper's blocks. Small ones have more overhead."""
+    model = variant(SMOKE.model, block_size=1024, head_dim=128, segments=3)
+    share = LocalShare("v5p:2x2x1", rows=2, tokens=8 * 1024, heads=4, kv_heads=4)
     plain = kernel_seconds(model, share)
-    continued = kernel_seconds(model, dataclasses.replace(share, past=segments))
+    continued = kernel_seconds(model, dataclasses.replace(share, past=3))
     assert continued.keys() == plain.keys() == {"block_attention_forward", "block_attention_backward"}
-    more = keys_of_layers(model, share.tokens, segments) / keys_of_layers(model, share.tokens)
+    more = keys_of_layers(model, share.tokens, 3) / keys_of_layers(model, share.tokens)
     for name, (seconds, _) in plain.items():
-        assert seconds < continued[name][0] < 1.15 * more * seconds
+        assert seconds < continued[name][0] < more * seconds
