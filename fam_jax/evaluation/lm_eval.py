@@ -179,7 +179,7 @@ class HarnessLM(LM):
         return [found[request].value for request in asked]
 
     def write_to(self, journal: Journal, task: str) -> None:
-        """Find answers in a journal, and write new ones there under the name of a task; begin to count anew."""
+        """Reuse the answers in a journal, add new ones under the name of a task, and reset the counts."""
         self.requests.write_to(journal, task)
         self._read = {}
 

@@ -45,9 +45,8 @@ class MetricsWriter:
         self._uploaded_at = time.monotonic()
         self._failing: set[str] = set()
         path = self._mirror.fetch("metrics.jsonl")
-        _drop_later_lines(path, resume_step)
         # Whether the lines hold an evaluation of `resume_step`.
-        self.evaluated = _has_evaluation(path, resume_step)
+        self.evaluated = _has_evaluation(_drop_later_lines(path, resume_step), resume_step)
         self._lines = _Lines(path)
         self._events = _Events(self._mirror.local / "tensorboard", resume_step + 1)
 
@@ -175,25 +174,30 @@ class _Events:
         return writer
 
 
-def _drop_later_lines(path: pathlib.Path, last_step: int) -> None:
-    """Drop the lines of a file that are of later steps, or are no metrics. A kill at any time loses no other line."""
+def _drop_later_lines(path: pathlib.Path, last_step: int) -> list[bytes]:
+    """Drop the lines of a file that are of later steps, or are no metrics. A kill at any time loses no other line.
+
+    Returns:
+      The lines that stay.
+    """
     if not path.exists():
-        return
+        return []
     lines = path.read_bytes().splitlines(keepends=True)
     keep = [line.endswith(b"\n") and _step_of(line) <= last_step for line in lines]
-    if all(keep):
-        return
+    kept = list(itertools.compress(lines, keep))
+    if len(kept) == len(lines):
+        return kept
     end = keep.index(False)
     if not any(keep[end:]):
-        os.truncate(path, sum(map(len, lines[:end])))
-        return
+        os.truncate(path, sum(map(len, kept)))
+        return kept
     with new_file(path) as file:
-        file.writelines(line for line, kept in zip(lines, keep, strict=True) if kept)
+        file.writelines(kept)
+    return kept
 
 
-def _has_evaluation(path: pathlib.Path, step: int) -> bool:
-    """Return whether a file whose last lines are of `step` or earlier has an evaluation of it."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
+def _has_evaluation(lines: list[bytes], step: int) -> bool:
+    """Return whether lines, the last of which are of `step` or earlier, hold an evaluation of it."""
     last = itertools.takewhile(lambda line: _step_of(line) == step, reversed(lines))
     return any("evaluation" in json.loads(line) for line in last)
 

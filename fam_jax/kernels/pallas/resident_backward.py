@@ -73,9 +73,8 @@ def backward(
 
     queries, stats = layout.spec(size, query_index), row_spec(size, query_index)
     window = Window.specs(call, block)
-    # Step n completes block n of all keys, cached ones included.
-    before = 0 if waiting and geometry.cached else waiting
-    finished = layout.spec(size, lambda b, k, n, g: (b, k, jnp.maximum(n - before, 0)))
+    first = _first_finished(geometry)
+    finished = layout.spec(size, lambda b, k, n, g: (b, k, jnp.maximum(n - first, 0)))
     ring = scratch((waiting + 1) * size, geometry.head_dim)
     extra = scratch(geometry.extra_slots, geometry.head_dim)
     grid = pl.GridSpec(
@@ -103,6 +102,11 @@ def backward(
 def _waiting(geometry: Geometry) -> int:
     """Return how many blocks of queries pass until the gradients of a block of keys are complete."""
     return 0 if geometry.stop_gradient else geometry.segments
+
+
+def _first_finished(geometry: Geometry) -> int:
+    """Return the step that completes the first block of keys, which is a cached one if there are any."""
+    return 0 if geometry.cached else _waiting(geometry)
 
 
 def _kernel(
@@ -161,7 +165,7 @@ def _kernel(
         if gradients.extra and sums.extra:
             write_gradients(gradients.extra, sums.extra, ..., geometry.scale)
 
-    @pl.when(((n >= waiting) | (geometry.cached > 0)) & (g == last))
+    @pl.when((n >= _first_finished(geometry)) & (g == last))
     def _() -> None:
         # Block n - m of the keys is complete; its rows in the ring are those of block n + 1.
         write_gradients(gradients.tokens, sums.ring, rows_from(ring(n + 1), size), geometry.scale)
