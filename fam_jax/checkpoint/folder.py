@@ -10,7 +10,6 @@ from orbax.checkpoint import v1 as ocp
 
 from fam_jax.config import UserError
 from fam_jax.config.format1 import FORMAT, upgrade_config
-from fam_jax.config.strict_json import dump_json
 
 CONFIG_FILE = "config.json"
 # The entry of a config.json with the checksum of all others.
@@ -68,9 +67,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def seal_of(config: dict[str, Any]) -> str:
-    """Return the checksum of the entries of a config.json: SHA-256, in hexadecimal digits."""
-    return hashlib.sha256(dump_json(config, sort_keys=True).encode()).hexdigest()
+def json_digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, whatever the order of its keys, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_config_file(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -87,7 +86,7 @@ def read_config_file(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], li
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected groups of fields; restore it from a copy")
     # Runs of version 0.1 and folders in other formats have none.
-    if (sealed := config.pop(SEAL, None)) is not None and sealed != seal_of(config):
+    if (sealed := config.pop(SEAL, None)) is not None and sealed != json_digest(config):
         raise CheckpointError(
             f"{path}: does not match its checksum, so it is damaged or was edited; restore it from a copy, or, if you "
             f'edited it, remove the entry "{SEAL}"'

@@ -6,7 +6,6 @@ compute it in one pass over the data. The first sum multiplies words by odd numb
 changes it. Other damage goes undetected with probability 2^-64.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from fam_jax.checkpoint.folder import CheckpointError
+from fam_jax.checkpoint.folder import CheckpointError, json_digest
 from fam_jax.config.format1 import EMPTIED, FORMAT, upgrade_array_name
 
 PARTS = ("params", "training")
@@ -90,7 +89,7 @@ def describe(arrays: Arrays) -> Record:
 def seal(record: Record) -> Record:
     """Return `record`, converted to JSON types, with its digest."""
     record = json.loads(json.dumps(record))
-    return {"digest": _digest(record), "record": record}
+    return {"digest": json_digest(record), "record": record}
 
 
 def unseal(sealed: Any) -> Record:
@@ -99,7 +98,7 @@ def unseal(sealed: Any) -> Record:
     Raises:
       Damage: the digest does not match.
     """
-    if not isinstance(sealed, dict) or sealed.get("digest") != _digest(sealed.get("record")):
+    if not isinstance(sealed, dict) or sealed.get("digest") != json_digest(sealed.get("record")):
         raise Damage("its record of contents does not match its digest")
     return sealed["record"]
 
@@ -193,7 +192,3 @@ def _mix(words: jax.Array) -> jax.Array:
 
 def _is_key(array: Any) -> bool:
     return not isinstance(array, np.ndarray) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -21,6 +21,7 @@ from fam_jax.checkpoint.folder import (
     CONFIG_FILE,
     CheckpointError,
     absolute,
+    json_digest,
     locate,
     read_config,
     saved_steps,
@@ -176,7 +177,7 @@ def settings_digest(file: epath.Path) -> str:
     if file.suffix != ".json":
         return ""
     found = {name: _value(file.parent / name) for name in SETTINGS if (file.parent / name).is_file()}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return json_digest(found)
 
 
 def _value(file: epath.Path) -> Any:
@@ -197,7 +198,7 @@ def file_digest(file: epath.Path) -> str:
 def params_digest(folder: epath.Path, step: int) -> str:
     """Return a digest of the parameters of a saved step; empty if there is no such step."""
     record = read_record(folder / str(step)) if step in saved_steps(folder) else {}
-    return hashlib.sha256(json.dumps(record["params"], sort_keys=True).encode()).hexdigest() if record else ""
+    return json_digest(record["params"]) if record else ""
 
 
 def same_base(place: str, digest: str) -> bool:

@@ -13,9 +13,9 @@ from fam_jax.checkpoint.folder import (
     CONFIG_FILE,
     SEAL,
     CheckpointError,
+    json_digest,
     read_config_file,
     saved_steps,
-    seal_of,
 )
 from fam_jax.checkpoint.new_file import new_file
 from fam_jax.config import Config, fields_with_effect
@@ -71,7 +71,7 @@ def settle_config(
     else:
         old = new
     whole = {"format": FORMAT, **({"history": history} if history else {}), **new}
-    whole[SEAL] = seal_of(whole)
+    whole[SEAL] = json_digest(whole)
     if jax.process_index() == 0:
         with new_file(folder / CONFIG_FILE) as file:
             file.write(f"{json.dumps(whole, indent=2, sort_keys=True)}\n".encode())
