@@ -151,6 +151,9 @@ class EvaluateConfig:
     filler_blocks: tuple[int, ...] = setting(
         default=(4, 9, 18, 36), doc="PassKey: filler lengths in blocks.", minimum=1
     )
+    before_blocks: tuple[int, ...] = setting(
+        default=(0,), doc="PassKey: lengths of the filler in front of the key, in blocks.", minimum=0
+    )
     keys: int = setting(default=64, doc="PassKey: examples per length.", minimum=1)
     # Text and seqio.
     documents: int = setting(
@@ -173,6 +176,7 @@ class EvaluateConfig:
             len(self.filler_blocks) > 0,
             f"config.evaluate.filler_blocks: must be positive lengths, got {self.filler_blocks}",
         )
+        require(len(self.before_blocks) > 0, "config.evaluate.before_blocks: must name a length; 0 is none")
 
 
 @group("mesh", effect="execution")

@@ -95,6 +95,7 @@ class Transformer(nnx.Module):
         lengths: jax.Array | None = None,
         aligned: bool = False,
         position_offset: jax.Array | None = None,
+        noise_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, StreamState]:
         """Return the normalized activations (B, T, D) from which logits are computed, and the state after the tokens.
 
@@ -106,22 +107,27 @@ class Transformer(nnx.Module):
           aligned: promise that every row is at a block border. All blocks then go through each layer at once. Use it
             to train and to prefill.
           position_offset: (B,) int32 added to all positions (random position offset, appendix B.2.2).
+          noise_keys: (B,) typed PRNG keys, for memories to which training adds noise. None: no noise.
 
         Raises:
-          ValueError: there are no tokens, or `lengths` is given with `aligned`, or `position_offset` without it.
+          ValueError: there are no tokens, or `lengths` is given with `aligned`, or `position_offset` or `noise_keys`
+            without it.
         """
         if tokens.shape[1] == 0:
             raise ValueError("tokens: there are none; give at least one")
         if aligned:
             if lengths is not None:
                 raise ValueError("lengths: an aligned call does not take it, because all its tokens are real")
-            position = dataclasses.replace(state.position, offset=position_offset)
+            position = dataclasses.replace(state.position, offset=position_offset, noise_keys=noise_keys)
             state = dataclasses.replace(state, position=position)
             in_turn = layer_types(self.config).main.order == "segment"
             out, state = self._read_in_turn(tokens, state) if in_turn else self._read_aligned(tokens, state)
-            return out, dataclasses.replace(state, position=dataclasses.replace(state.position, offset=None))
+            position = dataclasses.replace(state.position, offset=None, noise_keys=None)
+            return out, dataclasses.replace(state, position=position)
         if position_offset is not None:
             raise ValueError("position_offset: only aligned calls take it; set aligned=True")
+        if noise_keys is not None:
+            raise ValueError("noise_keys: only aligned calls take them; set aligned=True")
         if lengths is None:
             lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
         return self._read_anywhere(tokens, state, jnp.minimum(lengths, tokens.shape[1]))

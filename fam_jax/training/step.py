@@ -20,6 +20,9 @@ BATCH_TYPES = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32
 # The array (B,) bool that it takes, too, with train.carry: rows that begin a new stream.
 START = "start"
 
+# What sets the keys of the memory's noise apart from a step's other random choices.
+NOISE = 1
+
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -33,6 +36,8 @@ class Draws(NamedTuple):
     offset: jax.Array | None
     # What the last step left of each row (see `passed_on_by_row`), if the rows go on with it; else None.
     by_row: Any = None
+    # (B,) typed PRNG keys of the memory's noise, or None.
+    noise_keys: jax.Array | None = None
 
 
 def make_train_step(
@@ -52,7 +57,9 @@ def make_train_step(
     ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, from_dict(abstract, lora.join(trained, frozen)))
         start = _start_of_rows(config, state, draws)
-        hidden, after = model.hidden(batch["inputs"], start, aligned=True, position_offset=draws.offset)
+        hidden, after = model.hidden(
+            batch["inputs"], start, aligned=True, position_offset=draws.offset, noise_keys=draws.noise_keys
+        )
         result = token_loss(
             model, hidden, batch["targets"], batch["weights"], chunk=train.loss_chunk, z_loss=train.z_loss
         )
@@ -108,7 +115,8 @@ def _start_of_rows(config: Config, state: TrainState, draws: Draws) -> StreamSta
 
 def _draw(config: Config, state: TrainState, batch: Batch) -> Draws:
     train, batch_size = config.train, batch["inputs"].shape[0]
-    saved_key, zero_key, offset_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+    step_key = jax.random.fold_in(state.key, state.step)
+    saved_key, zero_key, offset_key = jax.random.split(step_key, 3)
     active = state.has_carried & (state.step >= train.random_state_passing_from)
     from_carried = jax.random.bernoulli(saved_key, train.random_state_passing, (batch_size,)) & active
     offset = None
@@ -116,9 +124,12 @@ def _draw(config: Config, state: TrainState, batch: Batch) -> Draws:
         wavelength = round(2 * math.pi * config.model.rope_base)
         offset = jax.random.randint(offset_key, (batch_size,), 0, wavelength)
         offset = jnp.where(jax.random.bernoulli(zero_key, 0.5, (batch_size,)), 0, offset)
+    noise_keys = None
+    if config.model.memory.noisy:
+        noise_keys = jax.random.split(jax.random.fold_in(step_key, NOISE), batch_size)
     if train.carry == "none":
-        return Draws(from_carried, offset)
-    return Draws(~batch[START] & state.has_carried, offset, state.carried)
+        return Draws(from_carried, offset, noise_keys=noise_keys)
+    return Draws(~batch[START] & state.has_carried, offset, state.carried, noise_keys)
 
 
 def _accumulate(gradient: Callable, batch: Batch, draws: Draws, parts: int) -> Any:
