@@ -79,9 +79,12 @@ class DataConfig:
         maximum=1,
         tasks=(PASSKEY,),
     )
-    late_key: bool = setting(
-        default=False,
-        doc="Put the key within its filler, at the border of a block chosen at random, instead of first.",
+    late_keys: float = setting(
+        default=0.0,
+        doc="Fraction of rows whose key stands within its filler, at the border of a block chosen at random. In the "
+        "others it comes first.",
+        minimum=0,
+        maximum=1,
         tasks=(PASSKEY,),
     )
     questions: int = setting(

@@ -51,7 +51,11 @@ def stage_tokens(data: DataConfig, vocabulary: seqio.Vocabulary, block_size: int
         return tuple(rows.row_tokens(blocks) for blocks in data.stage_blocks)
     template = make_template(vocabulary, bos_ids(vocabulary, data))
     # A sequence of n tokens has n - 1 inputs.
-    longest = (template.longest_example(blocks * block_size, data.digits) - 1 for blocks in data.stage_blocks)
+    late = data.late_keys > 0
+    longest = (
+        template.longest_example(blocks * block_size, data.digits, late=late) - 1
+        for blocks in data.stage_blocks
+    )
     return tuple(ceil_div(tokens, block_size) * block_size for tokens in longest)
 
 
@@ -210,7 +214,7 @@ class PasskeyCurriculum:
             "filler_step": data.filler_step,
             "stage_blocks": list(data.stage_blocks),
             # Absent where they have the values that all runs had before there were such fields.
-            **({"late_key": True} if data.late_key else {}),
+            **({"late_keys": data.late_keys} if data.late_keys else {}),
             **({"questions": data.questions} if data.questions > 1 else {}),
         }
 
@@ -246,7 +250,7 @@ class PasskeyCurriculum:
             self.data.digits,
             filler_step=self.data.filler_step,
             begin=self._begin,
-            late_step=self.spec.block_size if self.data.late_key else 0,
+            late=(self.data.late_keys, self.spec.block_size),
         )
         rows = len(self._own_rows)
         first = self._position.examples[stage] + self._own_rows.start

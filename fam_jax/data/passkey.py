@@ -36,9 +36,15 @@ class Template:
     opening: Sequence[int]
     late_statement: Sequence[int]
 
-    def longest_example(self, filler_tokens: int, digits: int) -> int:
-        """Return an upper bound on the tokens of an example; exact if the space and each digit are one token."""
-        statement = max(len(self.statement), len(self.late_statement))
+    def longest_example(self, filler_tokens: int, digits: int, *, late: bool = False) -> int:
+        """Return an upper bound on the tokens of an example; exact if the space and each digit are one token.
+
+        Args:
+          filler_tokens: length of the filler.
+          digits: of the key.
+          late: whether the key may stand within the filler.
+        """
+        statement = max(len(self.statement), len(self.late_statement) if late else 0)
         fixed = sum(map(len, (self.remember, self.repeated, self.question)))
         return statement + fixed + filler_tokens + 3 * (digits + 1)
 
@@ -100,11 +106,11 @@ class PasskeySource(seqio.FunctionDataSource):
         validation_examples: int,
         filler_step: int,
         before_tokens: int = 0,
-        late_step: int = 0,
+        late: tuple[float, int] = (0.0, 1),
     ):
         self._filler_tokens = filler_tokens
         self._before_tokens = before_tokens
-        self._late_step = late_step
+        self._late = late
         self._filler_step = filler_step
         self._digits = digits
         self._stream = (seed, *filler_tokens, digits, filler_step)
@@ -123,6 +129,7 @@ class PasskeySource(seqio.FunctionDataSource):
         late = random_key("passkey", "late", split, *self._stream)
         smallest = 10 ** (self._digits - 1)
         (low, high), filler_step = self._filler_tokens, self._filler_step
+        fraction, step = self._late
         lengths = (high - low) // filler_step + 1
 
         def draw(index: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -130,9 +137,10 @@ class PasskeySource(seqio.FunctionDataSource):
             key = smallest + for_key % (9 * smallest)
             filler_tokens = low + for_filler % lengths * filler_step
             before_tokens = tf.constant(self._before_tokens, tf.int64)
-            if self._late_step:
-                places = filler_tokens // self._late_step + 1
-                before_tokens = _random_pair(late, index)[0] % places * self._late_step
+            if fraction:
+                for_place, for_whether = _random_pair(late, index)
+                place = for_place % (filler_tokens // step + 1) * step
+                before_tokens = tf.where(for_whether < round(fraction * 2**62), place, before_tokens)
                 filler_tokens -= before_tokens
             return {
                 "key": tf.strings.as_string(key),
@@ -204,7 +212,7 @@ def passkey_task(
     filler_step: int = 1,
     begin: Sequence[int] = (),
     before_tokens: int = 0,
-    late_step: int = 0,
+    late: tuple[float, int] = (0.0, 1),
 ) -> seqio.Task:
     """Return the task. Inputs are the prompt up to "The pass key is", targets the key without end-of-sequence id.
 
@@ -218,8 +226,8 @@ def passkey_task(
       filler_step: lengths are the shortest one plus a multiple of this.
       begin: ids before every prompt; see :func:`fam_jax.data.vocabulary.bos_ids`.
       before_tokens: filler in front of the key, beside `filler_tokens`.
-      late_step: if positive, the key stands within its filler, behind a multiple of this many tokens; all multiples are
-        equally likely.
+      late: fraction of examples whose key stands within its filler, and a number of tokens: the key stands behind a
+        multiple of it, and all multiples are equally likely.
 
     Raises:
       UserError: an argument is out of range, or the vocabulary cannot express the task's text.
@@ -233,7 +241,7 @@ def passkey_task(
     return seqio.Task(
         name,
         source=PasskeySource(
-            (low, high), seed, digits, validation_examples, filler_step, before_tokens, late_step
+            (low, high), seed, digits, validation_examples, filler_step, before_tokens, late
         ),
         preprocessors=[_tokenizer(make_template(vocabulary, begin))],
         output_features={"inputs": feature, "targets": feature},

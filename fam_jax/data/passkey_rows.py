@@ -47,7 +47,7 @@ class GoingOnRows:
         self._first_digit = len(vocabulary.encode("is"))
         self._keys = random_key("passkey", "going on", spec.seed, data.digits)
         template = self._template
-        statement = template.late_statement if data.late_key else template.statement
+        statement = template.late_statement if data.late_keys else template.statement
         self._digits = digits = len(self._key_ids("9" * data.digits))
         self._fixed = len(statement) + len(template.remember) + len(template.repeated) + 2 * digits
         self._question = len(template.question) + digits
@@ -85,9 +85,10 @@ class GoingOnRows:
         # Rows begin in turn, so every batch has memories of all ages.
         age = min((number + row) % self._data.questions, going_on)
         place = (number - age) * self._spec.batch_size + row
-        for_key, for_place = random_words(self._keys, place, 2)
+        for_key, for_place, for_whether = random_words(self._keys, place, 3)
         smallest = 10 ** (self._data.digits - 1)
-        before = for_place % (blocks + 1) if self._data.late_key else 0
+        late = for_whether < self._data.late_keys * 2**64
+        before = for_place % (blocks + 1) if late else 0
         return Turn(str(smallest + for_key % (9 * smallest)), age == 0, before)
 
     def _tokens(self, turn: Turn, blocks: int) -> np.ndarray:
