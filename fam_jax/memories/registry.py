@@ -9,6 +9,7 @@ MEMORIES: dict[str, Any] = {
     "swa": "fam_jax.memories.window:SlidingWindowAttention",
     "bswa": "fam_jax.memories.window:BlockSlidingWindowAttention",
     "transformer_xl": "fam_jax.memories.window:TransformerXL",
+    "compressive": "fam_jax.memories.compressive:CompressiveTransformer",
     "fam": "fam_jax.memories.fam:FeedbackAttentionMemory",
 }
 
