@@ -17,7 +17,6 @@ from fam_jax.generation.state_file import StateFileError, load_state, save_state
 from fam_jax.generation.streaming import Streamer
 from fam_jax.memories.block_recurrent import BlockRecurrentConfig
 from fam_jax.memories.compressive import CompressiveConfig
-from fam_jax.memories.longformer import LongformerConfig
 from fam_jax.model import Transformer
 from fam_jax.training.loop import make_trainer
 from tests.memories import toys
