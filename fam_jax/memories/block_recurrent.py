@@ -282,9 +282,7 @@ class BlockRecurrentTransformer(Window[BlockRecurrentState]):
     def _with_recurrent(
         state: BlockRecurrentState, recurrent: jax.Array, keys: jax.Array, values: jax.Array
     ) -> BlockRecurrentState:
-        return dataclasses.replace(
-            state, recurrent=recurrent, recurrent_keys=keys, recurrent_values=values
-        )
+        return dataclasses.replace(state, recurrent=recurrent, recurrent_keys=keys, recurrent_values=values)
 
     def blocks_at(self, position: Position, length: int, cached: int) -> Any:
         """Return the frames of the window, and how many blocks (B,) the rows have read."""

@@ -40,8 +40,8 @@ class LongformerConfig(WindowConfig):
     )
     dilations: tuple[int, ...] = setting(
         default=(1,),
-        doc="d, of the dilated heads of the same layers: they see every d-th token, as many as the others. 1: all heads "
-        "are alike. As many entries as `windows`, or one for all.",
+        doc="d, of the dilated heads of the same layers: they see every d-th token, as many as the others. 1: no "
+        "dilation. As many entries as `windows`, or one for all.",
         minimum=1,
     )
     dilated_heads: int = setting(
@@ -151,7 +151,13 @@ class Longformer(Window[WindowState]):
         return at.near
 
     def attend_blocks(
-        self, layer: DecoderLayer, q: jax.Array, k: jax.Array, v: jax.Array, state: WindowState, at: HeadFrames
+        self,
+        layer: DecoderLayer,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        state: WindowState,
+        at: HeadFrames,
     ) -> tuple[jax.Array, WindowState]:
         """Attend with all heads, and again with those that are dilated."""
         attended, after = super().attend_blocks(layer, q, k, v, state, at)
@@ -237,7 +243,13 @@ class Longformer(Window[WindowState]):
         return at.near
 
     def attend_piece(
-        self, layer: DecoderLayer, q: jax.Array, k: jax.Array, v: jax.Array, state: WindowState, at: HeadFrames
+        self,
+        layer: DecoderLayer,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        state: WindowState,
+        at: HeadFrames,
     ) -> tuple[jax.Array, Tail]:
         """Attend with all heads, and again with those that are dilated."""
         attended, tail = super().attend_piece(layer, q, k, v, state, at)

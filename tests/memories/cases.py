@@ -98,7 +98,9 @@ CASES = {
     "bswa, window": Case(BlockSlidingWindowConfig(segments=1, window=2), tokens_back(2)),
     "bswa, stop-gradient": Case(BlockSlidingWindowConfig(segments=1, stop_gradient=True), own_block),
     "longformer": Case(LongformerConfig(windows=(2, 3), dilations=(1, 2)), lambda i, j: 0 <= i - j <= 2),
-    "longformer, all layers": Case(LongformerConfig(windows=(3,), dilations=(2,), dilated_heads=1), blocks_back(1)),
+    "longformer, all layers": Case(
+        LongformerConfig(windows=(3,), dilations=(2,), dilated_heads=1), blocks_back(1)
+    ),
     "transformer_xl": Case(TransformerXLConfig(segments=1), own_block),
     "block_recurrent": Case(BlockRecurrentConfig(length=3, layer=0, form="dual"), everything),
     "block_recurrent, lstm": Case(
@@ -109,7 +111,8 @@ CASES = {
     ),
     "compressive": Case(CompressiveConfig(compressed_rows=2, compressed_blocks=2), own_block),
     "compressive, centre, gradients": Case(
-        CompressiveConfig(segments=0, compressed_rows=1, positions="centre", stop_gradient=False), blocks_back(1)
+        CompressiveConfig(segments=0, compressed_rows=1, positions="centre", stop_gradient=False),
+        blocks_back(1),
     ),
     "compressive, mean, gradients": Case(
         CompressiveConfig(compressed_rows=2, compression="mean", window=3, stop_gradient=False), everything

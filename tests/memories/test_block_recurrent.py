@@ -105,7 +105,9 @@ class NaiveState:
                 continue
             after = gate(self.own["state_output_gate"], kind, old, self.times("state_output", h), h)
             if form == "dual":
-                hidden = silu(self.times("state_up", normalize(self.config, self.own["state_ff_norm"], after)))
+                hidden = silu(
+                    self.times("state_up", normalize(self.config, self.own["state_ff_norm"], after))
+                )
                 after = gate(
                     self.own["state_down_gate"], kind, after, self.times("state_down", hidden), hidden
                 )

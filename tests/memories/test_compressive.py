@@ -212,7 +212,9 @@ def test_the_convolution_learns_from_the_loss_alone_and_nothing_else_does() -> N
 
 
 def test_rows_must_divide_a_block() -> None:
-    with pytest.raises(ConfigError, match=r"config\.model\.memory\.compressed_rows: 3 does not divide block_size 4"):
+    with pytest.raises(
+        ConfigError, match=r"config\.model\.memory\.compressed_rows: 3 does not divide block_size 4"
+    ):
         model_of(CompressiveConfig(compressed_rows=3))
 
 

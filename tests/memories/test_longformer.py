@@ -30,7 +30,10 @@ LENGTH, LAYERS = 23, 4
 
 # Windows and dilations, and those of each of four layers.
 VARIANTS = {
-    "dilated": (LongformerConfig(windows=(2, 3, 5, 4), dilations=(1, 1, 2, 4)), [(2, 1), (3, 1), (5, 2), (4, 4)]),
+    "dilated": (
+        LongformerConfig(windows=(2, 3, 5, 4), dilations=(1, 1, 2, 4)),
+        [(2, 1), (3, 1), (5, 2), (4, 4)],
+    ),
     "pairs": (LongformerConfig(windows=(3, 6)), [(3, 1), (3, 1), (6, 1), (6, 1)]),
     "one head": (
         LongformerConfig(windows=(3,), dilations=(1, 2, 4), dilated_heads=1),
