@@ -5,7 +5,6 @@ head has a plain window. So d shorter sequences take the place of one, in blocks
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, require, setting
-from fam_jax.kernels import Part, block_attention, multi_part_attention
+from fam_jax.kernels import block_attention, multi_part_attention
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.layers.rope import rotate, rotate_tokens
 from fam_jax.memories.interface import Tail
@@ -256,8 +255,12 @@ class Longformer(Window[WindowState]):
         if self.dilation == 1:
             return attended, tail
         rotated = rotate(k, at.dilated.own)
-        parts: Sequence[Part] = [
-            Part(part.q[:, :, -self.dilated_heads :], *map(self._for_dilated, part[1:3]), part.mask)
+        parts = [
+            part._replace(
+                q=part.q[:, :, -self.dilated_heads :],
+                k=self._for_dilated(part.k),
+                v=self._for_dilated(part.v),
+            )
             for part in window_parts(self.far.model, state, at.dilated, q, rotated, v)
         ]
         dilated = multi_part_attention(parts, softcap=self.model.attention_softcap)
