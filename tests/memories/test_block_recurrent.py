@@ -31,6 +31,7 @@ from tests.variants import rest_slow
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 SIZE, LENGTH, LAYERS = 4, 15, 3
 
+PLAIN = BlockRecurrentConfig(length=3, layer=-2)
 FORMS = [*itertools.product(("skip", "dual", "single"), ("fixed", "lstm"))]
 Array = np.ndarray
 
@@ -148,11 +149,11 @@ def naive(params: Any, config: Any, tokens: Array) -> tuple[Array, Array]:
     ("form", "kind", "segments"),
     rest_slow(
         [(*each, segments) for each in FORMS for segments in (0, 1, 2)],
-        [("skip", "fixed", 1), ("dual", "lstm", 1), ("single", "lstm", 0)],
+        [("skip", "fixed", 1)],
     ),
 )
 def test_logits_and_state_are_those_of_the_loop(form: str, kind: str, segments: int) -> None:
-    memory = BlockRecurrentConfig(segments=segments, length=3, layer=-2, form=form, gate=kind)
+    memory = dataclasses.replace(PLAIN, segments=segments, form=form, gate=kind)
     model = model_of(memory)
     params, tokens = random_parameters(model), some_tokens()
     expected = [naive(jax.tree.map(np.asarray, params), model, row) for row in tokens]
@@ -168,7 +169,7 @@ def test_logits_and_state_are_those_of_the_loop(form: str, kind: str, segments: 
 
 
 def test_without_the_output_of_the_state_it_is_a_window() -> None:
-    model = model_of(BlockRecurrentConfig(length=3, layer=1))
+    model = model_of(PLAIN)
     params, tokens = random_parameters(model), some_tokens()
     params["memory"]["token_output"]["kernel"] *= 0
     found = Reader(model, params, 2).read(tokens, aligned=True)
@@ -178,7 +179,7 @@ def test_without_the_output_of_the_state_it_is_a_window() -> None:
 
 
 def test_a_gate_that_keeps_everything_keeps_the_initial_state() -> None:
-    model = model_of(BlockRecurrentConfig(length=3, layer=1))
+    model = model_of(PLAIN)
     params = random_parameters(model)
     params["memory"]["state_output_gate"]["rate"] = jnp.full(model.model_dim, 1e3)
     one = Reader(model, params, 2)

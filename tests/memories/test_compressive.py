@@ -35,7 +35,6 @@ VARIANTS = {
     "no window": CompressiveConfig(segments=0, compressed_rows=2, compressed_blocks=2, window=3),
     "mean": CompressiveConfig(segments=2, compressed_rows=2, compression="mean", stop_gradient=False),
 }
-ALWAYS = ("index", "centre")
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +140,7 @@ def losses(model: ModelConfig, params: Any, tokens: np.ndarray) -> jax.Array:
     return auxiliary_loss(after)
 
 
-@pytest.mark.parametrize("name", rest_slow(VARIANTS, ALWAYS))
+@pytest.mark.parametrize("name", rest_slow(VARIANTS, ["index"]))
 def test_logits_and_loss_are_those_of_the_loop(name: str) -> None:
     model = model_of(VARIANTS[name])
     params, tokens = random_parameters(model), some_tokens()
@@ -152,7 +151,8 @@ def test_logits_and_loss_are_those_of_the_loop(name: str) -> None:
         np.testing.assert_allclose(losses(model, params, tokens), [loss for _, loss in expected], **EXACT)
 
 
-@pytest.mark.parametrize("positions", rest_slow(["index", "centre"], ["index"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["index", "centre"])
 def test_one_row_for_every_token_is_a_longer_window(positions: str) -> None:
     """If c = 1, W = I and b = 0, the logits and gradients are those of a window of m + k blocks, and the loss is 0."""
     memory = CompressiveConfig(
@@ -180,6 +180,7 @@ def test_one_row_for_every_token_is_a_longer_window(positions: str) -> None:
     np.testing.assert_allclose(losses(model, whole, some_tokens()), 0, atol=1e-25)
 
 
+@pytest.mark.slow
 def test_a_convolution_of_equal_weights_is_the_mean() -> None:
     """It is also the convolution with which a trained model goes on."""
     memory = CompressiveConfig(compressed_rows=2)
