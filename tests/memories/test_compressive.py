@@ -32,8 +32,8 @@ SIZE, LENGTH = 4, 26  # six blocks and a half
 VARIANTS = {
     "index": CompressiveConfig(compressed_rows=2, compressed_blocks=2),
     "centre": CompressiveConfig(compressed_rows=1, compressed_blocks=3, positions="centre"),
-    "no window": CompressiveConfig(segments=0, compressed_rows=2, compressed_blocks=2, window=3),
-    "mean": CompressiveConfig(segments=2, compressed_rows=2, compression="mean", stop_gradient=False),
+    "no window": CompressiveConfig(segments=0, compressed_rows=2, compressed_blocks=2),
+    "mean": CompressiveConfig(segments=2, window=6, compressed_rows=2, compression="mean"),
 }
 
 
