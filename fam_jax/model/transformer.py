@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
 
     def init_state(self, batch_size: int) -> StreamState:
         """Return the state of `batch_size` streams that have read nothing."""
-        types = layer_types(self.config)
+        types = layer_types(self.config, self.memory)
         state = empty_state(self.config, batch_size, memory=types.main)
         shared = types.main.start_shared(self.memory, batch_size)
         return self._enter(types, dataclasses.replace(state, shared=shared))
@@ -174,7 +174,7 @@ class Transformer(nnx.Module):
     def _read_aligned(self, tokens: jax.Array, state: StreamState) -> tuple[jax.Array, StreamState]:
         """Read a chunk layer by layer, all blocks at once."""
         config, length, position = self.config, tokens.shape[1], state.position
-        types, full = layer_types(config), length // config.block_size
+        types, full = layer_types(config, self.memory), length // config.block_size
         memory, cached = types.main, state.layers.keys.shape[2]
         at = [each.blocks_at(position, length, cached) for each in types.memories]
         graphdef, parameters = nnx.split(self.layers)
@@ -234,7 +234,7 @@ class Transformer(nnx.Module):
 
         Rows that carry no context start from the initial shared state, which depends on the weights alone.
         """
-        types, position = layer_types(self.config), state.position
+        types, position = layer_types(self.config, self.memory), state.position
         batch = state.batch_size
         padded = jax.vmap(lambda layer: with_past_slots(layer, self.config.memory_segments))(state.layers)
         start = types.main.start_shared(self.memory, batch)
@@ -321,7 +321,7 @@ class Transformer(nnx.Module):
     ) -> tuple[tuple[jax.Array, Any], StreamState]:
         """Read a piece and write it into the unfinished block; also return what `watch` returned, (L, ...)."""
         config, position = self.config, state.position
-        types = layer_types(config)
+        types = layer_types(config, self.memory)
         at = [memory.piece_at(position, tokens.shape[1]) for memory in types.memories]
         graphdef, parameters = nnx.split(self.layers)
 
@@ -345,7 +345,7 @@ class Transformer(nnx.Module):
         self, state: StreamState, watch: Callable[[WriteAttention], Any] | None = None
     ) -> tuple[Any, StreamState]:
         """Write the unfinished block, which must be full in every row; also return what `watch` returned, (L, ...)."""
-        config, types = self.config, layer_types(self.config)
+        config, types = self.config, layer_types(self.config, self.memory)
         graphdef, parameters = nnx.split(self.layers)
 
         def body(stream: Stream, xs: Any) -> tuple[Stream, Any]:

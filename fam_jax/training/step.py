@@ -10,7 +10,16 @@ import optax
 from flax import nnx
 
 from fam_jax.config import Config
-from fam_jax.model import StreamState, empty_state, from_dict, going_on_by_row, lora, with_passed_on
+from fam_jax.model import (
+    StreamState,
+    auxiliary_loss,
+    empty_state,
+    from_dict,
+    going_on_by_row,
+    lora,
+    with_auxiliary_loss,
+    with_passed_on,
+)
 from fam_jax.training.losses import token_loss
 from fam_jax.training.optimizer import learning_rate
 from fam_jax.training.state import TrainState, model_structure, what_is_carried
@@ -46,7 +55,7 @@ def make_train_step(
     """Build `train_step(state, batch) -> (state, metrics)`; jit it with the state donated.
 
     A batch has the arrays of `BATCH_TYPES`, and `START` with train.carry. The loss is the weighted mean over the whole
-    batch, however many micro-batches it is split into.
+    batch, however many micro-batches it is split into. The memory's auxiliary losses are added to it.
     """
     graphdef, abstract = model_structure(config)
     train = config.train
@@ -64,13 +73,14 @@ def make_train_step(
             model, hidden, batch["targets"], batch["weights"], chunk=train.loss_chunk, z_loss=train.z_loss
         )
         scores = {
+            "own": _own_losses(config, after, batch["inputs"].shape[1]),
             "loss": result.cross_entropy / total,
             "answer_correct": (result.correct & batch["answer"]).sum(),
             "answers": batch["answer"].sum(),
             "exact_match": (result.correct | ~batch["answer"]).all(axis=1).sum(),
         }
         left = what_is_carried(config.model, train, after)
-        return result.loss / total, (scores, jax.lax.stop_gradient(left))
+        return result.loss / total + sum(scores["own"].values()), (scores, jax.lax.stop_gradient(left))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         draws = _draw(config, state, batch)
@@ -89,7 +99,7 @@ def make_train_step(
             carried=jax.tree.map(lambda new, old: new.astype(old.dtype), carried, state.carried),
             has_carried=jnp.ones((), bool),
         )
-        return new_state, {
+        return new_state, scores["own"] | {
             "loss": scores["loss"],
             "objective": value,
             "answer_accuracy": scores["answer_correct"] / jnp.maximum(scores["answers"], 1),
@@ -105,12 +115,25 @@ def make_train_step(
 
 def _start_of_rows(config: Config, state: TrainState, draws: Draws) -> StreamState:
     """Return the state that each row starts from."""
+    model = config.model
     if draws.by_row is not None:
-        return going_on_by_row(config.model, draws.by_row, ~draws.from_carried)
-    start = empty_state(config.model, len(draws.from_carried), past_slots=False)
-    if config.train.random_state_passing:
-        start = with_passed_on(start, state.carried, draws.from_carried)
-    return start
+        start = going_on_by_row(model, draws.by_row, ~draws.from_carried)
+    else:
+        start = empty_state(model, len(draws.from_carried), past_slots=False)
+        if config.train.random_state_passing:
+            start = with_passed_on(start, state.carried, draws.from_carried)
+    return with_auxiliary_loss(model, start) if model.memory.has_auxiliary_loss else start
+
+
+def _own_losses(config: Config, after: StreamState, tokens: int) -> Metrics:
+    """Return the mean of the memory's auxiliary losses over rows and complete blocks, if it has any.
+
+    The rows are those of the whole batch, of which these may be a part. Weights of tokens play no role.
+    """
+    if not config.model.memory.has_auxiliary_loss:
+        return {}
+    blocks = max(tokens // config.model.block_size, 1)
+    return {"auxiliary_loss": auxiliary_loss(after).sum() / (config.train.batch_size * blocks)}
 
 
 def _draw(config: Config, state: TrainState, batch: Batch) -> Draws:

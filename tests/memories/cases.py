@@ -11,7 +11,10 @@ from flax import nnx
 
 from examples.running_mean import RunningMean, RunningMeanConfig
 from fam_jax.config import MemoryConfig, ModelConfig
+from fam_jax.memories.block_recurrent import BlockRecurrentConfig
+from fam_jax.memories.compressive import CompressiveConfig
 from fam_jax.memories.fam import FamConfig
+from fam_jax.memories.longformer import LongformerConfig
 from fam_jax.memories.registry import memory_class, memory_kinds
 from fam_jax.memories.window import (
     BlockSlidingWindowConfig,
@@ -94,7 +97,26 @@ CASES = {
     "bswa, own block": Case(BlockSlidingWindowConfig(segments=0), own_block),
     "bswa, window": Case(BlockSlidingWindowConfig(segments=1, window=2), tokens_back(2)),
     "bswa, stop-gradient": Case(BlockSlidingWindowConfig(segments=1, stop_gradient=True), own_block),
+    "longformer": Case(LongformerConfig(windows=(2, 3), dilations=(1, 2)), lambda i, j: 0 <= i - j <= 2),
+    "longformer, all layers": Case(
+        LongformerConfig(windows=(3,), dilations=(2,), dilated_heads=1), blocks_back(1)
+    ),
     "transformer_xl": Case(TransformerXLConfig(segments=1), own_block),
+    "block_recurrent": Case(BlockRecurrentConfig(length=3, layer=0, form="dual"), everything),
+    "block_recurrent, lstm": Case(
+        BlockRecurrentConfig(length=3, layer=-1, segments=0, gate="lstm"), everything
+    ),
+    "block_recurrent, single, stop-gradient": Case(
+        BlockRecurrentConfig(length=2, layer=1, form="single", stop_gradient=True), everything
+    ),
+    "compressive": Case(CompressiveConfig(compressed_rows=2, compressed_blocks=2), own_block),
+    "compressive, centre, gradients": Case(
+        CompressiveConfig(segments=0, compressed_rows=1, positions="centre", stop_gradient=False),
+        blocks_back(1),
+    ),
+    "compressive, mean, gradients": Case(
+        CompressiveConfig(compressed_rows=2, compression="mean", window=3, stop_gradient=False), everything
+    ),
     "fam": Case(FamConfig(length=2, segments=0), everything),
     "fam, prefix, R=2": Case(FamConfig(length=2, init="prefix", previous_blocks=2), everything),
     "fam, zero": Case(FamConfig(length=2, segments=1, positions="zero"), everything),
@@ -108,7 +130,8 @@ CASES = {
 }
 # One of every kind, and what differs most; the other cases are slow tests.
 ALWAYS = (
-    "full", "swa", "bswa", "transformer_xl", "fam", "fam, prefix, R=2", "running_mean", "read_write", "associative",
+    "full", "swa", "bswa", "longformer", "transformer_xl", "block_recurrent", "compressive", "fam", "fam, prefix, R=2",
+    "running_mean", "read_write", "associative",
 )  # fmt: skip
 assert {CASES[name].memory.kind for name in ALWAYS} == {case.memory.kind for case in CASES.values()}
 assert {case.memory.kind for case in CASES.values()} == {*memory_kinds(), *OWN}, (

@@ -61,7 +61,9 @@ def used(state: StreamState) -> Any:
         return np.where(filled.reshape(1, *filled.shape, *[1] * (x.ndim - 3)), x, 0)
 
     own = {
-        key: clear(x) if key.startswith("block_") else np.asarray(x) for key, x in vars(state.layers).items()
+        key: clear(x) if key.startswith("block_") else np.asarray(x)
+        for key, x in vars(state.layers).items()
+        if x is not None
     }
     return own, state.shared, state.position
 
@@ -219,12 +221,13 @@ def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
     model = CASES[name].model
     memory, params = memory_of(model), parameters(name)
     one_layer = jax.tree.map(lambda x: x[0], params["layers"])
-    own = filled(memory.model_parameters, params["memory"]) if "memory" in params else None
+    shared = params.get("memory", {})
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(ROWS, 3 * SIZE - 1, model.model_dim)))
     fresh = jnp.asarray([False, True])
 
-    def read(tree: Any, x: jax.Array, *, default: bool) -> Any:
+    def read(tree: Any, shared: Any, x: jax.Array, *, default: bool) -> Any:
+        own = memory.parameters = filled(memory.model_parameters, shared) if shared else None
         layer = filled(lambda rngs: DecoderLayer(model, rngs=rngs, memory=memory.layer_parameters), tree)
         stream = memory.enter_stream(own, None)
         start, _ = memory.enter(layer, memory.empty(ROWS), stream, memory.enter_at(memory.rope))
@@ -237,21 +240,19 @@ def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
             if len(out) == 1:
                 state = choose_rows(fresh, start, state)
                 position = choose_rows(fresh, position, position.next_block(writes=model.memory.has_state))
-        state = dataclasses.replace(
-            state, block_keys=state.block_keys[:, : SIZE - 1], block_values=state.block_values[:, : SIZE - 1]
-        )
-        return jnp.concatenate(out, axis=1), state
+        of_block = {name: x[:, : SIZE - 1] for name, x in vars(state).items() if name.startswith("block_")}
+        return jnp.concatenate(out, axis=1), dataclasses.replace(state, **of_block)
 
-    def score(tree: Any, x: jax.Array, *, default: bool) -> Any:
-        result = read(tree, x, default=default)
+    def score(tree: Any, shared: Any, x: jax.Array, *, default: bool) -> Any:
+        result = read(tree, shared, x, default=default)
         return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(result)), result
 
     @jax.jit
-    def both(tree: Any, x: jax.Array) -> Any:
-        slope = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-        return [slope(functools.partial(score, default=default))(tree, x) for default in (False, True)]
+    def both(*args: Any) -> Any:
+        slope = functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+        return [slope(functools.partial(score, default=default))(*args) for default in (False, True)]
 
-    fast, slow = both(one_layer, x)
+    fast, slow = both(one_layer, shared, x)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(slow[1])) > 1e-2
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), fast, slow)
 
@@ -311,8 +312,10 @@ def test_states_and_parameters_have_logical_axes(name: str) -> None:
     memory = memory_of(CASES[name].model)
     state, axes = memory.empty(ROWS), memory.state_axes()
     assert axes.keys() == vars(state).keys()
+    assert state.auxiliary_loss is None
     for field, value in vars(state).items():
-        assert len(axes[field]) == value.ndim and axes[field][0] == "batch"
+        assert axes[field][0] == "batch"
+        assert value is None or len(axes[field]) == value.ndim
     for module in (memory.layer_parameters(nnx.Rngs(0)), memory.model_parameters(nnx.Rngs(0))):
         found = {} if module is None else flatten(nnx.to_pure_dict(nnx.state(module)))
         for path, leaf in found.items():

@@ -15,6 +15,8 @@ from fam_jax import sharding
 from fam_jax.config import Config, ConfigError
 from fam_jax.generation.state_file import StateFileError, load_state, save_state
 from fam_jax.generation.streaming import Streamer
+from fam_jax.memories.block_recurrent import BlockRecurrentConfig
+from fam_jax.memories.compressive import CompressiveConfig
 from fam_jax.model import Transformer
 from fam_jax.training.loop import make_trainer
 from tests.memories import toys
@@ -27,6 +29,8 @@ NEW = {
     "running_mean": RunningMeanConfig(segments=1, rate=0.5),
     "read_write": toys.ReadWriteConfig(segments=1),
     "associative": toys.AssociativeConfig(segments=0),
+    "block_recurrent": BlockRecurrentConfig(segments=1, length=3, layer=0, form="dual", gate="lstm"),
+    "compressive": CompressiveConfig(segments=1, compressed_rows=2),
 }
 OFTEN = "running_mean"
 every_new_memory = pytest.mark.parametrize(
