@@ -63,6 +63,11 @@ class MemoryConfig:
         """Return M, the rows that a chain of updates passes from block to block; 0 if there is no such chain."""
         return 0
 
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Return whether layers add losses of their own to the training loss, by `add_auxiliary_loss`."""
+        return False
+
     def check_model(self, model: "ModelConfig") -> None:
         """Raise :class:`ConfigError` if the memory contradicts the rest of its model."""
 

@@ -5,7 +5,7 @@ position, and streams have no maximum length.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -63,17 +63,37 @@ class WindowState(ShownByShape):
     # (B, C, K, hd) of the unfinished block; slots from Position.filled on are unused.
     block_keys: Any
     block_values: Any
+    # (B,) the layer's auxiliary losses, summed over the blocks of a training step. None: nobody asks for them.
+    auxiliary_loss: Any = dataclasses.field(default=None, kw_only=True)
 
 
 S = TypeVar("S", bound=WindowState)
 
-# Logical axes of a layer's cache; None: not spread.
+# Logical axes of the fields that every memory has; None: not spread.
 WINDOW_AXES: dict[str, tuple[str | None, ...]] = {
     "keys": ("batch", None, None, "kv_heads", None),
     "values": ("batch", None, None, "kv_heads", None),
     "block_keys": ("batch", None, "kv_heads", None),
     "block_values": ("batch", None, "kv_heads", None),
+    "auxiliary_loss": ("batch",),
 }
+
+
+def add_auxiliary_loss(state: S, loss: Callable[[], jax.Array]) -> S:
+    """Return `state` with a loss added that its memory trains on beside the next-token loss.
+
+    A memory calls it where it reads or writes complete blocks, and adds one value per stream and block, or their sum
+    over the blocks that it reads at once. The loss of a training step is the mean over streams and blocks, summed over
+    layers. Outside of training nothing is computed.
+
+    Args:
+      state: the state of one layer.
+      loss: returns (B,), weighted as the memory's config says.
+    """
+    if state.auxiliary_loss is None:
+        return state
+    added = loss().astype(state.auxiliary_loss.dtype)
+    return dataclasses.replace(state, auxiliary_loss=state.auxiliary_loss + added)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -8,11 +8,13 @@ from fam_jax.model.parameters import count_parameters, from_dict, to_dict
 from fam_jax.model.state import (
     StreamState,
     ablated,
+    auxiliary_loss,
     empty_state,
     going_on_by_row,
     memory_vectors,
     passed_on,
     passed_on_by_row,
+    with_auxiliary_loss,
     with_passed_on,
 )
 from fam_jax.model.transformer import Transformer
@@ -21,6 +23,7 @@ __all__ = [
     "StreamState",
     "Transformer",
     "ablated",
+    "auxiliary_loss",
     "count_parameters",
     "create_model",
     "empty_state",
@@ -30,5 +33,6 @@ __all__ = [
     "passed_on",
     "passed_on_by_row",
     "to_dict",
+    "with_auxiliary_loss",
     "with_passed_on",
 ]

@@ -101,6 +101,18 @@ def empty_state(
     return StreamState(layers, None, start_position(batch_size, model.block_size))
 
 
+def with_auxiliary_loss(model: ModelConfig, state: StreamState) -> StreamState:
+    """Ask the layers of an aligned call for their auxiliary losses: start the sums at zero."""
+    shape = (model.num_layers, state.batch_size)
+    zeros = jnp.zeros(shape, jnp.promote_types(model.dtype, jnp.float32))
+    return dataclasses.replace(state, layers=dataclasses.replace(state.layers, auxiliary_loss=zeros))
+
+
+def auxiliary_loss(state: StreamState) -> jax.Array:
+    """Return the auxiliary losses (B,) of a call that was asked for them, summed over its blocks and layers."""
+    return state.layers.auxiliary_loss.sum(axis=0)
+
+
 def passed_on(model: ModelConfig, state: StreamState) -> dict[str, Any]:
     """Return the part of a state that random state passing hands on: the memory of the first stream (appendix B.2.3).
 

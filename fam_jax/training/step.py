@@ -10,7 +10,16 @@ import optax
 from flax import nnx
 
 from fam_jax.config import Config
-from fam_jax.model import StreamState, empty_state, from_dict, going_on_by_row, lora, with_passed_on
+from fam_jax.model import (
+    StreamState,
+    auxiliary_loss,
+    empty_state,
+    from_dict,
+    going_on_by_row,
+    lora,
+    with_auxiliary_loss,
+    with_passed_on,
+)
 from fam_jax.training.losses import token_loss
 from fam_jax.training.optimizer import learning_rate
 from fam_jax.training.state import TrainState, model_structure, what_is_carried
@@ -41,17 +50,21 @@ def make_train_step(
     """Build `train_step(state, batch) -> (state, metrics)`; jit it with the state donated.
 
     A batch has the arrays of `BATCH_TYPES`, and `START` with train.carry. The loss is the weighted mean over the whole
-    batch, however many micro-batches it is split into.
+    batch, however many micro-batches it is split into. Auxiliary losses of the memory are added to it: their mean over
+    rows and complete blocks, whatever the weights of tokens.
     """
     graphdef, abstract = model_structure(config)
     train = config.train
     schedule = learning_rate(config.optimizer, train.steps)
+    auxiliary = config.model.memory.has_auxiliary_loss
 
     def loss(
         trained: Any, frozen: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array
     ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, from_dict(abstract, lora.join(trained, frozen)))
         start = _start_of_rows(config, state, draws)
+        if auxiliary:
+            start = with_auxiliary_loss(config.model, start)
         hidden, after = model.hidden(batch["inputs"], start, aligned=True, position_offset=draws.offset)
         result = token_loss(
             model, hidden, batch["targets"], batch["weights"], chunk=train.loss_chunk, z_loss=train.z_loss
@@ -62,8 +75,13 @@ def make_train_step(
             "answers": batch["answer"].sum(),
             "exact_match": (result.correct | ~batch["answer"]).all(axis=1).sum(),
         }
+        value = result.loss / total
+        if auxiliary:
+            blocks = max(batch["inputs"].shape[1] // config.model.block_size, 1)
+            scores["auxiliary_loss"] = auxiliary_loss(after).sum() / (train.batch_size * blocks)
+            value += scores["auxiliary_loss"]
         left = what_is_carried(config.model, train, after)
-        return result.loss / total, (scores, jax.lax.stop_gradient(left))
+        return value, (scores, jax.lax.stop_gradient(left))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         draws = _draw(config, state, batch)
@@ -82,7 +100,8 @@ def make_train_step(
             carried=jax.tree.map(lambda new, old: new.astype(old.dtype), carried, state.carried),
             has_carried=jnp.ones((), bool),
         )
-        return new_state, {
+        own = {"auxiliary_loss": scores["auxiliary_loss"]} if auxiliary else {}
+        return new_state, own | {
             "loss": scores["loss"],
             "objective": value,
             "answer_accuracy": scores["answer_correct"] / jnp.maximum(scores["answers"], 1),
