@@ -10,6 +10,12 @@ MEMORIES: dict[str, Any] = {
     "bswa": "fam_jax.memories.window:BlockSlidingWindowAttention",
     "transformer_xl": "fam_jax.memories.window:TransformerXL",
     "fam": "fam_jax.memories.fam:FeedbackAttentionMemory",
+    "fam_losses": "fam_jax.memories.fam_losses:FamWithLosses",
+    "sum_fam": "fam_jax.memories.sum_fam:SummaryFam",
+    "fm": "fam_jax.memories.fm:FeedbackMemory",
+    "titans_mag": "fam_jax.memories.titans:MemoryAsGate",
+    "titans_mal": "fam_jax.memories.titans:MemoryAsLayer",
+    "titans_mac": "fam_jax.memories.titans_mac:MemoryAsContext",
 }
 
 

@@ -239,10 +239,8 @@ def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
             if len(out) == 1:
                 state = choose_rows(fresh, start, state)
                 position = choose_rows(fresh, position, position.next_block(writes=model.memory.has_state))
-        state = dataclasses.replace(
-            state, block_keys=state.block_keys[:, : SIZE - 1], block_values=state.block_values[:, : SIZE - 1]
-        )
-        return jnp.concatenate(out, axis=1), state
+        of_block = {name: x[:, : SIZE - 1] for name, x in vars(state).items() if name.startswith("block_")}
+        return jnp.concatenate(out, axis=1), dataclasses.replace(state, **of_block)
 
     def score(tree: Any, x: jax.Array, *, default: bool) -> Any:
         result = read(tree, x, default=default)
