@@ -60,7 +60,7 @@ class MemoryConfig:
 
     @property
     def keys_per_token(self) -> int:
-        """Return the number of keys that every token adds, beside its own, for itself and the later tokens of its block."""
+        """Return how many keys each token adds, beside its own, that it and the later tokens of its block see."""
         return 0
 
     @property

@@ -14,11 +14,12 @@ output. Both recurrences are linear, hence p W_t is a linear attention of p to t
 with A_t = prod (1 - alpha_i) over i <= t, G_ti = sum over i <= j <= t of prod (1 - alpha) over (j, t] times prod eta
 over (i, j], and c_t the same with the momentum at the start in place of row i. No token has weights of its own.
 
-Letters: B streams, C tokens since the start, W tokens that read, h heads, i and o widths of a matrix's input and output.
-All products are computed in the precision of the arrays, which should be float32 or wider.
+Letters: B streams, C tokens since the start, W tokens that read, h heads, i and o widths of a matrix's input and
+output. All products are computed in the precision of the arrays, which should be float32 or wider.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -69,10 +70,6 @@ class Coefficients(NamedTuple):
     # (B, h, W, C) G_ti theta_i, of each row.
     rows: jax.Array
 
-    def __getitem__(self, index: slice) -> "Coefficients":
-        """Return the coefficients of some of the W weights."""
-        return Coefficients(self.weights[:, :, index], self.momentum[:, :, index], self.rows[:, :, index])
-
 
 class Matrix(NamedTuple):
     """A weight matrix as two functions: of (B, W, h, i), and of (B, W, h, o) for the transposed matrix."""
@@ -93,7 +90,7 @@ def pack(matrices: Sequence[jax.Array]) -> jax.Array:
 
 def unpack(packed: jax.Array, widths: Sequence[int]) -> Arrays:
     """Return the matrices (B, h, i, o) of :func:`pack`."""
-    shapes = [*zip(widths[:-1], widths[1:], strict=True)]
+    shapes = [*itertools.pairwise(widths)]
     ends = np.cumsum([i * o for i, o in shapes])
     parts = jnp.split(packed, ends[:-1], axis=-1)
     return tuple(x.reshape(*x.shape[:2], *shape) for x, shape in zip(parts, shapes, strict=True))
@@ -103,9 +100,7 @@ def explicit(weights: Arrays) -> list[Matrix]:
     """Return matrices (B, h, i, o) as functions."""
 
     def matrix(w: jax.Array) -> Matrix:
-        return Matrix(
-            lambda p: _einsum("bwhi,bhio->bwho", p, w), lambda p: _einsum("bwho,bhio->bwhi", p, w)
-        )
+        return Matrix(lambda p: _einsum("bwhi,bhio->bwho", p, w), lambda p: _einsum("bwho,bhio->bwhi", p, w))
 
     return [matrix(w) for w in weights]
 
@@ -119,7 +114,9 @@ def implicit(memory: FastWeights, rows: Rows, coefficients: Coefficients) -> lis
       coefficients: those of each token that reads, or of one weight (W = 1) for all of them.
     """
     at_start = [explicit(memory.weights), explicit(memory.momentum)]
-    factors = [x.swapaxes(1, 2)[..., None] for x in coefficients[:2]]  # (B, W, h, 1)
+    kept, pushed = (
+        x.swapaxes(1, 2)[..., None] for x in (coefficients.weights, coefficients.momentum)
+    )  # (B, W, h, 1)
 
     def written(p: jax.Array, asked: jax.Array, answered: jax.Array) -> jax.Array:
         scores = _einsum("bwhx,bchx->bhwc", p, asked) * coefficients.rows
@@ -127,17 +124,14 @@ def implicit(memory: FastWeights, rows: Rows, coefficients: Coefficients) -> lis
 
     def matrix(w: Matrix, s: Matrix, inputs: jax.Array, gradients: jax.Array) -> Matrix:
         def forward(p: jax.Array) -> jax.Array:
-            return factors[0] * w.forward(p) + factors[1] * s.forward(p) - written(p, inputs, gradients)
+            return kept * w.forward(p) + pushed * s.forward(p) - written(p, inputs, gradients)
 
         def transposed(p: jax.Array) -> jax.Array:
-            kept = factors[0] * w.transposed(p) + factors[1] * s.transposed(p)
-            return kept - written(p, gradients, inputs)
+            return kept * w.transposed(p) + pushed * s.transposed(p) - written(p, gradients, inputs)
 
         return Matrix(forward, transposed)
 
-    return [
-        matrix(*each) for each in zip(at_start[0], at_start[1], rows.inputs, rows.gradients, strict=True)
-    ]
+    return [matrix(*each) for each in zip(at_start[0], at_start[1], rows.inputs, rows.gradients, strict=True)]
 
 
 def retrieve(matrices: Sequence[Matrix], queries: jax.Array) -> jax.Array:
@@ -171,7 +165,7 @@ def _slope_of_silu(x: jax.Array) -> jax.Array:
     return gate * (1 + x * (1 - gate))
 
 
-def products(logs: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+def products(logs: jax.Array, counts: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Return products of factors over the rows from each row to the last one that counts.
 
     Sums of logarithms of exactly these rows are used: differences of sums would lose digits.
@@ -191,7 +185,7 @@ def products(logs: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(counted, jnp.exp(after), 0), jnp.exp(sums[..., 0])
 
 
-def coefficients_of(rates: Rates, counts: jax.Array) -> Coefficients:
+def coefficients_of(rates: Rates, counts: jax.Array | np.ndarray) -> Coefficients:
     """Return the coefficients of the weights after the first `counts` (B or 1, W) of C rows."""
     kept, of_weights = products(rates.log_keep, counts)
     # For each row j the products of eta over (i, j], and from the start.
@@ -232,9 +226,7 @@ class Tokens(NamedTuple):
     rates: Rates
 
 
-def read_chunks(
-    memory: FastWeights, tokens: Tokens, chunk: int
-) -> tuple[FastWeights, jax.Array | None]:
+def read_chunks(memory: FastWeights, tokens: Tokens, chunk: int) -> tuple[FastWeights, jax.Array | None]:
     """Read tokens (B, T, ...), chunk by chunk from a border on; T is a multiple of `chunk`.
 
     Returns:
@@ -252,16 +244,12 @@ def read_chunks(
             out = retrieve(implicit(memory, rows, coefficients), part.queries)
         return absorb(memory, rows), out
 
-    chunks = jax.tree.map(
-        lambda x: x.reshape(batch, count, chunk, *x.shape[2:]).swapaxes(0, 1), tokens
-    )
+    chunks = jax.tree.map(lambda x: x.reshape(batch, count, chunk, *x.shape[2:]).swapaxes(0, 1), tokens)
     memory, out = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), memory, chunks)
     return memory, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, length, *x.shape[3:]), out)
 
 
-def write_piece(
-    memory: FastWeights, rows: Rows, tokens: Tokens, filled: jax.Array, chunk: int
-) -> Rows:
+def write_piece(memory: FastWeights, rows: Rows, tokens: Tokens, filled: jax.Array, chunk: int) -> Rows:
     """Append tokens (B, W, ...) to the rows of a block that begins at a border.
 
     Streams may be at different places in their blocks. The gradients of a chunk's tokens need the rows of all chunks
@@ -278,7 +266,9 @@ def write_piece(
       The rows (B, C, ...) of the block. Tokens beyond the end of the block are left out.
     """
     batch, width = tokens.keys.shape[:2]
-    rates = jax.tree.map(lambda x, new: _put(x, new, filled[:, None] + np.arange(width)), rows.rates, tokens.rates)
+    rates = jax.tree.map(
+        lambda x, new: _put(x, new, filled[:, None] + np.arange(width)), rows.rates, tokens.rates
+    )
     most = 1 + ceil_div(width - 1, chunk)  # chunks that the tokens may touch
     first = filled // chunk * chunk
     coefficients = coefficients_of(rates, first[:, None] + chunk * np.arange(most))
@@ -287,9 +277,7 @@ def write_piece(
         slots = (first + chunk * number)[:, None] + np.arange(chunk)
         place = slots - filled[:, None]
         new = (place >= 0) & (place < width)
-        at_border = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1, axis=2), coefficients
-        )
+        at_border = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1, axis=2), coefficients)
         keys, values = (
             x[np.arange(batch)[:, None], jnp.clip(place, 0, width - 1)] for x in (tokens.keys, tokens.values)
         )

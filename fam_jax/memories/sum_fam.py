@@ -78,7 +78,7 @@ class SummaryFam(FeedbackAttentionMemory):
 
     @property
     def passed_fields(self) -> tuple[str, ...]:
-        """Return "fam" alone, or its keys and values too if blocks are read one after another, from the state's keys."""
+        """Return "fam" alone; with R > 1 also its keys, because blocks are then read from those of the state."""
         return ("fam", "fam_keys", "fam_values") if self._one_by_one else ("fam",)
 
     def empty_fields(self, batch_size: int) -> dict[str, jax.Array]:
@@ -86,24 +86,22 @@ class SummaryFam(FeedbackAttentionMemory):
         fields = super().empty_fields(batch_size)
         return fields | {"summary_rows": fields["fam"]}
 
-    def enter(
-        self, layer: DecoderLayer, state: SummaryFamState, stream: Stream, at: Any
-    ) -> tuple[SummaryFamState, Stream]:
+    def enter(self, layer: DecoderLayer, state: Any, stream: Stream, at: Any) -> tuple[FamState, Stream]:
         """Set the initial FAM, and keep it as the summary tokens."""
         entered, stream = super().enter(layer, state, stream, at)
-        return dataclasses.replace(entered, summary_rows=entered.fam), stream  # type: ignore[call-arg, return-value]
+        return dataclasses.replace(entered, summary_rows=entered.fam), stream  # type: ignore[call-arg]
 
     def blocks_at(self, position: Position, length: int, cached: int) -> Any:
         """Return the frames of a chunk; if blocks are read one after another, their position."""
         return position if self._one_by_one else super().blocks_at(position, length, cached)
 
     def read_blocks(
-        self, layer: DecoderLayer, x: jax.Array, state: SummaryFamState, streams: Stream, at: Any
-    ) -> tuple[jax.Array, SummaryFamState, Stream]:
+        self, layer: DecoderLayer, x: jax.Array, state: Any, streams: Stream, at: Any
+    ) -> tuple[jax.Array, FamState, Stream]:
         """Read all tokens of the chunk at once, or block by block if a summary asks several past FAMs."""
         if self._one_by_one:
-            return Memory.read_blocks(self, layer, x, state, streams, at)  # type: ignore[arg-type, return-value]
-        return super().read_blocks(layer, x, state, streams, at)  # type: ignore[return-value]
+            return Memory.read_blocks(self, layer, x, state, streams, at)
+        return super().read_blocks(layer, x, state, streams, at)
 
     @property
     def _one_by_one(self) -> bool:
@@ -111,8 +109,8 @@ class SummaryFam(FeedbackAttentionMemory):
         return self.config.previous_blocks > 1
 
     def extra_of_blocks(
-        self, layer: DecoderLayer, k: jax.Array, v: jax.Array, state: SummaryFamState, at: FamFrames
-    ) -> tuple[ExtraKeys, SummaryFamState]:
+        self, layer: DecoderLayer, k: jax.Array, v: jax.Array, state: Any, at: FamFrames
+    ) -> tuple[ExtraKeys, FamState]:
         """Update FAM over the complete blocks; return the M keys that each block sees (R = 1)."""
         model, length = self.model, self.config.length
         batch, tokens, *heads = k.shape
@@ -152,8 +150,8 @@ class SummaryFam(FeedbackAttentionMemory):
         return summary if self.config.residual == "summary" else jnp.zeros_like(summary)
 
     def close_block(
-        self, layer: DecoderLayer, state: SummaryFamState, stream: Stream, position: Position
-    ) -> tuple[SummaryFamState, Stream]:
+        self, layer: DecoderLayer, state: Any, stream: Stream, position: Position
+    ) -> tuple[FamState, Stream]:
         """Ask the last R FAMs and the block, then cache the block."""
         own, size = self._own_rotation(self.rope), self.model.block_size
         q, _, _ = layer.project(state.summary_rows)

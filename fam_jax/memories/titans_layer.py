@@ -1,5 +1,6 @@
 """What the variants of Titans share: config fields, a layer's parameters, and the inputs of its neural memory."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -54,7 +55,9 @@ class TitansConfig(BlockWindowConfig):
         default=4, doc="Learned rows of each layer that all tokens see.", minimum=0, effect="parameters"
     )
     step_size: float = setting(
-        default=0.1, doc="Largest theta, the step of a token's gradient; larger chunks need smaller ones.", above=0
+        default=0.1,
+        doc="Largest theta, the step of a token's gradient; larger chunks need smaller ones.",
+        above=0,
     )
     momentum: bool = setting(
         default=True, doc="Carry gradients on, by a rate eta that depends on the token.", effect="parameters"
@@ -64,7 +67,11 @@ class TitansConfig(BlockWindowConfig):
     )
 
     parameter_axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **{f"{norm}/{name}": ("norm",) for norm in ("norm", "output_norm", "attention_norm") for name in ("scale", "bias")},
+        **{
+            f"{norm}/{name}": ("norm",)
+            for norm in ("norm", "output_norm", "attention_norm")
+            for name in ("scale", "bias")
+        },
         **{f"{name}/kernel": ("width", "norm") for name in ("query", "key", "value", "mixing")},
         **{f"{name}/kernel": ("width", "slots") for name in ("step", "momentum", "forgetting")},
         **{f"{name}_bias": ("slots",) for name in ("step", "momentum", "forgetting")},
@@ -120,7 +127,7 @@ class TitansParameters(nnx.Module):
             "forgetting", width, heads, -4.0, rngs, config.forgetting
         )
         sizes = widths_of(config.depth, width // heads, width // heads * config.expansion)
-        for number, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True), 1):
+        for number, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes), 1):
             values = jax.random.normal(rngs.params(), (fan_in, heads, fan_out), jnp.float32)
             setattr(self, f"start_{number}", nnx.Param(values * fan_in**-0.5))
         rows = jax.random.normal(rngs.params(), (config.persistent, width), jnp.float32)
@@ -166,7 +173,7 @@ class MemoryLayer:
 
     def empty_learned(self, batch_size: int) -> dict[str, jax.Array]:
         """Return zeros for the fields that tokens of the next block read."""
-        count = sum(i * o for i, o in zip(self.widths[:-1], self.widths[1:], strict=True))
+        count = sum(i * o for i, o in itertools.pairwise(self.widths))
         weights = jnp.zeros((batch_size, self.config.heads, count), self.dtype)
         tail = jnp.zeros((batch_size, CONVOLUTION - 1, self.streams, self.model.model_dim), self.model.dtype)
         return {"memory_weights": weights, "memory_momentum": weights, "convolution_tail": tail}

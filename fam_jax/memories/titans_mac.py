@@ -36,8 +36,8 @@ class TitansContextConfig(TitansConfig):
     )
     retrieved: str = setting(
         default="causal",
-        doc="Which of the rows that the memory returned, one for each token of the block, a token sees. causal: its own "
-        "and those of earlier tokens. own: its own. none: no row.",
+        doc="Which of the rows that the memory returned, one for each token of the block, a token sees. causal: its "
+        "own and those of earlier tokens. own: its own. none: no row.",
         choices=("causal", "own", "none"),
     )
     normalize_attention: bool = setting(

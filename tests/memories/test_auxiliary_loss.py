@@ -115,9 +115,7 @@ def test_losses_are_summed_over_complete_blocks_and_layers(memory: Any, values: 
             newest = np.asarray(one.state.layers.values)[own, :, -1]
             expected += 0.5 * np.square(newest).mean(axis=(2, 3, 4)).sum(axis=0)
         assert one.state.layers.auxiliary_loss is None
-        plain, _ = build(model, params).hidden(
-            tokens, empty_state(model, 2, past_slots=False), aligned=True
-        )
+        plain, _ = build(model, params).hidden(tokens, empty_state(model, 2, past_slots=False), aligned=True)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     np.testing.assert_allclose(hidden, plain, rtol=1e-12)
 

@@ -111,7 +111,9 @@ def feedback_forward(params: Any, config: Any, tokens: Array) -> Array:
             q, *key_and_value = naive.project_vector(layer, config, x, float(t))
             own.append(key_and_value)
             first = max(begin - segments * size, 0)
-            seen = [past[s] if s < begin else own[s] for s in range(first, t + 1) if not window or t - s < window]
+            seen = [
+                past[s] if s < begin else own[s] for s in range(first, t + 1) if not window or t - s < window
+            ]
             attended = naive.attend(config, q, [k for k, _ in seen], [v for _, v in seen])
             a = naive.project_output(layer, config, attended) + x
             x = naive.feed_forward(layer, config, a) + a
@@ -120,7 +122,9 @@ def feedback_forward(params: Any, config: Any, tokens: Array) -> Array:
     return np.array(found)
 
 
-@pytest.mark.parametrize("memory", [FeedbackMemoryConfig(segments=2), FeedbackMemoryConfig(window=3)], ids=["2", "window"])
+@pytest.mark.parametrize(
+    "memory", [FeedbackMemoryConfig(segments=2), FeedbackMemoryConfig(window=3)], ids=["2", "window"]
+)
 def test_feedback_segments_are_a_loop_over_tokens(memory: Any) -> None:
     """T7: one stream and one token at a time."""
     model = model_of(memory)

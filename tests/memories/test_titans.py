@@ -1,6 +1,7 @@
 """Titans: equal to loops over tokens in NumPy, the exact chunked form, and what the variants are without a memory."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -253,7 +254,7 @@ def test_variants_are_loops_over_tokens(name: str) -> None:
 def some_memory(depth: int, width: int = 4, hidden: int = 6, heads: int = 2) -> neural_memory.FastWeights:
     rng = np.random.default_rng(1)
     sizes = neural_memory.widths_of(depth, width, hidden)
-    pairs = [*zip(sizes[:-1], sizes[1:], strict=True)]
+    pairs = [*itertools.pairwise(sizes)]
     made = [[jnp.asarray(rng.normal(size=(1, heads, *pair)) / 2) for pair in pairs] for _ in range(2)]
     return neural_memory.FastWeights(*map(tuple, made))
 
@@ -270,6 +271,7 @@ def test_chunks_are_a_loop_over_tokens(depth: int, chunk: int) -> None:
     after, out = neural_memory.read_chunks(memory, tokens, chunk)
     for h in range(heads):
         w, s = ([np.asarray(x)[0, h] for x in each] for each in memory)
+        border = w
         for t in range(length):
             border = w if t % chunk == 0 else border
             slopes = gradient(border, k[0, t, h], v[0, t, h])
