@@ -15,6 +15,7 @@ from fam_jax import sharding
 from fam_jax.config import Config, ConfigError
 from fam_jax.generation.state_file import StateFileError, load_state, save_state
 from fam_jax.generation.streaming import Streamer
+from fam_jax.memories.fam_losses import FamLossesConfig
 from fam_jax.memories.fm import FeedbackMemoryConfig
 from fam_jax.memories.sum_fam import SummaryFamConfig
 from fam_jax.memories.titans import TitansGateConfig, TitansLayerConfig
@@ -31,6 +32,7 @@ NEW = {
     "running_mean": RunningMeanConfig(segments=1, rate=0.5),
     "read_write": toys.ReadWriteConfig(segments=1),
     "associative": toys.AssociativeConfig(segments=0),
+    "fam_losses": FamLossesConfig(segments=0, length=2, diversity=0.01, reconstruction=0.1),
     "sum_fam": SummaryFamConfig(segments=0, length=2),
     "fm": FeedbackMemoryConfig(segments=1),
     "titans_mag": TitansGateConfig(segments=0, chunk=2, heads=2),
