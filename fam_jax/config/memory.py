@@ -59,6 +59,11 @@ class MemoryConfig:
         return self.extra_keys
 
     @property
+    def keys_per_token(self) -> int:
+        """Return how many keys each token adds, beside its own, that it and the later tokens of its block see."""
+        return 0
+
+    @property
     def chained_rows(self) -> int:
         """Return M, the rows that a chain of updates passes from block to block; 0 if there is no such chain."""
         return 0

@@ -166,11 +166,18 @@ class DecoderLayer(nnx.Module):
         Returns:
           (B, T, D), the output of the layer, in the dtype of the residual.
         """
-        x = apply(self.output, attended)
-        if self.attention_post_norm is not None:
-            x = self.attention_post_norm(x)
+        x = self.project_attended(attended, apply)
         if residual is not None:
             x = x + residual
+        return self.feed_forward(x, apply)
+
+    def project_attended(self, attended: jax.Array, apply: Apply = apply_linear) -> jax.Array:
+        """Return (B, T, D), what attention adds to the residual stream, of its result (B, T, H, hd)."""
+        x = apply(self.output, attended)
+        return x if self.attention_post_norm is None else self.attention_post_norm(x)
+
+    def feed_forward(self, x: jax.Array, apply: Apply = apply_linear) -> jax.Array:
+        """Return x (B, T, D) plus what the feed-forward adds to it."""
         h = self.ff_norm(x).astype(self.dtype)
         up = apply(self.up, h)
         if self.gate is None:

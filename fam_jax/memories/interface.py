@@ -113,12 +113,20 @@ class Memory(Generic[S]):
 
     @property
     def learned_fields(self) -> tuple[str, ...]:
-        """Return the fields of the state that evaluation ablates: by default all beyond the window.
+        """Return the fields of the state that evaluation ablates: by default all beyond the window but fixed ones.
 
         Exclude fields of the unfinished block, if the memory has any beside keys and values.
         """
         fields = dataclasses.fields(self.State)
-        return tuple(field.name for field in fields if field.name not in WINDOW_AXES)
+        return tuple(field.name for field in fields if field.name not in {*WINDOW_AXES, *self.fixed_fields})
+
+    @property
+    def fixed_fields(self) -> tuple[str, ...]:
+        """Return the fields of the state that :meth:`enter` computes from the weights and that no block changes.
+
+        An aligned call computes them from its weights for all rows, also for those that carry context.
+        """
+        return ()
 
     @property
     def passed_fields(self) -> tuple[str, ...]:

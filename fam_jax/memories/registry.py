@@ -13,6 +13,12 @@ MEMORIES: dict[str, Any] = {
     "block_recurrent": "fam_jax.memories.block_recurrent:BlockRecurrentTransformer",
     "compressive": "fam_jax.memories.compressive:CompressiveTransformer",
     "fam": "fam_jax.memories.fam:FeedbackAttentionMemory",
+    "fam_losses": "fam_jax.memories.fam_losses:FamWithLosses",
+    "sum_fam": "fam_jax.memories.sum_fam:SummaryFam",
+    "fm": "fam_jax.memories.fm:FeedbackMemory",
+    "titans_mag": "fam_jax.memories.titans:MemoryAsGate",
+    "titans_mal": "fam_jax.memories.titans:MemoryAsLayer",
+    "titans_mac": "fam_jax.memories.titans_mac:MemoryAsContext",
 }
 
 

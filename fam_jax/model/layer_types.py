@@ -170,13 +170,35 @@ def read_piece(
             lambda *args, memory=memory, at=at: memory.attend_piece(layer, *args, at)
             for memory, at in zip(memories, at, strict=True)
         ]
-        attended, tail = jax.lax.switch(which, branches, *layer.project(x), state)
+        q, k, v = layer.project(x)
+        attended, tail = jax.lax.switch(which, _with_one_tail(branches, q, k, v, state), q, k, v, state)
         return layer.finish(attended, x), tail
     whole = [
         lambda *args, memory=memory, at=at: memory.read_piece(layer, *args, at)
         for memory, at in zip(memories, at, strict=True)
     ]
-    return jax.lax.switch(which, whole, x, state)
+    return jax.lax.switch(which, _with_one_tail(whole, x, state), x, state)
+
+
+def _with_one_tail(branches: Sequence[Callable[..., Any]], *args: Any) -> list[Callable[..., Any]]:
+    """Let all branches return entries of the unfinished block for the same fields: zeros where a layer has none.
+
+    Args:
+      branches: functions of `args` whose second result is a `Tail`.
+      args: their arguments.
+    """
+    tails = [jax.eval_shape(branch, *args)[1] for branch in branches]
+    fields = {name: entries for tail in tails for name, entries in tail.items()}
+
+    def complete(branch: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            y, tail, *rest = branch(*args)
+            none = {name: jnp.zeros(x.shape, x.dtype) for name, x in fields.items() if name not in tail}
+            return (y, tail | none, *rest)
+
+        return call
+
+    return [complete(branch) for branch in branches]
 
 
 def close_block(
@@ -205,10 +227,11 @@ def inspect_block(
     state: Any,
 ) -> tuple[jax.Array, Tail, Attention]:
     """Read a block through a layer of type `which` () and watch it: see :func:`fam_jax.memories.inspection`."""
-    branches: list[Callable[..., Any]] = [
+    inspecting: list[Callable[..., Any]] = [
         lambda x, state, memory=memory, at=at: inspection.inspect_block(memory, layer, x, state, at)
         for memory, at in zip(memories, at, strict=True)
     ]
+    branches = _with_one_tail(inspecting, x, state)
     # Layers that have no memory see no keys of one; the results of all types need one shape.
     seen = max(jax.eval_shape(branch, x, state)[2].memory.shape[-1] for branch in branches)
 

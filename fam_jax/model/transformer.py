@@ -185,7 +185,9 @@ class Transformer(nnx.Module):
             layer = nnx.merge(graphdef, gather_layer(layer_parameters, config))
             x = keep_rows(x)
             entered, entering = memory.enter(layer, layer_state, entering, enter_at)
+            fixed = {name: getattr(entered, name) for name in memory.fixed_fields}
             layer_state = choose_rows(position.carries_context, layer_state, entered)
+            layer_state = dataclasses.replace(layer_state, **fixed)
             x, layer_state, closing = read_blocks(types.memories, at, which, layer, x, layer_state, closing)
             return (x, entering, closing), layer_state
 

@@ -35,6 +35,7 @@ def visible_keys(
     extra: Callable[[int], int] = lambda _: 0,
     window: int = 0,
     past: int = 0,
+    per_token: int = 0,
 ) -> float:
     """Return the number of keys that a query sees, summed over `tokens` queries.
 
@@ -45,6 +46,7 @@ def visible_keys(
       extra: returns the number of extra keys that the tokens of a block see, given the block's number.
       window: distance in tokens from which keys are hidden; 0 sets no limit.
       past: blocks of the stream before the first token.
+      per_token: keys that a token adds beside its own, for itself and the later tokens of its block.
     """
     total = 0.0
     for block in range(ceil_div(tokens, block_size)):
@@ -54,7 +56,7 @@ def visible_keys(
             total += sum(min(window, before + place) for place in range(1, count + 1))
         else:
             total += count * (before + (count + 1) / 2)
-        total += count * extra(past + block)
+        total += count * (extra(past + block) + per_token * (count + 1) / 2)
     return total
 
 
@@ -75,6 +77,7 @@ def keys_of_layers(model: ModelConfig, tokens: int, past: int = 0) -> float:
             extra=own.memory.extra_keys_of_block,
             window=own.memory.window,
             past=past,
+            per_token=own.memory.keys_per_token,
         )
         for own, layers in models_of_types(model)
     )

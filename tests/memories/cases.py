@@ -15,7 +15,12 @@ from fam_jax.memories.block_recurrent import BlockRecurrentConfig
 from fam_jax.memories.compressive import CompressiveConfig
 from fam_jax.memories.fam import FamConfig
 from fam_jax.memories.longformer import LongformerConfig
+from fam_jax.memories.fam_losses import FamLossesConfig
+from fam_jax.memories.fm import FeedbackMemoryConfig
 from fam_jax.memories.registry import memory_class, memory_kinds
+from fam_jax.memories.sum_fam import SummaryFamConfig
+from fam_jax.memories.titans import TitansGateConfig, TitansLayerConfig
+from fam_jax.memories.titans_mac import TitansContextConfig
 from fam_jax.memories.window import (
     BlockSlidingWindowConfig,
     FullConfig,
@@ -123,6 +128,18 @@ CASES = {
     "fam, float, stop-gradient": Case(
         FamConfig(length=3, segments=1, positions="float", stop_gradient=True), everything
     ),
+    "fam_losses": Case(FamLossesConfig(length=2, segments=1, diversity=0.1, reconstruction=0.1), everything),
+    "sum_fam": Case(SummaryFamConfig(length=2, segments=0), everything),
+    "sum_fam, none, R=2": Case(
+        SummaryFamConfig(length=2, segments=1, residual="none", previous_blocks=2), everything
+    ),
+    "fm": Case(FeedbackMemoryConfig(segments=1), everything),
+    "fm, stop-gradient": Case(FeedbackMemoryConfig(segments=1, stop_gradient=True), own_block),
+    "titans_mag": Case(TitansGateConfig(segments=0, chunk=2, persistent=2), everything),
+    "titans_mag, heads": Case(TitansGateConfig(chunk=4, heads=2, depth=3, stop_gradient=True), everything),
+    "titans_mal": Case(TitansLayerConfig(segments=1, chunk=4, depth=1, persistent=0), everything),
+    "titans_mac": Case(TitansContextConfig(chunk=2, persistent=2), everything),
+    "titans_mac, own": Case(TitansContextConfig(segments=1, chunk=1, retrieved="own"), everything),
     "running_mean": Case(RunningMeanConfig(segments=1, rate=0.5), everything),
     "read_write": Case(toys.ReadWriteConfig(segments=0), everything),
     "read_write, window": Case(toys.ReadWriteConfig(segments=1, window=3), everything),
@@ -131,7 +148,7 @@ CASES = {
 # One of every kind, and what differs most; the other cases are slow tests.
 ALWAYS = (
     "full", "swa", "bswa", "longformer", "transformer_xl", "block_recurrent", "compressive", "fam", "fam, prefix, R=2",
-    "running_mean", "read_write", "associative",
+    "fam_losses", "sum_fam", "fm", "titans_mag", "titans_mal", "titans_mac", "running_mean", "read_write", "associative",
 )  # fmt: skip
 assert {CASES[name].memory.kind for name in ALWAYS} == {case.memory.kind for case in CASES.values()}
 assert {case.memory.kind for case in CASES.values()} == {*memory_kinds(), *OWN}, (

@@ -91,7 +91,8 @@ def test_shares_of_attention(name: str) -> None:
     reads, writes, _ = watched(name)
     model, future = CASES[name].model, np.triu(np.ones((SIZE, SIZE), bool), 1)
     for block, (read, written) in enumerate(zip(reads, writes, strict=True)):
-        assert read.memory.shape == (LAYERS, ROWS, SIZE, model.num_heads, model.memory.extra_keys)
+        keys = model.memory.extra_keys + model.memory.keys_per_token * SIZE
+        assert read.memory.shape == (LAYERS, ROWS, SIZE, model.num_heads, keys)
         total = read.memory.sum(axis=-1) + read.past + read.own.sum(axis=-1)
         np.testing.assert_allclose(total, 1, **EXACT)
         np.testing.assert_array_equal(np.moveaxis(read.own, 3, 2)[..., future], 0)
