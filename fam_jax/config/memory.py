@@ -63,6 +63,10 @@ class MemoryConfig:
         """Return M, the rows that a chain of updates passes from block to block; 0 if there is no such chain."""
         return 0
 
+    def read_products(self, model: "ModelConfig") -> int:
+        """Return the multiply-adds of a token in a layer by which it reads the memory, attention left out."""
+        return 0
+
     def check_model(self, model: "ModelConfig") -> None:
         """Raise :class:`ConfigError` if the memory contradicts the rest of its model."""
 

@@ -10,6 +10,9 @@ MEMORIES: dict[str, Any] = {
     "bswa": "fam_jax.memories.window:BlockSlidingWindowAttention",
     "transformer_xl": "fam_jax.memories.window:TransformerXL",
     "fam": "fam_jax.memories.fam:FeedbackAttentionMemory",
+    "infini": "fam_jax.memories.infini:InfiniAttention",
+    "armt": "fam_jax.memories.armt:AssociativeRecurrentMemory",
+    "prmt": "fam_jax.memories.prmt:ParallelRecurrentMemory",
 }
 
 

@@ -15,6 +15,9 @@ from fam_jax import sharding
 from fam_jax.config import Config, ConfigError
 from fam_jax.generation.state_file import StateFileError, load_state, save_state
 from fam_jax.generation.streaming import Streamer
+from fam_jax.memories.armt import ArmtConfig
+from fam_jax.memories.infini import InfiniConfig
+from fam_jax.memories.prmt import PrmtConfig
 from fam_jax.model import Transformer
 from fam_jax.training.loop import make_trainer
 from tests.memories import toys
@@ -27,6 +30,9 @@ NEW = {
     "running_mean": RunningMeanConfig(segments=1, rate=0.5),
     "read_write": toys.ReadWriteConfig(segments=1),
     "associative": toys.AssociativeConfig(segments=0),
+    "infini": InfiniConfig(update="delta"),
+    "armt": ArmtConfig(length=2, key_dim=6),
+    "prmt": PrmtConfig(length=2),
 }
 OFTEN = "running_mean"
 every_new_memory = pytest.mark.parametrize(
@@ -96,7 +102,10 @@ def test_generation_goes_on_from_a_file(memory: Any, tmp_path: pathlib.Path) -> 
         load_state(path, other, streamer.params)
 
 
-@pytest.mark.parametrize("name", ["running_mean", "associative"])
+@pytest.mark.parametrize(
+    "name",
+    rest_slow(["running_mean", "associative", "infini", "armt", "prmt"], ["running_mean", "associative"]),
+)
 def test_local_layers_between(name: str) -> None:
     """Local layers have only the window; rows that rise pass through them unchanged."""
     model = dataclasses.replace(
@@ -123,7 +132,17 @@ def test_a_top_that_feeds_the_bottom_needs_global_layers() -> None:
         Reader(model, {}, 1)
 
 
-@pytest.mark.parametrize(("name", "field"), [("running_mean", "mean"), ("associative", "matrix")])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("running_mean", "mean"),
+        ("associative", "matrix"),
+        ("infini", "key_value_sums"),
+        ("infini", "key_sums"),
+        ("armt", "associative_matrix"),
+        ("armt", "associative_normalizer"),
+    ],
+)
 def test_sums_stay_float32_in_a_bfloat16_model(name: str, field: str) -> None:
     """T8: the sums grow or decay over any number of blocks."""
     model = dataclasses.replace(CASES[name].model, memory=NEW[name], dtype="bfloat16")
