@@ -15,7 +15,7 @@ from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.layers.fsdp import keep_rows
 from fam_jax.layers.rope import rotate
 from fam_jax.memories.interface import Stream, Tail
-from fam_jax.memories.learned_rows import ROWS_AXES, LearnedRows, rows_of_random_tokens
+from fam_jax.memories.learned_rows import LearnedRows, embedded_rows
 from fam_jax.memories.window import ChunkFrames, Window
 from fam_jax.memories.window_cache import BlockWindowConfig, Position, WindowState, shift_window
 
@@ -48,7 +48,8 @@ class ArmtConfig(BlockWindowConfig):
         doc="Let a key add to the normalizer only as far as it is new (gamma in the paper). False: all of it.",
     )
 
-    parameter_axes: ClassVar[Mapping[str, tuple[str, ...]]] = ROWS_AXES | {
+    parameter_axes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "memory_rows": ("slots", "width"),
         "recall_query": ("width", "norm"),
         "write_key": ("width", "norm"),
         "write_value": ("width", "norm"),
@@ -137,11 +138,12 @@ class AssociativeRecurrentMemory(Window[ArmtState]):
 
     def model_parameters(self, rngs: nnx.Rngs) -> nnx.Module:
         """Create the memory rows, the same for every block."""
-        return LearnedRows(self.model, self.config.length, rngs)
+        return LearnedRows(self.model, "memory_rows", self.config.length, rngs)
 
     def initial_parameters(self, table: jax.Array, seed: int) -> Mapping[str, jax.Array]:
         """Return the embeddings of random tokens for the memory rows."""
-        return {"memory/rows": rows_of_random_tokens(self.model, table, (self.config.length,), seed)}
+        tokens = jax.random.randint(jax.random.key(seed), (self.config.length,), 0, table.shape[0])
+        return {"memory/memory_rows": embedded_rows(self.model, table, tokens)}
 
     def empty_fields(self, batch_size: int) -> dict[str, jax.Array]:
         """Return a matrix and a normalizer of zero."""
@@ -153,8 +155,7 @@ class AssociativeRecurrentMemory(Window[ArmtState]):
 
     def close_stream(self, parameters: Any, shared: Any, batch_size: int) -> Stream:
         """Return the memory rows (B, M, D)."""
-        rows = parameters.rows[...].astype(self.model.dtype)
-        return jnp.broadcast_to(rows, (batch_size, *rows.shape))
+        return parameters.of_batch(batch_size, self.model.dtype)
 
     def read_piece(
         self, layer: DecoderLayer, x: jax.Array, state: ArmtState, at: Any

@@ -1,4 +1,6 @@
-"""Learned vectors (M, D) that pass through layers beside those of tokens: memory rows, and the start of a memory."""
+"""Learned rows that enter a layer beside tokens, as embeddings do: memory rows, and what a memory starts from."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,39 +9,39 @@ from flax import nnx
 from fam_jax.config import ModelConfig
 from fam_jax.layers.decoder_layer import embedding_stddev
 
-# Logical axes of the rows, for `parameter_axes`.
-ROWS_AXES = {"rows": ("slots", "width")}
-
 
 class LearnedRows(nnx.Module):
-    """Learned rows (M, D)."""
+    """A parameter (M, D), by default at the scale of embeddings."""
 
-    def __init__(self, model: ModelConfig, length: int, rngs: nnx.Rngs, *, stddev: float = 0.0):
-        """Create random rows.
+    def __init__(self, model: ModelConfig, name: str, length: int, rngs: nnx.Rngs, *, stddev: float = 0.0):
+        """Create it under a name that the memory's `parameter_axes` lists.
 
         Args:
           model: the model's config.
+          name: name of the parameter.
           length: M.
           rngs: random streams for the initial values.
-          stddev: standard deviation of the initial values; 0 takes that of embeddings.
+          stddev: their standard deviation; 0: that of embeddings.
         """
+        self.name = name
         values = jax.random.normal(rngs.params(), (length, model.model_dim), jnp.float32)
-        self.rows = nnx.Param(values * (stddev or embedding_stddev(model)))
+        setattr(self, name, nnx.Param(values * (stddev or embedding_stddev(model))))
+
+    def of_batch(self, batch_size: int, dtype: Any) -> jax.Array:
+        """Return the rows (B, M, D) of a batch."""
+        rows = getattr(self, self.name)[...].astype(dtype)
+        return jnp.broadcast_to(rows, (batch_size, *rows.shape))
 
 
-def rows_of_random_tokens(
-    model: ModelConfig, table: jax.Array, shape: tuple[int, ...], seed: int
-) -> jax.Array:
-    """Return the embeddings of random tokens as they enter the first layer, to start learned rows from.
+def embedded_rows(model: ModelConfig, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Return rows (..., M, D), float32, to start from in a trained model: tokens as they enter its bottom layer.
 
-    The layers of a trained model know vectors of this kind and norm, whatever the scale of the embeddings (Lester et
-    al. 2021).
+    Its layers were trained on vectors of this kind and norm, whatever the scale of the embeddings (Lester et al. 2021).
 
     Args:
       model: the model's config.
-      table: (V, D) embeddings of the trained model.
-      shape: shape of the result without D.
-      seed: seed of the choice of tokens.
+      table: (V, D) its embeddings.
+      tokens: (..., M) int32.
     """
-    tokens = jax.random.randint(jax.random.key(seed), shape, 0, table.shape[0])
-    return table[tokens].astype(jnp.float32) * (model.model_dim**0.5 if model.scale_embeddings else 1.0)
+    factor = model.model_dim**0.5 if model.scale_embeddings else 1.0
+    return table[tokens].astype(jnp.float32) * factor

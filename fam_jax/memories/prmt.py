@@ -20,7 +20,7 @@ from fam_jax.layers.rope import Rope, Rotation, rotate
 from fam_jax.memories.chain import Attend, ChainAttention, ChainInputs, run_chain, update_vectors
 from fam_jax.memories.fam import raise_prompt
 from fam_jax.memories.interface import Stream
-from fam_jax.memories.learned_rows import ROWS_AXES, LearnedRows, rows_of_random_tokens
+from fam_jax.memories.learned_rows import LearnedRows, embedded_rows
 from fam_jax.memories.window import ChunkFrames, ExtraKeys, Window
 from fam_jax.memories.window_cache import (
     BlockWindowConfig,
@@ -68,7 +68,7 @@ class PrmtConfig(BlockWindowConfig):
         default=True, doc="The first update has its residual connection. False: it has none (FAM)."
     )
 
-    parameter_axes: ClassVar[Mapping[str, tuple[str, ...]]] = ROWS_AXES
+    parameter_axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"initial_rows": ("slots", "width")}
 
     @property
     def extra_keys(self) -> int:
@@ -86,7 +86,7 @@ class PrmtConfig(BlockWindowConfig):
 class PrmtState(WindowState):
     """The window's cache and the memory rows of one layer."""
 
-    # (B, M, D) after the last complete block.
+    # (B, M, D) after the last complete block, float32 or wider: rows add to themselves at every block.
     memory_rows: Any
     # (B, M, K, hd) their keys, rotated in the frame of the next block, and values.
     read_keys: Any
@@ -119,6 +119,7 @@ class ParallelRecurrentMemory(Window[PrmtState]):
         super().__init__(model)
         assert isinstance(model.memory, PrmtConfig)
         self.config = model.memory
+        self.row_dtype = jnp.promote_types(model.dtype, jnp.float32)
 
     def layer_parameters(self, rngs: nnx.Rngs) -> nnx.Module | None:
         """Create the initial rows of a layer, if each layer has its own."""
@@ -129,13 +130,16 @@ class ParallelRecurrentMemory(Window[PrmtState]):
         return self._initial(rngs) if self.config.init == "prompt" else None
 
     def _initial(self, rngs: nnx.Rngs) -> LearnedRows:
-        return LearnedRows(self.model, self.config.length, rngs, stddev=self.config.init_stddev)
+        config = self.config
+        return LearnedRows(self.model, "initial_rows", config.length, rngs, stddev=config.init_stddev)
 
     def initial_parameters(self, table: jax.Array, seed: int) -> Mapping[str, jax.Array]:
         """Return the embeddings of random tokens for the initial rows."""
         layers = (self.model.num_layers,) if self.config.init == "prefix" else ()
-        rows = rows_of_random_tokens(self.model, table, (*layers, self.config.length), seed)
-        return {"layers/memory/rows" if layers else "memory/rows": rows}
+        shape = (*layers, self.config.length)
+        tokens = jax.random.randint(jax.random.key(seed), shape, 0, table.shape[0])
+        path = "layers/memory/initial_rows" if layers else "memory/initial_rows"
+        return {path: embedded_rows(self.model, table, tokens)}
 
     @property
     def passed_fields(self) -> tuple[str, ...]:
@@ -146,7 +150,7 @@ class ParallelRecurrentMemory(Window[PrmtState]):
         """Return zeros for the rows and their keys and values."""
         model, length = self.model, self.config.length
         keys = jnp.zeros((batch_size, length, model.num_kv_heads, model.head_dim), model.dtype)
-        rows = jnp.zeros((batch_size, length, model.model_dim), model.dtype)
+        rows = jnp.zeros((batch_size, length, model.model_dim), self.row_dtype)
         return {"memory_rows": rows, "read_keys": keys, "read_values": keys}
 
     def state_axes(self) -> dict[str, tuple[str | None, ...]]:
@@ -162,28 +166,31 @@ class ParallelRecurrentMemory(Window[PrmtState]):
 
     def enter_stream(self, parameters: Any, shared: Any) -> Stream:
         """Return the prompt (1, M, D)."""
-        return None if parameters is None else parameters.rows[...].astype(self.model.dtype)[None]
+        return None if parameters is None else parameters.of_batch(1, self.row_dtype)
 
     def enter(
         self, layer: DecoderLayer, state: PrmtState, stream: Stream, at: Any
     ) -> tuple[PrmtState, Stream]:
         """Set the initial rows, and pass the prompt up through the layer."""
-        initial = layer.memory.rows[...][None] if stream is None else stream
+        initial = layer.memory.of_batch(1, self.row_dtype) if stream is None else stream
         if stream is not None:
             stream = raise_prompt(layer, stream, at)
-        initial = initial.astype(state.memory_rows.dtype)
         _, k, v = layer.project(initial)
 
-        def of_batch(x: jax.Array, like: jax.Array) -> jax.Array:
-            return jnp.broadcast_to(x, like.shape).astype(like.dtype)
+        return self._with_rows(state, initial, rotate(k, at), v), stream
 
-        state = dataclasses.replace(
+    def _with_rows(self, state: PrmtState, rows: jax.Array, k: jax.Array, v: jax.Array) -> PrmtState:
+        """Return the state with other rows (B or 1, M, D), their keys, rotated for the next block, and values."""
+
+        def like(x: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(x, old.shape).astype(old.dtype)
+
+        return dataclasses.replace(
             state,
-            memory_rows=of_batch(initial, state.memory_rows),
-            read_keys=of_batch(rotate(k, at), state.read_keys),
-            read_values=of_batch(v, state.read_values),
+            memory_rows=like(rows, state.memory_rows),
+            read_keys=like(k, state.read_keys),
+            read_values=like(v, state.read_values),
         )
-        return state, stream
 
     # Reading.
 
@@ -216,13 +223,12 @@ class ParallelRecurrentMemory(Window[PrmtState]):
         rows, chain_k, chain_v = self._write_blocks(layer, k, v, state.memory_rows, at)
         _, last_k, last_v = layer.project(rows)
         keys, values = (
-            jnp.concatenate([chained, last[None]]).swapaxes(0, 1)[:, :blocks]  # (B, N, M, K, hd)
+            # (B, N, M, K, hd)
+            jnp.concatenate([chained, last[None]]).swapaxes(0, 1)[:, :blocks].astype(k.dtype)
             for chained, last in ((chain_k, last_k), (chain_v, last_v))
         )
         own = self._read_rotation(self.rope)
-        state = dataclasses.replace(
-            state, memory_rows=rows, read_keys=rotate(last_k, own), read_values=last_v
-        )
+        state = self._with_rows(state, rows, rotate(last_k, own), last_v)
         return ExtraKeys(rotate(keys, own.after(at.blocks)), values, None), state
 
     def _write_blocks(
@@ -261,8 +267,7 @@ class ParallelRecurrentMemory(Window[PrmtState]):
         keep = self._keeps_residual(position.carries_context)
         rows, _ = self._update(layer, state.memory_rows, keep, attend)
         _, k, v = layer.project(rows)
-        own = self._read_rotation(self.rope)
-        state = dataclasses.replace(state, memory_rows=rows, read_keys=rotate(k, own), read_values=v)
+        state = self._with_rows(state, rows, rotate(k, self._read_rotation(self.rope)), v)
         return shift_window(state), stream
 
     def _update(

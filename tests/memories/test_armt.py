@@ -83,7 +83,7 @@ def armt_forward(params: Any, config: Any, tokens: Array) -> Array:
     logits = []
     for begin in range(0, len(tokens), size):
         block = params["embedding"]["table"][tokens[begin : begin + size]]
-        rows = np.concatenate([block, params["memory"]["rows"]]) if len(block) == size else block
+        rows = np.concatenate([block, params["memory"]["memory_rows"]]) if len(block) == size else block
         for index, matrix in enumerate(matrices):
             rows = np.array([h + matrix.read(h) for h in rows])
             earlier = past[index][max(len(past[index]) - segments * size, 0) :]
@@ -141,12 +141,12 @@ def test_a_new_model_writes_zeros_and_learns_values_first() -> None:
     params, tokens = with_values(random_parameters(model), 0), jnp.asarray(some_tokens())
 
     def loss(layers: Any, rows: jax.Array) -> jax.Array:
-        tree = params | {"layers": params["layers"] | {"memory": layers}, "memory": {"rows": rows}}
+        tree = params | {"layers": params["layers"] | {"memory": layers}, "memory": {"memory_rows": rows}}
         built = build(model, tree)
         return jnp.square(built(tokens, built.init_state(ROWS), aligned=True)[0]).sum()
 
     slopes, of_rows = jax.jit(jax.grad(loss, argnums=(0, 1)))(
-        params["layers"]["memory"], params["memory"]["rows"]
+        params["layers"]["memory"], params["memory"]["memory_rows"]
     )
     moved = {name: float(np.abs(leaf).max()) > 0 for name, leaf in slopes.items()}
     assert moved == {name: name == "write_value" for name in slopes}

@@ -70,7 +70,7 @@ def logits_of(name: str) -> Array:
 def as_in_the_paper(params: Any, config: Any, tokens: Array) -> Array:
     """Return logits (T, V) of one stream: in each layer, [rows ; block ; rows] under a causal mask."""
     size, length = config.block_size, config.memory.length
-    memory, logits = [*params["layers"]["memory"]["rows"]], []
+    memory, logits = [*params["layers"]["memory"]["initial_rows"]], []
     for begin in range(0, len(tokens), size):
         x = params["embedding"]["table"][tokens[begin : begin + size]]
         for index in range(config.num_layers):
@@ -131,8 +131,8 @@ class Layer:
 
 def initial_rows(params: Any, config: Any) -> list[Array]:
     if config.memory.init == "prefix":
-        return [*params["layers"]["memory"]["rows"]]
-    rows, found = params["memory"]["rows"], []
+        return [*params["layers"]["memory"]["initial_rows"]]
+    rows, found = params["memory"]["initial_rows"], []
     for index in range(config.num_layers):
         found.append(rows)
         places = [*range(-len(rows), 0)]
@@ -184,7 +184,7 @@ def test_all_switches_turned_make_fam() -> None:
     model = model_of(AS_FAM)
     params = random_parameters(model)
     fam = dataclasses.replace(model, memory=FamConfig(length=2, segments=0))
-    renamed = params | {"memory": {"initial_fam": params["memory"]["rows"]}}
+    renamed = params | {"memory": {"initial_fam": params["memory"]["initial_rows"]}}
     np.testing.assert_allclose(logits_of("FAM"), read(fam, renamed), **EXACT)
 
 
@@ -201,5 +201,5 @@ def test_initial_rows_have_the_given_scale(stddev: float, expected: float) -> No
     model = dataclasses.replace(
         CASES["prmt"].model, model_dim=64, memory=PrmtConfig(length=64, init_stddev=stddev)
     )
-    rows = ParallelRecurrentMemory(model).layer_parameters(nnx.Rngs(0)).rows[...]
+    rows = ParallelRecurrentMemory(model).layer_parameters(nnx.Rngs(0)).initial_rows[...]
     assert abs(float(np.std(rows)) / expected - 1) < 0.05

@@ -141,6 +141,7 @@ def test_a_top_that_feeds_the_bottom_needs_global_layers() -> None:
         ("infini", "key_sums"),
         ("armt", "associative_matrix"),
         ("armt", "associative_normalizer"),
+        ("prmt", "memory_rows"),
     ],
 )
 def test_sums_stay_float32_in_a_bfloat16_model(name: str, field: str) -> None:
