@@ -18,12 +18,15 @@ from fam_jax.generation.streaming import Streamer
 from fam_jax.memories.armt import ArmtConfig
 from fam_jax.memories.infini import InfiniConfig
 from fam_jax.memories.prmt import PrmtConfig
+from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import Transformer
+from fam_jax.training.flops import step_flops
 from fam_jax.training.loop import make_trainer
 from tests.memories import toys
 from tests.memories.cases import CASES, random_parameters
 from tests.model.tiny import Reader
-from tests.training.tiny import assert_close, changed, run, some_batch, start
+from tests.training.tiny import ROWS as BATCH_ROWS
+from tests.training.tiny import TINY, TOKENS, assert_close, changed, run, some_batch, start
 from tests.variants import rest_slow
 
 NEW = {
@@ -45,7 +48,7 @@ every_new_memory = pytest.mark.parametrize(
 
 
 def training(memory: Any, **values: Any) -> Config:
-    return changed(train__random_state_passing=0.5, model__memory=memory, **values)
+    return changed(**{"train__random_state_passing": 0.5, "model__memory": memory} | values)
 
 
 @every_new_memory
@@ -150,6 +153,17 @@ def test_sums_stay_float32_in_a_bfloat16_model(name: str, field: str) -> None:
     state = jax.eval_shape(lambda: _read(model))
     assert getattr(state.layers, field).dtype == jnp.float32
     assert state.layers.keys.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("name", "products"), [("infini", 4 * 4 * 5), ("armt", 8 * 6 + 36 * 9)])
+def test_reading_counts_in_the_flops_of_a_step(name: str, products: int) -> None:
+    """What tokens multiply by to read sums or a matrix counts, as attention to keys does."""
+    window = BlockSlidingWindowConfig(segments=0)
+    plain, found = (
+        step_flops(training(memory, train__random_state_passing=0.0), {}, TOKENS)
+        for memory in (window, NEW[name])
+    )
+    assert found - plain == 6 * products * TINY.model.num_layers * BATCH_ROWS * TOKENS
 
 
 def _read(model: Any) -> Any:
