@@ -24,7 +24,8 @@ SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(*PROJECTIONS)
 Merge = Callable[[Any, Any, Any], DecoderLayer]
 
 
-# Queries (B, M, H, hd), keys and values (B, M, K, hd) of the vectors, not rotated -> attended values (B, M, H, hd).
+# Queries (B, M, H, hd), keys and values (B, S, K, hd) of the memory, not rotated -> attended values (B, M, H, hd). The
+# last M keys are those of the vectors; most memories have no others.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -34,7 +35,8 @@ class ChainInputs(NamedTuple):
     # (B, T, K * hd) keys of all tokens, rotated, and their values. The chain reads the first N * C.
     keys: jax.Array
     values: jax.Array
-    # (N, B or 1, M, 1, hd/2) of the vectors before each block, in the frame of the keys.
+    # (N, B or 1, S, 1, hd/2) of the memory's keys before each block, in the frame of the tokens' keys. The last M are
+    # those of the vectors, whose queries they rotate as well.
     rotation: Rotation
     # (N, B) bool: True where the vectors carry context; the update then has its residual connection.
     keep: jax.Array
@@ -48,6 +50,8 @@ class ChainAttention(NamedTuple):
     block_size: int
     softcap: float
     implementation: str
+    # Whether a vector sees itself and earlier vectors only.
+    causal: bool = False
 
 
 # (layer, vectors (B, M, D), keep (B,) bool, attend, apply) -> (new vectors, outputs of the step). An update applies
@@ -197,7 +201,9 @@ def _attend_to(
     attention: ChainAttention,
 ) -> Attend:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q, k = (rotate_tokens(x, rotation, attention.implementation) for x in (q, k))
+        extra = k.shape[1] - q.shape[1]
+        own = rotation[:, extra:] if extra else rotation
+        q, k = (rotate_tokens(x, at, attention.implementation) for x, at in ((q, own), (k, rotation)))
         return update_attention(
             q,
             k,
@@ -207,6 +213,7 @@ def _attend_to(
             block,
             taps,
             softcap=attention.softcap,
+            causal=attention.causal,
             implementation=attention.implementation,
         )
 

@@ -19,6 +19,9 @@ MEMORIES: dict[str, Any] = {
     "titans_mag": "fam_jax.memories.titans:MemoryAsGate",
     "titans_mal": "fam_jax.memories.titans:MemoryAsLayer",
     "titans_mac": "fam_jax.memories.titans_mac:MemoryAsContext",
+    "infini": "fam_jax.memories.infini:InfiniAttention",
+    "armt": "fam_jax.memories.armt:AssociativeRecurrentMemory",
+    "prmt": "fam_jax.memories.prmt:ParallelRecurrentMemory",
 }
 
 

@@ -11,12 +11,15 @@ from flax import nnx
 
 from examples.running_mean import RunningMean, RunningMeanConfig
 from fam_jax.config import MemoryConfig, ModelConfig
+from fam_jax.memories.armt import ArmtConfig
 from fam_jax.memories.block_recurrent import BlockRecurrentConfig
 from fam_jax.memories.compressive import CompressiveConfig
 from fam_jax.memories.fam import FamConfig
-from fam_jax.memories.longformer import LongformerConfig
 from fam_jax.memories.fam_losses import FamLossesConfig
 from fam_jax.memories.fm import FeedbackMemoryConfig
+from fam_jax.memories.infini import InfiniConfig
+from fam_jax.memories.longformer import LongformerConfig
+from fam_jax.memories.prmt import PrmtConfig
 from fam_jax.memories.registry import memory_class, memory_kinds
 from fam_jax.memories.sum_fam import SummaryFamConfig
 from fam_jax.memories.titans import TitansGateConfig, TitansLayerConfig
@@ -140,6 +143,21 @@ CASES = {
     "titans_mal": Case(TitansLayerConfig(segments=1, chunk=4, depth=1, persistent=0), everything),
     "titans_mac": Case(TitansContextConfig(chunk=2, persistent=2), everything),
     "titans_mac, own": Case(TitansContextConfig(segments=1, chunk=1, retrieved="own"), everything),
+    "infini": Case(InfiniConfig(), everything),
+    "infini, delta": Case(InfiniConfig(update="delta"), everything),
+    "infini, delta, window": Case(InfiniConfig(update="delta", segments=1, window=3), everything),
+    "armt": Case(ArmtConfig(length=2, key_dim=6), everything),
+    "armt, no correction, many rows": Case(
+        ArmtConfig(length=SIZE + 1, key_dim=4, dpfp_nu=2, correction=False, segments=1), everything
+    ),
+    "prmt": Case(PrmtConfig(length=2), everything),
+    "prmt, prompt, before, window": Case(
+        PrmtConfig(length=2, init="prompt", query_positions="before", segments=1), everything
+    ),
+    "prmt, once, many rows": Case(
+        PrmtConfig(length=SIZE + 1, memory_twice=False, first_residual=False), everything
+    ),
+    "prmt, not causal": Case(PrmtConfig(length=3, causal=False, first_residual=False), everything),
     "running_mean": Case(RunningMeanConfig(segments=1, rate=0.5), everything),
     "read_write": Case(toys.ReadWriteConfig(segments=0), everything),
     "read_write, window": Case(toys.ReadWriteConfig(segments=1, window=3), everything),
@@ -148,7 +166,8 @@ CASES = {
 # One of every kind, and what differs most; the other cases are slow tests.
 ALWAYS = (
     "full", "swa", "bswa", "longformer", "transformer_xl", "block_recurrent", "compressive", "fam", "fam, prefix, R=2",
-    "fam_losses", "sum_fam", "fm", "titans_mag", "titans_mal", "titans_mac", "running_mean", "read_write", "associative",
+    "fam_losses", "sum_fam", "fm", "titans_mag", "titans_mal", "titans_mac", "infini", "armt", "prmt", "running_mean",
+    "read_write", "associative",
 )  # fmt: skip
 assert {CASES[name].memory.kind for name in ALWAYS} == {case.memory.kind for case in CASES.values()}
 assert {case.memory.kind for case in CASES.values()} == {*memory_kinds(), *OWN}, (

@@ -215,8 +215,8 @@ FASTER = [
 def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
     """A faster `read_blocks` equals the default, which uses `read_piece` and `close_block`.
 
-    Compares outputs, states, and gradients with respect to input and parameters, over two chunks. The second chunk
-    starts with one fresh row and ends within a block.
+    Compares outputs, states, rows that rise, and gradients with respect to input and parameters, over two chunks. The
+    second chunk starts with one fresh row and ends within a block.
     """
     model = CASES[name].model
     memory, params = memory_of(model), parameters(name)
@@ -229,19 +229,21 @@ def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
     def read(tree: Any, shared: Any, x: jax.Array, *, default: bool) -> Any:
         own = memory.parameters = filled(memory.model_parameters, shared) if shared else None
         layer = filled(lambda rngs: DecoderLayer(model, rngs=rngs, memory=memory.layer_parameters), tree)
-        stream = memory.enter_stream(own, None)
+        stream, closing = memory.enter_stream(own, None), memory.close_stream(own, None, ROWS)
         start, _ = memory.enter(layer, memory.empty(ROWS), stream, memory.enter_at(memory.rope))
-        state, position, out = start, start_position(ROWS, SIZE), []
+        state, position, out, risen = start, start_position(ROWS, SIZE), [], []
         for chunk in (x[:, :SIZE], x[:, SIZE:]):
             at = position if default else memory.blocks_at(position, chunk.shape[1], model.memory_segments)
             how = Memory.read_blocks if default else type(memory).read_blocks
-            y, state, _ = how(memory, layer, chunk, state, None, at)
+            rows = jax.tree.map(lambda x, n=chunk.shape[1] // SIZE: jnp.stack([x] * n), closing)
+            y, state, rows = how(memory, layer, chunk, state, rows, at)
             out.append(y)
+            risen.append(rows)
             if len(out) == 1:
                 state = choose_rows(fresh, start, state)
                 position = choose_rows(fresh, position, position.next_block(writes=model.memory.has_state))
         of_block = {name: x[:, : SIZE - 1] for name, x in vars(state).items() if name.startswith("block_")}
-        return jnp.concatenate(out, axis=1), dataclasses.replace(state, **of_block)
+        return jnp.concatenate(out, axis=1), dataclasses.replace(state, **of_block), risen
 
     def score(tree: Any, shared: Any, x: jax.Array, *, default: bool) -> Any:
         result = read(tree, shared, x, default=default)
