@@ -10,6 +10,9 @@ MEMORIES: dict[str, Any] = {
     "bswa": "fam_jax.memories.window:BlockSlidingWindowAttention",
     "transformer_xl": "fam_jax.memories.window:TransformerXL",
     "fam": "fam_jax.memories.fam:FeedbackAttentionMemory",
+    "rmt": "fam_jax.memories.rmt:RecurrentMemoryTransformer",
+    "autocompressor": "fam_jax.memories.autocompressor:AutoCompressor",
+    "feedback": "fam_jax.memories.feedback:FeedbackTransformer",
 }
 
 

@@ -33,6 +33,7 @@ from fam_jax.model.layer_types import (
     read_piece,
 )
 from fam_jax.model.state import StreamState, empty_state
+from fam_jax.model.truncation import FULL, Truncation, read_in_parts
 
 # Results of attention are kept too; otherwise the attention kernels would run twice.
 REMAT_POLICIES = {
@@ -95,6 +96,7 @@ class Transformer(nnx.Module):
         lengths: jax.Array | None = None,
         aligned: bool = False,
         position_offset: jax.Array | None = None,
+        truncation: Truncation = FULL,
     ) -> tuple[jax.Array, StreamState]:
         """Return the normalized activations (B, T, D) from which logits are computed, and the state after the tokens.
 
@@ -106,6 +108,7 @@ class Transformer(nnx.Module):
           aligned: promise that every row is at a block border. All blocks then go through each layer at once. Use it
             to train and to prefill.
           position_offset: (B,) int32 added to all positions (random position offset, appendix B.2.2).
+          truncation: where gradients stop. It changes no result, and other calls than aligned ones ignore it.
 
         Raises:
           ValueError: there are no tokens, or `lengths` is given with `aligned`, or `position_offset` without it.
@@ -118,7 +121,10 @@ class Transformer(nnx.Module):
             position = dataclasses.replace(state.position, offset=position_offset)
             state = dataclasses.replace(state, position=position)
             in_turn = layer_types(self.config).main.order == "segment"
-            out, state = self._read_in_turn(tokens, state) if in_turn else self._read_aligned(tokens, state)
+            parts = truncation.parts(tokens.shape[1], self.config.block_size)
+            out, state = read_in_parts(
+                self._read_in_turn if in_turn else self._read_aligned, tokens, state, parts
+            )
             return out, dataclasses.replace(state, position=dataclasses.replace(state.position, offset=None))
         if position_offset is not None:
             raise ValueError("position_offset: only aligned calls take it; set aligned=True")

@@ -11,6 +11,7 @@ from flax import nnx
 
 from fam_jax.config import Config
 from fam_jax.model import StreamState, empty_state, from_dict, going_on_by_row, lora, with_passed_on
+from fam_jax.model.truncation import truncation_of
 from fam_jax.training.losses import token_loss
 from fam_jax.training.optimizer import learning_rate
 from fam_jax.training.state import TrainState, model_structure, what_is_carried
@@ -52,7 +53,13 @@ def make_train_step(
     ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, from_dict(abstract, lora.join(trained, frozen)))
         start = _start_of_rows(config, state, draws)
-        hidden, after = model.hidden(batch["inputs"], start, aligned=True, position_offset=draws.offset)
+        hidden, after = model.hidden(
+            batch["inputs"],
+            start,
+            aligned=True,
+            position_offset=draws.offset,
+            truncation=truncation_of(train),
+        )
         result = token_loss(
             model, hidden, batch["targets"], batch["weights"], chunk=train.loss_chunk, z_loss=train.z_loss
         )

@@ -11,8 +11,11 @@ from flax import nnx
 
 from examples.running_mean import RunningMean, RunningMeanConfig
 from fam_jax.config import MemoryConfig, ModelConfig
+from fam_jax.memories.autocompressor import AutoCompressorConfig
 from fam_jax.memories.fam import FamConfig
+from fam_jax.memories.feedback import FeedbackConfig
 from fam_jax.memories.registry import memory_class, memory_kinds
+from fam_jax.memories.rmt import RmtConfig
 from fam_jax.memories.window import (
     BlockSlidingWindowConfig,
     FullConfig,
@@ -101,6 +104,18 @@ CASES = {
     "fam, float, stop-gradient": Case(
         FamConfig(length=3, segments=1, positions="float", stop_gradient=True), everything
     ),
+    "rmt": Case(RmtConfig(length=2), everything),
+    "rmt, causal, M > C": Case(RmtConfig(length=5, mask="causal"), everything),
+    "rmt, window": Case(RmtConfig(length=2, segments=1, stop_gradient=True), everything),
+    "autocompressor": Case(AutoCompressorConfig(length=2, summaries=3), everything),
+    "autocompressor, two kept": Case(AutoCompressorConfig(length=2, summaries=2), everything),
+    "autocompressor, fixed, M > C": Case(
+        AutoCompressorConfig(length=5, summaries=2, summary_positions="fixed"), everything
+    ),
+    "autocompressor, window": Case(AutoCompressorConfig(length=2, summaries=1, segments=1), everything),
+    "feedback": Case(FeedbackConfig(segments=1), everything),
+    "feedback, sees itself": Case(FeedbackConfig(segments=2, sees_itself=True), everything),
+    "feedback, stop-gradient": Case(FeedbackConfig(segments=1, stop_gradient=True), own_block),
     "running_mean": Case(RunningMeanConfig(segments=1, rate=0.5), everything),
     "read_write": Case(toys.ReadWriteConfig(segments=0), everything),
     "read_write, window": Case(toys.ReadWriteConfig(segments=1, window=3), everything),
@@ -108,7 +123,8 @@ CASES = {
 }
 # One of every kind, and what differs most; the other cases are slow tests.
 ALWAYS = (
-    "full", "swa", "bswa", "transformer_xl", "fam", "fam, prefix, R=2", "running_mean", "read_write", "associative",
+    "full", "swa", "bswa", "transformer_xl", "fam", "fam, prefix, R=2", "rmt", "autocompressor", "feedback",
+    "running_mean", "read_write", "associative",
 )  # fmt: skip
 assert {CASES[name].memory.kind for name in ALWAYS} == {case.memory.kind for case in CASES.values()}
 assert {case.memory.kind for case in CASES.values()} == {*memory_kinds(), *OWN}, (
