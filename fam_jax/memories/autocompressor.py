@@ -1,6 +1,5 @@
 """AutoCompressors (Chevalier et al. 2023): a block leaves summary vectors, and later blocks see those of all before."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

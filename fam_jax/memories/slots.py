@@ -1,6 +1,6 @@
 """Slots: keys and values of the rows that the last n blocks left. Newer rows do not change those of older ones.
 
-A slot is filled once: when a block closes, the slots move by one, and `Memory.enter` fills the newest one as the block's
+A slot is filled once. When a block closes, the slots move by one, and `Memory.enter` fills the newest as the block's
 rows pass through the layers. Keys are rotated in the frame of their own rows, of which the first is at position 0.
 """
 
@@ -63,7 +63,9 @@ def fill_newest(state: S, k: jax.Array, v: jax.Array) -> S:
     def put(slots: jax.Array, newest: jax.Array) -> jax.Array:
         return choose_rows(state.slots_filled > 0, slots.at[:, -1].set(newest), slots)
 
-    return dataclasses.replace(state, slot_keys=put(state.slot_keys, k), slot_values=put(state.slot_values, v))
+    return dataclasses.replace(
+        state, slot_keys=put(state.slot_keys, k), slot_values=put(state.slot_values, v)
+    )
 
 
 def slots_part(state: SlotState, q: jax.Array, rope: Rope, origins: np.ndarray) -> Part:

@@ -20,7 +20,7 @@ class Truncation:
 
     # k, blocks; 0: nowhere.
     blocks: int = 0
-    # chunked: at every k-th border, so that a loss reaches 0 to k - 1 blocks back. last: once, before the last k blocks.
+    # chunked: at every k-th border, so a loss reaches 0 to k - 1 blocks back. last: once, before the last k blocks.
     kind: str = "chunked"
 
     def parts(self, length: int, block_size: int) -> list[int]:
@@ -79,4 +79,3 @@ def read_in_parts(
         state, hidden = go_on(state, tokens[:, begin:])
         outputs.append(hidden)
     return jnp.concatenate(outputs, axis=1), state
-

@@ -59,7 +59,9 @@ def compressor_forward(params: Any, config: Any, tokens: Array) -> tuple[Array, 
         kinds: list[Any] = [number for number in range(count) for _ in range(length)]
         kinds += ["token"] * len(block) + ["s"] * length
         fixed = memory.summary_positions == "fixed"
-        places = [-length + i if fixed else (n - count) * length + i for n in range(count) for i in range(length)]
+        places = [
+            -length + i if fixed else (n - count) * length + i for n in range(count) for i in range(length)
+        ]
         places += [*range(len(block)), *range(size, size + length)]
         rows = [*np.reshape(summaries, (-1, own.shape[1])), *block, *own]
         for index in range(config.num_layers):
@@ -68,7 +70,9 @@ def compressor_forward(params: Any, config: Any, tokens: Array) -> tuple[Array, 
             above = []
             for i, x in enumerate(rows):
                 oldest = (kinds[i] + 1 if isinstance(kinds[i], int) else count) - memory.summaries
-                seen = [made[j][1:] for j in range(i + 1) if not isinstance(kinds[j], int) or kinds[j] >= oldest]
+                seen = [
+                    made[j][1:] for j in range(i + 1) if not isinstance(kinds[j], int) or kinds[j] >= oldest
+                ]
                 if kinds[i] == "token":
                     for age in range(1, min(memory.segments, len(past[index])) + 1):
                         for place, old in enumerate(past[index][-age]):

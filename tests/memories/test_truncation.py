@@ -96,9 +96,7 @@ def test_results_do_not_change(name: str, truncation: Truncation) -> None:
     """Logits and states are those of whole rows, with random position offsets and an unfinished block, too."""
     table = random_parameters(CASES[name].model)["embedding"]["table"]
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, SIZE * BLOCKS + 3)), jnp.int32)
-    whole, parts = (
-        jax.jit(losses_of_blocks(name, how))(table, tokens)[1] for how in (FULL, truncation)
-    )
+    whole, parts = (jax.jit(losses_of_blocks(name, how))(table, tokens)[1] for how in (FULL, truncation))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), parts, whole)
 
 
