@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from fam_jax.config import Config
-from fam_jax.model import StreamState, empty_state, from_dict, going_on_by_row, lora, with_passed_on
+from fam_jax.config import Config, TrainConfig
+from fam_jax.model import (
+    StreamState,
+    Transformer,
+    empty_state,
+    from_dict,
+    going_on_by_row,
+    lora,
+    with_passed_on,
+)
 from fam_jax.model.truncation import truncation_of
 from fam_jax.training.losses import token_loss
 from fam_jax.training.optimizer import learning_rate
@@ -52,14 +60,7 @@ def make_train_step(
         trained: Any, frozen: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array
     ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, from_dict(abstract, lora.join(trained, frozen)))
-        start = _start_of_rows(config, state, draws)
-        hidden, after = model.hidden(
-            batch["inputs"],
-            start,
-            aligned=True,
-            position_offset=draws.offset,
-            truncation=truncation_of(train),
-        )
+        hidden, after = _read_rows(train, model, batch, _start_of_rows(config, state, draws), draws)
         result = token_loss(
             model, hidden, batch["targets"], batch["weights"], chunk=train.loss_chunk, z_loss=train.z_loss
         )
@@ -111,6 +112,19 @@ def _start_of_rows(config: Config, state: TrainState, draws: Draws) -> StreamSta
     if config.train.random_state_passing:
         start = with_passed_on(start, state.carried, draws.from_carried)
     return start
+
+
+def _read_rows(
+    train: TrainConfig, model: Transformer, batch: Batch, start: StreamState, draws: Draws
+) -> tuple[jax.Array, StreamState]:
+    """Return the activations (B, T, D) of a batch and the state after it."""
+    return model.hidden(
+        batch["inputs"],
+        start,
+        aligned=True,
+        position_offset=draws.offset,
+        truncation=truncation_of(train),
+    )
 
 
 def _draw(config: Config, state: TrainState, batch: Batch) -> Draws:
