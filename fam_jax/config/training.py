@@ -92,6 +92,16 @@ class TrainConfig:
     init_from: str = setting(
         default="", doc="Workdir (or WORKDIR/STEP) of a run whose parameters this one starts from."
     )
+    bptt_blocks: int = setting(
+        default=0,
+        doc="k, blocks through which gradients pass within a row (truncated backpropagation through time); 0: all.",
+        minimum=0,
+    )
+    bptt_kind: str = setting(
+        default="chunked",
+        doc="Where gradients stop. chunked: at every k-th block border. last: at the border before the last k blocks.",
+        choices=("chunked", "last"),
+    )
 
     def check(self) -> None:
         """Raise :class:`ConfigError` if fields contradict each other."""

@@ -272,7 +272,12 @@ class FeedbackAttentionMemory(Window[FamState]):
         if position.noise_keys is None or not self.config.noise:
             return None
         shape = (blocks, self.config.length, self.model.model_dim)
-        draws = jax.vmap(lambda key: jax.random.normal(key, shape, self._state_dtype))(position.noise_keys)
+
+        def draw(key: jax.Array, blocks: jax.Array) -> jax.Array:
+            # A row may be read in several calls.
+            return jax.random.normal(jax.random.fold_in(key, blocks), shape, self._state_dtype)
+
+        draws = jax.vmap(draw)(position.noise_keys, position.blocks)
         return self.config.noise * draws.swapaxes(0, 1)
 
     def window_frames(self, at: FamFrames) -> ChunkFrames:

@@ -22,6 +22,9 @@ MEMORIES: dict[str, Any] = {
     "infini": "fam_jax.memories.infini:InfiniAttention",
     "armt": "fam_jax.memories.armt:AssociativeRecurrentMemory",
     "prmt": "fam_jax.memories.prmt:ParallelRecurrentMemory",
+    "rmt": "fam_jax.memories.rmt:RecurrentMemoryTransformer",
+    "autocompressor": "fam_jax.memories.autocompressor:AutoCompressor",
+    "feedback": "fam_jax.memories.feedback:FeedbackTransformer",
 }
 
 

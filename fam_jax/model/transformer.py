@@ -33,6 +33,7 @@ from fam_jax.model.layer_types import (
     read_piece,
 )
 from fam_jax.model.state import StreamState, empty_state
+from fam_jax.model.truncation import FULL, Truncation, read_in_parts
 
 # Results of attention are kept too; otherwise the attention kernels would run twice.
 REMAT_POLICIES = {
@@ -96,6 +97,7 @@ class Transformer(nnx.Module):
         aligned: bool = False,
         position_offset: jax.Array | None = None,
         noise_keys: jax.Array | None = None,
+        truncation: Truncation = FULL,
     ) -> tuple[jax.Array, StreamState]:
         """Return the normalized activations (B, T, D) from which logits are computed, and the state after the tokens.
 
@@ -108,6 +110,7 @@ class Transformer(nnx.Module):
             to train and to prefill.
           position_offset: (B,) int32 added to all positions (random position offset, appendix B.2.2).
           noise_keys: (B,) typed PRNG keys, for memories to which training adds noise. None: no noise.
+          truncation: where gradients stop. It changes no result, and other calls than aligned ones ignore it.
 
         Raises:
           ValueError: there are no tokens, or `lengths` is given with `aligned`, or `position_offset` or `noise_keys`
@@ -121,7 +124,10 @@ class Transformer(nnx.Module):
             position = dataclasses.replace(state.position, offset=position_offset, noise_keys=noise_keys)
             state = dataclasses.replace(state, position=position)
             in_turn = layer_types(self.config).main.order == "segment"
-            out, state = self._read_in_turn(tokens, state) if in_turn else self._read_aligned(tokens, state)
+            parts = truncation.parts(tokens.shape[1], self.config.block_size)
+            out, state = read_in_parts(
+                self._read_in_turn if in_turn else self._read_aligned, tokens, state, parts
+            )
             position = dataclasses.replace(state.position, offset=None, noise_keys=None)
             return out, dataclasses.replace(state, position=position)
         if position_offset is not None:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from fam_jax.config import Config
+from fam_jax.config import Config, TrainConfig
 from fam_jax.model import (
     StreamState,
+    Transformer,
     auxiliary_loss,
     empty_state,
     from_dict,
@@ -20,6 +21,7 @@ from fam_jax.model import (
     with_auxiliary_loss,
     with_passed_on,
 )
+from fam_jax.model.truncation import truncation_of
 from fam_jax.training.losses import token_loss
 from fam_jax.training.optimizer import learning_rate
 from fam_jax.training.state import TrainState, model_structure, what_is_carried
@@ -65,10 +67,7 @@ def make_train_step(
         trained: Any, frozen: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array
     ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, from_dict(abstract, lora.join(trained, frozen)))
-        start = _start_of_rows(config, state, draws)
-        hidden, after = model.hidden(
-            batch["inputs"], start, aligned=True, position_offset=draws.offset, noise_keys=draws.noise_keys
-        )
+        hidden, after = _read_rows(train, model, batch, _start_of_rows(config, state, draws), draws)
         result = token_loss(
             model, hidden, batch["targets"], batch["weights"], chunk=train.loss_chunk, z_loss=train.z_loss
         )
@@ -134,6 +133,20 @@ def _own_losses(config: Config, after: StreamState, tokens: int) -> Metrics:
         return {}
     blocks = max(tokens // config.model.block_size, 1)
     return {"auxiliary_loss": auxiliary_loss(after).sum() / (config.train.batch_size * blocks)}
+
+
+def _read_rows(
+    train: TrainConfig, model: Transformer, batch: Batch, start: StreamState, draws: Draws
+) -> tuple[jax.Array, StreamState]:
+    """Return the activations (B, T, D) of a batch and the state after it."""
+    return model.hidden(
+        batch["inputs"],
+        start,
+        aligned=True,
+        position_offset=draws.offset,
+        noise_keys=draws.noise_keys,
+        truncation=truncation_of(train),
+    )
 
 
 def _draw(config: Config, state: TrainState, batch: Batch) -> Draws:

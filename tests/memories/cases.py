@@ -12,15 +12,18 @@ from flax import nnx
 from examples.running_mean import RunningMean, RunningMeanConfig
 from fam_jax.config import MemoryConfig, ModelConfig
 from fam_jax.memories.armt import ArmtConfig
+from fam_jax.memories.autocompressor import AutoCompressorConfig
 from fam_jax.memories.block_recurrent import BlockRecurrentConfig
 from fam_jax.memories.compressive import CompressiveConfig
 from fam_jax.memories.fam import FamConfig
 from fam_jax.memories.fam_losses import FamLossesConfig
+from fam_jax.memories.feedback import FeedbackConfig
 from fam_jax.memories.fm import FeedbackMemoryConfig
 from fam_jax.memories.infini import InfiniConfig
 from fam_jax.memories.longformer import LongformerConfig
 from fam_jax.memories.prmt import PrmtConfig
 from fam_jax.memories.registry import memory_class, memory_kinds
+from fam_jax.memories.rmt import RmtConfig
 from fam_jax.memories.sum_fam import SummaryFamConfig
 from fam_jax.memories.titans import TitansGateConfig, TitansLayerConfig
 from fam_jax.memories.titans_mac import TitansContextConfig
@@ -158,6 +161,18 @@ CASES = {
         PrmtConfig(length=SIZE + 1, memory_twice=False, first_residual=False), everything
     ),
     "prmt, not causal": Case(PrmtConfig(length=3, causal=False, first_residual=False), everything),
+    "rmt": Case(RmtConfig(length=2), everything),
+    "rmt, causal, M > C": Case(RmtConfig(length=5, mask="causal"), everything),
+    "rmt, window": Case(RmtConfig(length=2, segments=1, stop_gradient=True), everything),
+    "autocompressor": Case(AutoCompressorConfig(length=2, summaries=3), everything),
+    "autocompressor, two kept": Case(AutoCompressorConfig(length=2, summaries=2), everything),
+    "autocompressor, fixed, M > C": Case(
+        AutoCompressorConfig(length=5, summaries=2, summary_positions="fixed"), everything
+    ),
+    "autocompressor, window": Case(AutoCompressorConfig(length=2, summaries=1, segments=1), everything),
+    "feedback": Case(FeedbackConfig(segments=1), everything),
+    "feedback, sees itself": Case(FeedbackConfig(segments=2, sees_itself=True), everything),
+    "feedback, stop-gradient": Case(FeedbackConfig(segments=1, stop_gradient=True), own_block),
     "running_mean": Case(RunningMeanConfig(segments=1, rate=0.5), everything),
     "read_write": Case(toys.ReadWriteConfig(segments=0), everything),
     "read_write, window": Case(toys.ReadWriteConfig(segments=1, window=3), everything),
@@ -166,8 +181,8 @@ CASES = {
 # One of every kind, and what differs most; the other cases are slow tests.
 ALWAYS = (
     "full", "swa", "bswa", "longformer", "transformer_xl", "block_recurrent", "compressive", "fam", "fam, prefix, R=2",
-    "fam_losses", "sum_fam", "fm", "titans_mag", "titans_mal", "titans_mac", "infini", "armt", "prmt", "running_mean",
-    "read_write", "associative",
+    "fam_losses", "sum_fam", "fm", "titans_mag", "titans_mal", "titans_mac", "infini", "armt", "prmt", "rmt",
+    "autocompressor", "feedback", "running_mean", "read_write", "associative",
 )  # fmt: skip
 assert {CASES[name].memory.kind for name in ALWAYS} == {case.memory.kind for case in CASES.values()}
 assert {case.memory.kind for case in CASES.values()} == {*memory_kinds(), *OWN}, (

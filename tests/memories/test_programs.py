@@ -1,4 +1,4 @@
-"""Memories that the package does not name work in training, generation, state files, meshes and local layers."""
+"""Memories other than FAM work in training, generation, state files, meshes and local layers."""
 
 import dataclasses
 import pathlib
@@ -16,12 +16,15 @@ from fam_jax.config import Config, ConfigError
 from fam_jax.generation.state_file import StateFileError, load_state, save_state
 from fam_jax.generation.streaming import Streamer
 from fam_jax.memories.armt import ArmtConfig
+from fam_jax.memories.autocompressor import AutoCompressorConfig
 from fam_jax.memories.block_recurrent import BlockRecurrentConfig
 from fam_jax.memories.compressive import CompressiveConfig
 from fam_jax.memories.fam_losses import FamLossesConfig
+from fam_jax.memories.feedback import FeedbackConfig
 from fam_jax.memories.fm import FeedbackMemoryConfig
 from fam_jax.memories.infini import InfiniConfig
 from fam_jax.memories.prmt import PrmtConfig
+from fam_jax.memories.rmt import RmtConfig
 from fam_jax.memories.sum_fam import SummaryFamConfig
 from fam_jax.memories.titans import TitansGateConfig, TitansLayerConfig
 from fam_jax.memories.titans_mac import TitansContextConfig
@@ -51,6 +54,9 @@ NEW = {
     "infini": InfiniConfig(update="delta"),
     "armt": ArmtConfig(length=2, key_dim=6),
     "prmt": PrmtConfig(length=2),
+    "rmt": RmtConfig(length=2),
+    "autocompressor": AutoCompressorConfig(length=2, summaries=2),
+    "feedback": FeedbackConfig(segments=1),
 }
 OFTEN = "running_mean"
 every_new_memory = pytest.mark.parametrize(
