@@ -92,6 +92,13 @@ class TrainConfig:
     init_from: str = setting(
         default="", doc="Workdir (or WORKDIR/STEP) of a run whose parameters this one starts from."
     )
+    skip_batches: int = setting(
+        default=3,
+        doc="Batches in a row that are skipped if their loss, gradient or update is not finite: they change nothing "
+        "but the step. One more stops the run.",
+        minimum=0,
+        effect="execution",
+    )
 
     def check(self) -> None:
         """Raise :class:`ConfigError` if fields contradict each other."""

@@ -74,21 +74,28 @@ def make_train_step(
             lambda part, d: gradient(trained, frozen, state, part, d, total), batch, draws, train.accumulation
         )
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+        norms = {"gradient_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        good = jnp.isfinite(value) & jnp.isfinite(norms["gradient_norm"]) & jnp.isfinite(norms["update_norm"])
+
+        def choose(new: Any, old: Any) -> Any:
+            """Keep what a batch would break."""
+            return jax.tree.map(lambda a, b: jnp.where(good, a.astype(b.dtype), b), new, old)
+
         new_state = TrainState(
-            params=lora.join(optax.apply_updates(trained, updates), frozen),
-            optimizer=optimizer_state,
+            params=lora.join(choose(optax.apply_updates(trained, updates), trained), frozen),
+            optimizer=choose(optimizer_state, state.optimizer),
             step=state.step + 1,
             key=state.key,
-            carried=jax.tree.map(lambda new, old: new.astype(old.dtype), carried, state.carried),
-            has_carried=jnp.ones((), bool),
+            carried=choose(carried, state.carried),
+            has_carried=state.has_carried | good,
         )
         return new_state, {
+            "skipped": 1.0 - good,
             "loss": scores["loss"],
             "objective": value,
             "answer_accuracy": scores["answer_correct"] / jnp.maximum(scores["answers"], 1),
             "exact_match": scores["exact_match"] / batch["inputs"].shape[0],
-            "gradient_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
+            **norms,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "from_saved_state": draws.from_carried.mean(),
         }
