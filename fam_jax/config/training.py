@@ -102,6 +102,13 @@ class TrainConfig:
         doc="Where gradients stop. chunked: at every k-th block border. last: at the border before the last k blocks.",
         choices=("chunked", "last"),
     )
+    skip_batches: int = setting(
+        default=3,
+        doc="Batches in a row that are skipped if their loss, gradient or update is not finite: they change nothing "
+        "but the step. One more stops the run.",
+        minimum=0,
+        effect="execution",
+    )
 
     def check(self) -> None:
         """Raise :class:`ConfigError` if fields contradict each other."""

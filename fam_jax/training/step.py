@@ -1,5 +1,6 @@
 """One training step: a pure function of state and batch."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -90,26 +91,34 @@ def make_train_step(
             lambda part, d: gradient(trained, frozen, state, part, d, total), batch, draws, train.accumulation
         )
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+        norms = {"gradient_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        good = jnp.isfinite(value) & jnp.isfinite(norms["gradient_norm"]) & jnp.isfinite(norms["update_norm"])
+        params = lora.join(optax.apply_updates(trained, updates), frozen)
         new_state = TrainState(
-            params=lora.join(optax.apply_updates(trained, updates), frozen),
-            optimizer=optimizer_state,
-            step=state.step + 1,
-            key=state.key,
-            carried=jax.tree.map(lambda new, old: new.astype(old.dtype), carried, state.carried),
-            has_carried=jnp.ones((), bool),
+            params, optimizer_state, state.step + 1, state.key, carried, jnp.ones((), bool)
         )
-        return new_state, scores["own"] | {
+        return _unless_broken(good, new_state, state), scores["own"] | {
+            "skipped": 1.0 - good,
             "loss": scores["loss"],
             "objective": value,
             "answer_accuracy": scores["answer_correct"] / jnp.maximum(scores["answers"], 1),
             "exact_match": scores["exact_match"] / batch["inputs"].shape[0],
-            "gradient_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
+            **norms,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "from_saved_state": draws.from_carried.mean(),
         }
 
     return train_step
+
+
+def _unless_broken(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """Return the new state if the batch was `good`, else the old one, which a batch that is not finite would break."""
+    kept = jax.tree.map(
+        lambda a, b: b if a is b else jnp.where(good, a.astype(b.dtype), b),
+        dataclasses.replace(new, step=old.step, key=old.key),
+        old,
+    )
+    return dataclasses.replace(kept, step=new.step)
 
 
 def _start_of_rows(config: Config, state: TrainState, draws: Draws) -> StreamState:
