@@ -56,7 +56,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("the task passkey").add_argument
     lengths = "lengths of the filler in blocks; with --tasks or --suite, of synthetic prompts in tokens, as in 4k,1m"
     add("--lengths", type=_lengths, metavar="N,N,...", help=lengths)
-    before = "lengths of the filler in front of the key in blocks; each goes with each of --lengths; default: 0"
+    before = (
+        "lengths of the filler in front of the key in blocks; each goes with each of --lengths; default: 0"
+    )
     add("--before", type=_lengths, metavar="N,N,...", help=before)
     add("--keys", type=int, metavar="N", help="examples per length")
     add = parser.add_argument_group("the task text").add_argument

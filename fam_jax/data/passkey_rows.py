@@ -1,9 +1,10 @@
 """Rows of PassKey that go on: each batch adds filler to a row and asks for the same key again.
 
-A memory that keeps a key over the fillers of one row may still lose it later. Here a row goes on in the next batch, from
-the memory that it left, so training sees memories of any age while gradients reach back one row only.
+A memory that keeps a key over the fillers of one row may still lose it later. Here a row goes on in the next batch,
+from the memory that it left, so training sees memories of any age while gradients reach back one row only.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -95,13 +96,18 @@ class GoingOnRows:
         """Return a row's tokens (T + 1,): T inputs, and T targets one token later."""
         template, size = self._template, self._spec.block_size
         key = self._key_ids(turn.key)
+        parts: list[Sequence[int] | np.ndarray]
         if not turn.begins:
             parts = [self._filler(self._fixed + blocks * size)]
         else:
-            beginning = [template.statement]
+            beginning: list[Sequence[int] | np.ndarray] = [template.statement]
             if turn.before:
                 opening = np.asarray(template.opening[: turn.before * size])
-                beginning = [opening, self._filler(turn.before * size - len(opening)), template.late_statement]
+                beginning = [
+                    opening,
+                    self._filler(turn.before * size - len(opening)),
+                    template.late_statement,
+                ]
             statement = [*beginning, key, template.remember, key, template.repeated]
             # The filler takes what the statement leaves: the two forms of it may differ in length.
             rest = self._fixed + blocks * size - sum(map(len, statement))

@@ -61,8 +61,8 @@ class FamConfig(BlockWindowConfig):
     )
     noise: float = setting(
         default=0.0,
-        doc="Training only: standard deviation of the Gaussian noise that each update of FAM gets, relative to its root "
-        "mean square.",
+        doc="Training only: standard deviation of the Gaussian noise that each update of FAM gets, relative to its "
+        "root mean square.",
         minimum=0,
         effect="training",
     )

@@ -107,7 +107,9 @@ def test_noise_changes_no_gradient_but_by_its_values() -> None:
         keys = jax.random.split(jax.random.key(0), 2)
         quiet, tiny, loud = slope(0.0, keys), slope(1e-9, keys), slope(0.3, keys)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), quiet, tiny)
-        assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (quiet, loud)), strict=True)) > 1e-2
+        assert (
+            max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (quiet, loud)), strict=True)) > 1e-2
+        )
 
 
 def test_layers_project_wide_rows_in_the_dtype_of_the_model() -> None:
