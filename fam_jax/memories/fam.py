@@ -258,12 +258,12 @@ class FeedbackAttentionMemory(Window[FamState]):
             fams = fams.map(lambda x: jnp.broadcast_to(x, (x.shape[0], len(fam_blocks), *x.shape[2:])))
         else:
             fams = rope.at(shift[:, None] + size * fam_blocks)[:, :, None]
-        existing = jnp.minimum(position.blocks[:, None] + np.arange(1, blocks + 1), previous)
+        existing = jnp.minimum(position.blocks, previous)[:, None] + np.arange(1, blocks + 1)
         return FamFrames(
             window=super().blocks_at(position, length, cached),
             fams=fams,
             own_fam=self._own_rotation(rope),
-            fam_count=existing * self.config.length if previous > 1 else None,
+            fam_count=jnp.minimum(existing, previous) * self.config.length if previous > 1 else None,
             carries_context=position.carries_context,
             noise=self._noise(position, full),
         )

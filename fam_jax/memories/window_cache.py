@@ -96,11 +96,15 @@ def add_auxiliary_loss(state: S, loss: Callable[[], jax.Array]) -> S:
     return dataclasses.replace(state, auxiliary_loss=state.auxiliary_loss + added)
 
 
+# Nothing depends on how many blocks beyond this were read, and a count that wrapped around would hide all of them.
+LARGEST_BLOCKS = 2**31 - 1
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Position(ShownByShape):
     """The positions of a batch's streams; rows may be at different positions."""
 
-    # (B,) int32: complete blocks read.
+    # (B,) int32: complete blocks read; at most LARGEST_BLOCKS, where the count stays.
     blocks: Any
     # (B,) int32: tokens in the unfinished block, below C.
     filled: Any
@@ -115,8 +119,13 @@ class Position(ShownByShape):
 
     def next_block(self, *, writes: bool = True) -> "Position":
         """Return the position after one more complete block, for rows at a block border."""
+        return self.after_blocks(1, writes=writes)
+
+    def after_blocks(self, count: int, *, writes: bool = True) -> "Position":
+        """Return the position after `count` more complete blocks, for rows at a block border."""
+        blocks = jnp.minimum(self.blocks, LARGEST_BLOCKS - count) + count
         return dataclasses.replace(
-            self, blocks=self.blocks + 1, carries_context=self.carries_context | writes
+            self, blocks=blocks, carries_context=self.carries_context | (writes and count > 0)
         )
 
 

@@ -205,9 +205,7 @@ class Transformer(nnx.Module):
         per_layer = (parameters, state.layers, jnp.asarray(types.of_layers), types.enter_at())
         (x, *_), layers = jax.lax.scan(body, start, per_layer)
         after = dataclasses.replace(
-            position,
-            carries_context=position.carries_context | (config.memory.has_state and full > 0),
-            blocks=position.blocks + full,
+            position.after_blocks(full, writes=config.memory.has_state),
             filled=jnp.full_like(position.filled, length % config.block_size),
         )
         return self.final_norm(x), dataclasses.replace(state, layers=layers, position=after)

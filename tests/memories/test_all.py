@@ -14,7 +14,7 @@ from flax import nnx
 from fam_jax.config.memory import memory_parameter_axes
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.memories.interface import Memory, choose_rows
-from fam_jax.memories.window_cache import start_position
+from fam_jax.memories.window_cache import LARGEST_BLOCKS, start_position
 from fam_jax.model import StreamState, ablated, empty_state, from_dict, passed_on, with_passed_on
 from fam_jax.model.layer_types import memory_of
 from fam_jax.model.parameters import flatten
@@ -307,6 +307,24 @@ def test_ablation_changes_what_is_read_next(name: str, how: str) -> None:
     assert np.abs(logits - expected).max(axis=(1, 2)).min() > 1e-6
     if how == "frozen" and model.memory_segments == 0:
         np.testing.assert_allclose(logits, reader(name).read(more, aligned=True), **EXACT)
+
+
+@every_memory
+def test_the_count_of_blocks_never_wraps_around(name: str) -> None:
+    """Near the largest int32, reading goes on as it did before, and the count stays there."""
+    one, more = reader(name), some_tokens(ROWS, 8, seed=3)
+    one.read(some_tokens(ROWS, 8), aligned=True)
+    results = []
+    for blocks in (1_000, LARGEST_BLOCKS - 1):
+        position = dataclasses.replace(one.state.position, blocks=jnp.full(ROWS, blocks, jnp.int32))
+        for how in ({"aligned": True}, {}):
+            far = reader(name, dataclasses.replace(one.state, position=position))
+            results.append(far.read(more, **how))
+    assert (far.state.position.blocks == LARGEST_BLOCKS).all()
+    # Only positions that are counted from the start of the stream depend on the count.
+    if getattr(CASES[name].memory, "positions", "") != "zero":
+        for other in results[1:]:
+            np.testing.assert_allclose(other, results[0], **EXACT)
 
 
 @every_memory
