@@ -340,7 +340,7 @@ class BlockRecurrentTransformer(Window[BlockRecurrentState]):
 
         keys = by_block(line(rotate(state.keys, self.unrotated), k))
         values = by_block(line(state.values, v))
-        seen = self._seen(jnp.minimum(blocks_read, self.model.memory_segments) + np.arange(full)[:, None])
+        seen = self._seen(jnp.minimum(blocks_read, segments) + np.arange(full)[:, None])
 
         def body(carry: Any, block: Any) -> tuple[Any, Any]:
             vectors, of_state = carry
