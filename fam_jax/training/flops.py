@@ -87,8 +87,8 @@ def step_flops(config: Config, params: Any, tokens: int) -> float:
     """Return the FLOPs of a training step as MFU counts them (Chowdhery et al. 2022, appendix B).
 
     A parameter counts 6 per token; the logits' weights are included, the embedding lookup is not. Attention counts 12
-    per visible key, head feature, layer and token. Frozen weights of LoRA get no gradient and count 4. Recomputation
-    and updates of the memory do not count.
+    per visible key, head feature, layer and token. What a memory multiplies by to read beside attention counts 6. Frozen
+    weights of LoRA get no gradient and count 4. Recomputation and updates of the memory do not count.
 
     Args:
       config: the experiment.
@@ -101,4 +101,6 @@ def step_flops(config: Config, params: Any, tokens: int) -> float:
         if name in ("kernel", "lora_a", "lora_b") or (name == "table" and model.tie_embeddings):
             per_token = 4 if config.lora.rank and name in ("kernel", "table") else 6
             total += per_token * leaf.size * rows * tokens
+    read = sum(layers * own.memory.read_products(own) for own, layers in models_of_types(model))
+    total += 6 * read * rows * tokens
     return total + 12 * model.head_dim * model.num_heads * rows * keys_of_layers(model, tokens)
