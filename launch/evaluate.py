@@ -25,6 +25,7 @@ from . import cli, processes
 # Flags that set a field of config.evaluate, and the field.
 FIELDS = {
     "lengths": "filler_blocks",
+    "before": "before_blocks",
     "keys": "keys",
     "documents": "documents",
     "min_tokens": "min_tokens",
@@ -55,6 +56,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("the task passkey").add_argument
     lengths = "lengths of the filler in blocks; with --tasks or --suite, of synthetic prompts in tokens, as in 4k,1m"
     add("--lengths", type=_lengths, metavar="N,N,...", help=lengths)
+    before = (
+        "lengths of the filler in front of the key in blocks; each goes with each of --lengths; default: 0"
+    )
+    add("--before", type=_lengths, metavar="N,N,...", help=before)
     add("--keys", type=int, metavar="N", help="examples per length")
     add = parser.add_argument_group("the task text").add_argument
     heldout = "files, folders or patterns; default: config.data.heldout_files"

@@ -79,6 +79,21 @@ class DataConfig:
         maximum=1,
         tasks=(PASSKEY,),
     )
+    late_keys: float = setting(
+        default=0.0,
+        doc="Fraction of rows whose key stands within its filler, at the border of a block chosen at random. In the "
+        "others it comes first.",
+        minimum=0,
+        maximum=1,
+        tasks=(PASSKEY,),
+    )
+    questions: int = setting(
+        default=1,
+        doc="On the last stage, how often a row is asked for the same key, after more filler each time, in as many "
+        "batches one after the other. Above 1, it needs train.carry=memory.",
+        minimum=1,
+        tasks=(PASSKEY,),
+    )
     prompt_weight: float = setting(
         default=0.01,
         doc="Loss weight of every token outside the answer; the answer has weight 1.",
@@ -246,6 +261,11 @@ class DataConfig:
             not parts & {*OF_FILES} or self.vocabulary != "passkey",
             "config.data.vocabulary: passkey has the words of its own task only; for text set bytes, or the path "
             "of a SentencePiece model",
+        )
+        require(
+            self.questions == 1 or self.task != MIXED,
+            "config.data.questions: batches of text would interrupt the rows of PassKey; set it to 1, or data.task to "
+            "passkey",
         )
         require(
             self.layout != "continuous" or self.task != MIXED,

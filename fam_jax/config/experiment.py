@@ -42,9 +42,14 @@ class Config:
             f"{self.model.block_size}",
         )
         require(
-            self.train.carry == "none" or self.data.layout == "continuous",
+            self.train.carry == "none" or self.data.layout == "continuous" or self.data.questions > 1,
             f"config.train.carry: {self.train.carry} needs rows that go on in the next batch; "
-            "set data.layout to continuous",
+            "set data.layout to continuous, or with the task passkey data.questions above 1",
+        )
+        require(
+            self.data.questions == 1 or self.train.carry == "memory",
+            f"config.data.questions: {self.data.questions} asks for a key in later batches, whose rows must go on with "
+            f"the memory; set train.carry to memory (it is {self.train.carry})",
         )
         require(
             self.train.carry != "memory" or remembers,

@@ -69,6 +69,22 @@ class MemoryConfig:
         return 0
 
     @property
+    def noisy(self) -> bool:
+        """Return whether training adds noise to the memory."""
+        return False
+
+    def of_layer(self, index: int, model: "ModelConfig") -> "MemoryConfig":
+        """Return the memory of a layer that is not local, by default this one.
+
+        Another one needs the same `cached_blocks`, and leaves the state of this one as it is, except for the window.
+
+        Args:
+          index: the layer's number, from 0.
+          model: the model's config.
+        """
+        return self
+
+    @property
     def has_auxiliary_loss(self) -> bool:
         """Return whether layers add losses of their own to the training loss, by `add_auxiliary_loss`."""
         return False

@@ -92,6 +92,23 @@ class TrainConfig:
     init_from: str = setting(
         default="", doc="Workdir (or WORKDIR/STEP) of a run whose parameters this one starts from."
     )
+    bptt_blocks: int = setting(
+        default=0,
+        doc="k, blocks through which gradients pass within a row (truncated backpropagation through time); 0: all.",
+        minimum=0,
+    )
+    bptt_kind: str = setting(
+        default="chunked",
+        doc="Where gradients stop. chunked: at every k-th block border. last: at the border before the last k blocks.",
+        choices=("chunked", "last"),
+    )
+    skip_batches: int = setting(
+        default=3,
+        doc="Batches in a row that are skipped if their loss, gradient or update is not finite: they change nothing "
+        "but the step. One more stops the run.",
+        minimum=0,
+        effect="execution",
+    )
 
     def check(self) -> None:
         """Raise :class:`ConfigError` if fields contradict each other."""
@@ -151,6 +168,9 @@ class EvaluateConfig:
     filler_blocks: tuple[int, ...] = setting(
         default=(4, 9, 18, 36), doc="PassKey: filler lengths in blocks.", minimum=1
     )
+    before_blocks: tuple[int, ...] = setting(
+        default=(0,), doc="PassKey: lengths of the filler in front of the key, in blocks.", minimum=0
+    )
     keys: int = setting(default=64, doc="PassKey: examples per length.", minimum=1)
     # Text and seqio.
     documents: int = setting(
@@ -173,6 +193,7 @@ class EvaluateConfig:
             len(self.filler_blocks) > 0,
             f"config.evaluate.filler_blocks: must be positive lengths, got {self.filler_blocks}",
         )
+        require(len(self.before_blocks) > 0, "config.evaluate.before_blocks: must name a length; 0 is none")
 
 
 @group("mesh", effect="execution")

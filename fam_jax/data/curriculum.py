@@ -8,6 +8,7 @@ from typing import Any
 from fam_jax.config import DataConfig, ceil_div
 from fam_jax.data.interface import Batch, BatchSpec, check_state, new_streams
 from fam_jax.data.passkey import examples_at, make_template, passkey_task
+from fam_jax.data.passkey_rows import GoingOnRows
 from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.randomness import random_key, random_words
 from fam_jax.data.vocabulary import bos_ids, load_vocabulary
@@ -45,9 +46,16 @@ def stage_tokens(data: DataConfig, vocabulary: seqio.Vocabulary, block_size: int
     Raises:
       UserError: the vocabulary cannot express the task's text.
     """
+    if data.questions > 1:
+        rows = GoingOnRows(data, BatchSpec(block_size, 1, 0), vocabulary)
+        return tuple(rows.row_tokens(blocks) for blocks in data.stage_blocks)
     template = make_template(vocabulary, bos_ids(vocabulary, data))
     # A sequence of n tokens has n - 1 inputs.
-    longest = (template.longest_example(blocks * block_size, data.digits) - 1 for blocks in data.stage_blocks)
+    late = data.late_keys > 0
+    longest = (
+        template.longest_example(blocks * block_size, data.digits, late=late) - 1
+        for blocks in data.stage_blocks
+    )
     return tuple(ceil_div(tokens, block_size) * block_size for tokens in longest)
 
 
@@ -85,6 +93,7 @@ class PasskeyCurriculum:
             for low, high in zip(lower, data.stage_blocks, strict=False)
         ]
         self.stage_tokens = stage_tokens(data, self.vocabulary, spec.block_size)
+        self._going_on = GoingOnRows(data, spec, self.vocabulary) if data.questions > 1 else None
         # By stage. Threads make batches ahead and call Python for it; TensorFlow waits for them when it frees the
         # iterators. So free them before the interpreter shuts down, or the program can hang at its end.
         self._batches: dict[int, Iterator[Batch]] = {}
@@ -132,14 +141,19 @@ class PasskeyCurriculum:
         if 0 < self.data.max_stage_steps <= position.stage_steps:
             self._advance()
         stage = self._choose_stage()
-        if stage not in self._batches:
-            self._batches[stage] = self._stage_batches(stage)
-        batch = next(self._batches[stage])
+        if self._going_on is not None:
+            # Writing is learned first, from rows that have the key. Batches of earlier stages go on, too.
+            going_on = position.stage_steps if self.on_last_stage else 0
+            batch = self._going_on.batch(position.step, self.data.stage_blocks[stage], going_on)
+        else:
+            if stage not in self._batches:
+                self._batches[stage] = self._stage_batches(stage)
+            batch = next(self._batches[stage]) | {"start": new_streams(len(self._own_rows))}
         position.examples[stage] += self.spec.batch_size
         position.step += 1
         position.stage_steps += 1
         self.batch_stage = stage
-        return batch | {"start": new_streams(len(self._own_rows))}
+        return batch
 
     def observe(self, metrics: Mapping[str, Any]) -> None:
         """Take in how many rows of the latest batch were answered exactly; this may begin the next stage.
@@ -199,6 +213,9 @@ class PasskeyCurriculum:
             "min_filler_blocks": data.min_filler_blocks,
             "filler_step": data.filler_step,
             "stage_blocks": list(data.stage_blocks),
+            # Absent where they have the values that all runs had before there were such fields.
+            **({"late_keys": data.late_keys} if data.late_keys else {}),
+            **({"questions": data.questions} if data.questions > 1 else {}),
         }
 
     def _start(self, position: CurriculumState) -> None:
@@ -233,6 +250,7 @@ class PasskeyCurriculum:
             self.data.digits,
             filler_step=self.data.filler_step,
             begin=self._begin,
+            late=(self.data.late_keys, self.spec.block_size),
         )
         rows = len(self._own_rows)
         first = self._position.examples[stage] + self._own_rows.start

@@ -32,11 +32,21 @@ class Template:
     # One cycle of the five sentences.
     filler: Sequence[int]
     question: Sequence[int]
+    # For keys that stand within the filler: its first cycle at the start of a text, and the statement after it.
+    opening: Sequence[int]
+    late_statement: Sequence[int]
 
-    def longest_example(self, filler_tokens: int, digits: int) -> int:
-        """Return an upper bound on the tokens of an example; exact if the space and each digit are one token."""
-        fixed = (self.statement, self.remember, self.repeated, self.question)
-        return sum(map(len, fixed)) + filler_tokens + 3 * (digits + 1)
+    def longest_example(self, filler_tokens: int, digits: int, *, late: bool = False) -> int:
+        """Return an upper bound on the tokens of an example; exact if the space and each digit are one token.
+
+        Args:
+          filler_tokens: length of the filler.
+          digits: of the key.
+          late: whether the key may stand within the filler.
+        """
+        statement = max(len(self.statement), len(self.late_statement) if late else 0)
+        fixed = sum(map(len, (self.remember, self.repeated, self.question)))
+        return statement + fixed + filler_tokens + 3 * (digits + 1)
 
 
 def make_template(vocabulary: seqio.Vocabulary, begin: Sequence[int] = ()) -> Template:
@@ -56,6 +66,8 @@ def make_template(vocabulary: seqio.Vocabulary, begin: Sequence[int] = ()) -> Te
         repeated=_continuation(vocabulary, "0", " " + passkey_text.REPEATED),
         filler=_continuation(vocabulary, ".", " " + passkey_text.FILLER),
         question=_continuation(vocabulary, ".", " " + passkey_text.QUESTION),
+        opening=[*begin, *vocabulary.encode(passkey_text.FILLER)],
+        late_statement=_continuation(vocabulary, ".", " " + passkey_text.STATEMENT),
     )
 
 
@@ -78,7 +90,9 @@ def _random_pair(key: int, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 class PasskeySource(seqio.FunctionDataSource):
-    """Source of {"key": string scalar, "filler_tokens": int64 scalar}.
+    """Source of {"key": string scalar, "filler_tokens": int64 scalar, "before_tokens": int64 scalar}.
+
+    `filler_tokens` stand between key and question, `before_tokens` of filler in front of the key.
 
     The train split is endless; the validation split has `validation_examples`. Examples are independent, so a request
     to shuffle and seqio's own `seed` have no effect.
@@ -91,8 +105,12 @@ class PasskeySource(seqio.FunctionDataSource):
         digits: int,
         validation_examples: int,
         filler_step: int,
+        before_tokens: int = 0,
+        late: tuple[float, int] = (0.0, 1),
     ):
         self._filler_tokens = filler_tokens
+        self._before_tokens = before_tokens
+        self._late = late
         self._filler_step = filler_step
         self._digits = digits
         self._stream = (seed, *filler_tokens, digits, filler_step)
@@ -108,15 +126,27 @@ class PasskeySource(seqio.FunctionDataSource):
     def at(self, split: str, indices: tf.data.Dataset) -> tf.data.Dataset:
         """Return the examples at `indices`, a dataset of int64 scalars, without computing any others."""
         stream = random_key("passkey", split, *self._stream)
+        late = random_key("passkey", "late", split, *self._stream)
         smallest = 10 ** (self._digits - 1)
         (low, high), filler_step = self._filler_tokens, self._filler_step
+        fraction, step = self._late
         lengths = (high - low) // filler_step + 1
 
         def draw(index: tf.Tensor) -> dict[str, tf.Tensor]:
             for_key, for_filler = _random_pair(stream, index)
             key = smallest + for_key % (9 * smallest)
             filler_tokens = low + for_filler % lengths * filler_step
-            return {"key": tf.strings.as_string(key), "filler_tokens": filler_tokens}
+            before_tokens = tf.constant(self._before_tokens, tf.int64)
+            if fraction:
+                for_place, for_whether = _random_pair(late, index)
+                place = for_place % (filler_tokens // step + 1) * step
+                before_tokens = tf.where(for_whether < round(fraction * 2**62), place, before_tokens)
+                filler_tokens -= before_tokens
+            return {
+                "key": tf.strings.as_string(key),
+                "filler_tokens": filler_tokens,
+                "before_tokens": before_tokens,
+            }
 
         return indices.map(draw)
 
@@ -127,9 +157,13 @@ def _tokenizer(template: Template) -> Callable[..., tf.data.Dataset]:
     def tokenize(dataset: tf.data.Dataset, output_features: dict[str, seqio.Feature]) -> tf.data.Dataset:
         vocabulary = output_features["inputs"].vocabulary
         head = len(vocabulary.encode("is"))
-        statement, remember, repeated, filler, question = (
+        statement, remember, repeated, filler, question, opening, late_statement = (
             tf.constant(getattr(template, field.name), tf.int32) for field in dataclasses.fields(Template)
         )
+
+        def cycles(tokens: tf.Tensor) -> tf.Tensor:
+            # Indices into one cycle, so that memory does not grow with the longest filler.
+            return tf.gather(filler, tf.range(tokens) % tf.size(filler, tf.int64))
 
         def key_ids(key: bytes) -> np.ndarray:
             return np.asarray(vocabulary.encode(f"is {key.decode()}")[head:], np.int32)
@@ -137,10 +171,16 @@ def _tokenizer(template: Template) -> Callable[..., tf.data.Dataset]:
         def tokenize_example(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
             # TensorFlow's own op would warn on stderr, once per dataset, about models without normalization.
             key = tf.ensure_shape(tf.numpy_function(key_ids, [example["key"]], tf.int32), [None])
-            # Indices into one cycle, so that memory does not grow with the longest filler.
-            cut = tf.gather(filler, tf.range(example["filler_tokens"]) % tf.size(filler, tf.int64))
+            before = example["before_tokens"]
+            rest = tf.maximum(before - tf.size(opening, tf.int64), 0)
+            beginning = tf.cond(
+                before > 0,
+                lambda: tf.concat([opening[:before], cycles(rest), late_statement], axis=0),
+                lambda: statement,
+            )
+            cut = cycles(example["filler_tokens"])
             return {
-                "inputs": tf.concat([statement, key, remember, key, repeated, cut, question], axis=0),
+                "inputs": tf.concat([beginning, key, remember, key, repeated, cut, question], axis=0),
                 "targets": key,
                 "targets_pretokenized": example["key"],
             }
@@ -171,6 +211,8 @@ def passkey_task(
     validation_examples: int = 1000,
     filler_step: int = 1,
     begin: Sequence[int] = (),
+    before_tokens: int = 0,
+    late: tuple[float, int] = (0.0, 1),
 ) -> seqio.Task:
     """Return the task. Inputs are the prompt up to "The pass key is", targets the key without end-of-sequence id.
 
@@ -183,6 +225,9 @@ def passkey_task(
       validation_examples: size of the validation split. The train split is endless.
       filler_step: lengths are the shortest one plus a multiple of this.
       begin: ids before every prompt; see :func:`fam_jax.data.vocabulary.bos_ids`.
+      before_tokens: filler in front of the key, beside `filler_tokens`.
+      late: fraction of examples whose key stands within its filler, and a number of tokens: the key stands behind a
+        multiple of it, and all multiples are equally likely.
 
     Raises:
       UserError: an argument is out of range, or the vocabulary cannot express the task's text.
@@ -195,7 +240,9 @@ def passkey_task(
     feature = seqio.Feature(vocabulary, add_eos=False)
     return seqio.Task(
         name,
-        source=PasskeySource((low, high), seed, digits, validation_examples, filler_step),
+        source=PasskeySource(
+            (low, high), seed, digits, validation_examples, filler_step, before_tokens, late
+        ),
         preprocessors=[_tokenizer(make_template(vocabulary, begin))],
         output_features={"inputs": feature, "targets": feature},
         postprocess_fn=leading_number,
@@ -218,22 +265,30 @@ def register_passkey(name: str, *args: Any, **kwargs: Any) -> seqio.Task:
 
 
 def passkey_examples(
-    data: DataConfig, vocabulary: seqio.Vocabulary, filler_tokens: int, keys: int, seed: int
+    data: DataConfig,
+    vocabulary: seqio.Vocabulary,
+    filler_tokens: int,
+    keys: int,
+    seed: int,
+    before_tokens: int = 0,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return examples for evaluation by generation, from a random stream that training never draws from.
 
     Args:
       data: digits of the key; whether prompts begin with the start token.
       vocabulary: of prompt and answer.
-      filler_tokens: exact length of the filler in each prompt.
+      filler_tokens: exact length of the filler between key and question in each prompt.
       keys: number of examples.
       seed: of the keys.
+      before_tokens: exact length of the filler in front of the key.
 
     Returns:
       Pairs of prompt ids (P,) and answer ids (A,), int32. All pairs have the same lengths if each digit is one token.
     """
     fillers, begin = (filler_tokens, filler_tokens), bos_ids(vocabulary, data)
-    task = passkey_task("passkey", vocabulary, fillers, seed, data.digits, begin=begin)
+    task = passkey_task(
+        "passkey", vocabulary, fillers, seed, data.digits, begin=begin, before_tokens=before_tokens
+    )
     examples = examples_at(task, "validation", tf.data.Dataset.range(keys))
     return [(example["inputs"], example["targets"]) for example in examples.as_numpy_iterator()]
 

@@ -22,17 +22,26 @@ from fam_jax.evaluation.text import document_tables, measure_documents, plot_doc
 
 
 def passkey_questions(setting: Setting) -> Questions:
-    """Make PassKey examples (section 3.2 of the paper), with exactly blocks * C tokens of filler in each group."""
+    """Make PassKey examples (section 3.2 of the paper), with exactly blocks * C tokens of filler in each group.
+
+    Groups with filler in front of the key too are named by both lengths, as in "18+260".
+    """
     from fam_jax.data.build import task_vocabulary
     from fam_jax.data.passkey import passkey_examples
 
     data, evaluate, size = setting.data, setting.evaluate, setting.model.block_size
     vocabulary = task_vocabulary(setting.data)
 
-    def make(blocks: int) -> list[Question]:
-        return passkey_examples(data, vocabulary, blocks * size, evaluate.keys, evaluate.seed)
+    def make(before: int, blocks: int) -> list[Question]:
+        return passkey_examples(
+            data, vocabulary, blocks * size, evaluate.keys, evaluate.seed, before_tokens=before * size
+        )
 
-    groups = {str(blocks): functools.partial(make, blocks) for blocks in evaluate.filler_blocks}
+    groups = {
+        f"{before}+{blocks}" if before else str(blocks): functools.partial(make, before, blocks)
+        for before in evaluate.before_blocks
+        for blocks in evaluate.filler_blocks
+    }
     facts = {"block_size": size, "digits": data.digits, "seed": evaluate.seed}
     return Questions(groups, "blocks", vocabulary, facts)
 

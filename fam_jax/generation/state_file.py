@@ -132,10 +132,11 @@ def load_state(
     rows = len(json.loads(metadata["tokens_read"]))
     like = jax.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)).init_state(rows))
     leaves = []
-    # The config is that of the file, so shapes and dtypes are too.
+    # The config is that of the file, so shapes are too. Some arrays were narrower in files of version 0.1.
     for name, leaf in _by_name(like).items():
-        array = np.frombuffer(stored[name]["data"], leaf.dtype).reshape(stored[name]["shape"])
-        leaves.append(jnp.asarray(array))
+        dtype = jnp.bfloat16 if stored[name]["dtype"] == "BF16" else leaf.dtype
+        array = np.frombuffer(stored[name]["data"], dtype).reshape(stored[name]["shape"])
+        leaves.append(jnp.asarray(array, leaf.dtype))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
@@ -192,6 +193,8 @@ def _check_model(
     saved, own = json.loads(metadata["config"]), json.loads(json.dumps(_meaning(model)))
     if former:
         saved = _flat(upgrade_model(saved))
+    # A field that is younger than the file had its default.
+    saved = _meaning(dataclasses.replace(ModelConfig(), memory=type(model.memory)())) | saved
     differing = [
         f"{field} was {dump_json(saved.get(field))}, is {dump_json(own.get(field))}"
         for field in sorted(saved.keys() | own.keys())

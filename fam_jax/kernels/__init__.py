@@ -18,7 +18,7 @@ from fam_jax.kernels.multi_part_attention import (
 )
 from fam_jax.kernels.pallas.block_attention import AttentionError, why_not_pallas
 from fam_jax.kernels.rotary import rotary, turn
-from fam_jax.kernels.update_attention import can_update, update_attention
+from fam_jax.kernels.update_attention import can_update, causal_rows, update_attention
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -27,6 +27,7 @@ __all__ = [
     "Part",
     "block_attention",
     "can_update",
+    "causal_rows",
     "multi_part_attention",
     "multi_part_weights",
     "rotary",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
@@ -48,38 +49,47 @@ def update_attention(
     taps: tuple[jax.Array, jax.Array],
     *,
     softcap: float = 0.0,
+    causal: bool = False,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Attend, in one softmax, to the rows' own keys and to all keys of block `block`, without a causal mask.
+    """Attend, in one softmax, to the memory's own keys and to all keys of block `block`.
 
-    This is the memory path of algorithm 2. In a loop over blocks, every step would add a gradient of all of `k` and
-    `v`. So `k` and `v` get no gradient here. The gradient of the block's keys and values is returned as the cotangent
-    of `taps` instead; the values of `taps` do not matter. The heads of `k`, `v` and `taps` lie side by side, as the
-    kernel reads them: no step of the loop has to move them.
+    With S = M and without `causal`, this is the memory path of algorithm 2. In a loop over blocks, every step would add
+    a gradient of all of `k` and `v`. So `k` and `v` get no gradient here. The gradient of the block's keys and values
+    is returned as the cotangent of `taps` instead; the values of `taps` do not matter. The heads of `k`, `v` and `taps`
+    lie side by side, as the kernel reads them: no step of the loop has to move them.
 
     Args:
       q: (B, M, H, hd) queries of the memory rows, RoPE applied.
-      own_k: (B, M, K, hd) keys of the memory rows, RoPE applied in the same frame.
-      own_v: (B, M, K, hd) their values.
+      own_k: (B, S, K, hd) keys of the memory, RoPE applied in the same frame; the last M are those of the rows.
+      own_v: (B, S, K, hd) their values.
       k: (B, T, K * hd) keys of the tokens of all blocks, RoPE applied in the same frame.
       v: (B, T, K * hd) their values.
       block: () int32, number of the block, less than T // C.
       taps: two arrays (B, C, K * hd) in the dtype of `k`, for keys and values. Their shape sets C.
       softcap: as in `block_attention`.
-      implementation: as in `block_attention`. The kernel needs whole tiles (:func:`can_update`); other shapes always
-        use XLA.
+      causal: whether rows see themselves and earlier rows only; they see all other keys.
+      implementation: as in `block_attention`. The kernel needs whole tiles (:func:`can_update`), S = M and no causal
+        mask; otherwise XLA is used.
 
     Returns:
       (B, M, H, hd).
     """
     inputs = UpdateInputs(q, KV(own_k, own_v), KV(k, v), block, KV(*taps))
-    if wants_kernels(implementation) and can_update(q, taps[0].shape[1], softcap):
+    plain = not causal and own_k.shape[1] == q.shape[1]
+    if plain and wants_kernels(implementation) and can_update(q, taps[0].shape[1], softcap):
         return _by_kernel(inputs, interpret=implementation == "pallas_interpret")
     keys, values = (
         _read_block(x, block, tap).reshape(*tap.shape[:2], *own_k.shape[2:])
         for x, tap in zip(inputs.tokens, inputs.taps, strict=True)
     )
-    return multi_part_attention([Part(q, own_k, own_v), Part(q, keys, values)], softcap=softcap)
+    own = Part(q, own_k, own_v, causal_rows(q.shape[1], own_k.shape[1]) if causal else None)
+    return multi_part_attention([own, Part(q, keys, values)], softcap=softcap)
+
+
+def causal_rows(rows: int, keys: int) -> jax.Array:
+    """Return a mask (1, rows, keys), the last keys being those of the rows: a row sees all but those of later rows."""
+    return jnp.asarray(np.tri(rows, keys, keys - rows, dtype=bool))[None]
 
 
 @jax.custom_vjp

@@ -109,6 +109,8 @@ class DecoderLayer(nnx.Module):
             config.head_dim,
         )
         self.activation = config.activation
+        # Memory rows may be wider than this. Projections are computed in it, and residual connections in the rows' own.
+        self.dtype = jnp.dtype(config.dtype)
         self.attention_softcap = config.attention_softcap
         self.query_factor = math.sqrt(head_dim / (config.query_pre_attn_scalar or head_dim))
         self.attention_norm = Norm(config)
@@ -139,12 +141,13 @@ class DecoderLayer(nnx.Module):
     def project(self, x: jax.Array, apply: Apply = apply_linear) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries (B, T, H, hd), keys and values (B, T, K, hd) of the normalized x (B, T, D), without RoPE.
 
+        They have the dtype of the model, whatever that of x.
         Attention divides scores by sqrt(hd), so the queries absorb any other scale of the config.
         """
-        h = self.attention_norm(x)
+        h = self.attention_norm(x).astype(self.dtype)
         q, k, v = apply(self.query, h), apply(self.key, h), apply(self.value, h)
         if self.query_bias is not None and self.key_bias is not None and self.value_bias is not None:
-            biases = (bias[...].astype(x.dtype) for bias in (self.query_bias, self.key_bias, self.value_bias))
+            biases = (bias[...].astype(h.dtype) for bias in (self.query_bias, self.key_bias, self.value_bias))
             q, k, v = (y + bias for y, bias in zip((q, k, v), biases, strict=True))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -161,7 +164,7 @@ class DecoderLayer(nnx.Module):
           apply: applies a projection to its input.
 
         Returns:
-          (B, T, D), the output of the layer.
+          (B, T, D), the output of the layer, in the dtype of the residual.
         """
         x = self.project_attended(attended, apply)
         if residual is not None:
@@ -175,7 +178,7 @@ class DecoderLayer(nnx.Module):
 
     def feed_forward(self, x: jax.Array, apply: Apply = apply_linear) -> jax.Array:
         """Return x (B, T, D) plus what the feed-forward adds to it."""
-        h = self.ff_norm(x)
+        h = self.ff_norm(x).astype(self.dtype)
         up = apply(self.up, h)
         if self.gate is None:
             hidden = jax.nn.gelu(up)

@@ -24,7 +24,8 @@ SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(*PROJECTIONS)
 Merge = Callable[[Any, Any, Any], DecoderLayer]
 
 
-# Queries (B, M, H, hd), keys and values (B, M, K, hd) of the vectors, not rotated -> attended values (B, M, H, hd).
+# Queries (B, M, H, hd), keys and values (B, S, K, hd) of the memory, not rotated -> attended values (B, M, H, hd). The
+# last M keys are those of the vectors; most memories have no others.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -34,10 +35,13 @@ class ChainInputs(NamedTuple):
     # (B, T, K * hd) keys of all tokens, rotated, and their values. The chain reads the first N * C.
     keys: jax.Array
     values: jax.Array
-    # (N, B or 1, M, 1, hd/2) of the vectors before each block, in the frame of the keys.
+    # (N, B or 1, S, 1, hd/2) of the memory's keys before each block, in the frame of the tokens' keys. The last M are
+    # those of the vectors, whose queries they rotate as well.
     rotation: Rotation
     # (N, B) bool: True where the vectors carry context; the update then has its residual connection.
     keep: jax.Array
+    # (N, B, M, D) added to the new vectors of each block, as a multiple of their root mean square; None: nothing.
+    noise: jax.Array | None = None
 
 
 class ChainAttention(NamedTuple):
@@ -46,6 +50,8 @@ class ChainAttention(NamedTuple):
     block_size: int
     softcap: float
     implementation: str
+    # Whether a vector sees itself and earlier vectors only.
+    causal: bool = False
 
 
 # (layer, vectors (B, M, D), keep (B,) bool, attend, apply) -> (new vectors, outputs of the step). An update applies
@@ -54,7 +60,13 @@ Update = Callable[[DecoderLayer, jax.Array, jax.Array, Attend, Apply], tuple[jax
 
 
 def update_vectors(
-    layer: DecoderLayer, vectors: jax.Array, keep: jax.Array, attend: Attend, apply: Apply = apply_linear
+    layer: DecoderLayer,
+    vectors: jax.Array,
+    keep: jax.Array,
+    attend: Attend,
+    apply: Apply = apply_linear,
+    *,
+    bound: jax.Array | float = 0.0,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Compute F_tau from F_{tau-1} (B, M, D) and block tau: the FAM path of algorithm 2.
 
@@ -64,13 +76,26 @@ def update_vectors(
       keep: (B,) bool: True where the vectors carry context; the update then has its residual connection.
       attend: attention to F_{tau-1} itself and to all tokens of block tau.
       apply: applies a projection to its input.
+      bound: largest root mean square of the residual connection; see :func:`bounded`. 0: no bound, as in the paper.
 
     Returns:
       F_tau, and the unrotated keys and values (B, M, K, hd) of F_{tau-1}, which the tokens of the block see.
     """
     q, k, v = layer.project(vectors, apply)
     residual = jnp.where(keep[:, None, None], vectors, 0)
+    if not isinstance(bound, float) or bound > 0:
+        residual = bounded(residual, bound)
     return layer.finish(attend(q, k, v), residual, apply), (k, v)
+
+
+def bounded(x: jax.Array, bound: jax.Array | float) -> jax.Array:
+    """Scale each vector of x (..., D) down to a root mean square of at most `bound`; leave smaller ones as they are.
+
+    A memory that adds to itself grows with every block, so a write turns it less and less. With the bound, the map from
+    one memory to the next stops changing after a few blocks.
+    """
+    square = jnp.square(x).mean(axis=-1, keepdims=True)
+    return x * (bound * jax.lax.rsqrt(jnp.maximum(square, jnp.square(bound))))
 
 
 def run_chain(
@@ -134,23 +159,31 @@ def scan_updates(
     Returns:
       (carry, stacked ys), as from `lax.scan`.
     """
-    frozen, weights = _cast((frozen, weights), vectors.dtype)
+    frozen, weights = _cast((frozen, weights), inputs.keys.dtype)
     layer, attention = chain.merge(frozen, weights, rest), chain.attention
 
     def apply(linear: Linear, h: jax.Array) -> jax.Array:
         return keep_rows(linear(keep_rows(h)))
 
     def body(vectors: jax.Array, step: Any) -> tuple[jax.Array, Any]:
-        block, rotation, keep = step
+        block, rotation, keep, noise = step
         attend = _attend_to(inputs, block, rotation, _taps(inputs, attention), attention)
-        return chain.update(layer, keep_rows(vectors), keep, attend, apply)
+        vectors, y = chain.update(layer, keep_rows(vectors), keep, attend, apply)
+        return _disturb(vectors, noise), y
 
     return jax.lax.scan(body, vectors, _steps(inputs))
 
 
-def _steps(inputs: ChainInputs) -> tuple[jax.Array, Rotation, jax.Array]:
-    """Return the number, the rotation and the `keep` flags of each block."""
-    return jnp.arange(len(inputs.keep)), inputs.rotation, inputs.keep
+def _steps(inputs: ChainInputs) -> tuple[jax.Array, Rotation, jax.Array, jax.Array | None]:
+    """Return the number, the rotation, the `keep` flags and the noise of each block."""
+    return jnp.arange(len(inputs.keep)), inputs.rotation, inputs.keep, inputs.noise
+
+
+def _disturb(vectors: jax.Array, noise: jax.Array | None) -> jax.Array:
+    if noise is None:
+        return vectors
+    size = jnp.sqrt(jnp.square(vectors).mean(axis=-1, keepdims=True))
+    return vectors + jax.lax.stop_gradient(size) * noise.astype(vectors.dtype)
 
 
 def _taps(inputs: ChainInputs, attention: ChainAttention) -> tuple[jax.Array, jax.Array]:
@@ -168,7 +201,9 @@ def _attend_to(
     attention: ChainAttention,
 ) -> Attend:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q, k = (rotate_tokens(x, rotation, attention.implementation) for x in (q, k))
+        extra = k.shape[1] - q.shape[1]
+        own = rotation[:, extra:] if extra else rotation
+        q, k = (rotate_tokens(x, at, attention.implementation) for x, at in ((q, own), (k, rotation)))
         return update_attention(
             q,
             k,
@@ -178,6 +213,7 @@ def _attend_to(
             block,
             taps,
             softcap=attention.softcap,
+            causal=attention.causal,
             implementation=attention.implementation,
         )
 
@@ -188,7 +224,7 @@ def _scan_forward(
     chain: Chain, frozen: Any, weights: Any, rest: Any, vectors: jax.Array, inputs: ChainInputs
 ) -> tuple[Any, Any]:
     merge, attention = chain.merge, chain.attention
-    cast_frozen, cast = _cast((frozen, weights), vectors.dtype)
+    cast_frozen, cast = _cast((frozen, weights), inputs.keys.dtype)
     tap = _taps(inputs, attention)
 
     def tapped(
@@ -201,7 +237,7 @@ def _scan_forward(
         layer = merge(cast_frozen, cast, rest)
 
         def body(vectors: jax.Array, x: Any) -> tuple[jax.Array, Any]:
-            (block, rotation, keep), tap, nudge = x
+            (block, rotation, keep, noise), tap, nudge = x
             recorded: dict[str, jax.Array] = {}
 
             def apply(linear: Linear, h: jax.Array) -> jax.Array:
@@ -211,7 +247,7 @@ def _scan_forward(
 
             attend = _attend_to(inputs, block, rotation, tap, attention)
             vectors, y = chain.update(layer, keep_rows(vectors), keep, attend, apply)
-            return vectors, (y, recorded)
+            return _disturb(vectors, noise), (y, recorded)
 
         # Keep products only: every array that is kept for the backward pass is stacked over all blocks.
         body = jax.checkpoint(body, policy=SAVE_PRODUCTS, prevent_cse=False)
@@ -249,7 +285,7 @@ def _scan_backward(chain: Chain, residuals: Any, cotangents: Any) -> Any:
     d_keys, d_values = (
         of_tokens(tapped, like) for tapped, like in zip(d_taps, (inputs.keys, inputs.values), strict=True)
     )
-    d_inputs = ChainInputs(d_keys, d_values, None, None)  # type: ignore[arg-type]
+    d_inputs = ChainInputs(d_keys, d_values, None, None, None)  # type: ignore[arg-type]
     return None, d_weights, d_rest, d_vectors, d_inputs
 
 
@@ -265,13 +301,12 @@ def _zeros_like_outputs(
     update: Update, layer: DecoderLayer, vectors: jax.Array, count: int
 ) -> dict[str, jax.Array]:
     """Return zeros (N, B, M, *out) for every projection that an update applies."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    outputs: dict[str, jax.Array] = {}
 
     def apply(linear: Linear, h: jax.Array) -> jax.Array:
-        y = linear(h)
-        shapes[linear.name] = y.shape
+        outputs[linear.name] = y = linear(h)
         return y
 
     keep = jnp.zeros(len(vectors), bool)
     jax.eval_shape(lambda x: update(layer, x, keep, lambda q, k, v: q, apply), vectors)
-    return {name: jnp.zeros((count, *shape), vectors.dtype) for name, shape in shapes.items()}
+    return {name: jnp.zeros((count, *y.shape), y.dtype) for name, y in outputs.items()}

@@ -11,9 +11,9 @@ from flax import nnx
 
 from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, require, setting
 from fam_jax.kernels import Part, multi_part_attention
-from fam_jax.layers.decoder_layer import DecoderLayer, embedding_stddev
+from fam_jax.layers.decoder_layer import Apply, DecoderLayer, apply_linear, embedding_stddev
 from fam_jax.layers.rope import Rope, Rotation, rotate
-from fam_jax.memories.chain import ChainAttention, ChainInputs, run_chain, update_vectors
+from fam_jax.memories.chain import Attend, ChainAttention, ChainInputs, run_chain, update_vectors
 from fam_jax.memories.interface import Stream
 from fam_jax.memories.window import ChunkFrames, ExtraKeys, Window
 from fam_jax.memories.window_cache import (
@@ -53,6 +53,19 @@ class FamConfig(BlockWindowConfig):
     previous_blocks: int = setting(
         default=1, doc="R, past blocks whose FAM a token sees (appendix B.4.2).", minimum=1
     )
+    bound: float = setting(
+        default=0.0,
+        doc="c, largest root mean square of a FAM vector as it is added to its update; 0: no bound, as in the paper. "
+        "FAM then stays as easy to change after any number of blocks.",
+        minimum=0,
+    )
+    noise: float = setting(
+        default=0.0,
+        doc="Training only: standard deviation of the Gaussian noise that each update of FAM gets, relative to its "
+        "root mean square.",
+        minimum=0,
+        effect="training",
+    )
 
     parameter_axes: ClassVar[Mapping[str, tuple[str, ...]]] = {"initial_fam": ("slots", "width")}
 
@@ -75,6 +88,11 @@ class FamConfig(BlockWindowConfig):
         """Return M."""
         return self.length
 
+    @property
+    def noisy(self) -> bool:
+        """Return whether training adds noise to FAM."""
+        return self.noise > 0
+
     def check_model(self, model: ModelConfig) -> None:
         """Raise :class:`ConfigError` if FAM is longer than the block that it takes its positions from."""
         require(
@@ -88,7 +106,8 @@ class FamConfig(BlockWindowConfig):
 class FamState(WindowState):
     """The window's cache and FAM of one layer."""
 
-    # (B, M, D) feedback vectors after the last complete block.
+    # (B, M, D) feedback vectors after the last complete block, float32 or wider: FAM adds to itself at every block, and
+    # in a narrower type an update would soon be too small to change it.
     fam: Any
     # (B, R, M, K, hd) keys, rotated in FAM's own frame, and values of the last R FAMs, newest first.
     fam_keys: Any
@@ -115,6 +134,8 @@ class FamFrames(NamedTuple):
     fam_count: jax.Array | None
     # (B,) bool, as in Position.
     carries_context: jax.Array
+    # (full blocks, B, M, D), as in ChainInputs; the same for all layers.
+    noise: jax.Array | None
 
 
 class FamPieceFrames(NamedTuple):
@@ -171,6 +192,10 @@ class FeedbackAttentionMemory(Window[FamState]):
         return {path: table[rows].astype(jnp.float32) * factor}
 
     @property
+    def _state_dtype(self) -> Any:
+        return jnp.promote_types(self.model.dtype, jnp.float32)
+
+    @property
     def passed_fields(self) -> tuple[str, ...]:
         """Return "fam" alone: reading blocks recomputes the keys of the FAM that it starts from."""
         return ("fam",)
@@ -180,7 +205,7 @@ class FeedbackAttentionMemory(Window[FamState]):
         model, config = self.model, self.config
         keys = (batch_size, config.previous_blocks, config.length, model.num_kv_heads, model.head_dim)
         return {
-            "fam": jnp.zeros((batch_size, config.length, model.model_dim), model.dtype),
+            "fam": jnp.zeros((batch_size, config.length, model.model_dim), self._state_dtype),
             "fam_keys": jnp.zeros(keys, model.dtype),
             "fam_values": jnp.zeros(keys, model.dtype),
         }
@@ -196,7 +221,7 @@ class FeedbackAttentionMemory(Window[FamState]):
 
     def enter_stream(self, parameters: Any, shared: Any) -> Stream:
         """Return the prompt (1, M, D)."""
-        return None if parameters is None else parameters.initial_fam[...].astype(self.model.dtype)[None]
+        return None if parameters is None else parameters.initial_fam[...].astype(self._state_dtype)[None]
 
     def enter(self, layer: DecoderLayer, state: FamState, stream: Stream, at: Any) -> tuple[FamState, Stream]:
         """Set the initial FAM, and pass the prompt up through the layer (appendix B.1)."""
@@ -240,7 +265,20 @@ class FeedbackAttentionMemory(Window[FamState]):
             own_fam=self._own_rotation(rope),
             fam_count=existing * self.config.length if previous > 1 else None,
             carries_context=position.carries_context,
+            noise=self._noise(position, full),
         )
+
+    def _noise(self, position: Position, blocks: int) -> jax.Array | None:
+        if position.noise_keys is None or not self.config.noise:
+            return None
+        shape = (blocks, self.config.length, self.model.model_dim)
+
+        def draw(key: jax.Array, blocks: jax.Array) -> jax.Array:
+            # A row may be read in several calls.
+            return jax.random.normal(jax.random.fold_in(key, blocks), shape, self._state_dtype)
+
+        draws = jax.vmap(draw)(position.noise_keys, position.blocks)
+        return self.config.noise * draws.swapaxes(0, 1)
 
     def window_frames(self, at: FamFrames) -> ChunkFrames:
         """Return the window's part of the frames."""
@@ -287,10 +325,21 @@ class FeedbackAttentionMemory(Window[FamState]):
         rotation = at.own_fam.after(before).map(lambda r: r.swapaxes(0, 1))  # (N, B or 1, M, 1, hd/2)
         keep = at.carries_context[None] | (np.arange(full) > 0)[:, None]
         keys, values = (x.reshape(batch, length, -1) for x in (k, v))
-        inputs = ChainInputs(keys, values, rotation, jnp.broadcast_to(keep, (full, batch)))
+        inputs = ChainInputs(keys, values, rotation, jnp.broadcast_to(keep, (full, batch)), at.noise)
         attention = ChainAttention(model.block_size, model.attention_softcap, model.attention)
-        fam, (chain_k, chain_v) = run_chain(layer, fam, inputs, attention)
+        fam, (chain_k, chain_v) = run_chain(layer, fam, inputs, attention, self._update)
         return fam, chain_k, chain_v
+
+    def _update(
+        self,
+        layer: DecoderLayer,
+        fam: jax.Array,
+        keep: jax.Array,
+        attend: Attend,
+        apply: Apply = apply_linear,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Update FAM once; see :func:`fam_jax.memories.chain.update_vectors`."""
+        return update_vectors(layer, fam, keep, attend, apply, bound=self.config.bound)
 
     def piece_at(self, position: Position, width: int) -> FamPieceFrames:
         """Return the frames of a piece."""
@@ -338,7 +387,7 @@ class FeedbackAttentionMemory(Window[FamState]):
             q, k = rotate(q, rotation), rotate(k, rotation)
             return self.attend_to_write([Part(q, k, v)], Part(q, state.block_keys, state.block_values))
 
-        fam, _ = update_vectors(layer, state.fam, position.carries_context, attend)
+        fam, _ = self._update(layer, state.fam, position.carries_context, attend)
         _, k, v = layer.project(fam)
         state = dataclasses.replace(
             state,

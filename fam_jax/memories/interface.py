@@ -46,7 +46,7 @@ Stream = Any
 
 
 class Memory(Generic[S]):
-    """The memory of a model's layers. One object serves all layers of a type; it holds no arrays.
+    """The memory of a model's layers. One object serves all layers of a type in a call of the model.
 
     The base class is Block Sliding Window Attention, read block by block. Subclasses add a state.
     """
@@ -58,6 +58,8 @@ class Memory(Generic[S]):
     # layer: the state of a layer comes from that layer alone. segment: the output of the top layer for a block enters
     # the bottom layer at the next block, so each block passes through all layers before the next one starts.
     order: ClassVar[Literal["layer", "segment"]] = "layer"
+    # What :meth:`model_parameters` created, while a model reads or writes.
+    parameters: Any = None
 
     def __init__(self, model: ModelConfig):
         self.model = model
@@ -70,7 +72,7 @@ class Memory(Generic[S]):
         return None
 
     def model_parameters(self, rngs: nnx.Rngs) -> nnx.Module | None:
-        """Create the parameters that the memory has once: `model.memory`."""
+        """Create the parameters that the memory has once: `model.memory`, and `self.parameters` in a call."""
         return None
 
     def initial_parameters(self, table: jax.Array, seed: int) -> Mapping[str, jax.Array]:

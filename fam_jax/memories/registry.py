@@ -8,7 +8,10 @@ MEMORIES: dict[str, Any] = {
     "full": "fam_jax.memories.window:FullAttention",
     "swa": "fam_jax.memories.window:SlidingWindowAttention",
     "bswa": "fam_jax.memories.window:BlockSlidingWindowAttention",
+    "longformer": "fam_jax.memories.longformer:Longformer",
     "transformer_xl": "fam_jax.memories.window:TransformerXL",
+    "block_recurrent": "fam_jax.memories.block_recurrent:BlockRecurrentTransformer",
+    "compressive": "fam_jax.memories.compressive:CompressiveTransformer",
     "fam": "fam_jax.memories.fam:FeedbackAttentionMemory",
     "fam_losses": "fam_jax.memories.fam_losses:FamWithLosses",
     "sum_fam": "fam_jax.memories.sum_fam:SummaryFam",
@@ -16,6 +19,12 @@ MEMORIES: dict[str, Any] = {
     "titans_mag": "fam_jax.memories.titans:MemoryAsGate",
     "titans_mal": "fam_jax.memories.titans:MemoryAsLayer",
     "titans_mac": "fam_jax.memories.titans_mac:MemoryAsContext",
+    "infini": "fam_jax.memories.infini:InfiniAttention",
+    "armt": "fam_jax.memories.armt:AssociativeRecurrentMemory",
+    "prmt": "fam_jax.memories.prmt:ParallelRecurrentMemory",
+    "rmt": "fam_jax.memories.rmt:RecurrentMemoryTransformer",
+    "autocompressor": "fam_jax.memories.autocompressor:AutoCompressor",
+    "feedback": "fam_jax.memories.feedback:FeedbackTransformer",
 }
 
 

@@ -149,26 +149,32 @@ class Window(Memory[S]):
         frames = self.window_frames(at)
         rotated = rotate_tokens(k, frames.tokens, model.attention)
         extra, state = self.extra_of_blocks(layer, rotated, v, state, at)
-        segments = visible_blocks(model)
-        unseen = max(state.keys.shape[1] - segments, 0)
-        past_k = rotate(state.keys[:, unseen:], frames.past).reshape(k.shape[0], -1, *k.shape[2:])
-        past_v = state.values[:, unseen:].reshape(past_k.shape)
+        keys, values = self.with_past(rotated, v, state, frames)
         attended = block_attention(
             rotate_tokens(q, frames.tokens, model.attention),
-            jnp.concatenate([past_k, rotated], axis=1),
-            jnp.concatenate([past_v, v], axis=1),
+            keys,
+            values,
             extra.keys,
             extra.values,
             frames.past_length,
             extra.existing,
             block_size=model.block_size,
-            memory_segments=segments,
+            memory_segments=visible_blocks(model),
             window=model.memory.window,
             stop_gradient=model.memory.stop_gradient,
             softcap=model.attention_softcap,
             implementation=model.attention,
         )
         return attended, self._cache_chunk(state, k, v, frames)
+
+    def with_past(
+        self, k: jax.Array, v: jax.Array, state: S, frames: ChunkFrames
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the rotated keys and the values (B, T, K, hd) of a chunk after those of the visible past blocks."""
+        unseen = max(state.keys.shape[1] - visible_blocks(self.model), 0)
+        past_k = rotate(state.keys[:, unseen:], frames.past).reshape(k.shape[0], -1, *k.shape[2:])
+        past_v = state.values[:, unseen:].reshape(past_k.shape)
+        return jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
 
     def window_frames(self, at: Any) -> ChunkFrames:
         """Return the frames of the window from what :meth:`blocks_at` returned."""

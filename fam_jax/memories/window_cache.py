@@ -110,6 +110,8 @@ class Position(ShownByShape):
     offset: Any = None
     # C.
     block_size: int = 0
+    # (B,) typed PRNG keys of the noise that training adds to a memory, or None.
+    noise_keys: Any = None
 
     def next_block(self, *, writes: bool = True) -> "Position":
         """Return the position after one more complete block, for rows at a block border."""
@@ -120,7 +122,7 @@ class Position(ShownByShape):
 
 jax.tree_util.register_dataclass(
     Position,
-    data_fields=["blocks", "filled", "carries_context", "offset"],
+    data_fields=["blocks", "filled", "carries_context", "offset", "noise_keys"],
     meta_fields=["block_size"],
 )
 

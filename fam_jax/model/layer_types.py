@@ -6,6 +6,7 @@ with depth. Types are static: a local layer spends no time on a memory that it d
 window.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +21,7 @@ from fam_jax.memories import inspection
 from fam_jax.memories.inspection import Attention, WriteAttention
 from fam_jax.memories.interface import Memory, Stream, Tail
 from fam_jax.memories.registry import memory_class
-from fam_jax.memories.window import BlockSlidingWindowAttention, Window, local_model
+from fam_jax.memories.window import Window, local_model
 from fam_jax.memories.window_cache import Position
 from fam_jax.model.parameters import flatten
 
@@ -71,24 +72,35 @@ class LayerTypes(NamedTuple):
         return jax.tree.map(lambda *x: jnp.stack(x)[jnp.asarray(self.of_layers)], *each)
 
 
-def layer_types(model: ModelConfig) -> LayerTypes:
+def layer_types(model: ModelConfig, parameters: Any = None) -> LayerTypes:
     """Return the types of a model's layers.
+
+    Args:
+      model: the model's config.
+      parameters: what the memory has once (`Memory.parameters`), for those who read or write.
 
     Raises:
       ConfigError: the model has local layers, but its memory has to pass through all layers.
     """
-    names = list(dict.fromkeys(model.layer_pattern))
     main = memory_of(model)
-    memories = tuple(
-        main if name == "global" else BlockSlidingWindowAttention(local_model(model)) for name in names
-    )
+    main.parameters = parameters
+    models = [_model_of_layer(model, index) for index in range(model.num_layers)]
+    types = list(dict.fromkeys(models))
+    memories = tuple(main if each == model else memory_of(each) for each in types)
     if len(memories) > 1 and main.order == "segment":
         raise ConfigError(
             f"config.model.layer_pattern: {model.memory.kind} needs global layers only, got {model.layer_pattern}; "
             "choose another memory, or the pattern ('global',)"
         )
-    pattern = [names.index(name) for name in model.layer_pattern]
-    return LayerTypes(main, memories, np.resize(pattern, model.num_layers).astype(np.int32))
+    return LayerTypes(main, memories, np.array([types.index(each) for each in models], np.int32))
+
+
+def _model_of_layer(model: ModelConfig, index: int) -> ModelConfig:
+    """Return the config by which a layer attends: that of the model, but for the memory and RoPE of its type."""
+    if model.layer_pattern[index % len(model.layer_pattern)] == "local":
+        return local_model(model)
+    memory = model.memory.of_layer(index, model)
+    return model if memory == model.memory else dataclasses.replace(model, memory=memory)
 
 
 def models_of_types(model: ModelConfig) -> list[tuple[ModelConfig, int]]:
@@ -99,7 +111,7 @@ def models_of_types(model: ModelConfig) -> list[tuple[ModelConfig, int]]:
 
 
 def layers_with_memory(model: ModelConfig) -> list[int]:
-    """Return the numbers of the layers that have the model's memory: all but local ones, or none."""
+    """Return the numbers of the layers that have the model's memory: by default all but local ones, or none."""
     types = layer_types(model)
     if not model.memory.has_state:
         return []

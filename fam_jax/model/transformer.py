@@ -33,6 +33,7 @@ from fam_jax.model.layer_types import (
     read_piece,
 )
 from fam_jax.model.state import StreamState, empty_state
+from fam_jax.model.truncation import FULL, Truncation, read_in_parts
 
 # Results of attention are kept too; otherwise the attention kernels would run twice.
 REMAT_POLICIES = {
@@ -95,6 +96,8 @@ class Transformer(nnx.Module):
         lengths: jax.Array | None = None,
         aligned: bool = False,
         position_offset: jax.Array | None = None,
+        noise_keys: jax.Array | None = None,
+        truncation: Truncation = FULL,
     ) -> tuple[jax.Array, StreamState]:
         """Return the normalized activations (B, T, D) from which logits are computed, and the state after the tokens.
 
@@ -106,22 +109,31 @@ class Transformer(nnx.Module):
           aligned: promise that every row is at a block border. All blocks then go through each layer at once. Use it
             to train and to prefill.
           position_offset: (B,) int32 added to all positions (random position offset, appendix B.2.2).
+          noise_keys: (B,) typed PRNG keys, for memories to which training adds noise. None: no noise.
+          truncation: where gradients stop. It changes no result, and other calls than aligned ones ignore it.
 
         Raises:
-          ValueError: there are no tokens, or `lengths` is given with `aligned`, or `position_offset` without it.
+          ValueError: there are no tokens, or `lengths` is given with `aligned`, or `position_offset` or `noise_keys`
+            without it.
         """
         if tokens.shape[1] == 0:
             raise ValueError("tokens: there are none; give at least one")
         if aligned:
             if lengths is not None:
                 raise ValueError("lengths: an aligned call does not take it, because all its tokens are real")
-            position = dataclasses.replace(state.position, offset=position_offset)
+            position = dataclasses.replace(state.position, offset=position_offset, noise_keys=noise_keys)
             state = dataclasses.replace(state, position=position)
             in_turn = layer_types(self.config).main.order == "segment"
-            out, state = self._read_in_turn(tokens, state) if in_turn else self._read_aligned(tokens, state)
-            return out, dataclasses.replace(state, position=dataclasses.replace(state.position, offset=None))
+            parts = truncation.parts(tokens.shape[1], self.config.block_size)
+            out, state = read_in_parts(
+                self._read_in_turn if in_turn else self._read_aligned, tokens, state, parts
+            )
+            position = dataclasses.replace(state.position, offset=None, noise_keys=None)
+            return out, dataclasses.replace(state, position=position)
         if position_offset is not None:
             raise ValueError("position_offset: only aligned calls take it; set aligned=True")
+        if noise_keys is not None:
+            raise ValueError("noise_keys: only aligned calls take them; set aligned=True")
         if lengths is None:
             lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
         return self._read_anywhere(tokens, state, jnp.minimum(lengths, tokens.shape[1]))
@@ -146,7 +158,7 @@ class Transformer(nnx.Module):
 
     def init_state(self, batch_size: int) -> StreamState:
         """Return the state of `batch_size` streams that have read nothing."""
-        types = layer_types(self.config)
+        types = layer_types(self.config, self.memory)
         state = empty_state(self.config, batch_size, memory=types.main)
         shared = types.main.start_shared(self.memory, batch_size)
         return self._enter(types, dataclasses.replace(state, shared=shared))
@@ -168,7 +180,7 @@ class Transformer(nnx.Module):
     def _read_aligned(self, tokens: jax.Array, state: StreamState) -> tuple[jax.Array, StreamState]:
         """Read a chunk layer by layer, all blocks at once."""
         config, length, position = self.config, tokens.shape[1], state.position
-        types, full = layer_types(config), length // config.block_size
+        types, full = layer_types(config, self.memory), length // config.block_size
         memory, cached = types.main, state.layers.keys.shape[2]
         at = [each.blocks_at(position, length, cached) for each in types.memories]
         graphdef, parameters = nnx.split(self.layers)
@@ -230,7 +242,7 @@ class Transformer(nnx.Module):
 
         Rows that carry no context start from the initial shared state, which depends on the weights alone.
         """
-        types, position = layer_types(self.config), state.position
+        types, position = layer_types(self.config, self.memory), state.position
         batch = state.batch_size
         padded = jax.vmap(lambda layer: with_past_slots(layer, self.config.memory_segments))(state.layers)
         start = types.main.start_shared(self.memory, batch)
@@ -317,7 +329,7 @@ class Transformer(nnx.Module):
     ) -> tuple[tuple[jax.Array, Any], StreamState]:
         """Read a piece and write it into the unfinished block; also return what `watch` returned, (L, ...)."""
         config, position = self.config, state.position
-        types = layer_types(config)
+        types = layer_types(config, self.memory)
         at = [memory.piece_at(position, tokens.shape[1]) for memory in types.memories]
         graphdef, parameters = nnx.split(self.layers)
 
@@ -341,7 +353,7 @@ class Transformer(nnx.Module):
         self, state: StreamState, watch: Callable[[WriteAttention], Any] | None = None
     ) -> tuple[Any, StreamState]:
         """Write the unfinished block, which must be full in every row; also return what `watch` returned, (L, ...)."""
-        config, types = self.config, layer_types(self.config)
+        config, types = self.config, layer_types(self.config, self.memory)
         graphdef, parameters = nnx.split(self.layers)
 
         def body(stream: Stream, xs: Any) -> tuple[Stream, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from fam_jax.config import Config, MeshConfig
+from fam_jax.config import Config, MeshConfig, ceil_div
+from fam_jax.model.truncation import truncation_of
 from fam_jax.plan.chips import GIB, Chip, chip_of
 from fam_jax.plan.compile import compile_or_miss, local_bytes, peak_bytes, topology_devices
 from fam_jax.plan.cost import Estimate, estimate
@@ -108,8 +109,17 @@ def plan_training(config: Config, topology: str, tokens: int, mesh: MeshConfig |
     config = dataclasses.replace(config, mesh=mesh or config.mesh)
     trainer = make_trainer(config, devices)
     rows = config.train.batch_size // config.train.accumulation
-    past = config.model.memory_segments if config.train.carry == "all" else 0
-    share = local_share(config.model, topology, trainer.mesh.shape, rows, tokens, past=past)
+    parts = truncation_of(config.train).parts(tokens, config.model.block_size)
+    sees_past = config.train.carry == "all" or len(parts) > 1
+    share = local_share(
+        config.model,
+        topology,
+        trainer.mesh.shape,
+        rows,
+        # The kernels run once per part; parts that differ in length count as their mean.
+        ceil_div(tokens, len(parts)),
+        past=config.model.memory_segments if sees_past else 0,
+    )
     started = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         # Kernels are profiled in other processes while this one compiles.

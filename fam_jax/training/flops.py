@@ -87,8 +87,8 @@ def step_flops(config: Config, params: Any, tokens: int) -> float:
     """Return the FLOPs of a training step as MFU counts them (Chowdhery et al. 2022, appendix B).
 
     A parameter counts 6 per token; the logits' weights are included, the embedding lookup is not. Attention counts 12
-    per visible key, head feature, layer and token. What a memory multiplies by to read beside attention counts 6. Frozen
-    weights of LoRA get no gradient and count 4. Recomputation and updates of the memory do not count.
+    per visible key, head feature, layer and token, and reading a memory by other means 6 per product. Frozen weights of
+    LoRA get no gradient and count 4. Recomputation and updates of the memory do not count.
 
     Args:
       config: the experiment.

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from fam_jax.checkpoint import (
     find_vocabulary,
     saved_steps,
 )
-from fam_jax.config import Config, UserError
+from fam_jax.config import Config
 from fam_jax.data.build import make_batches
 from fam_jax.data.interface import Batches, BatchSpec
 from fam_jax.data.vocabulary import check_vocabulary_size
@@ -31,6 +30,7 @@ from fam_jax.model import count_parameters, lora
 from fam_jax.training.compiler import compiler_options
 from fam_jax.training.flops import peak_flops, step_flops
 from fam_jax.training.going_back import remember_restored, step_to_restore
+from fam_jax.training.health import Health
 from fam_jax.training.init_from import check_named, load_base
 from fam_jax.training.interruption import (
     EvaluationStopped,
@@ -288,7 +288,7 @@ class _Run:
         with stop_requests() as stop:
             if not self._evaluate_if_cut_short(state):
                 raise Interrupted(int(state.step), stop(int(state.step)))
-            clock = _Clock()
+            clock, health = _Clock(), Health(config.train.skip_batches, self.folder)
             for step in remaining:
                 arrays = sharding.global_batch(batch_sharding, _for_step(self.batches.next(), config))
                 state, metrics, compiling = self._step(step, state, arrays)
@@ -297,20 +297,20 @@ class _Run:
                 rows, tokens = arrays["inputs"].shape
                 clock.add(rows * tokens, self.flops[tokens], compiling)
                 self.progress.advance(step, compiled=compiling > 0)
+                health.add(step, metrics)
                 signal_number, ending = stop(step), step == config.train.steps
                 saving = bool(signal_number) or ending or step % config.train.checkpoint_every == 0
                 logging = ending or step % config.train.log_every == 0
-                problem = ""
                 if saving or logging:
                     # Dispatching a step does not wait for its results; without this the clock would stop early.
                     jax.block_until_ready(metrics)
-                    problem = self._not_finite(step, metrics)
-                if logging or problem:
-                    last |= self._log(step, metrics, *clock.rates())
+                    self._say_skipped(health)
+                if logging or health.must_end:
+                    last |= self._log(step, metrics, *clock.rates(), health)
                     clock = _Clock()
-                # Before saving: a broken state must not replace a good checkpoint.
-                if problem:
-                    raise UserError(problem)
+                if health.must_end:
+                    saved = self.checkpoints.latest_step()
+                    raise health.end(step, metrics, arrays, state.params, saved)
                 if saving:
                     self._save(step, state)
                 if self.evaluate is not None and config.evaluate.every and step % config.evaluate.every == 0:
@@ -345,28 +345,27 @@ class _Run:
         self.flops[tokens] = step_flops(self.trainer.config, state.params, tokens)
         return state, metrics, time.perf_counter() - began
 
-    def _not_finite(self, step: int, metrics: dict[str, jax.Array]) -> str:
-        """Return a message if the loss or the update is not finite, else an empty string."""
-        for name in ("loss", "update_norm"):
-            value = float(metrics[name])
-            if not math.isfinite(value):
-                saved = self.checkpoints.latest_step()
-                go_on = (
-                    f"to go on from step {saved}, add --allow_change=optimizer.learning_rate,optimizer.clip_norm"
-                    if saved is not None
-                    else f"no checkpoint is saved yet, so {self.folder} takes the new values"
-                )
-                return (
-                    f"the {name.replace('_', ' ')} is {value} at step {step}: lower config.optimizer.learning_rate "
-                    f"or clip_norm; {go_on}"
-                )
-        return ""
+    def _say_skipped(self, health: Health) -> None:
+        for skipped in health.check():
+            self.progress.say(
+                f"step {skipped}: the loss, the gradient or the update was not finite; its batch is skipped"
+            )
 
     def _log(
-        self, step: int, metrics: dict[str, jax.Array], tokens_per_second: float, flops: float
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        tokens_per_second: float,
+        flops: float,
+        health: Health,
     ) -> dict[str, Any]:
         values = self.batches.name_scores({name: float(value) for name, value in metrics.items()})
-        values |= {"tokens_per_second": tokens_per_second, **self.batches.metrics()}
+        data = self.batches.metrics()
+        # Batches skipped in this call, not by this step alone.
+        values |= {"tokens_per_second": tokens_per_second, "skipped": health.skipped, **data}
+        warning = health.jump(values["loss"], data)
+        if warning:
+            self.progress.say(f"ALARM: {warning} at step {step}")
         devices = list(self.trainer.mesh.devices.flat)
         peak = peak_flops(devices[0].device_kind)
         if peak is not None:

@@ -1,5 +1,6 @@
 """One training step: a pure function of state and batch."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from fam_jax.config import Config
+from fam_jax.config import Config, TrainConfig
 from fam_jax.model import (
     StreamState,
+    Transformer,
     auxiliary_loss,
     empty_state,
     from_dict,
@@ -20,6 +22,7 @@ from fam_jax.model import (
     with_auxiliary_loss,
     with_passed_on,
 )
+from fam_jax.model.truncation import truncation_of
 from fam_jax.training.losses import token_loss
 from fam_jax.training.optimizer import learning_rate
 from fam_jax.training.state import TrainState, model_structure, what_is_carried
@@ -28,6 +31,9 @@ from fam_jax.training.state import TrainState, model_structure, what_is_carried
 BATCH_TYPES = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "answer": jnp.bool_}
 # The array (B,) bool that it takes, too, with train.carry: rows that begin a new stream.
 START = "start"
+
+# What sets the keys of the memory's noise apart from a step's other random choices.
+NOISE = 1
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -42,6 +48,8 @@ class Draws(NamedTuple):
     offset: jax.Array | None
     # What the last step left of each row (see `passed_on_by_row`), if the rows go on with it; else None.
     by_row: Any = None
+    # (B,) typed PRNG keys of the memory's noise, or None.
+    noise_keys: jax.Array | None = None
 
 
 def make_train_step(
@@ -50,38 +58,29 @@ def make_train_step(
     """Build `train_step(state, batch) -> (state, metrics)`; jit it with the state donated.
 
     A batch has the arrays of `BATCH_TYPES`, and `START` with train.carry. The loss is the weighted mean over the whole
-    batch, however many micro-batches it is split into. Auxiliary losses of the memory are added to it: their mean over
-    rows and complete blocks, whatever the weights of tokens.
+    batch, however many micro-batches it is split into. The memory's auxiliary losses are added to it.
     """
     graphdef, abstract = model_structure(config)
     train = config.train
     schedule = learning_rate(config.optimizer, train.steps)
-    auxiliary = config.model.memory.has_auxiliary_loss
 
     def loss(
         trained: Any, frozen: Any, state: TrainState, batch: Batch, draws: Draws, total: jax.Array
     ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, from_dict(abstract, lora.join(trained, frozen)))
-        start = _start_of_rows(config, state, draws)
-        if auxiliary:
-            start = with_auxiliary_loss(config.model, start)
-        hidden, after = model.hidden(batch["inputs"], start, aligned=True, position_offset=draws.offset)
+        hidden, after = _read_rows(train, model, batch, _start_of_rows(config, state, draws), draws)
         result = token_loss(
             model, hidden, batch["targets"], batch["weights"], chunk=train.loss_chunk, z_loss=train.z_loss
         )
-        scores = {
+        scores: dict[str, Any] = {
+            "own": _own_losses(config, after, batch["inputs"].shape[1]),
             "loss": result.cross_entropy / total,
             "answer_correct": (result.correct & batch["answer"]).sum(),
             "answers": batch["answer"].sum(),
             "exact_match": (result.correct | ~batch["answer"]).all(axis=1).sum(),
         }
-        value = result.loss / total
-        if auxiliary:
-            blocks = max(batch["inputs"].shape[1] // config.model.block_size, 1)
-            scores["auxiliary_loss"] = auxiliary_loss(after).sum() / (train.batch_size * blocks)
-            value += scores["auxiliary_loss"]
         left = what_is_carried(config.model, train, after)
-        return value, (scores, jax.lax.stop_gradient(left))
+        return result.loss / total + sum(scores["own"].values()), (scores, jax.lax.stop_gradient(left))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         draws = _draw(config, state, batch)
@@ -92,22 +91,19 @@ def make_train_step(
             lambda part, d: gradient(trained, frozen, state, part, d, total), batch, draws, train.accumulation
         )
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+        norms = {"gradient_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        good = jnp.isfinite(value) & jnp.isfinite(norms["gradient_norm"]) & jnp.isfinite(norms["update_norm"])
+        params = lora.join(optax.apply_updates(trained, updates), frozen)
         new_state = TrainState(
-            params=lora.join(optax.apply_updates(trained, updates), frozen),
-            optimizer=optimizer_state,
-            step=state.step + 1,
-            key=state.key,
-            carried=jax.tree.map(lambda new, old: new.astype(old.dtype), carried, state.carried),
-            has_carried=jnp.ones((), bool),
+            params, optimizer_state, state.step + 1, state.key, carried, jnp.ones((), bool)
         )
-        own = {"auxiliary_loss": scores["auxiliary_loss"]} if auxiliary else {}
-        return new_state, own | {
+        return _unless_broken(good, new_state, state), scores["own"] | {
+            "skipped": 1.0 - good,
             "loss": scores["loss"],
             "objective": value,
             "answer_accuracy": scores["answer_correct"] / jnp.maximum(scores["answers"], 1),
             "exact_match": scores["exact_match"] / batch["inputs"].shape[0],
-            "gradient_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
+            **norms,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "from_saved_state": draws.from_carried.mean(),
         }
@@ -115,19 +111,57 @@ def make_train_step(
     return train_step
 
 
+def _unless_broken(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """Return the new state if the batch was `good`, else the old one, which a batch that is not finite would break."""
+    kept = jax.tree.map(
+        lambda a, b: b if a is b else jnp.where(good, a.astype(b.dtype), b),
+        dataclasses.replace(new, step=old.step, key=old.key),
+        old,
+    )
+    return dataclasses.replace(kept, step=new.step)
+
+
 def _start_of_rows(config: Config, state: TrainState, draws: Draws) -> StreamState:
     """Return the state that each row starts from."""
+    model = config.model
     if draws.by_row is not None:
-        return going_on_by_row(config.model, draws.by_row, ~draws.from_carried)
-    start = empty_state(config.model, len(draws.from_carried), past_slots=False)
-    if config.train.random_state_passing:
-        start = with_passed_on(start, state.carried, draws.from_carried)
-    return start
+        start = going_on_by_row(model, draws.by_row, ~draws.from_carried)
+    else:
+        start = empty_state(model, len(draws.from_carried), past_slots=False)
+        if config.train.random_state_passing:
+            start = with_passed_on(start, state.carried, draws.from_carried)
+    return with_auxiliary_loss(model, start) if model.memory.has_auxiliary_loss else start
+
+
+def _own_losses(config: Config, after: StreamState, tokens: int) -> Metrics:
+    """Return the mean of the memory's auxiliary losses over rows and complete blocks, if it has any.
+
+    The rows are those of the whole batch, of which these may be a part. Weights of tokens play no role.
+    """
+    if not config.model.memory.has_auxiliary_loss:
+        return {}
+    blocks = max(tokens // config.model.block_size, 1)
+    return {"auxiliary_loss": auxiliary_loss(after).sum() / (config.train.batch_size * blocks)}
+
+
+def _read_rows(
+    train: TrainConfig, model: Transformer, batch: Batch, start: StreamState, draws: Draws
+) -> tuple[jax.Array, StreamState]:
+    """Return the activations (B, T, D) of a batch and the state after it."""
+    return model.hidden(
+        batch["inputs"],
+        start,
+        aligned=True,
+        position_offset=draws.offset,
+        noise_keys=draws.noise_keys,
+        truncation=truncation_of(train),
+    )
 
 
 def _draw(config: Config, state: TrainState, batch: Batch) -> Draws:
     train, batch_size = config.train, batch["inputs"].shape[0]
-    saved_key, zero_key, offset_key = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+    step_key = jax.random.fold_in(state.key, state.step)
+    saved_key, zero_key, offset_key = jax.random.split(step_key, 3)
     active = state.has_carried & (state.step >= train.random_state_passing_from)
     from_carried = jax.random.bernoulli(saved_key, train.random_state_passing, (batch_size,)) & active
     offset = None
@@ -135,9 +169,12 @@ def _draw(config: Config, state: TrainState, batch: Batch) -> Draws:
         wavelength = round(2 * math.pi * config.model.rope_base)
         offset = jax.random.randint(offset_key, (batch_size,), 0, wavelength)
         offset = jnp.where(jax.random.bernoulli(zero_key, 0.5, (batch_size,)), 0, offset)
+    noise_keys = None
+    if config.model.memory.noisy:
+        noise_keys = jax.random.split(jax.random.fold_in(step_key, NOISE), batch_size)
     if train.carry == "none":
-        return Draws(from_carried, offset)
-    return Draws(~batch[START] & state.has_carried, offset, state.carried)
+        return Draws(from_carried, offset, noise_keys=noise_keys)
+    return Draws(~batch[START] & state.has_carried, offset, state.carried, noise_keys)
 
 
 def _accumulate(gradient: Callable, batch: Batch, draws: Draws, parts: int) -> Any:

@@ -11,10 +11,19 @@ from flax import nnx
 
 from examples.running_mean import RunningMean, RunningMeanConfig
 from fam_jax.config import MemoryConfig, ModelConfig
+from fam_jax.memories.armt import ArmtConfig
+from fam_jax.memories.autocompressor import AutoCompressorConfig
+from fam_jax.memories.block_recurrent import BlockRecurrentConfig
+from fam_jax.memories.compressive import CompressiveConfig
 from fam_jax.memories.fam import FamConfig
 from fam_jax.memories.fam_losses import FamLossesConfig
+from fam_jax.memories.feedback import FeedbackConfig
 from fam_jax.memories.fm import FeedbackMemoryConfig
+from fam_jax.memories.infini import InfiniConfig
+from fam_jax.memories.longformer import LongformerConfig
+from fam_jax.memories.prmt import PrmtConfig
 from fam_jax.memories.registry import memory_class, memory_kinds
+from fam_jax.memories.rmt import RmtConfig
 from fam_jax.memories.sum_fam import SummaryFamConfig
 from fam_jax.memories.titans import TitansGateConfig, TitansLayerConfig
 from fam_jax.memories.titans_mac import TitansContextConfig
@@ -99,7 +108,26 @@ CASES = {
     "bswa, own block": Case(BlockSlidingWindowConfig(segments=0), own_block),
     "bswa, window": Case(BlockSlidingWindowConfig(segments=1, window=2), tokens_back(2)),
     "bswa, stop-gradient": Case(BlockSlidingWindowConfig(segments=1, stop_gradient=True), own_block),
+    "longformer": Case(LongformerConfig(windows=(2, 3), dilations=(1, 2)), lambda i, j: 0 <= i - j <= 2),
+    "longformer, all layers": Case(
+        LongformerConfig(windows=(3,), dilations=(2,), dilated_heads=1), blocks_back(1)
+    ),
     "transformer_xl": Case(TransformerXLConfig(segments=1), own_block),
+    "block_recurrent": Case(BlockRecurrentConfig(length=3, layer=0, form="dual"), everything),
+    "block_recurrent, lstm": Case(
+        BlockRecurrentConfig(length=3, layer=-1, segments=0, gate="lstm"), everything
+    ),
+    "block_recurrent, single, stop-gradient": Case(
+        BlockRecurrentConfig(length=2, layer=1, form="single", stop_gradient=True), everything
+    ),
+    "compressive": Case(CompressiveConfig(compressed_rows=2, compressed_blocks=2), own_block),
+    "compressive, centre, gradients": Case(
+        CompressiveConfig(segments=0, compressed_rows=1, positions="centre", stop_gradient=False),
+        blocks_back(1),
+    ),
+    "compressive, mean, gradients": Case(
+        CompressiveConfig(compressed_rows=2, compression="mean", window=3, stop_gradient=False), everything
+    ),
     "fam": Case(FamConfig(length=2, segments=0), everything),
     "fam, prefix, R=2": Case(FamConfig(length=2, init="prefix", previous_blocks=2), everything),
     "fam, zero": Case(FamConfig(length=2, segments=1, positions="zero"), everything),
@@ -119,6 +147,33 @@ CASES = {
     "titans_mal": Case(TitansLayerConfig(segments=1, chunk=4, depth=1, persistent=0), everything),
     "titans_mac": Case(TitansContextConfig(chunk=2, persistent=2), everything),
     "titans_mac, own": Case(TitansContextConfig(segments=1, chunk=1, retrieved="own"), everything),
+    "infini": Case(InfiniConfig(), everything),
+    "infini, delta": Case(InfiniConfig(update="delta"), everything),
+    "infini, delta, window": Case(InfiniConfig(update="delta", segments=1, window=3), everything),
+    "armt": Case(ArmtConfig(length=2, key_dim=6), everything),
+    "armt, no correction, many rows": Case(
+        ArmtConfig(length=SIZE + 1, key_dim=4, dpfp_nu=2, correction=False, segments=1), everything
+    ),
+    "prmt": Case(PrmtConfig(length=2), everything),
+    "prmt, prompt, before, window": Case(
+        PrmtConfig(length=2, init="prompt", query_positions="before", segments=1), everything
+    ),
+    "prmt, once, many rows": Case(
+        PrmtConfig(length=SIZE + 1, memory_twice=False, first_residual=False), everything
+    ),
+    "prmt, not causal": Case(PrmtConfig(length=3, causal=False, first_residual=False), everything),
+    "rmt": Case(RmtConfig(length=2), everything),
+    "rmt, causal, M > C": Case(RmtConfig(length=5, mask="causal"), everything),
+    "rmt, window": Case(RmtConfig(length=2, segments=1, stop_gradient=True), everything),
+    "autocompressor": Case(AutoCompressorConfig(length=2, summaries=3), everything),
+    "autocompressor, two kept": Case(AutoCompressorConfig(length=2, summaries=2), everything),
+    "autocompressor, fixed, M > C": Case(
+        AutoCompressorConfig(length=5, summaries=2, summary_positions="fixed"), everything
+    ),
+    "autocompressor, window": Case(AutoCompressorConfig(length=2, summaries=1, segments=1), everything),
+    "feedback": Case(FeedbackConfig(segments=1), everything),
+    "feedback, sees itself": Case(FeedbackConfig(segments=2, sees_itself=True), everything),
+    "feedback, stop-gradient": Case(FeedbackConfig(segments=1, stop_gradient=True), own_block),
     "running_mean": Case(RunningMeanConfig(segments=1, rate=0.5), everything),
     "read_write": Case(toys.ReadWriteConfig(segments=0), everything),
     "read_write, window": Case(toys.ReadWriteConfig(segments=1, window=3), everything),
@@ -126,8 +181,9 @@ CASES = {
 }
 # One of every kind, and what differs most; the other cases are slow tests.
 ALWAYS = (
-    "full", "swa", "bswa", "transformer_xl", "fam", "fam, prefix, R=2", "sum_fam", "fm",
-    "titans_mag", "titans_mac", "running_mean", "read_write", "associative",
+    "full", "swa", "bswa", "longformer", "transformer_xl", "block_recurrent", "compressive", "fam", "fam, prefix, R=2",
+    "sum_fam", "fm", "titans_mag", "titans_mac", "infini", "armt", "prmt", "rmt",
+    "autocompressor", "feedback", "running_mean", "read_write", "associative",
 )  # fmt: skip
 # Kinds that differ little from another one, which stands for them.
 ALIKE = {"fam_losses": "fam", "titans_mal": "titans_mag"}

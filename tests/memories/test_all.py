@@ -215,43 +215,46 @@ FASTER = [
 def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
     """A faster `read_blocks` equals the default, which uses `read_piece` and `close_block`.
 
-    Compares outputs, states, and gradients with respect to input and parameters, over two chunks. The second chunk
-    starts with one fresh row and ends within a block.
+    Compares outputs, states, rows that rise, and gradients with respect to input and parameters, over two chunks. The
+    second chunk starts with one fresh row and ends within a block.
     """
     model = CASES[name].model
     memory, params = memory_of(model), parameters(name)
     one_layer = jax.tree.map(lambda x: x[0], params["layers"])
-    own = filled(memory.model_parameters, params["memory"]) if "memory" in params else None
+    shared = params.get("memory", {})
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(ROWS, 3 * SIZE - 1, model.model_dim)))
     fresh = jnp.asarray([False, True])
 
-    def read(tree: Any, x: jax.Array, *, default: bool) -> Any:
+    def read(tree: Any, shared: Any, x: jax.Array, *, default: bool) -> Any:
+        own = memory.parameters = filled(memory.model_parameters, shared) if shared else None
         layer = filled(lambda rngs: DecoderLayer(model, rngs=rngs, memory=memory.layer_parameters), tree)
-        stream = memory.enter_stream(own, None)
+        stream, closing = memory.enter_stream(own, None), memory.close_stream(own, None, ROWS)
         start, _ = memory.enter(layer, memory.empty(ROWS), stream, memory.enter_at(memory.rope))
-        state, position, out = start, start_position(ROWS, SIZE), []
+        state, position, out, risen = start, start_position(ROWS, SIZE), [], []
         for chunk in (x[:, :SIZE], x[:, SIZE:]):
             at = position if default else memory.blocks_at(position, chunk.shape[1], model.memory_segments)
             how = Memory.read_blocks if default else type(memory).read_blocks
-            y, state, _ = how(memory, layer, chunk, state, None, at)
+            rows = jax.tree.map(lambda x, n=chunk.shape[1] // SIZE: jnp.stack([x] * n), closing)
+            y, state, rows = how(memory, layer, chunk, state, rows, at)
             out.append(y)
+            risen.append(rows)
             if len(out) == 1:
                 state = choose_rows(fresh, start, state)
                 position = choose_rows(fresh, position, position.next_block(writes=model.memory.has_state))
         of_block = {name: x[:, : SIZE - 1] for name, x in vars(state).items() if name.startswith("block_")}
-        return jnp.concatenate(out, axis=1), dataclasses.replace(state, **of_block)
+        return jnp.concatenate(out, axis=1), dataclasses.replace(state, **of_block), risen
 
-    def score(tree: Any, x: jax.Array, *, default: bool) -> Any:
-        result = read(tree, x, default=default)
+    def score(tree: Any, shared: Any, x: jax.Array, *, default: bool) -> Any:
+        result = read(tree, shared, x, default=default)
         return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(result)), result
 
     @jax.jit
-    def both(tree: Any, x: jax.Array) -> Any:
-        slope = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-        return [slope(functools.partial(score, default=default))(tree, x) for default in (False, True)]
+    def both(*args: Any) -> Any:
+        slope = functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+        return [slope(functools.partial(score, default=default))(*args) for default in (False, True)]
 
-    fast, slow = both(one_layer, x)
+    fast, slow = both(one_layer, shared, x)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(slow[1])) > 1e-2
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), fast, slow)
 

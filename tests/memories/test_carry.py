@@ -12,6 +12,7 @@ from flax import nnx
 
 from fam_jax.config import Config, ConfigError, DataConfig
 from fam_jax.config import changed as replace_groups
+from fam_jax.memories.autocompressor import AutoCompressorConfig
 from fam_jax.memories.fam import FamConfig
 from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import StreamState, from_dict
@@ -34,6 +35,7 @@ MEMORIES = {
     "fam": FamConfig(segments=1, length=2, previous_blocks=2),
     "window": BlockSlidingWindowConfig(segments=4),
     "in turn": toys.ReadWriteConfig(segments=1),
+    "slots": AutoCompressorConfig(length=2, summaries=3, segments=1),
 }
 
 
@@ -103,6 +105,8 @@ def losses_of_documents(config: Config, params: Any) -> list[float]:
         ("window", "all"),
         ("in turn", "all"),
         ("in turn", "memory"),
+        ("slots", "all"),
+        ("slots", "memory"),
     ],
 )
 def test_steps_have_the_losses_of_documents_read_alone(memory: str, carry: str) -> None:

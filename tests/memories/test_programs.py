@@ -1,4 +1,4 @@
-"""Memories that the package does not name work in training, generation, state files, meshes and local layers."""
+"""Memories other than FAM work in training, generation, state files, meshes and local layers."""
 
 import dataclasses
 import pathlib
@@ -15,29 +15,48 @@ from fam_jax import sharding
 from fam_jax.config import Config, ConfigError
 from fam_jax.generation.state_file import StateFileError, load_state, save_state
 from fam_jax.generation.streaming import Streamer
+from fam_jax.memories.armt import ArmtConfig
+from fam_jax.memories.autocompressor import AutoCompressorConfig
+from fam_jax.memories.block_recurrent import BlockRecurrentConfig
+from fam_jax.memories.compressive import CompressiveConfig
 from fam_jax.memories.fam_losses import FamLossesConfig
+from fam_jax.memories.feedback import FeedbackConfig
 from fam_jax.memories.fm import FeedbackMemoryConfig
+from fam_jax.memories.infini import InfiniConfig
+from fam_jax.memories.prmt import PrmtConfig
+from fam_jax.memories.rmt import RmtConfig
 from fam_jax.memories.sum_fam import SummaryFamConfig
 from fam_jax.memories.titans import TitansGateConfig, TitansLayerConfig
 from fam_jax.memories.titans_mac import TitansContextConfig
+from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import Transformer
+from fam_jax.training.flops import step_flops
 from fam_jax.training.loop import make_trainer
 from tests.memories import toys
 from tests.memories.cases import CASES, random_parameters
 from tests.model.tiny import Reader
-from tests.training.tiny import assert_close, changed, run, some_batch, start
+from tests.training.tiny import ROWS as BATCH_ROWS
+from tests.training.tiny import TINY, TOKENS, assert_close, changed, run, some_batch, start
 from tests.variants import rest_slow
 
 NEW = {
     "running_mean": RunningMeanConfig(segments=1, rate=0.5),
     "read_write": toys.ReadWriteConfig(segments=1),
     "associative": toys.AssociativeConfig(segments=0),
+    "block_recurrent": BlockRecurrentConfig(segments=1, length=3, layer=0, form="dual", gate="lstm"),
+    "compressive": CompressiveConfig(segments=1, compressed_rows=2),
     "fam_losses": FamLossesConfig(segments=0, length=2, diversity=0.01, reconstruction=0.1),
     "sum_fam": SummaryFamConfig(segments=0, length=2),
     "fm": FeedbackMemoryConfig(segments=1),
     "titans_mag": TitansGateConfig(segments=0, chunk=2, heads=2),
     "titans_mal": TitansLayerConfig(segments=1, chunk=4),
     "titans_mac": TitansContextConfig(segments=0, chunk=2),
+    "infini": InfiniConfig(update="delta"),
+    "armt": ArmtConfig(length=2, key_dim=6),
+    "prmt": PrmtConfig(length=2),
+    "rmt": RmtConfig(length=2),
+    "autocompressor": AutoCompressorConfig(length=2, summaries=2),
+    "feedback": FeedbackConfig(segments=1),
 }
 OFTEN = "running_mean"
 every_new_memory = pytest.mark.parametrize(
@@ -51,7 +70,7 @@ every_new_memory = pytest.mark.parametrize(
 
 def training(memory: Any, **values: Any) -> Config:
     passing = 0.5 if memory.has_state else 0.0
-    return changed(train__random_state_passing=passing, model__memory=memory, **values)
+    return changed(**{"train__random_state_passing": passing, "model__memory": memory} | values)
 
 
 @every_new_memory
@@ -112,7 +131,10 @@ def test_generation_goes_on_from_a_file(memory: Any, tmp_path: pathlib.Path) -> 
 @pytest.mark.parametrize(
     "name",
     rest_slow(
-        ["running_mean", "associative", "sum_fam", "fm", "titans_mag", "titans_mal", "titans_mac"],
+        [
+            *("running_mean", "associative", "infini", "armt", "prmt"),
+            *("sum_fam", "fm", "titans_mag", "titans_mal", "titans_mac"),
+        ],
         ["running_mean", "associative", "fm"],
     ),
 )
@@ -142,13 +164,35 @@ def test_a_top_that_feeds_the_bottom_needs_global_layers() -> None:
         Reader(model, {}, 1)
 
 
-@pytest.mark.parametrize(("name", "field"), [("running_mean", "mean"), ("associative", "matrix")])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("running_mean", "mean"),
+        ("associative", "matrix"),
+        ("infini", "key_value_sums"),
+        ("infini", "key_sums"),
+        ("armt", "associative_matrix"),
+        ("armt", "associative_normalizer"),
+        ("prmt", "memory_rows"),
+    ],
+)
 def test_sums_stay_float32_in_a_bfloat16_model(name: str, field: str) -> None:
     """T8: the sums grow or decay over any number of blocks."""
     model = dataclasses.replace(CASES[name].model, memory=NEW[name], dtype="bfloat16")
     state = jax.eval_shape(lambda: _read(model))
     assert getattr(state.layers, field).dtype == jnp.float32
     assert state.layers.keys.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("name", "products"), [("infini", 4 * 4 * 5), ("armt", 8 * 6 + 36 * 9)])
+def test_reading_counts_in_the_flops_of_a_step(name: str, products: int) -> None:
+    """What tokens multiply by to read sums or a matrix counts, as attention to keys does."""
+    window = BlockSlidingWindowConfig(segments=0)
+    plain, found = (
+        step_flops(training(memory, train__random_state_passing=0.0), {}, TOKENS)
+        for memory in (window, NEW[name])
+    )
+    assert found - plain == 6 * products * TINY.model.num_layers * BATCH_ROWS * TOKENS
 
 
 def _read(model: Any) -> Any:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fam_jax.kernels import Part, multi_part_attention
+from fam_jax.layers.decoder_layer import apply_linear
 from fam_jax.layers.rope import rotate
 from fam_jax.memories import chain
-from fam_jax.memories.chain import update_vectors
 from fam_jax.model import empty_state, with_passed_on
 from tests.model.tiny import build, params_of, some_tokens, variant
 from tests.oracle.naive import naive_forward, random_params
@@ -123,13 +123,13 @@ def plain_scan(chain, frozen, weights, rest, start, inputs):
         return jnp.stack([x[:, i * size : (i + 1) * size] for i in range(blocks)])
 
     def body(carry, step):
-        keys, values, rotation, keep = step
+        keys, values, rotation, keep, _ = step
 
         def attend(q, k, v):
             q, k = rotate(q, rotation), rotate(k, rotation)
             return multi_part_attention([Part(q, k, v), Part(q, keys, values)], softcap=attention.softcap)
 
-        return update_vectors(layer, carry, keep, attend)
+        return chain.update(layer, carry, keep, attend, apply_linear)
 
     return jax.lax.scan(body, start, (by_block(inputs.keys), by_block(inputs.values), *inputs[2:]))
 

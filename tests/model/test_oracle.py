@@ -25,7 +25,7 @@ CONFIGS = {
     },
     "geglu, scaled, multi-head, float positions": {
         "activation": "geglu", "scale_embeddings": True, "num_kv_heads": 4, "positions": "float",
-        "segments": 2, "previous_blocks": 3,
+        "segments": 2, "previous_blocks": 3, "bound": 0.7,
     },
     "zero positions, window, three layers": {
         "positions": "zero", "window": 6, "num_layers": 3, "segments": 2, "init": "prefix",
@@ -106,6 +106,7 @@ def configs(draw):
         init=pick("prompt", "prefix"),
         positions=pick("last", "float", "zero"),
         previous_blocks=pick(1, 2, 3),
+        bound=pick(0.0, 0.7),
         attention=pick("reference", "xla"),
         qkv_bias=pick(True, False),
         qk_norm=pick(True, False),

@@ -208,9 +208,15 @@ def _next_fam(layer: Params, config: ModelConfig, state: _LayerState, tau: int, 
     for i in range(config.memory.length):
         a = project_output(layer, config, attend(config, q[i], k + state.keys[tau], v + state.values[tau]))
         if carries:  # the "FAM copy"; the learned initial FAM has no context to copy (appendix B.1)
-            a = a + previous[i]
+            a = a + bounded(previous[i], config.memory.bound)
         new.append(feed_forward(layer, config, a) + a)
     return np.reshape(new, previous.shape)
+
+
+def bounded(x: Array, bound: float) -> Array:
+    """Return x (D,), scaled down if its root mean square is above a positive `bound`."""
+    size = np.sqrt(np.mean(x**2))
+    return x * (bound / size) if 0 < bound < size else x
 
 
 def _fam_qkv(

@@ -332,7 +332,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     log_every: int, checkpoint_every: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is one line, and no checkpoint is written of the broken state."""
-    config = changed(RUN, train__log_every=log_every, train__checkpoint_every=checkpoint_every)
+    config = changed(
+        RUN, train__log_every=log_every, train__checkpoint_every=checkpoint_every, train__skip_batches=0
+    )
     trainer = trainer_of(config)
 
     def broken() -> Any:
