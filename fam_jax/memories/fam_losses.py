@@ -47,7 +47,7 @@ class FamLossesConfig(FamConfig):
             "config.model.memory.length: the losses of fam_losses need a FAM; set it to at least 1",
         )
         require(
-            not (getattr(self, "noise", 0) and self.has_auxiliary_loss),
+            self.noise == 0 or not self.has_auxiliary_loss,
             "config.model.memory.noise: does not go with diversity and reconstruction; leave it at 0",
         )
 

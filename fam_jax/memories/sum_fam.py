@@ -46,7 +46,7 @@ class SummaryFamConfig(FamConfig):
         )
         for name in OF_THE_RESIDUAL:
             require(
-                not getattr(self, name, 0),
+                not getattr(self, name),
                 f"config.model.memory.{name}: sum_fam adds nothing of one FAM to the next; leave it at 0",
             )
 

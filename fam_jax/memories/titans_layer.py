@@ -86,6 +86,12 @@ class TitansConfig(BlockWindowConfig):
         """Return the number of persistent rows."""
         return self.persistent
 
+    def read_products(self, model: ModelConfig) -> int:
+        """Return the size of the MLP's matrices, all heads, as often as a token reads them."""
+        width = model.model_dim // self.heads
+        sizes = itertools.pairwise(widths_of(self.depth, width, width * self.expansion))
+        return (1 + self.keys_per_token) * self.heads * sum(i * o for i, o in sizes)
+
     def check_model(self, model: ModelConfig) -> None:
         """Raise :class:`ConfigError` if the block has no whole number of chunks, or the heads no whole width."""
         require(

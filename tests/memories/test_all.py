@@ -18,7 +18,7 @@ from fam_jax.memories.window_cache import LARGEST_BLOCKS, start_position
 from fam_jax.model import StreamState, ablated, empty_state, from_dict, passed_on, with_passed_on
 from fam_jax.model.layer_types import memory_of
 from fam_jax.model.parameters import flatten
-from tests.memories.cases import ALWAYS, BLOCKS, CASES, SIZE, class_of, random_parameters
+from tests.memories.cases import ALWAYS, BLOCKS, CASES, COSTLY, SIZE, class_of, random_parameters
 from tests.memories.reference import associative_forward, read_write_forward
 from tests.model.tiny import Reader, build
 from tests.variants import rest_slow
@@ -146,7 +146,7 @@ def test_no_token_sees_its_future(name: str) -> None:
 
 
 @pytest.mark.parametrize("aligned", rest_slow([True, False], [False]))
-@every_memory
+@pytest.mark.parametrize("name", rest_slow(CASES, {*ALWAYS} - {*COSTLY}))
 def test_gradients_reach_what_they_should(name: str, aligned: bool) -> None:
     """T4: the gradient of a block's loss with respect to a block's embeddings is zero exactly where it must be."""
     case, params = CASES[name], parameters(name)
@@ -211,7 +211,7 @@ FASTER = [
 ]
 
 
-@pytest.mark.parametrize("name", rest_slow(FASTER, {*FASTER} & {*ALWAYS}))
+@pytest.mark.parametrize("name", rest_slow(FASTER, {*FASTER} & {*ALWAYS} - {*COSTLY}))
 def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
     """A faster `read_blocks` equals the default, which uses `read_piece` and `close_block`.
 

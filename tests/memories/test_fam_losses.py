@@ -172,6 +172,8 @@ def test_a_loss_trains_what_it_should(name: str) -> None:
     assert not FamLossesConfig().has_auxiliary_loss and not FamConfig().has_auxiliary_loss
 
 
-def test_losses_need_a_fam() -> None:
+def test_losses_need_a_fam_without_noise() -> None:
     with pytest.raises(ConfigError, match=r"memory\.length: the losses of fam_losses need a FAM"):
         FamLossesConfig(length=0, diversity=0.1)
+    with pytest.raises(ConfigError, match=r"memory\.noise: does not go with diversity and reconstruction"):
+        FamLossesConfig(noise=0.1, diversity=0.1)

@@ -92,9 +92,11 @@ def test_without_a_residual_the_first_update_is_that_of_fam(init: str) -> None:
     assert np.abs(own[:, SIZE : 2 * SIZE] - fam[:, SIZE : 2 * SIZE]).max() > 1e-3
 
 
-def test_a_summary_needs_a_length() -> None:
+def test_fields_without_meaning_in_a_summary() -> None:
     with pytest.raises(ConfigError, match=r"memory\.length: sum_fam needs at least 1"):
         SummaryFamConfig(length=0)
+    with pytest.raises(ConfigError, match=r"memory\.bound: sum_fam adds nothing of one FAM to the next"):
+        SummaryFamConfig(bound=4.0)
 
 
 def feedback_forward(params: Any, config: Any, tokens: Array) -> Array:

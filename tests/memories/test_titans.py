@@ -377,6 +377,17 @@ def test_keys_that_tokens_see_are_counted() -> None:
     assert keys_of_layers(model_of(without), 8) - keys_of_layers(plain, 8) == 2 * 8 * 3
 
 
+def test_products_of_reading() -> None:
+    """Each token multiplies by the MLP's matrices once, as context twice: an answer to see, and one to mix in."""
+    sizes = {"chunk": 4, "heads": 2, "expansion": 3}
+    gate, context = TitansGateConfig(**sizes), TitansContextConfig(**sizes)
+    once = 2 * (4 * 12 + 12 * 4)
+    assert gate.read_products(model_of(gate)) == once
+    assert context.read_products(model_of(context)) == 2 * once
+    without = TitansContextConfig(**sizes, retrieved="none")
+    assert without.read_products(model_of(without)) == once
+
+
 def test_fields_that_contradict_the_model() -> None:
     with pytest.raises(ConfigError, match=r"memory\.chunk: 3 does not divide block_size 4"):
         model_of(TitansGateConfig(chunk=3))
