@@ -124,10 +124,11 @@ def check_memory_field(kind: str, name: str, path: str = "config.model.memory") 
         return
     others = kinds_with_field(name)
     if others:
+        named = ", ".join(others[:3]) + (" and others" if others[3:] else "")
         raise ConfigError(
-            f"{path}.{name}: is a field of {', '.join(others)}, but the kind is {kind}, whose fields are "
-            f"{', '.join(own)}; to change the kind, set --config.model.memory.kind={others[0]} or, in a config file, "
-            f"config.model.memory = memory_config({others[0]!r})"
+            f"{path}.{name}: is a field of {named}, but the kind is {kind}; to change the kind, set "
+            f"--config.model.memory.kind={others[0]} or, in a config file, config.model.memory = "
+            f"memory_config({others[0]!r})"
         )
     raise ConfigError(f"{path}.{name}: no such field; {kind} has {', '.join(own)}")
 

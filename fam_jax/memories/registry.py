@@ -8,11 +8,11 @@ MEMORIES: dict[str, Any] = {
     "full": "fam_jax.memories.window:FullAttention",
     "swa": "fam_jax.memories.window:SlidingWindowAttention",
     "bswa": "fam_jax.memories.window:BlockSlidingWindowAttention",
-    "longformer": "fam_jax.memories.longformer:Longformer",
     "transformer_xl": "fam_jax.memories.window:TransformerXL",
-    "block_recurrent": "fam_jax.memories.block_recurrent:BlockRecurrentTransformer",
-    "compressive": "fam_jax.memories.compressive:CompressiveTransformer",
     "fam": "fam_jax.memories.fam:FeedbackAttentionMemory",
+    "compressive": "fam_jax.memories.compressive:CompressiveTransformer",
+    "block_recurrent": "fam_jax.memories.block_recurrent:BlockRecurrentTransformer",
+    "longformer": "fam_jax.memories.longformer:Longformer",
 }
 
 

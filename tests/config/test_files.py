@@ -60,7 +60,7 @@ def test_updating_a_memory_group_with_another_kind_is_refused() -> None:
     values = default_config()
     values.model.update(memory=memory_config("bswa"))
     with pytest.raises(
-        ConfigError, match=r"is a field of fam, but the kind is bswa.*config.model.memory = memory"
+        ConfigError, match=r"is a field of fam.*, but the kind is bswa.*config.model.memory = memory"
     ):
         resolve(values)
 
