@@ -65,7 +65,7 @@ def make_train_step(
         result = token_loss(
             model, hidden, batch["targets"], batch["weights"], chunk=train.loss_chunk, z_loss=train.z_loss
         )
-        scores = {
+        scores: dict[str, Any] = {
             "own": _own_losses(config, after, batch["inputs"].shape[1]),
             "loss": result.cross_entropy / total,
             "answer_correct": (result.correct & batch["answer"]).sum(),
