@@ -37,9 +37,8 @@ class BlockRecurrentConfig(BlockWindowConfig):
 
     kind: str = setting(default="block_recurrent", doc="The architecture.")
     length: int = setting(default=16, doc="M, vectors of the state.", minimum=1, effect="parameters")
-    layer: int = setting(
-        default=-3,
-        doc="The layer that has the state, from 0; a negative number counts from the top.",
+    layers_above: int = setting(
+        default=2, doc="The number of layers above the one that has the state.", minimum=0
     )
     form: str = setting(
         default="skip",
@@ -86,7 +85,7 @@ class BlockRecurrentConfig(BlockWindowConfig):
 
     def layer_index(self, num_layers: int) -> int:
         """Return the number of the layer that has the state, from 0."""
-        return self.layer + num_layers if self.layer < 0 else self.layer
+        return num_layers - 1 - self.layers_above
 
     def of_layer(self, index: int, model: ModelConfig) -> MemoryConfig:
         """Return a window for all layers but one."""
@@ -100,12 +99,13 @@ class BlockRecurrentConfig(BlockWindowConfig):
         """Raise :class:`ConfigError` if the layer does not exist, or is a local one."""
         count, index = model.num_layers, self.layer_index(model.num_layers)
         require(
-            0 <= index < count,
-            f"config.model.memory.layer: the model has layers 0 to {count - 1}, got {self.layer}; choose one of them",
+            index >= 0,
+            f"config.model.memory.layers_above: {self.layers_above} leaves none of {count} layers for the state; set "
+            f"at most {count - 1}",
         )
         require(
             model.layer_pattern[index % len(model.layer_pattern)] == "global",
-            f"config.model.memory.layer: {self.layer} is a local layer by layer_pattern {model.layer_pattern}; choose "
+            f"config.model.memory.layers_above: layer {index} is local by layer_pattern {model.layer_pattern}; choose "
             "a global one",
         )
 
@@ -248,7 +248,7 @@ class BlockRecurrentTransformer(Window[BlockRecurrentState]):
     def __init__(self, model: ModelConfig):
         super().__init__(model)
         assert isinstance(model.memory, BlockRecurrentConfig)
-        self.length, self.index = model.memory.length, model.memory.layer_index(model.num_layers)
+        self.length = model.memory.length
         # From the frame of a block to positions of zero.
         self.unrotated = self.rope.static(-np.arange(model.block_size))
 

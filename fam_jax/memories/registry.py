@@ -8,10 +8,7 @@ MEMORIES: dict[str, Any] = {
     "full": "fam_jax.memories.window:FullAttention",
     "swa": "fam_jax.memories.window:SlidingWindowAttention",
     "bswa": "fam_jax.memories.window:BlockSlidingWindowAttention",
-    "longformer": "fam_jax.memories.longformer:Longformer",
     "transformer_xl": "fam_jax.memories.window:TransformerXL",
-    "block_recurrent": "fam_jax.memories.block_recurrent:BlockRecurrentTransformer",
-    "compressive": "fam_jax.memories.compressive:CompressiveTransformer",
     "fam": "fam_jax.memories.fam:FeedbackAttentionMemory",
     "fam_losses": "fam_jax.memories.fam_losses:FamWithLosses",
     "sum_fam": "fam_jax.memories.sum_fam:SummaryFam",
@@ -25,6 +22,9 @@ MEMORIES: dict[str, Any] = {
     "rmt": "fam_jax.memories.rmt:RecurrentMemoryTransformer",
     "autocompressor": "fam_jax.memories.autocompressor:AutoCompressor",
     "feedback": "fam_jax.memories.feedback:FeedbackTransformer",
+    "compressive": "fam_jax.memories.compressive:CompressiveTransformer",
+    "block_recurrent": "fam_jax.memories.block_recurrent:BlockRecurrentTransformer",
+    "longformer": "fam_jax.memories.longformer:Longformer",
 }
 
 

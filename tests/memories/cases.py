@@ -113,12 +113,12 @@ CASES = {
         LongformerConfig(windows=(3,), dilations=(2,), dilated_heads=1), blocks_back(1)
     ),
     "transformer_xl": Case(TransformerXLConfig(segments=1), own_block),
-    "block_recurrent": Case(BlockRecurrentConfig(length=3, layer=0, form="dual"), everything),
+    "block_recurrent": Case(BlockRecurrentConfig(length=3, layers_above=1, form="dual"), everything),
     "block_recurrent, lstm": Case(
-        BlockRecurrentConfig(length=3, layer=-1, segments=0, gate="lstm"), everything
+        BlockRecurrentConfig(length=3, layers_above=0, segments=0, gate="lstm"), everything
     ),
     "block_recurrent, single, stop-gradient": Case(
-        BlockRecurrentConfig(length=2, layer=1, form="single", stop_gradient=True), everything
+        BlockRecurrentConfig(length=2, layers_above=0, form="single", stop_gradient=True), everything
     ),
     "compressive": Case(CompressiveConfig(compressed_rows=2, compressed_blocks=2), own_block),
     "compressive, centre, gradients": Case(

@@ -31,7 +31,7 @@ from tests.variants import rest_slow
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 SIZE, LENGTH, LAYERS = 4, 15, 3
 
-PLAIN = BlockRecurrentConfig(length=3, layer=-2)
+PLAIN = BlockRecurrentConfig(length=3, layers_above=1)
 FORMS = [*itertools.product(("skip", "dual", "single"), ("fixed", "lstm"))]
 Array = np.ndarray
 
@@ -121,6 +121,7 @@ def naive(params: Any, config: Any, tokens: Array) -> tuple[Array, Array]:
     memory, size, state = config.memory, config.block_size, NaiveState(params, config)
     layers = [parameters_of_layer(params, index) for index in range(config.num_layers)]
     inputs: list[list[Array]] = [[] for _ in layers]
+    recurrent = config.num_layers - 1 - memory.layers_above
     logits = []
 
     def keys_from(index: int, first: int, at: Any) -> tuple[list[Array], list[Array]]:
@@ -136,12 +137,12 @@ def naive(params: Any, config: Any, tokens: Array) -> tuple[Array, Array]:
             inputs[index].append(x)
             q, _, _ = project_vector(layer, config, x, float(t))
             a = project_output(layer, config, attend(config, q, *keys_from(index, first, float))) + x
-            if index == memory.layer % config.num_layers:
+            if index == recurrent:
                 a = a + state.read(normalize(config, layer["attention_norm"], x))
             x = feed_forward(layer, config, a) + a
         logits.append(normalize(config, params["final_norm"], x) @ params["unembedding"]["kernel"])
         if t % size == size - 1:
-            state.close(*keys_from(memory.layer % config.num_layers, first, lambda _: 0.0))
+            state.close(*keys_from(recurrent, first, lambda _: 0.0))
     return np.array(logits), np.array(state.vectors)
 
 
@@ -192,7 +193,9 @@ def test_a_gate_that_keeps_everything_keeps_the_initial_state() -> None:
 def test_local_layers_around() -> None:
     """Three types of layers: local ones, windows, and the recurrent one."""
     model = model_of(
-        BlockRecurrentConfig(length=3, layer=1), layer_pattern=("local", "global", "global"), local_window=3
+        BlockRecurrentConfig(length=3, layers_above=1),
+        layer_pattern=("local", "global", "global"),
+        local_window=3,
     )
     params, tokens = random_parameters(model), some_tokens()
     whole = Reader(model, params, 2).read(tokens, aligned=True)
@@ -204,7 +207,7 @@ def test_local_layers_around() -> None:
 
 def test_the_weights_exist_once_and_start_as_the_paper_says() -> None:
     model = dataclasses.replace(
-        model_of(BlockRecurrentConfig(length=64, layer=0, gate="lstm")), model_dim=64, dtype="bfloat16"
+        model_of(BlockRecurrentConfig(length=64, layers_above=2, gate="lstm")), model_dim=64, dtype="bfloat16"
     )
 
     def read() -> Any:
@@ -223,14 +226,13 @@ def test_the_weights_exist_once_and_start_as_the_paper_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "pattern", "says"),
+    ("above", "pattern", "says"),
     [
-        (3, ("global",), r"layer: the model has layers 0 to 2, got 3"),
-        (-4, ("global",), r"layer: the model has layers 0 to 2, got -4"),
-        (-1, ("global", "global", "local"), r"layer: -1 is a local layer"),
+        (3, ("global",), r"3 leaves none of 3 layers for the state; set at most 2"),
+        (0, ("global", "global", "local"), r"layer 2 is local"),
     ],
 )
-def test_the_layer_must_exist(layer: int, pattern: tuple[str, ...], says: str) -> None:
+def test_the_layer_must_exist(above: int, pattern: tuple[str, ...], says: str) -> None:
     local = {"layer_pattern": pattern, "local_window": 3} if "local" in pattern else {}
-    with pytest.raises(ConfigError, match=rf"config\.model\.memory\.{says}"):
-        model_of(BlockRecurrentConfig(layer=layer), **local)
+    with pytest.raises(ConfigError, match=rf"config\.model\.memory\.layers_above: {says}"):
+        model_of(BlockRecurrentConfig(layers_above=above), **local)

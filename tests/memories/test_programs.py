@@ -43,7 +43,7 @@ NEW = {
     "running_mean": RunningMeanConfig(segments=1, rate=0.5),
     "read_write": toys.ReadWriteConfig(segments=1),
     "associative": toys.AssociativeConfig(segments=0),
-    "block_recurrent": BlockRecurrentConfig(segments=1, length=3, layer=0, form="dual", gate="lstm"),
+    "block_recurrent": BlockRecurrentConfig(segments=1, length=3, layers_above=1, form="dual", gate="lstm"),
     "compressive": CompressiveConfig(segments=1, compressed_rows=2),
     "fam_losses": FamLossesConfig(segments=0, length=2, diversity=0.01, reconstruction=0.1),
     "sum_fam": SummaryFamConfig(segments=0, length=2),
