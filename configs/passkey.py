@@ -3,8 +3,9 @@
     python -m launch.train --config=configs/passkey.py --workdir=runs/passkey
 
 The argument names the memory: `configs/passkey.py:fam` (the default), `:bswa_m1` (block sliding window attention with
-one memory segment) or `:bswa_m1_sg` (the same with stop-gradient, as in Transformer-XL). `:smoke` is a run of a few
-seconds. Both can be combined, as in `configs/passkey.py:bswa_m1,smoke`.
+one memory segment), `:bswa_m1_sg` (the same with stop-gradient, as in Transformer-XL) or `:fam_bounded` (FAM with a bound
+on its norm and noise in training, and a key that may stand anywhere; see docs/memories/fam.md). `:smoke` is a run of a
+few seconds. Both can be combined, as in `configs/passkey.py:bswa_m1,smoke`.
 """
 
 from ml_collections import ConfigDict
@@ -18,6 +19,7 @@ def get_config(arg: str = "fam") -> ConfigDict:
         "fam": memory_config("fam", length=8, segments=0),
         "bswa_m1": memory_config("bswa", segments=1),
         "bswa_m1_sg": memory_config("bswa", segments=1, stop_gradient=True),
+        "fam_bounded": memory_config("fam", length=8, segments=0, bound=4.0, noise=0.15),
     }
     variant, words = parse_argument("configs/passkey.py", arg, variants=tuple(memory))
     config = default_config()
@@ -54,6 +56,8 @@ def get_config(arg: str = "fam") -> ConfigDict:
         # Whole blocks, as in evaluation: the question then never crosses a block border.
         filler_step=32,
     )
+    if variant == "fam_bounded":
+        config.data.late_keys = 0.5
     config.train.update(steps=1200, batch_size=16, accumulation=4)
     if "smoke" in words:
         config.model.update(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, ff_dim=32)

@@ -104,7 +104,7 @@ def test_commands_in_docstrings_name_all_that_training_needs(path: pathlib.Path)
 
 def test_the_passkey_models_differ_in_their_memory_only() -> None:
     path = ROOT / "configs" / "passkey.py"
-    assert {"fam", "bswa_m1", "bswa_m1_sg", "smoke"} == set(arguments(path))
+    assert {"fam", "bswa_m1", "bswa_m1_sg", "fam_bounded", "smoke"} == set(arguments(path))
     get_config = load(path).get_config
     seen = {}
     for variant in ("fam", "bswa_m1", "bswa_m1_sg"):
@@ -119,6 +119,10 @@ def test_the_passkey_models_differ_in_their_memory_only() -> None:
         "bswa_m1_sg": BlockSlidingWindowConfig(segments=1, stop_gradient=True),
     }
     with pytest.raises(
-        ConfigError, match="bswa_m2: expected one of fam, bswa_m1, bswa_m1_sg and any of smoke"
+        ConfigError, match="bswa_m2: expected one of fam, bswa_m1, bswa_m1_sg, fam_bounded and any of smoke"
     ):
         get_config("bswa_m2")
+    bounded = resolve(get_config("fam_bounded"))
+    assert changed(
+        bounded, model={"memory": FamConfig(length=8, segments=0)}, data={"late_keys": 0.0}
+    ) == resolve(get_config())
