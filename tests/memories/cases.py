@@ -179,16 +179,19 @@ CASES = {
     "read_write, window": Case(toys.ReadWriteConfig(segments=1, window=3), everything),
     "associative": Case(toys.AssociativeConfig(segments=0), everything),
 }
-# One of every kind, and what differs most; the other cases are slow tests.
+# One of every kind, and what differs most; the other cases are slow tests. These run T1, T3 and T5.
 ALWAYS = (
     "full", "swa", "bswa", "longformer", "transformer_xl", "block_recurrent", "compressive", "fam", "fam, prefix, R=2",
     "sum_fam", "fm", "titans_mag", "titans_mac", "infini", "armt", "prmt", "rmt",
     "autocompressor", "feedback", "running_mean", "read_write", "associative",
 )  # fmt: skip
+# Those that run all tests: one of each way to read and to write. Gradients take longest to compile.
+IN_FULL = (
+    "full", "swa", "bswa", "transformer_xl", "fam", "fam, prefix, R=2", "armt", "rmt", "running_mean",
+)  # fmt: skip
 # Kinds that differ little from another one, which stands for them.
 ALIKE = {"fam_losses": "fam", "titans_mal": "titans_mag"}
-# Cases whose gradients take long to compile. They are slow tests, too.
-COSTLY = ("titans_mag", "titans_mac")
+assert {*IN_FULL} <= {*ALWAYS}
 assert {CASES[name].memory.kind for name in ALWAYS} | {*ALIKE} == {
     case.memory.kind for case in CASES.values()
 }

@@ -18,7 +18,7 @@ from fam_jax.memories.window_cache import LARGEST_BLOCKS, start_position
 from fam_jax.model import StreamState, ablated, empty_state, from_dict, passed_on, with_passed_on
 from fam_jax.model.layer_types import memory_of
 from fam_jax.model.parameters import flatten
-from tests.memories.cases import ALWAYS, BLOCKS, CASES, COSTLY, SIZE, class_of, random_parameters
+from tests.memories.cases import ALWAYS, BLOCKS, CASES, IN_FULL, SIZE, class_of, random_parameters
 from tests.memories.reference import associative_forward, read_write_forward
 from tests.model.tiny import Reader, build
 from tests.variants import rest_slow
@@ -29,8 +29,9 @@ ROWS = 2
 WIDTH = 5  # of pieces that are not aligned: longer than a block
 
 every_memory = pytest.mark.parametrize("name", rest_slow(CASES, ALWAYS))
+some_memories = pytest.mark.parametrize("name", rest_slow(CASES, IN_FULL))
 WITH_STATE = [name for name, case in CASES.items() if case.memory.has_state]
-with_state = pytest.mark.parametrize("name", rest_slow(WITH_STATE, {*WITH_STATE} & {*ALWAYS}))
+with_state = pytest.mark.parametrize("name", rest_slow(WITH_STATE, {*WITH_STATE} & {*IN_FULL}))
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,7 @@ def test_any_split_into_calls_reads_alike(name: str) -> None:
     np.testing.assert_allclose(read_split(three, tokens[:, 12:], [(2, 2)]), logits[:, 12:], **EXACT)
 
 
-@every_memory
+@some_memories
 def test_token_by_token_is_aligned(name: str) -> None:
     """T2: decoding gives the results of an aligned call."""
     one, tokens = reader(name), some_tokens(ROWS, LENGTH)
@@ -146,7 +147,7 @@ def test_no_token_sees_its_future(name: str) -> None:
 
 
 @pytest.mark.parametrize("aligned", rest_slow([True, False], [False]))
-@pytest.mark.parametrize("name", rest_slow(CASES, {*ALWAYS} - {*COSTLY}))
+@pytest.mark.parametrize("name", rest_slow(CASES, IN_FULL))
 def test_gradients_reach_what_they_should(name: str, aligned: bool) -> None:
     """T4: the gradient of a block's loss with respect to a block's embeddings is zero exactly where it must be."""
     case, params = CASES[name], parameters(name)
@@ -210,11 +211,9 @@ FASTER = [
     name for name, case in CASES.items() if class_of(case.memory.kind).read_blocks is not Memory.read_blocks
 ]
 
-# Their gradients are JAX's own, and T2 compares the results.
-WITHOUT_BACKWARD_PASS = ("infini", "armt")
 
-
-@pytest.mark.parametrize("name", rest_slow(FASTER, {*FASTER} & {*ALWAYS} - {*COSTLY, *WITHOUT_BACKWARD_PASS}))
+# ARMT's gradients are JAX's own, and T2 compares its results.
+@pytest.mark.parametrize("name", rest_slow(FASTER, {*FASTER} & {*IN_FULL} - {"armt"}))
 def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
     """A faster `read_blocks` equals the default, which uses `read_piece` and `close_block`.
 
@@ -262,7 +261,7 @@ def test_whole_blocks_are_read_as_block_by_block(name: str) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), fast, slow)
 
 
-@every_memory
+@some_memories
 def test_training_starts_as_an_initial_state_does(name: str) -> None:
     """From an empty state without past slots, an aligned call computes the initial state itself."""
     empty = empty_state(CASES[name].model, ROWS, past_slots=False)
@@ -312,7 +311,7 @@ def test_ablation_changes_what_is_read_next(name: str, how: str) -> None:
         np.testing.assert_allclose(logits, reader(name).read(more, aligned=True), **EXACT)
 
 
-@every_memory
+@some_memories
 def test_the_count_of_blocks_never_wraps_around(name: str) -> None:
     """Near the largest int32, reading goes on as it did before, and the count stays there."""
     one, more = reader(name), some_tokens(ROWS, 8, seed=3)
