@@ -7,8 +7,7 @@ A text is read in blocks of C tokens. In every layer, a token attends to
     its own block       causally.
 
 When a block is complete, FAM attends to itself and to the whole block and passes through the rest of the layer. The
-result is the FAM that the next block sees. The layer's own weights do all of this: the memory adds no weights but the
-initial FAM, and a state of constant size carries a text of any length.
+next block sees the result. The layer's own weights do all of this: the memory adds the initial FAM only.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     cache = None
@@ -46,9 +45,9 @@ class FamConfig(PretrainedConfig):
     memory.stop_gradient    gradients stop at past blocks
     memory.length           M; without it there is no FAM
     memory.init             initial FAM. prompt: vectors that rise through the layers. prefix: vectors of each layer
-    memory.positions        of FAM. last: of the last M tokens before the block. float: between the block and the token
-                            before it. zero: of the first token of the stream
+    memory.positions        of FAM. last: of the M tokens before the block. float: just before it. zero: at the start
     memory.previous_blocks  R
+    memory.bound            largest root mean square with which FAM is added to its update; 0: no bound
 
     Layers of the type sliding_attention see `sliding_window` tokens and have no FAM.
     """
@@ -64,7 +63,7 @@ class LayerState(NamedTuple):
 
     keys: Tensor  # (B, S, K, hd) of the last m blocks, oldest first, then of the unfinished block
     values: Tensor  # (B, S, K, hd)
-    fam: Tensor  # (B, M, D)
+    fam: Tensor  # (B, M, D), float32 or wider: it adds to itself at every block
     fam_keys: Tensor  # (B, N, K, hd) of the last R FAMs, newest first
     fam_values: Tensor  # (B, N, K, hd)
 
@@ -182,7 +181,7 @@ class DecoderLayer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, T, H, hd), keys and values (B, T, K, hd) of x (B, T, D), not rotated."""
-        x, attention = self.input_layernorm(x), self.self_attn
+        x, attention = self.input_layernorm(x).to(self.input_layernorm.weight), self.self_attn
         q, k, v = (attention[f"{name}_proj"](x).unflatten(-1, (-1, self.config.head_dim)) for name in "qkv")
         if self.config.qk_norm:
             q, k = attention["q_norm"](q), attention["k_norm"](k)
@@ -206,7 +205,8 @@ class DecoderLayer(nn.Module):
         config, mlp = self.config, self.mlp
         x = self.self_attn["o_proj"](attended)
         x = residual + (self.post_attention_layernorm(x) if config.post_norms else x)
-        h = self.pre_feedforward_layernorm(x) if config.post_norms else self.post_attention_layernorm(x)
+        norm = self.pre_feedforward_layernorm if config.post_norms else self.post_attention_layernorm
+        h = norm(x).to(attended)
         gate = mlp["gate_proj"](h)
         gate = F.silu(gate) if config.hidden_act == "silu" else F.gelu(gate, approximate="tanh")
         h = mlp["down_proj"](gate * mlp["up_proj"](h))
@@ -241,6 +241,8 @@ class DecoderLayer(nn.Module):
         keys, values = (torch.cat([x[:, :length], x[:, -size:]], dim=1) for x in (keys, values))
         # The initial FAM carries no context, so its update has no residual (appendix B.1).
         residual = state.fam * piece.has_read[:, None, None]
+        if bound := self.config.memory.get("bound"):
+            residual = residual * bound * residual.square().mean(-1, keepdim=True).clamp(min=bound**2).rsqrt()
         fam = self.finish(self.attend(q, keys, values), residual)
         fresh = self.project(fam)[1:]
         older = (x[:, : x.shape[1] - length] for x in state[3:])
@@ -266,11 +268,12 @@ class FamModel(nn.Module):
         heads = config.num_key_value_heads, config.head_dim
         empty = weight.new_zeros(rows, (config.memory["segments"] + 1) * config.block_size, *heads)
         none_read = torch.zeros(rows, dtype=torch.long, device="cpu")
-        prompt = weight.new_zeros(1, 0, config.hidden_size)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        prompt = weight.new_zeros(1, 0, config.hidden_size, dtype=wide)
         if self.memory is not None:
-            prompt = self.memory.initial_fam[None]
+            prompt = self.memory.initial_fam[None].to(wide)
         for layer in self.layers:
-            fam = prompt if layer.memory is None else layer.memory.initial_fam[None]
+            fam = prompt if layer.memory is None else layer.memory.initial_fam[None].to(wide)
             q, k, v = layer.project(fam)
             if layer.memory is None:  # the prompt rises, and sees only itself (appendix B.1)
                 positions = self.fam_positions(fam.shape[1], none_read[:1])[:, : fam.shape[1]]
@@ -378,13 +381,10 @@ class FamForCausalLM(PreTrainedModel, GenerationMixin):
           logits_to_keep: return logits of so many last tokens only; 0: of all.
         """
         cache = self.model.start(len(input_ids)) if past_key_values is None else past_key_values
-        real = torch.ones_like(input_ids)
-        if attention_mask is not None:
-            real = attention_mask[:, -input_ids.shape[1] :]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        real = mask[:, -input_ids.shape[1] :]
         if real.shape != input_ids.shape or len(cache.blocks) != len(input_ids):
-            raise ValueError(
-                f"expected past_key_values of {len(input_ids)} streams, and attention_mask (B, T)"
-            )
+            raise ValueError(f"expected past_key_values of {len(input_ids)} streams, attention_mask (B, T)")
         hidden, cache = self.model(input_ids, real.bool().cpu(), cache)
         logits = self.lm_head(hidden[:, -logits_to_keep:]).float()
         if (cap := self.config.final_logit_softcapping) is not None:
