@@ -3,9 +3,9 @@
     python -m launch.train --config=configs/passkey.py --workdir=runs/passkey
 
 The argument names the memory: `configs/passkey.py:fam` (the default), `:bswa_m1` (block sliding window attention with
-one memory segment), `:bswa_m1_sg` (the same with stop-gradient, as in Transformer-XL) or `:fam_bounded` (FAM with a bound
-on its norm and noise in training, and a key that may stand anywhere; see docs/memories/fam.md). `:smoke` is a run of a
-few seconds. Both can be combined, as in `configs/passkey.py:bswa_m1,smoke`.
+one memory segment), `:bswa_m1_sg` (the same with stop-gradient, as in Transformer-XL) or `:fam_bounded` (FAM with a
+bound on its norm and noise in training, and a key that may stand anywhere; see docs/memories/fam.md). `:smoke` is a run
+of a few seconds. Both can be combined, as in `configs/passkey.py:bswa_m1,smoke`.
 """
 
 from ml_collections import ConfigDict

@@ -354,6 +354,7 @@ def test_what_a_change_affects_is_said_on_the_field() -> None:
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.skip_batches",
         "data.train_files",
         "data.heldout_files",
         "data.mixture",
