@@ -367,7 +367,7 @@ def test_what_a_change_affects_is_said_on_the_field() -> None:
         "mesh.tensor",
     }
     state = fields_with_effect(FamConfig, "parameters", "state")
-    assert state == {"kind", "segments", "window", "length", "init", "positions", "previous_blocks"}
+    assert state == {"kind", "segments", "window", "length", "init", "positions", "previous_blocks", "bound"}
     assert fields_with_effect(ModelConfig, "state", "execution") == {
         "dtype",
         "block_size",
