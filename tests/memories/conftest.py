@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import jax
 import pytest
 
 from fam_jax.memories import registry
@@ -14,4 +15,11 @@ def own_memories() -> Iterator[None]:
         patch.setattr(registry, "MEMORIES", dict(registry.MEMORIES))
         for kind, memory in OWN.items():
             registry.register_memory(kind, memory)
+        yield
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Compute in float64: `pytestmark = pytest.mark.usefixtures("float64")`."""
+    with jax.enable_x64(True):
         yield

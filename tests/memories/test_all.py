@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +23,8 @@ from tests.memories.reference import associative_forward, read_write_forward
 from tests.model.tiny import Reader, build
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 LENGTH = 14  # three blocks and a half
 ROWS = 2
@@ -32,12 +34,6 @@ every_memory = pytest.mark.parametrize("name", rest_slow(CASES, ALWAYS))
 some_memories = pytest.mark.parametrize("name", rest_slow(CASES, IN_FULL))
 WITH_STATE = [name for name, case in CASES.items() if case.memory.has_state]
 with_state = pytest.mark.parametrize("name", rest_slow(WITH_STATE, {*WITH_STATE} & {*IN_FULL}))
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def some_tokens(*shape: int, seed: int = 0) -> np.ndarray:

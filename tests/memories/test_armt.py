@@ -1,7 +1,6 @@
 """ARMT equals a NumPy loop written from the paper, and its limits are the known ones."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,17 +18,13 @@ from tests.model.tiny import Reader, build
 from tests.oracle.naive import normalize, parameters_of_layer
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 LENGTH, ROWS = 14, 2
 VARIANTS = [name for name in CASES if name.startswith("armt")]
 
 Array = np.ndarray
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def some_tokens(seed: int = 0) -> Array:

@@ -1,7 +1,6 @@
 """AutoCompressors: equal to a NumPy loop that recomputes all summaries, and to ordinary decoders over all rows."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,16 +25,12 @@ from tests.oracle.naive import (
 )
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 Array = np.ndarray
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 ROWS, LENGTH = 2, 18
 NAMES = [name for name, case in CASES.items() if case.memory.kind == "autocompressor"]
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def some_tokens(length: int = LENGTH) -> Array:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,18 +27,14 @@ from tests.oracle.naive import (
 )
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 SIZE, LENGTH, LAYERS = 4, 15, 3
 
 PLAIN = BlockRecurrentConfig(length=3, layers_above=1)
 FORMS = [*itertools.product(("skip", "dual", "single"), ("fixed", "lstm"))]
 Array = np.ndarray
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def model_of(memory: Any, **values: Any) -> ModelConfig:

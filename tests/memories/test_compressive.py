@@ -1,7 +1,6 @@
 """The Compressive Transformer against a NumPy loop written from the paper, and against what it must equal."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,6 +25,8 @@ from tests.oracle.naive import (
 )
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 SIZE, LENGTH = 4, 26  # six blocks and a half
 
@@ -35,12 +36,6 @@ VARIANTS = {
     "no window": CompressiveConfig(segments=0, compressed_rows=2, compressed_blocks=2),
     "mean": CompressiveConfig(segments=2, window=6, compressed_rows=2, compression="mean"),
 }
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def model_of(memory: Any) -> ModelConfig:

@@ -1,7 +1,6 @@
 """FAM's diversity and reconstruction losses: equal to NumPy, and nothing else changes."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,15 +18,11 @@ from tests.model.tiny import build
 from tests.oracle import naive
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 LENGTH, ROWS = 14, 2  # three blocks and a half
 FULL = 3
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def model_of(memory: Any) -> ModelConfig:

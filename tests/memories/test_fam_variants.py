@@ -1,7 +1,6 @@
 """SUM FAM and feedback memory segments: equal to NumPy loops, and to what they vary where they must be."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,15 +17,11 @@ from tests.model.tiny import Reader, build
 from tests.oracle import naive
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 Array = np.ndarray
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 LENGTH, SIZE = 14, 4  # three blocks and a half
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def model_of(memory: Any, **values: Any) -> ModelConfig:

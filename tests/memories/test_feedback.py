@@ -1,7 +1,6 @@
 """The Feedback Transformer: equal to a NumPy loop, and to a window where the mixture is the layer's own input."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,6 +23,8 @@ from tests.oracle.naive import (
 )
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 Array = np.ndarray
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 ROWS, LENGTH = 2, 14
@@ -33,12 +34,6 @@ VARIANTS = [
     ("the paper's", FeedbackConfig(segments=6), 1),
     ("window", FeedbackConfig(segments=2, window=6), 4),
 ]
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def some_tokens() -> Array:

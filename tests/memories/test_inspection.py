@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,17 +20,13 @@ from tests.model.tiny import Reader, build, params_of
 from tests.oracle import naive
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 ROWS = 2
 READ = 3  # blocks
 
 every_memory = pytest.mark.parametrize("name", rest_slow(CASES, ["fam, prefix, R=2"]))
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def tokens_of(model: ModelConfig, blocks: int = READ) -> np.ndarray:

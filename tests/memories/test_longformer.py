@@ -1,7 +1,6 @@
 """Longformer's windows against a NumPy loop with one mask for every layer and head."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,6 +24,8 @@ from tests.oracle.naive import (
 )
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 LENGTH, LAYERS = 23, 4
 
@@ -41,12 +42,6 @@ VARIANTS = {
     ),
     "all heads": (LongformerConfig(windows=(4,), dilations=(2,), dilated_heads=4), [(4, 2)] * LAYERS),
 }
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def model_of(memory: Any, **values: Any) -> ModelConfig:

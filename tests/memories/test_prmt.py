@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,6 +25,8 @@ from tests.oracle.naive import (
 )
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 LENGTH, ROWS = 14, 2
 # The values that make PRMT the paper's FAM.
@@ -40,12 +41,6 @@ ONE_SWITCH = {f"FAM but {name}": {k: v for k, v in AS_FAM.items() if k != name} 
 VARIANTS = {"PRMT": {}, "FAM": AS_FAM, **ONE_SWITCH}
 
 Array = np.ndarray
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def some_tokens(seed: int = 0) -> Array:

@@ -1,7 +1,6 @@
 """RMT: equal to a NumPy loop written from the paper, and to ordinary decoders where it must be."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,16 +24,12 @@ from tests.oracle.naive import (
 )
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 Array = np.ndarray
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 ROWS, LENGTH = 2, 14
 NAMES = [name for name, case in CASES.items() if case.memory.kind == "rmt"]
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def some_tokens(length: int = LENGTH) -> Array:

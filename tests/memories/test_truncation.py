@@ -1,7 +1,7 @@
 """Truncated backpropagation through time: results do not change, and gradients reach as far as the config says."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from tests.model.tiny import build
 from tests.training.tiny import changed, run
 from tests.variants import rest_slow
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 CHUNKED, LAST = Truncation(2, "chunked"), Truncation(1, "last")
 # Memories of both orders, read at once, by a chain, and block by block.
 NAMES = [name for name, case in CASES.items() if case.memory.has_state]
@@ -24,12 +26,6 @@ OFTEN = [("rmt", CHUNKED), ("fam, prefix, R=2", LAST)]
 every = pytest.mark.parametrize(
     ("name", "truncation"), rest_slow([(name, how) for name in NAMES for how in (CHUNKED, LAST)], OFTEN)
 )
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.mark.parametrize(
