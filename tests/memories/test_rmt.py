@@ -145,4 +145,5 @@ def test_a_trained_model_starts_from_embeddings() -> None:
 def test_the_state_has_the_dtype_of_activations() -> None:
     model = dataclasses.replace(CASES["rmt"].model, dtype="bfloat16")
     state = jax.eval_shape(lambda: build(model, random_parameters(model)).init_state(1))
-    assert {leaf.dtype for leaf in (state.shared, *vars(state.layers).values())} == {jnp.dtype("bfloat16")}
+    leaves = jax.tree.leaves((state.shared, state.layers))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
