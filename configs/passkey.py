@@ -19,7 +19,7 @@ def get_config(arg: str = "fam") -> ConfigDict:
         "fam": memory_config("fam", length=8, segments=0),
         "bswa_m1": memory_config("bswa", segments=1),
         "bswa_m1_sg": memory_config("bswa", segments=1, stop_gradient=True),
-        "fam_bounded": memory_config("fam", length=8, segments=0, bound=4.0, noise=0.15),
+        "fam_bounded": memory_config("fam", length=8, segments=0, bound=4.0, noise=0.25),
     }
     variant, words = parse_argument("configs/passkey.py", arg, variants=tuple(memory))
     config = default_config()

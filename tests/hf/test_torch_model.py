@@ -425,7 +425,7 @@ def test_tied_embeddings_may_be_left_out_of_a_config(tmp_path):
         ({"qk_norm": True}, "qk_norm is true, but base_model_type llama needs false"),
         ({"auto_map": 3}, "auto_map: expected a JSON object, got 3"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type yarn is not supported"),
-        ({"memory": {"kind": "rmt"}}, "config.model.memory.kind: expected one of"),
+        ({"memory": {"kind": "unknown"}}, "config.model.memory.kind: expected one of"),
     ],
 )  # fmt: skip
 def test_a_changed_config_is_refused_by_name(changes, says, tmp_path):

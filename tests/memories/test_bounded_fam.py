@@ -89,6 +89,7 @@ def test_noise_comes_with_keys_alone() -> None:
         build(model, params).hidden(jnp.asarray(tokens), build(model, params).init_state(2), noise_keys=keys)
 
 
+@pytest.mark.slow
 def test_noise_changes_no_gradient_but_by_its_values() -> None:
     """The noise is added to the chain: with noise of zero, gradients are those without keys."""
     model = variant(dtype="float64")

@@ -96,6 +96,7 @@ def test_results_do_not_change(name: str, truncation: Truncation) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), parts, whole)
 
 
+@pytest.mark.slow
 def test_a_training_step_truncates() -> None:
     """The loss is that of whole rows, the gradient is not."""
     with jax.enable_x64(False):

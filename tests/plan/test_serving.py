@@ -31,7 +31,8 @@ GIB = 2**30
 def test_a_stream_is_its_blocks_and_feedback_vectors() -> None:
     model = LARGE.model
     keys = 2 * (model.memory.segments + 1) * model.block_size * model.num_kv_heads * model.head_dim
-    fams = model.memory.length * (model.model_dim + 2 * model.num_kv_heads * model.head_dim)
+    # FAM is float32, everything else bfloat16.
+    fams = model.memory.length * (2 * model.model_dim + 2 * model.num_kv_heads * model.head_dim)
     counts = 1 + 4 + 4  # carries_context, blocks, filled
     assert stream_bytes(model) == 2 * model.num_layers * (keys + fams) + counts
 

@@ -55,7 +55,8 @@ def shared_trainer(config: Config) -> loop.Trainer:
 def trainer_of(config: Config) -> loop.Trainer:
     """Make a trainer, compiled once for all configs that compute the same."""
     same = changed(
-        config, train__log_every=1, train__checkpoint_every=1, train__keep_checkpoints=1, evaluate__every=0,
+        config, train__log_every=1, train__checkpoint_every=1, train__keep_checkpoints=1, train__skip_batches=3,
+        evaluate__every=0,
         data__vocabulary="bytes" if config.data.vocabulary == "bytes" else "passkey",
     )  # fmt: skip
     return dataclasses.replace(shared_trainer(same), config=config)
