@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from fam_jax.checkpoint import manifest
@@ -71,15 +72,34 @@ def load_state(
     """
     parts = split_state(like)
 
+    here = {name: manifest.by_name(part) for name, part in parts.items()}
+
     def wanted(record: manifest.Record) -> dict[str, manifest.Arrays]:
-        found = {name: manifest.by_name(part) for name, part in parts.items()}
+        found = {part: _as_saved(arrays, record[part]) for part, arrays in here.items()}
         for part, arrays in found.items():
             manifest.check_fit(f"{folder / str(step)}: {part}", record[part], arrays)
         return found
 
     arrays, record = _load(folder, step, wanted, flag)
+    for name, leaf in arrays["training"].items():
+        if name.startswith(CARRIED):
+            arrays["training"][name] = leaf.astype(here["training"][name].dtype)
     state = {name: manifest.rebuild(part, arrays[name], record[name]) for name, part in parts.items()}
     return {"params": state["params"], **state["training"]}, record["position"]
+
+
+# Names of the memory that a step hands to the next.
+CARRIED = "carried/"
+
+
+def _as_saved(arrays: manifest.Arrays, record: manifest.Record) -> manifest.Arrays:
+    """Return what to read for `arrays`: earlier versions saved a carried memory in bfloat16."""
+    found = dict(arrays)
+    for name, leaf in arrays.items():
+        saved = record.get(name, {}).get("dtype")
+        if name.startswith(CARRIED) and (str(leaf.dtype), saved) == ("float32", "bfloat16"):
+            found[name] = leaf.update(dtype=jnp.bfloat16)
+    return found
 
 
 def read_back(folder: epath.Path, step: int, arrays: Mapping[str, manifest.Arrays], limit: int) -> None:
