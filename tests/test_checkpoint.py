@@ -367,6 +367,21 @@ def test_other_shapes_are_no_damage(saved: pathlib.Path) -> None:
             checkpoints.restore(20, structs(state | {"extra": jnp.zeros(())}))
 
 
+def test_a_memory_saved_in_bfloat16_is_restored_wider(tmp_path: pathlib.Path) -> None:
+    """Earlier versions carried FAM in the dtype of activations. Only that array may differ, and only so."""
+    mesh = mesh_of(1, 1)
+    state = make_state(mesh) | {"carried": {"fam": jnp.linspace(-3, 3, 24, dtype=jnp.bfloat16)}}
+    with open_run(tmp_path / "run") as checkpoints:
+        checkpoints.save(1, state, {}, wait=True)
+    wide = state | {"carried": {"fam": state["carried"]["fam"].astype(jnp.float32)}}
+    narrow = state | {"carried": {"fam": state["carried"]["fam"].astype(jnp.float16)}}
+    with open_run(tmp_path / "run") as checkpoints:
+        assert_same(checkpoints.restore(1, structs(wide))[0], wide)
+        assert_same(checkpoints.restore(1, structs(state))[0], state)
+        with pytest.raises(CheckpointError, match="carried/fam is bfloat16"):
+            checkpoints.restore(1, structs(narrow))
+
+
 def test_failed_save_is_reported(run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_run(run) as checkpoints:
 
