@@ -66,7 +66,7 @@ def update_vectors(
     attend: Attend,
     apply: Apply = apply_linear,
     *,
-    bound: jax.Array | float = 0.0,
+    bound: float = 0.0,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Compute F_tau from F_{tau-1} (B, M, D) and block tau: the FAM path of algorithm 2.
 
@@ -83,19 +83,19 @@ def update_vectors(
     """
     q, k, v = layer.project(vectors, apply)
     residual = jnp.where(keep[:, None, None], vectors, 0)
-    if not isinstance(bound, float) or bound > 0:
+    if bound:
         residual = bounded(residual, bound)
     return layer.finish(attend(q, k, v), residual, apply), (k, v)
 
 
-def bounded(x: jax.Array, bound: jax.Array | float) -> jax.Array:
+def bounded(x: jax.Array, bound: float) -> jax.Array:
     """Scale each vector of x (..., D) down to a root mean square of at most `bound`; leave smaller ones as they are.
 
     A memory that adds to itself grows with every block, so a write turns it less and less. With the bound, the map from
     one memory to the next stops changing after a few blocks.
     """
     square = jnp.square(x).mean(axis=-1, keepdims=True)
-    return x * (bound * jax.lax.rsqrt(jnp.maximum(square, jnp.square(bound))))
+    return x * (bound * jax.lax.rsqrt(jnp.maximum(square, bound**2)))
 
 
 def run_chain(

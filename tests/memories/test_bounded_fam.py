@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from fam_jax.layers.decoder_layer import DecoderLayer
-from fam_jax.memories.chain import bounded
+from fam_jax.memories.chain import bounded, update_vectors
 from fam_jax.memories.fam import FamConfig
 from fam_jax.model import StreamState, Transformer
 from tests.model.tiny import build, params_of, some_tokens, variant
@@ -66,6 +66,17 @@ def test_the_bound_is_one_of_the_root_mean_square() -> None:
     slopes = jax.jacobian(lambda x: bounded(x, 2.0))(x)
     assert np.isfinite(slopes).all()
     np.testing.assert_allclose(slopes[2, :, 2], np.eye(2), rtol=1e-6)
+
+
+def test_no_bound_may_be_written_as_a_whole_number() -> None:
+    model = variant()
+    layer, vectors = DecoderLayer(model, rngs=nnx.Rngs(0)), jnp.ones((1, 2, model.model_dim))
+
+    def updated(**bound: float) -> jax.Array:
+        return update_vectors(layer, vectors, jnp.array([True]), lambda q, k, v: q, **bound)[0]
+
+    np.testing.assert_array_equal(updated(bound=0), updated())
+    assert np.abs(updated(bound=0.5) - updated()).max() > 0.1
 
 
 def test_noise_comes_with_keys_alone() -> None:
