@@ -17,6 +17,8 @@ Shardings = jax.sharding.Sharding | Callable[[PyTree], PyTree]
 
 # The flags that choose another step, for messages.
 STEP_FLAG, RESTORE_FLAG = "--step={step}", "--restore_step={step}"
+# Names of the memory that a step hands to the next.
+CARRIED = "carried/"
 
 
 def load_params(
@@ -71,7 +73,6 @@ def load_state(
       CheckpointError: the step is damaged, or has other shapes.
     """
     parts = split_state(like)
-
     here = {name: manifest.by_name(part) for name, part in parts.items()}
 
     def wanted(record: manifest.Record) -> dict[str, manifest.Arrays]:
@@ -86,10 +87,6 @@ def load_state(
             arrays["training"][name] = leaf.astype(here["training"][name].dtype)
     state = {name: manifest.rebuild(part, arrays[name], record[name]) for name, part in parts.items()}
     return {"params": state["params"], **state["training"]}, record["position"]
-
-
-# Names of the memory that a step hands to the next.
-CARRIED = "carried/"
 
 
 def _as_saved(arrays: manifest.Arrays, record: manifest.Record) -> manifest.Arrays:

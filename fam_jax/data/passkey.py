@@ -81,6 +81,17 @@ def _continuation(vocabulary: seqio.Vocabulary, before: str, text: str) -> list[
     return whole[len(head) :]
 
 
+def key_ids(vocabulary: seqio.Vocabulary, key: str) -> list[int]:
+    """Return the tokens of a key as the continuation of "is"."""
+    return vocabulary.encode(f"is {key}")[len(vocabulary.encode("is")) :]
+
+
+def key_of(draw: Any, digits: int) -> Any:
+    """Return a number of so many digits, the first of which is not 0, for a uniform draw: an int or a tensor."""
+    smallest = 10 ** (digits - 1)
+    return smallest + draw % (9 * smallest)
+
+
 def _random_pair(key: int, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Return draw number `index` (int64 scalar) of a key: two int64 scalars, uniform below 2^62."""
     seed = tf.stack([tf.constant(key, tf.int64), index])
@@ -127,14 +138,13 @@ class PasskeySource(seqio.FunctionDataSource):
         """Return the examples at `indices`, a dataset of int64 scalars, without computing any others."""
         stream = random_key("passkey", split, *self._stream)
         late = random_key("passkey", "late", split, *self._stream)
-        smallest = 10 ** (self._digits - 1)
         (low, high), filler_step = self._filler_tokens, self._filler_step
         fraction, step = self._late
         lengths = (high - low) // filler_step + 1
 
         def draw(index: tf.Tensor) -> dict[str, tf.Tensor]:
             for_key, for_filler = _random_pair(stream, index)
-            key = smallest + for_key % (9 * smallest)
+            key = key_of(for_key, self._digits)
             filler_tokens = low + for_filler % lengths * filler_step
             before_tokens = tf.constant(self._before_tokens, tf.int64)
             if fraction:
@@ -156,7 +166,6 @@ def _tokenizer(template: Template) -> Callable[..., tf.data.Dataset]:
 
     def tokenize(dataset: tf.data.Dataset, output_features: dict[str, seqio.Feature]) -> tf.data.Dataset:
         vocabulary = output_features["inputs"].vocabulary
-        head = len(vocabulary.encode("is"))
         statement, remember, repeated, filler, question, opening, late_statement = (
             tf.constant(getattr(template, field.name), tf.int32) for field in dataclasses.fields(Template)
         )
@@ -165,12 +174,12 @@ def _tokenizer(template: Template) -> Callable[..., tf.data.Dataset]:
             # Indices into one cycle, so that memory does not grow with the longest filler.
             return tf.gather(filler, tf.range(tokens) % tf.size(filler, tf.int64))
 
-        def key_ids(key: bytes) -> np.ndarray:
-            return np.asarray(vocabulary.encode(f"is {key.decode()}")[head:], np.int32)
+        def ids_of(key: bytes) -> np.ndarray:
+            return np.asarray(key_ids(vocabulary, key.decode()), np.int32)
 
         def tokenize_example(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
             # TensorFlow's own op would warn on stderr, once per dataset, about models without normalization.
-            key = tf.ensure_shape(tf.numpy_function(key_ids, [example["key"]], tf.int32), [None])
+            key = tf.ensure_shape(tf.numpy_function(ids_of, [example["key"]], tf.int32), [None])
             before = example["before_tokens"]
             rest = tf.maximum(before - tf.size(opening, tf.int64), 0)
             beginning = tf.cond(

@@ -11,7 +11,7 @@ import numpy as np
 
 from fam_jax.config import ConfigError, DataConfig
 from fam_jax.data.interface import Batch, BatchSpec
-from fam_jax.data.passkey import Template, make_template
+from fam_jax.data.passkey import Template, key_ids, key_of, make_template
 from fam_jax.data.quiet_seqio import seqio
 from fam_jax.data.randomness import random_key, random_words
 from fam_jax.data.vocabulary import bos_ids
@@ -45,11 +45,10 @@ class GoingOnRows:
         """
         self._data, self._spec, self._vocabulary = data, spec, vocabulary
         self._template: Template = make_template(vocabulary, bos_ids(vocabulary, data))
-        self._first_digit = len(vocabulary.encode("is"))
         self._keys = random_key("passkey", "going on", spec.seed, data.digits)
         template = self._template
         statement = template.late_statement if data.late_keys else template.statement
-        self._digits = digits = len(self._key_ids("9" * data.digits))
+        self._digits = digits = len(key_ids(vocabulary, "9" * data.digits))
         self._fixed = len(statement) + len(template.remember) + len(template.repeated) + 2 * digits
         self._question = len(template.question) + digits
         if (self._fixed + self._question - 1) % spec.block_size < digits:
@@ -87,15 +86,14 @@ class GoingOnRows:
         age = min((number + row) % self._data.questions, going_on)
         place = (number - age) * self._spec.batch_size + row
         for_key, for_place, for_whether = random_words(self._keys, place, 3)
-        smallest = 10 ** (self._data.digits - 1)
         late = for_whether < self._data.late_keys * 2**64
         before = for_place % (blocks + 1) if late else 0
-        return Turn(str(smallest + for_key % (9 * smallest)), age == 0, before)
+        return Turn(str(key_of(for_key, self._data.digits)), age == 0, before)
 
     def _tokens(self, turn: Turn, blocks: int) -> np.ndarray:
         """Return a row's tokens (T + 1,): T inputs, and T targets one token later."""
         template, size = self._template, self._spec.block_size
-        key = self._key_ids(turn.key)
+        key = key_ids(self._vocabulary, turn.key)
         parts: list[Sequence[int] | np.ndarray]
         if not turn.begins:
             parts = [self._filler(self._fixed + blocks * size)]
@@ -113,9 +111,6 @@ class GoingOnRows:
             rest = self._fixed + blocks * size - sum(map(len, statement))
             parts = [*statement, self._filler(rest)]
         return np.concatenate([*parts, template.question, key]).astype(np.int32)
-
-    def _key_ids(self, key: str) -> list[int]:
-        return self._vocabulary.encode(f"is {key}")[self._first_digit :]
 
     def _filler(self, tokens: int) -> np.ndarray:
         filler = np.asarray(self._template.filler)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from fam_jax.config import MemoryConfig, ModelConfig, group, require, setting
-from fam_jax.kernels import Part, multi_part_attention
+from fam_jax.kernels import Part, causal_rows, multi_part_attention
 from fam_jax.layers.decoder_layer import DecoderLayer, Norm
 from fam_jax.layers.rope import Rope, Rotation, rotate
 from fam_jax.memories.interface import Memory, Stream
@@ -200,4 +200,4 @@ class AutoCompressor(Memory[SlotState]):
 
     def _own_mask(self) -> jax.Array:
         """Return which rows (1, kappa, kappa) a row sees among those that stand with it: itself and those before."""
-        return jnp.asarray(np.tri(self.config.length, dtype=bool))[None]
+        return causal_rows(self.config.length, self.config.length)

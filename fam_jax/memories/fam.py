@@ -11,10 +11,11 @@ from flax import nnx
 
 from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, require, setting
 from fam_jax.kernels import Part, multi_part_attention
-from fam_jax.layers.decoder_layer import Apply, DecoderLayer, apply_linear, embedding_stddev
+from fam_jax.layers.decoder_layer import Apply, DecoderLayer, apply_linear
 from fam_jax.layers.rope import Rope, Rotation, rotate
 from fam_jax.memories.chain import Attend, ChainAttention, ChainInputs, run_chain, update_vectors
 from fam_jax.memories.interface import Stream
+from fam_jax.memories.learned_rows import LearnedRows, embedded_rows
 from fam_jax.memories.window import ChunkFrames, ExtraKeys, Window
 from fam_jax.memories.window_cache import (
     BlockWindowConfig,
@@ -114,14 +115,6 @@ class FamState(WindowState):
     fam_values: Any
 
 
-class InitialFam(nnx.Module):
-    """Learned vectors (M, D) at the scale of embeddings (appendix B.1)."""
-
-    def __init__(self, model: ModelConfig, length: int, rngs: nnx.Rngs):
-        vectors = jax.random.normal(rngs.params(), (length, model.model_dim), jnp.float32)
-        self.initial_fam = nnx.Param(vectors * embedding_stddev(model))
-
-
 class FamFrames(NamedTuple):
     """Frames of a chunk with FAM."""
 
@@ -173,23 +166,20 @@ class FeedbackAttentionMemory(Window[FamState]):
         """Create the prompt from which all layers' initial FAMs are computed, unless each has its own."""
         return self._initial(rngs) if self.config.init == "prompt" else None
 
-    def _initial(self, rngs: nnx.Rngs) -> InitialFam | None:
-        return InitialFam(self.model, self.config.length, rngs) if self.config.length else None
+    def _initial(self, rngs: nnx.Rngs) -> LearnedRows | None:
+        """Create learned vectors (M, D) at the scale of embeddings (appendix B.1)."""
+        length = self.config.length
+        return LearnedRows(self.model, "initial_fam", length, rngs) if length else None
 
     def initial_parameters(self, table: jax.Array, seed: int) -> Mapping[str, jax.Array]:
-        """Return the embeddings of random tokens, as they enter the first layer, for the initial FAM.
-
-        This is usual for learned prompts (Lester et al. 2021): the layers were trained on vectors of this kind and
-        norm, whatever the scale of the embeddings.
-        """
+        """Return the embeddings of random tokens for the initial FAM."""
         model, config = self.model, self.config
         if not config.length:
             return {}
         layers = (model.num_layers,) if config.init == "prefix" else ()
-        rows = jax.random.randint(jax.random.key(seed), (*layers, config.length), 0, table.shape[0])
-        factor = model.model_dim**0.5 if model.scale_embeddings else 1.0
+        tokens = jax.random.randint(jax.random.key(seed), (*layers, config.length), 0, table.shape[0])
         path = "layers/memory/initial_fam" if layers else "memory/initial_fam"
-        return {path: table[rows].astype(jnp.float32) * factor}
+        return {path: embedded_rows(model, table, tokens)}
 
     @property
     def _state_dtype(self) -> Any:
@@ -375,27 +365,35 @@ class FeedbackAttentionMemory(Window[FamState]):
         """Update FAM from the block, then cache the block."""
         if not self.config.length:
             return shift_window(state), stream
-        own = self._own_rotation(self.rope)
-        rotation = own[None]
-        if self.config.positions == "zero":
-            # All M vectors are at one position: (B, 1, 1, hd/2).
-            rotation = self.rope.at(-position.blocks, unit=self.model.block_size)[:, None]
-            if position.offset is not None:
-                rotation = rotation.after(self.rope.at(-position.offset)[:, None])
+        rotation = self._in_frame_of_block(position)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             q, k = rotate(q, rotation), rotate(k, rotation)
             return self.attend_to_write([Part(q, k, v)], Part(q, state.block_keys, state.block_values))
 
         fam, _ = self._update(layer, state.fam, position.carries_context, attend)
+        return shift_window(self._with_newest(layer, state, fam)), stream
+
+    def _in_frame_of_block(self, position: Position) -> Rotation:
+        """Return the rotation (1, M, 1, hd/2) of F_{tau-1} in the frame of block tau, or (B, 1, 1, hd/2) for "zero"."""
+        if self.config.positions != "zero":
+            return self._own_rotation(self.rope)[None]
+        # All M vectors are at one position.
+        rotation = self.rope.at(-position.blocks, unit=self.model.block_size)[:, None]
+        return (
+            rotation if position.offset is None else rotation.after(self.rope.at(-position.offset)[:, None])
+        )
+
+    def _with_newest(self, layer: DecoderLayer, state: FamState, fam: jax.Array) -> FamState:
+        """Return the state with a new FAM (B, M, D), and its keys and values as the newest of R."""
         _, k, v = layer.project(fam)
-        state = dataclasses.replace(
+        k = rotate(k, self._own_rotation(self.rope))
+        return dataclasses.replace(
             state,
             fam=fam,
-            fam_keys=jnp.concatenate([rotate(k, own)[:, None], state.fam_keys[:, :-1]], axis=1),
+            fam_keys=jnp.concatenate([k[:, None], state.fam_keys[:, :-1]], axis=1),
             fam_values=jnp.concatenate([v[:, None], state.fam_values[:, :-1]], axis=1),
         )
-        return shift_window(state), stream
 
     def ablate(self, state: FamState, initial: FamState, how: str) -> FamState:
         """Zero, shuffle or freeze FAM. Freezing replaces every past FAM by the initial one."""

@@ -23,7 +23,13 @@ from fam_jax.memories.window import (
     Window,
     WindowConfig,
 )
-from fam_jax.memories.window_cache import PieceFrames, Position, WindowState, window_parts
+from fam_jax.memories.window_cache import (
+    PieceFrames,
+    Position,
+    WindowState,
+    visible_blocks,
+    window_parts,
+)
 
 
 @group("model.memory", effect="state")
@@ -193,7 +199,7 @@ class Longformer(Window[WindowState]):
             None if past_length is None else jnp.repeat(past_length // step, step),
             None,
             block_size=size,
-            memory_segments=self.far_segments,
+            memory_segments=visible_blocks(self.far.model),
             window=self.window,
             softcap=model.attention_softcap,
             # The kernels may not take blocks that are d times shorter.
@@ -201,11 +207,6 @@ class Longformer(Window[WindowState]):
         )
         joined = attended.reshape(batch, step, -1, *heads).swapaxes(1, 2)
         return joined.reshape(batch, -1, *heads)[:, :length]
-
-    @property
-    def far_segments(self) -> int:
-        """Return how many past blocks the dilated heads reach."""
-        return ceil_div((self.window - 1) * self.dilation, self.model.block_size)
 
     def _for_dilated(self, x: jax.Array) -> jax.Array:
         """Return keys or values (..., K, hd) once for each dilated head."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, setting
+from fam_jax.config import MemoryConfig, ModelConfig, group, setting
 from fam_jax.kernels import Part, causal_rows
 from fam_jax.layers.decoder_layer import Apply, DecoderLayer, apply_linear
 from fam_jax.layers.rope import Rope, Rotation, rotate
@@ -202,12 +202,9 @@ class ParallelRecurrentMemory(Window[PrmtState]):
 
     def blocks_at(self, position: Position, length: int, cached: int) -> PrmtFrames:
         """Return the frames of a chunk."""
-        size = self.model.block_size
-        shift = jnp.zeros(1, jnp.int32) if position.offset is None else position.offset
-        starts = shift[:, None] + size * np.arange(ceil_div(length, size))
         return PrmtFrames(
             window=super().blocks_at(position, length, cached),
-            blocks=self.rope.at(starts)[:, :, None],
+            blocks=self.from_blocks(position, length),
             carries_context=position.carries_context,
         )
 

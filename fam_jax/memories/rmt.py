@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from fam_jax.config import MemoryConfig, ModelConfig, group, setting
-from fam_jax.kernels import Part, multi_part_attention
+from fam_jax.kernels import Part, causal_rows, multi_part_attention
 from fam_jax.layers.decoder_layer import DecoderLayer, Norm
 from fam_jax.layers.rope import Rope, Rotation, rotate
 from fam_jax.memories.interface import Memory, Stream
@@ -161,4 +161,4 @@ class RecurrentMemoryTransformer(Memory[RmtState]):
     def _own_mask(self) -> jax.Array | None:
         """Return which rows (1, M, M) a memory row sees among those that stand with it; None: all."""
         length = self.config.length
-        return None if self.config.mask == "paper" else jnp.asarray(np.tri(length, dtype=bool))[None]
+        return None if self.config.mask == "paper" else causal_rows(length, length)

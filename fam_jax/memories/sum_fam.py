@@ -161,22 +161,10 @@ class SummaryFam(FeedbackAttentionMemory):
             rotate(q, own if zero else own.after(self.rope.static(np.asarray(r * size))))
             for r in range(self.config.previous_blocks)
         ]
-        of_block = own[None]
-        if zero:
-            of_block = self.rope.at(-position.blocks, unit=size)[:, None]  # (B, 1, 1, hd/2)
-            if position.offset is not None:
-                of_block = of_block.after(self.rope.at(-position.offset)[:, None])
         fams = [
             Part(asked, state.fam_keys[:, r], state.fam_values[:, r], (position.blocks >= r)[:, None, None])
             for r, asked in enumerate(past)
         ]
-        block = Part(rotate(q, of_block), state.block_keys, state.block_values)
+        block = Part(rotate(q, self._in_frame_of_block(position)), state.block_keys, state.block_values)
         fam = layer.finish(self.attend_to_write(fams, block), self._residual(state.summary_rows))
-        _, k, v = layer.project(fam)
-        state = dataclasses.replace(
-            state,
-            fam=fam,
-            fam_keys=jnp.concatenate([rotate(k, own)[:, None], state.fam_keys[:, :-1]], axis=1),
-            fam_values=jnp.concatenate([v[:, None], state.fam_values[:, :-1]], axis=1),
-        )
-        return shift_window(state), stream
+        return shift_window(self._with_newest(layer, state, fam)), stream

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, setting
+from fam_jax.config import MemoryConfig, ModelConfig, group, setting
 from fam_jax.kernels import Part
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.layers.rope import Rotation, rotate
@@ -134,10 +134,7 @@ class NeuralMemory(Window[TitansState]):
 
     def blocks_at(self, position: Position, length: int, cached: int) -> TitansFrames:
         """Return the frames of a chunk."""
-        size = self.model.block_size
-        shift = jnp.zeros(1, jnp.int32) if position.offset is None else position.offset
-        begins = shift[:, None] + size * np.arange(ceil_div(length, size))
-        return TitansFrames(super().blocks_at(position, length, cached), self.rope.at(begins)[:, :, None])
+        return TitansFrames(super().blocks_at(position, length, cached), self.from_blocks(position, length))
 
     def window_frames(self, at: TitansFrames) -> ChunkFrames:
         """Return the window's part of the frames."""

@@ -176,6 +176,12 @@ class Window(Memory[S]):
         past_v = state.values[:, unseen:].reshape(past_k.shape)
         return jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
 
+    def from_blocks(self, position: Position, length: int) -> Rotation:
+        """Return the rotation (B or 1, N, 1, 1, hd/2) from the frame of each block into that of the chunk."""
+        shift = jnp.zeros(1, jnp.int32) if position.offset is None else position.offset
+        size = self.model.block_size
+        return self.rope.at(shift[:, None] + size * np.arange(ceil_div(length, size)))[:, :, None]
+
     def window_frames(self, at: Any) -> ChunkFrames:
         """Return the frames of the window from what :meth:`blocks_at` returned."""
         return at

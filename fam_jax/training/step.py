@@ -115,7 +115,7 @@ def _unless_broken(good: jax.Array, new: TrainState, old: TrainState) -> TrainSt
     """Return the new state if the batch was `good`, else the old one, which a batch that is not finite would break."""
     kept = jax.tree.map(
         lambda a, b: b if a is b else jnp.where(good, a.astype(b.dtype), b),
-        dataclasses.replace(new, step=old.step, key=old.key),
+        dataclasses.replace(new, step=old.step),
         old,
     )
     return dataclasses.replace(kept, step=new.step)

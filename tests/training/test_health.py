@@ -1,4 +1,4 @@
-"""Batches that would break a run are skipped; too many of them end it, and jumps of the loss are told."""
+"""Batches that would break a run are skipped; too many of them end it, and jumps of the loss are reported."""
 
 import json
 import pathlib
@@ -118,13 +118,13 @@ def test_only_batches_in_a_row_end_a_run(allowed: int, skipped: str, ends: bool)
         assert one.skipped == len(told)
 
 
-def test_a_jump_of_the_loss_is_told() -> None:
+def test_a_jump_of_the_loss_is_reported() -> None:
     one, rng = health(), np.random.default_rng(0)
     usual = [one.jump(2.0 + 0.1 * noise, {"epoch": 0}) for noise in rng.normal(size=200)]
     assert not any(usual)
     assert re.fullmatch(r"the loss jumped from about (1\.9\d?|2(\.0\d?)?) to 9", one.jump(9.0, {"epoch": 0}))
     assert not one.jump(9.0, {"epoch": 1}), "another kind of data has its own loss"
-    assert not one.jump(float("nan"), {"epoch": 0}), "this is told otherwise"
+    assert not one.jump(float("nan"), {"epoch": 0}), "skipped batches are reported separately"
 
 
 def test_the_first_losses_fall_without_an_alarm() -> None:
