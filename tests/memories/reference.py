@@ -1,4 +1,4 @@
-"""The toys of toys.py in NumPy float64, one stream and one row at a time, written from their descriptions."""
+"""Parts of NumPy loops, and the toys of toys.py as such loops in float64, one stream and one row at a time."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +19,14 @@ Array = np.ndarray
 Params = Mapping[str, Any]
 # (place of a query, place of a key) among the rows of a layer -> whether the query sees the key.
 Sees = Callable[[int, int], bool]
+
+
+def sigmoid(x: Any) -> Any:
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x: Array) -> Array:
+    return x * sigmoid(x)
 
 
 def layer_of_rows(layer: Params, config: ModelConfig, rows: Array, positions: list[int], sees: Sees) -> Array:

@@ -9,30 +9,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fam_jax.config import ConfigError, ModelConfig
+from fam_jax.config import ConfigError
 from fam_jax.memories.armt import ArmtConfig, AssociativeRecurrentMemory
 from fam_jax.memories.window import BlockSlidingWindowConfig
 from tests.memories.cases import CASES, SIZE, random_parameters
+from tests.memories.reading import EXACT, ROWS, read, some_tokens
 from tests.memories.reference import layer_of_rows
-from tests.model.tiny import Reader, build
+from tests.model.tiny import build
 from tests.oracle.naive import normalize, parameters_of_layer
 from tests.variants import rest_slow
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-EXACT = {"rtol": 1e-10, "atol": 1e-11}
-LENGTH, ROWS = 14, 2
 VARIANTS = [name for name in CASES if name.startswith("armt")]
 
 Array = np.ndarray
-
-
-def some_tokens(seed: int = 0) -> Array:
-    return np.random.default_rng(seed).integers(0, 16, (ROWS, LENGTH)).astype(np.int32)
-
-
-def read(model: ModelConfig, params: Any) -> Array:
-    return Reader(model, params, ROWS).read(some_tokens(), aligned=True)
 
 
 def dpfp(y: Array, nu: int) -> Array:

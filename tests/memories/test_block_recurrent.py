@@ -16,6 +16,7 @@ from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import Transformer, to_dict
 from fam_jax.model.layer_types import layers_with_memory
 from tests.memories.cases import CASES, random_parameters
+from tests.memories.reference import sigmoid, silu
 from tests.model.tiny import Reader
 from tests.oracle.naive import (
     attend,
@@ -43,14 +44,6 @@ def model_of(memory: Any, **values: Any) -> ModelConfig:
 
 def some_tokens(rows: int = 2, length: int = LENGTH) -> Array:
     return np.random.default_rng(1).integers(0, 16, (rows, length)).astype(np.int32)
-
-
-def sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x))
-
-
-def silu(x: Array) -> Array:
-    return x * sigmoid(x)
 
 
 def gate(params: Any, kind: str, old: Array, new: Array, features: Array) -> Array:

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fam_jax.config import ModelConfig
 from fam_jax.memories.infini import InfiniAttention, InfiniConfig, Sums
 from fam_jax.memories.window import BlockSlidingWindowConfig
 from tests.memories.cases import CASES, SIZE, random_parameters
-from tests.model.tiny import Reader
+from tests.memories.reading import EXACT, LENGTH, read, some_tokens
 from tests.oracle.naive import (
     attend,
     feed_forward,
@@ -25,19 +24,9 @@ from tests.variants import rest_slow
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-EXACT = {"rtol": 1e-10, "atol": 1e-11}
-LENGTH, ROWS = 14, 2
 VARIANTS = [name for name in CASES if name.startswith("infini")]
 
 Array = np.ndarray
-
-
-def some_tokens(seed: int = 0) -> Array:
-    return np.random.default_rng(seed).integers(0, 16, (ROWS, LENGTH)).astype(np.int32)
-
-
-def read(model: ModelConfig, params: Any) -> Array:
-    return Reader(model, params, ROWS).read(some_tokens(), aligned=True)
 
 
 def sigma(y: Array) -> Array:

@@ -13,8 +13,8 @@ from fam_jax.config import ModelConfig
 from fam_jax.memories.fam import FamConfig
 from fam_jax.memories.prmt import ParallelRecurrentMemory, PrmtConfig
 from tests.memories.cases import CASES, random_parameters
+from tests.memories.reading import EXACT, read, some_tokens
 from tests.memories.reference import layer_of_rows
-from tests.model.tiny import Reader
 from tests.oracle.naive import (
     attend,
     feed_forward,
@@ -27,8 +27,6 @@ from tests.variants import rest_slow
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-EXACT = {"rtol": 1e-10, "atol": 1e-11}
-LENGTH, ROWS = 14, 2
 # The values that make PRMT the paper's FAM.
 AS_FAM = {
     "init": "prompt",
@@ -43,17 +41,9 @@ VARIANTS = {"PRMT": {}, "FAM": AS_FAM, **ONE_SWITCH}
 Array = np.ndarray
 
 
-def some_tokens(seed: int = 0) -> Array:
-    return np.random.default_rng(seed).integers(0, 16, (ROWS, LENGTH)).astype(np.int32)
-
-
 def model_of(switches: Any, length: int = 2, segments: int = 0) -> ModelConfig:
     memory = PrmtConfig(length=length, segments=segments, **switches)
     return dataclasses.replace(CASES["prmt"].model, memory=memory)
-
-
-def read(model: ModelConfig, params: Any) -> Array:
-    return Reader(model, params, ROWS).read(some_tokens(), aligned=True)
 
 
 @functools.cache

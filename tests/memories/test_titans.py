@@ -18,6 +18,7 @@ from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.model import Transformer
 from fam_jax.training.flops import keys_of_layers
 from tests.memories.cases import CASES, random_parameters
+from tests.memories.reference import sigmoid, silu
 from tests.model.tiny import Reader
 from tests.oracle.naive import (
     attend,
@@ -34,14 +35,6 @@ pytestmark = pytest.mark.usefixtures("float64")
 Array = np.ndarray
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 LENGTH = 14  # three blocks and a half
-
-
-def sigmoid(x: Any) -> Any:
-    return 1 / (1 + np.exp(-x))
-
-
-def silu(x: Array) -> Array:
-    return x * sigmoid(x)
 
 
 def mlp(weights: list[Array], x: Array) -> Array:
