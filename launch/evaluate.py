@@ -53,8 +53,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--probe", type=cli.words, default=(), metavar="memory", help=probe)
     _add_flags_of_several_tasks(parser)
-    add = parser.add_argument_group("the task passkey").add_argument
-    lengths = "lengths of the filler in blocks; with --tasks or --suite, of synthetic prompts in tokens, as in 4k,1m"
+    add = parser.add_argument_group("the tasks passkey and algorithmic").add_argument
+    lengths = (
+        "lengths of the filler, the pairs or the list in blocks; with --tasks or --suite, of synthetic prompts in "
+        "tokens, as in 4k,1m"
+    )
     add("--lengths", type=_lengths, metavar="N,N,...", help=lengths)
     before = (
         "lengths of the filler in front of the key in blocks; each goes with each of --lengths; default: 0"

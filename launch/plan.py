@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fam_jax.config import Config, MeshConfig, UserError
+from fam_jax.config.data import STAGED
 from fam_jax.config.strict_json import dump_json
 
 from . import cli
@@ -161,7 +162,7 @@ def plan_streams(console: Console, config: Config, arguments: argparse.Namespace
 
     topology, serving = arguments.topology, arguments.what == "serve"
     streams = arguments.streams or (1 if serving else config.evaluate.batch_size)
-    phases = SERVE if serving or config.data.task == "passkey" else ("measure",)
+    phases = SERVE if serving or config.data.task.partition(":")[0] in STAGED else ("measure",)
     meshes = chosen_meshes(arguments.mesh or TRY, config)
     meshes = serving_meshes(config, topology, streams) if meshes is None else meshes
     plans = []

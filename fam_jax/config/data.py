@@ -6,8 +6,12 @@ from fam_jax.config.errors import ConfigError, require
 from fam_jax.config.fields import constraint_of, group, setting
 
 PASSKEY, TEXT, SEQIO, MIXED = "passkey", "text", "seqio", "text+passkey"
-INSTRUCTIONS = "instructions"
+INSTRUCTIONS, ALGORITHMIC = "instructions", "algorithmic"
+# Names of algorithmic tasks.
+ALGORITHMS = ("remember", "rewrite", "copy", "reverse")
 PACKED = (TEXT, SEQIO, INSTRUCTIONS)
+# Tasks with a curriculum of lengths.
+STAGED = (PASSKEY, ALGORITHMIC)
 # Tasks whose examples come from files.
 OF_FILES = (TEXT, INSTRUCTIONS)
 # Shapes of rows of instructions; auto: by their keys.
@@ -23,35 +27,36 @@ NAMED_VOCABULARIES = (PASSKEY, "bytes")
 
 @group("data")
 class DataConfig:
-    """The training data. PassKey rows (section 3.2) are a key, filler and a question; other data has a layout."""
+    """The training data. PassKey (section 3.2) and algorithmic tasks have a curriculum; other data has a layout."""
 
     task: str = setting(
         default="passkey",
-        doc="passkey, text, instructions, text+passkey (batches of either), or seqio:NAME (a task or mixture; see "
-        "imports).",
+        doc="passkey, text, instructions, text+passkey (batches of either), algorithmic:NAME (remember, rewrite, copy "
+        "or reverse), or seqio:NAME (a task or mixture; see imports).",
     )
     vocabulary: str = setting(
         default="passkey",
         doc="passkey (ships with the package), bytes, or the path of a SentencePiece model or tokenizer.json.",
-        tasks=(PASSKEY, *OF_FILES),
+        tasks=(PASSKEY, *OF_FILES, ALGORITHMIC),
     )
     add_bos: bool = setting(
         default=False,
         doc="Begin each text with the vocabulary's start token, as most open models were trained.",
         tasks=(PASSKEY, *PACKED),
     )
-    # PassKey. Lengths are in blocks of the model.
+    # PassKey and algorithmic tasks. Lengths are in blocks of the model.
     digits: int = setting(default=5, doc="Digits of a key.", minimum=1, maximum=9, tasks=(PASSKEY,))
     stage_blocks: tuple[int, ...] = setting(
         default=(2, 3, 4, 6, 9, 13, 18),
-        doc="Longest filler of each stage of the curriculum, in blocks.",
-        tasks=(PASSKEY,),
+        doc="Longest filler of each stage of the curriculum, in blocks; of algorithmic tasks, blocks of pairs or of "
+        "the list.",
+        tasks=STAGED,
     )
     min_filler_blocks: int = setting(
         default=1,
         doc="Fillers of the first stage are longer than this; those of a later stage are longer than the stage before.",
         minimum=0,
-        tasks=(PASSKEY,),
+        tasks=STAGED,
     )
     filler_step: int = setting(
         default=1,
@@ -61,23 +66,24 @@ class DataConfig:
     )
     advance_accuracy: float = setting(
         default=0.8,
-        doc="Running exact match at which the next stage begins.",
+        doc="Running exact match at which the next stage begins; 0: only max_stage_steps decides, so all models see "
+        "the same batches.",
         minimum=0,
         maximum=1,
-        tasks=(PASSKEY,),
+        tasks=STAGED,
     )
     max_stage_steps: int = setting(
         default=0,
         doc="Begin the next stage after this many steps in any case; 0: never.",
         minimum=0,
-        tasks=(PASSKEY,),
+        tasks=STAGED,
     )
     longest_fraction: float = setting(
         default=0.5,
         doc="Fraction of batches from the current stage; the others are from earlier stages.",
         minimum=0,
         maximum=1,
-        tasks=(PASSKEY,),
+        tasks=STAGED,
     )
     late_keys: float = setting(
         default=0.0,
@@ -89,8 +95,8 @@ class DataConfig:
     )
     questions: int = setting(
         default=1,
-        doc="On the last stage, how often a row is asked for the same key, after more filler each time, in as many "
-        "batches one after the other. Above 1, it needs train.carry=memory.",
+        doc="How often a row is asked for the same key, after more filler each time, in as many batches one after the "
+        "other, from max_stage_steps into the last stage on. Above 1, it needs train.carry=memory.",
         minimum=1,
         tasks=(PASSKEY,),
     )
@@ -98,7 +104,7 @@ class DataConfig:
         default=0.01,
         doc="Loss weight of every token outside the answer; the answer has weight 1.",
         minimum=0,
-        tasks=(PASSKEY,),
+        tasks=STAGED,
     )
     # Text and seqio. Examples are joined and cut into rows of one length.
     sequence_length: int = setting(
@@ -209,6 +215,14 @@ class DataConfig:
         tasks=(MIXED,),
     )
 
+    # Algorithmic tasks.
+    key_letters: int = setting(
+        default=1, doc="Letters of a key, one of 16 each.", minimum=1, maximum=8, tasks=(ALGORITHMIC,)
+    )
+    value_letters: int = setting(
+        default=1, doc="Letters of a value, one of 16 each.", minimum=1, maximum=8, tasks=(ALGORITHMIC,)
+    )
+
     def check(self) -> None:
         """Raise :class:`ConfigError` if fields contradict each other or belong to another task."""
         stages = self.stage_blocks
@@ -217,6 +231,11 @@ class DataConfig:
             all(a < b for a, b in zip((self.min_filler_blocks, *stages), stages, strict=False)),
             f"config.data.stage_blocks: must increase and lie above min_filler_blocks {self.min_filler_blocks}, "
             f"got {stages}",
+        )
+        require(
+            self.advance_accuracy > 0 or self.max_stage_steps > 0,
+            "config.data.max_stage_steps: must say how long a stage lasts if data.advance_accuracy is 0; set one of "
+            "the two",
         )
         for path, rate in self.mixture:
             require(
@@ -236,11 +255,16 @@ class DataConfig:
     def check_task(self) -> None:
         """Raise :class:`ConfigError` if the task is unknown, lacks something, or has fields of another task."""
         kind, _, name = self.task.partition(":")
-        if self.task not in (PASSKEY, TEXT, INSTRUCTIONS, MIXED) and not (kind == SEQIO and name):
+        known = self.task in (PASSKEY, TEXT, INSTRUCTIONS, MIXED) or (kind == SEQIO and name)
+        if not known and not (kind == ALGORITHMIC and name in ALGORITHMS):
             raise ConfigError(
-                "config.data.task: expected passkey, text, instructions, text+passkey or seqio:NAME, got "
-                f"{self.task!r}"
+                "config.data.task: expected passkey, text, instructions, text+passkey, seqio:NAME or "
+                f"algorithmic:NAME with NAME {', '.join(ALGORITHMS)}, got {self.task!r}"
             )
+        require(
+            kind != ALGORITHMIC or self.vocabulary == "bytes",
+            f"config.data.vocabulary: {self.task} is spelled letter by letter; set it to bytes",
+        )
         parts = {kind, *kind.split("+")}
         for name, field in self.__dataclass_fields__.items():
             tasks = constraint_of(field).tasks

@@ -159,19 +159,21 @@ class LoraConfig:
 
 @group("evaluate", effect="execution")
 class EvaluateConfig:
-    """Evaluation from a streamed state: PassKey retrieval by generation, or the loss on held-out documents."""
+    """Evaluation from a streamed state: answers by generation (PassKey, algorithmic), or the loss on documents."""
 
     every: int = setting(
         default=0, doc="Training steps between evaluations; 0: none during training.", minimum=0
     )
-    # PassKey.
+    # PassKey and algorithmic tasks.
     filler_blocks: tuple[int, ...] = setting(
-        default=(4, 9, 18, 36), doc="PassKey: filler lengths in blocks.", minimum=1
+        default=(4, 9, 18, 36),
+        doc="PassKey and algorithmic tasks: lengths in blocks, as in data.stage_blocks.",
+        minimum=1,
     )
     before_blocks: tuple[int, ...] = setting(
         default=(0,), doc="PassKey: lengths of the filler in front of the key, in blocks.", minimum=0
     )
-    keys: int = setting(default=64, doc="PassKey: examples per length.", minimum=1)
+    keys: int = setting(default=64, doc="PassKey and algorithmic tasks: examples per length.", minimum=1)
     # Text and seqio.
     documents: int = setting(
         default=0, doc="Text: number of held-out documents, drawn by seed; 0: all.", minimum=0

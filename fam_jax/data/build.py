@@ -13,13 +13,14 @@ from absl import logging
 from etils import epath
 
 from fam_jax.config import ConfigError, DataConfig, EvaluateConfig
-from fam_jax.config.data import INSTRUCTIONS, MIXED, PASSKEY, SEQIO, TEXT
-from fam_jax.data.curriculum import PasskeyCurriculum, stage_tokens
+from fam_jax.config.data import ALGORITHMIC, INSTRUCTIONS, MIXED, PASSKEY, SEQIO, TEXT
+from fam_jax.data.algorithmic import AlgorithmicCurriculum, algorithmic_stage_tokens
 from fam_jax.data.documents import Documents, check_apart, find_files
 from fam_jax.data.instructions import InstructionSource, chat_template
 from fam_jax.data.interface import Batches, BatchSpec, Example, Source
 from fam_jax.data.mixture import MixedBatches
 from fam_jax.data.packing import PackedBatches
+from fam_jax.data.passkey_curriculum import PasskeyCurriculum, stage_tokens
 from fam_jax.data.quiet_seqio import seqio
 from fam_jax.data.records import SUFFIXES, Row, is_rows, read_rows
 from fam_jax.data.row_batches import RowBatches
@@ -104,6 +105,18 @@ class PasskeyTask(DataTask):
     def longest_row(self, block_size: int) -> int:
         """Return the row length of the last stage."""
         return stage_tokens(self.data, self.vocabulary(), block_size)[-1]
+
+
+class AlgorithmicTask(DataTask):
+    """Pairs to remember, or lists to copy or reverse, with a curriculum of lengths; data.task is algorithmic:NAME."""
+
+    def batches(self, spec: BatchSpec) -> AlgorithmicCurriculum:
+        """Return the batches of the curriculum."""
+        return AlgorithmicCurriculum(self.data, spec)
+
+    def longest_row(self, block_size: int) -> int:
+        """Return the row length of the last stage."""
+        return algorithmic_stage_tokens(self.data, block_size)[-1]
 
 
 class PackedTask(DataTask):
@@ -238,6 +251,7 @@ TASKS: dict[str, type[DataTask]] = {
     SEQIO: SeqioTask,
     INSTRUCTIONS: InstructionsTask,
     MIXED: MixedTask,
+    ALGORITHMIC: AlgorithmicTask,
 }
 
 

@@ -7,6 +7,7 @@ import difflib
 import functools
 
 from fam_jax.config import DataConfig, UserError
+from fam_jax.config.data import ALGORITHMIC
 from fam_jax.evaluation import answers, text
 from fam_jax.evaluation.answers import (
     Question,
@@ -46,6 +47,28 @@ def passkey_questions(setting: Setting) -> Questions:
     return Questions(groups, "blocks", vocabulary, facts)
 
 
+def algorithmic_questions(setting: Setting) -> Questions:
+    """Make examples of the run's algorithmic task, with so many blocks of pairs, or of the list, in each group.
+
+    Raises:
+      UserError: the run was trained on another task.
+    """
+    from fam_jax.data.algorithmic import algorithmic_examples
+    from fam_jax.data.build import task_vocabulary
+
+    data, evaluate, size = setting.data, setting.evaluate, setting.model.block_size
+    if data.task.partition(":")[0] != ALGORITHMIC:
+        raise UserError(
+            f"task {ALGORITHMIC}: is for runs that were trained on {ALGORITHMIC}:NAME, but data.task is {data.task}"
+        )
+    groups = {
+        str(blocks): functools.partial(algorithmic_examples, data, size, blocks, evaluate.keys, evaluate.seed)
+        for blocks in evaluate.filler_blocks
+    }
+    facts = {"block_size": size, "task": data.task, "seed": evaluate.seed}
+    return Questions(groups, "blocks", task_vocabulary(data), facts)
+
+
 def text_documents(setting: Setting) -> Documents:
     """Load the held-out documents that `setting.files` or the config names."""
     from fam_jax.data.build import heldout_examples, longest_row
@@ -74,6 +97,16 @@ TASKS = {
             documents=question_documents,
         ),
         Task(
+            ALGORITHMIC,
+            "Algorithmic task",
+            "pairs remembered, or lists copied or reversed, by length, by generation",
+            algorithmic_questions,
+            measure_answers,
+            answers.METRICS,
+            answer_tables,
+            documents=question_documents,
+        ),
+        Task(
             "text",
             "Held-out text",
             "loss on held-out documents, by position, with the memory ablated on request",
@@ -90,7 +123,8 @@ TASKS = {
 
 def default_task(data: DataConfig) -> str:
     """Return the task that fits the data of a run: the one of the same name, or "text"."""
-    return data.task if data.task in TASKS else "text"
+    kind = data.task.partition(":")[0]
+    return kind if kind in TASKS else "text"
 
 
 def find_task(name: str) -> Task:

@@ -65,7 +65,10 @@ FIELDS = [
 ]
 
 
-TASKS = "data.task: expected passkey, text, instructions, text+passkey or seqio:NAME, got "
+TASKS = (
+    "data.task: expected passkey, text, instructions, text+passkey, seqio:NAME or algorithmic:NAME with NAME remember, "
+    "rewrite, copy, reverse, got "
+)
 INSTRUCTIONS: dict[str, Any] = {"task": "instructions", "vocabulary": "bytes"}
 
 

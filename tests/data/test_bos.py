@@ -16,10 +16,10 @@ import tokenizers
 from fam_jax.checkpoint import read_config
 from fam_jax.config import Config, ConfigError, DataConfig, EvaluateConfig, UserError, resolve
 from fam_jax.data import build
-from fam_jax.data.curriculum import PasskeyCurriculum
 from fam_jax.data.interface import BatchSpec, Example
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.passkey import passkey_examples
+from fam_jax.data.passkey_curriculum import PasskeyCurriculum
 from fam_jax.data.passkey_text import example_text
 from fam_jax.data.vocabulary import bos_ids, first_input, load_vocabulary
 from fam_jax.evaluation.task import Setting

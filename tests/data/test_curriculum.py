@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from fam_jax.config import DataConfig, UserError
-from fam_jax.data.curriculum import MIN_REPORTS, Batch, PasskeyCurriculum
-from fam_jax.data.interface import BatchSpec
+from fam_jax.data.curriculum import MIN_REPORTS
+from fam_jax.data.interface import Batch, BatchSpec
 from fam_jax.data.passkey import make_template, passkey_examples
+from fam_jax.data.passkey_curriculum import PasskeyCurriculum
 from fam_jax.data.vocabulary import load_vocabulary
 
 C = 16
@@ -330,7 +331,7 @@ def test_another_process_makes_the_same_batch_without_any_output() -> None:
         "import fam_jax.data.passkey_vocabulary\n"
         "assert 'tensorflow' not in sys.modules\n"
         "from fam_jax.config import DataConfig\n"
-        "from fam_jax.data.curriculum import PasskeyCurriculum\n"
+        "from fam_jax.data.passkey_curriculum import PasskeyCurriculum\n"
         "from fam_jax.data.interface import BatchSpec\n"
         "curriculum = PasskeyCurriculum(DataConfig(), BatchSpec(16, 4, 0))\n"
         "print(hashlib.sha256(curriculum.next()['inputs'].tobytes()).hexdigest())\n"

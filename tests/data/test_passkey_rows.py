@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from fam_jax.config import Config, ConfigError, DataConfig, TrainConfig
-from fam_jax.data.curriculum import MIN_REPORTS, PasskeyCurriculum
+from fam_jax.data.curriculum import MIN_REPORTS
 from fam_jax.data.interface import Batch, BatchSpec
 from fam_jax.data.passkey import make_template, passkey_examples
+from fam_jax.data.passkey_curriculum import PasskeyCurriculum
 from fam_jax.data.passkey_text import FILLER, QUESTION
 from fam_jax.data.vocabulary import load_vocabulary
 
@@ -103,6 +104,14 @@ def test_rows_go_on_and_are_asked_again() -> None:
     assert len(ages) > 8
     # Rows begin in turn.
     assert all(0 < batch["start"].sum() < ROWS for batch in found[last + 3 :])
+
+
+def test_rows_go_on_once_keeping_over_one_row_has_been_trained() -> None:
+    """After max_stage_steps batches of the last stage."""
+    data = dataclasses.replace(ASKED, advance_accuracy=0, max_stage_steps=6, longest_fraction=1)
+    found = batches(PasskeyCurriculum(data, BatchSpec(C, ROWS, 0)), 20)
+    assert all(batch["start"].all() for batch in found[:13])
+    assert not any(batch["start"].all() for batch in found[13:])
 
 
 def test_no_answer_lies_in_a_complete_block() -> None:

@@ -17,7 +17,7 @@ from fam_jax import sharding
 from fam_jax.checkpoint import absolute, read_config
 from fam_jax.checkpoint.run_config import settle_config
 from fam_jax.config import UserError
-from fam_jax.data.curriculum import PasskeyCurriculum
+from fam_jax.data.passkey_curriculum import PasskeyCurriculum
 from fam_jax.training import loop, metrics
 from fam_jax.training.loop import train
 from fam_jax.training.metrics import MetricsWriter

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fam_jax.config import UserError
-from fam_jax.data.curriculum import PasskeyCurriculum
+from fam_jax.data.passkey_curriculum import PasskeyCurriculum
 from fam_jax.training.health import FIRST_LOSSES, Health
 from fam_jax.training.loop import train
 from tests.training.test_loop import RUN, one_device  # noqa: F401 (a fixture)

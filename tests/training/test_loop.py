@@ -20,7 +20,7 @@ from fam_jax.config import Config, ConfigError, DataConfig, UserError
 from fam_jax.config.format1 import FORMAT
 from fam_jax.config.strict_json import dump_json
 from fam_jax.data import build
-from fam_jax.data.curriculum import PasskeyCurriculum
+from fam_jax.data.passkey_curriculum import PasskeyCurriculum
 from fam_jax.training import interruption, loop
 from fam_jax.training.loop import Interrupted, train
 from tests.training.tiny import changed
