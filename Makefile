@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench reproduce
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m
@@ -24,6 +24,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@$(RUN) benchmarks.run
+
+reproduce: $(STAMP)
+	@$(RUN) benchmarks.reproduce $(if $(FIGURE),--figure=$(FIGURE)) $(if $(SEEDS),--seeds=$(SEEDS))
 
 # The first Python >= 3.11 that runs and can make an environment. 3.13 comes last: a dependency of seqio has
 # no wheel for it and needs a C++ compiler. A name on PATH proves nothing (it may be a shim), so each is run.

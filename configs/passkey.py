@@ -58,6 +58,9 @@ def get_config(arg: str = "fam") -> ConfigDict:
     )
     if variant == "fam_bounded":
         config.data.late_keys = 0.5
+    if variant.startswith("bswa"):
+        # Fillers that the window spans: a model of windows learns nothing from longer ones.
+        config.data.update(stage_blocks=(1, *config.data.stage_blocks), min_filler_blocks=0)
     config.train.update(steps=1200, batch_size=16, accumulation=4)
     if "smoke" in words:
         config.model.update(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, ff_dim=32)

@@ -1,4 +1,4 @@
-"""Show that feedback memory keeps a pass key across hundreds of blocks, and that the same model without it does not.
+"""Show that feedback memory keeps a pass key across hundreds of blocks, and that a window alone does not.
 
     make demo
 
@@ -10,12 +10,8 @@ interrupted; finished results are reused, and --clean starts over.
 import argparse
 import concurrent.futures
 import json
-import os
-import queue
 import shutil
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,20 +26,17 @@ from fam_jax.config.strict_json import dump_json
 from fam_jax.evaluation import read_evaluation
 
 from . import cli
+from .workers import Workers
 
-VARIANTS = ("fam", "bswa_m1", "bswa_m1_sg")
+VARIANTS = ("fam_bounded", "fam", "bswa_m1")
 # Labels of the curves in the plot.
 LABELS = {
-    "fam": "FAM, no memory segment",
+    "fam_bounded": "FAM, bounded, trained with noise",
+    "fam": "FAM as in the paper",
     "bswa_m1": "BSWA, 1 memory segment",
-    "bswa_m1_sg": "BSWA, 1 memory segment, stop-gradient",
 }
-LENGTHS = (4, 9, 18, 36, 72, 130, 260, 520)
+LENGTHS = (1, 2, 4, 9, 18, 36, 72, 130, 260, 520)
 CONFIG = "passkey"
-# Seconds between two lines of a training's progress.
-REPORT_SECONDS = 10.0
-# Lines of a command's output that are shown if it fails.
-TAIL_LINES = 20
 
 
 class Demo(NamedTuple):
@@ -62,75 +55,6 @@ class Demo(NamedTuple):
     def all_overrides(self) -> tuple[Override, ...]:
         """Return the config fields that differ from the config file; those that the user set come last."""
         return (Override("config.train.seed", str(self.seed)), *self.overrides)
-
-
-class Workers:
-    """Runs commands side by side, each on its own share of the cores, and prints their progress."""
-
-    def __init__(self, count: int):
-        """Divide the cores among `count` workers."""
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        self._shares: queue.Queue[list[int]] = queue.Queue()
-        for index in range(count):
-            self._shares.put(cores[index::count])
-        self._running: list[subprocess.Popen[str]] = []
-        self._printing = threading.Lock()
-        self._stopped = False
-
-    def run(self, name: str, commands: Sequence[Sequence[str]]) -> None:
-        """Run commands one after the other on the next free share of the cores.
-
-        Args:
-          name: printed before each line of progress.
-          commands: what to run.
-
-        Raises:
-          UserError: a command failed.
-        """
-        share = self._shares.get()
-        try:
-            for command in commands:
-                self._run_one(name, command, share)
-        finally:
-            self._shares.put(share)
-
-    def stop(self) -> None:
-        """Ask all running commands to save and end, and wait for them."""
-        self._stopped = True
-        running = list(self._running)
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-
-    def _run_one(self, name: str, command: Sequence[str], share: list[int]) -> None:
-        if self._stopped:
-            return
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=(lambda: os.sched_setaffinity(0, share)) if share else None,
-            # Ctrl-C then reaches this process alone, and stop() passes it on.
-            start_new_session=True,
-        )
-        self._running.append(process)
-        assert process.stderr is not None
-        tail: list[str] = []
-        printed = 0.0
-        for line in process.stderr:
-            tail = [*tail[1 - TAIL_LINES :], line]
-            if line.startswith("step ") and time.perf_counter() - printed < REPORT_SECONDS:
-                continue
-            printed = time.perf_counter()
-            with self._printing:
-                print(f"{name:>10}  {line.rstrip()}", flush=True)
-        code = process.wait()
-        self._running.remove(process)
-        if code and not self._stopped:
-            raise UserError(f"{' '.join(command[1:])} failed with exit code {code}:\n{''.join(tail)}")
 
 
 def run_demo(demo: Demo) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def test_the_demo_from_end_to_end_and_again(tmp_path: pathlib.Path) -> None:
     result = json.loads((tmp_path / "passkey.json").read_text())
     assert set(result) == {"models", "keys", "seconds", "seed"}
     assert result["keys"] == 8 and result["seed"] == 0 and result["seconds"] > 1
-    assert set(result["models"]) == {"fam", "bswa_m1", "bswa_m1_sg"}
+    assert set(result["models"]) == {"fam_bounded", "fam", "bswa_m1"}
     for accuracies in result["models"].values():
         assert set(accuracies) == {"2", "4"}
         assert all(0 <= value <= 1 and (8 * value).is_integer() for value in accuracies.values())
@@ -42,10 +42,10 @@ def test_the_demo_from_end_to_end_and_again(tmp_path: pathlib.Path) -> None:
         name: json.loads((tmp_path / name / "config.json").read_text())["model"] for name in result["models"]
     }
     memories = {name: config["memory"] for name, config in configs.items()}
-    assert {name: (memory["kind"], memory["stop_gradient"]) for name, memory in memories.items()} == {
-        "fam": ("fam", False),
-        "bswa_m1": ("bswa", False),
-        "bswa_m1_sg": ("bswa", True),
+    assert {name: (memory["kind"], memory.get("bound")) for name, memory in memories.items()} == {
+        "fam_bounded": ("fam", 4.0),
+        "fam": ("fam", None),
+        "bswa_m1": ("bswa", None),
     }
 
     began = time.perf_counter()
