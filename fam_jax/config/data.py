@@ -159,7 +159,8 @@ class DataConfig:
     # Instructions. Weight 0 on what a model is given, 1 on what it is to write.
     mixture: tuple[tuple[str, float], ...] = setting(
         default=(),
-        doc="Several sources in place of train_files, each with the rate of its examples: flan/*.parquet=0.4,t0=0.6",
+        doc="Several sources in place of train_files, each with the rate of its examples: "
+        "flan/*.parquet=0.4,t0=0.3,seqio:cot=0.3",
         # As train_files; the state of the data checks the rates, too.
         effect="execution",
         tasks=(INSTRUCTIONS,),
@@ -197,7 +198,7 @@ class DataConfig:
     )
     # seqio.
     imports: tuple[str, ...] = setting(
-        default=(), doc="Modules to import, which register tasks.", tasks=(SEQIO,)
+        default=(), doc="Modules to import, which register tasks of seqio.", tasks=(SEQIO, INSTRUCTIONS)
     )
     # Batches of text and PassKey, chosen at random.
     passkey_fraction: float = setting(

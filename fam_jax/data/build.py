@@ -6,6 +6,7 @@ rows, and add a line to :data:`TASKS`. Its config fields and its name go to `fam
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from fam_jax.data.passkey_curriculum import PasskeyCurriculum, stage_tokens
 from fam_jax.data.quiet_seqio import seqio
 from fam_jax.data.records import SUFFIXES, Row, is_rows, read_rows
 from fam_jax.data.row_batches import RowBatches
-from fam_jax.data.seqio_source import SeqioSource, seqio_source
+from fam_jax.data.seqio_source import SeqioSource, seqio_rows, seqio_source
 from fam_jax.data.source_mixture import SourceMixture
 from fam_jax.data.sources import Shuffled, TextSource
 from fam_jax.data.tfds_rows import TFDS, tfds_rows
@@ -163,7 +164,7 @@ class TextTask(PackedTask):
 
 
 class InstructionsTask(PackedTask):
-    """Rows of files or TFDS datasets with prompts and answers, of one source or of several with a rate each."""
+    """Rows of files, TFDS datasets or seqio tasks with prompts and answers, of one source or of several with rates."""
 
     def source(self, seed: int) -> Source:
         """Return the rows of data.train_files or data.mixture, which may share no file with data.heldout_files."""
@@ -187,16 +188,17 @@ class InstructionsTask(PackedTask):
         return Shuffled(self._rows(sources, field, seed), seed)
 
     def _sources(self, entries: Sequence[str], field: str) -> list[epath.Path | str]:
-        """Return the files of entries, and those that are TFDS datasets as they are."""
+        """Return the files of entries, and those that are TFDS datasets or seqio tasks as they are."""
         suffixes = self.data.file_suffixes
         suffixes = SUFFIXES if suffixes == DataConfig().file_suffixes else suffixes
-        files = [entry for entry in entries if not _is_tfds(entry)]
-        return [*find_files(files, suffixes, field), *filter(_is_tfds, entries)]
+        files = [entry for entry in entries if not _is_dataset(entry)]
+        return [*find_files(files, suffixes, field), *filter(_is_dataset, entries)]
 
     def _rows(self, sources: Sequence[epath.Path | str], field: str, seed: int) -> InstructionSource:
         vocabulary = self._ending_vocabulary()
         template = chat_template(self.data, vocabulary)
-        source = InstructionSource(sources, field, self.data, vocabulary, template, seed, read=_read_rows)
+        read = functools.partial(_read_rows, imports=self.data.imports)
+        source = InstructionSource(sources, field, self.data, vocabulary, template, seed, read=read)
         if skipped := source.records.skipped:
             logging.warning("%s: left out %d rows, %d examples are left", field, skipped, len(source))
         return source
@@ -337,12 +339,20 @@ def _paths(sources: Sequence[epath.Path | str]) -> list[epath.Path]:
     return [each for each in sources if not isinstance(each, str)]
 
 
-def _read_rows(source: epath.Path | str, field: str, **options: Any) -> Iterator[Row]:
-    """Yield the rows of a file, or of tfds:NAME:SPLIT."""
-    if isinstance(source, str):
-        return tfds_rows(source, field, **options)
-    return read_rows(source, field, **options)
+def _read_rows(
+    source: epath.Path | str, field: str, *, imports: Sequence[str], **options: Any
+) -> Iterator[Row]:
+    """Yield the rows of a file, of tfds:NAME:SPLIT, or of seqio:NAME."""
+    if not isinstance(source, str):
+        return read_rows(source, field, **options)
+    if source.startswith(f"{SEQIO}:"):
+        return seqio_rows(source, field, imports=imports, **options)
+    return tfds_rows(source, field, **options)
 
 
 def _is_tfds(entry: str) -> bool:
     return entry.startswith("tfds:")
+
+
+def _is_dataset(entry: str) -> bool:
+    return _is_tfds(entry) or entry.startswith(f"{SEQIO}:")

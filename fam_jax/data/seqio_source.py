@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,16 @@ from fam_jax.config import ConfigError
 from fam_jax.data.interface import Example
 from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.randomness import random_key
+from fam_jax.data.records import SKIP, OnBad, Row, RowError, refuse
 
 # Steps of preprocessing that make one example of each, and draw nothing at random.
 TOKENIZATION = (seqio.preprocessors.tokenize, seqio.preprocessors.append_eos)
 # Name of the feature for examples that are not yet tokenized.
 HELD_BACK = "fam_jax_held_back"
+# Begins an entry that names a task.
+SEQIO = "seqio:"
+# Features in which `seqio.preprocessors.tokenize` keeps texts.
+PRETOKENIZED = ("inputs_pretokenized", "targets_pretokenized")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +124,14 @@ def seqio_source(
     Raises:
       ConfigError: a module cannot be imported, seqio has no such name or split, or its features are not token ids.
     """
+    provider = _registered(name, imports, "config.data.task")
+    if mistake := _mistake_in(provider, split):
+        raise ConfigError(f"config.data.task: {name} {mistake}")
+    return SeqioSource(provider, split, seed, shuffle)
+
+
+def _registered(name: str, imports: Sequence[str], field: str) -> Any:
+    """Return the task or mixture of a name, after importing modules that may register it."""
     for module in imports:
         try:
             importlib.import_module(module)
@@ -128,13 +141,51 @@ def seqio_source(
             ) from error
     if name not in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
         raise ConfigError(
-            f"config.data.task: seqio has no task or mixture {name}; "
+            f"{field}: seqio has no task or mixture {name}; "
             "add the module that registers it to config.data.imports"
         )
-    provider = seqio.get_mixture_or_task(name)
-    if mistake := _mistake_in(provider, split):
-        raise ConfigError(f"config.data.task: {name} {mistake}")
-    return SeqioSource(provider, split, seed, shuffle)
+    return seqio.get_mixture_or_task(name)
+
+
+def seqio_rows(
+    entry: str, field: str, *, imports: Sequence[str], keys: Iterable[str] = (), bad: OnBad = refuse
+) -> Iterator[Row]:
+    """Yield the examples of a seqio task as rows with the texts that seqio tokenizes, in seqio's order.
+
+    Args:
+      entry: seqio:NAME or seqio:NAME:SPLIT; the split is "train" if it is not named.
+      field: the config field that names it, for messages.
+      imports: modules to import first, which register the task.
+      keys: ignored, since a row has two keys at most.
+      bad: called with the error of a row whose text is not UTF-8. If it returns, the row is left out.
+
+    Raises:
+      ConfigError: a module cannot be imported; the name is that of a mixture, or of nothing; the task has no such split
+        or does not keep its texts.
+      RowError: raised by `bad`.
+    """
+    del keys
+    name, _, split = entry.removeprefix(SEQIO).partition(":")
+    split = split or "train"
+    task = _registered(name, imports, field)
+    if isinstance(task, seqio.Mixture):
+        raise ConfigError(f"{field}: {name} is a mixture of seqio; name its tasks, each with a rate")
+    if mistake := _mistake_in(task, split):
+        raise ConfigError(f"{field}: {name} {mistake}")
+    dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False, num_epochs=1)
+    for number, example in enumerate(dataset.as_numpy_iterator(), 1):
+        where = f"{field}: {entry}: row {number}"
+        if not isinstance(example.get(PRETOKENIZED[1]), bytes):
+            raise ConfigError(
+                f"{field}: {name} does not keep its texts as {' and '.join(PRETOKENIZED)}; add "
+                "seqio.preprocessors.tokenize to it, or train on it alone with data.task=seqio:NAME"
+            )
+        try:
+            texts = {key: example[key].decode() for key in PRETOKENIZED if key in example}
+        except UnicodeDecodeError:
+            bad(RowError(f"{where}: holds text that is not UTF-8; {SKIP}"))
+            continue
+        yield Row(where, texts if len(texts) == len(PRETOKENIZED) else {"text": texts[PRETOKENIZED[1]]})
 
 
 def _mistake_in(provider: Any, split: str) -> str:

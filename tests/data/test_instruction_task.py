@@ -278,3 +278,60 @@ def test_rows_with_examples_of_their_own(corpus: pathlib.Path, mixed: bool) -> N
         ends = np.flatnonzero(row == whole.vocabulary.eos_id) + 1
         examples = [tuple(part.tolist()) for part in np.split(row, ends)[:-1]]
         assert examples and {*examples} <= known
+
+
+TASKS = {"imports": ("tests.data.text_seqio_tasks",)}
+
+
+def texts(example: Any) -> tuple[str, str]:
+    """Return what an example is given, and what it is to write."""
+    vocabulary = load_vocabulary("bytes")
+    assert example.ids[-1] == vocabulary.eos_id and example.weights[-1] == 1
+    ids, weights = example.ids[:-1], example.weights[:-1]
+    return vocabulary.decode(ids[weights == 0].tolist()), vocabulary.decode(ids[weights == 1].tolist())
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_seqio_tasks_are_sources(corpus: pathlib.Path, mixed: bool) -> None:
+    """Alone, as a part of a mixture, and held out: texts of a task, tokenized as those of files are."""
+    entry = "seqio:fam_test_questions"
+    if mixed:
+        parts = ((entry, 0.5), (f"{corpus}/dolly:2.jsonl", 0.5))
+        config = config_of(mixture=parts, heldout_files=(f"{entry}:validation",), **TASKS)
+        source = source_of(config).parts[0]
+    else:
+        config = config_of([entry], heldout_files=(f"{entry}:validation",), **TASKS)
+        source = source_of(config).source
+    found = {texts(example) for example in source.read(range(len(source)))}
+    assert found == {(f"question {n}?", f"answer {'x' * n}") for n in range(12)}
+    held = build.heldout_examples(config.data, config.evaluate)
+    assert len(held.examples) == 12
+    assert {texts(example)[0] for example in held.examples} == {f"question {100 + n}?" for n in range(12)}
+    batches = batches_of(config)
+    assert batches.next()["inputs"].shape[0] == 4
+
+
+def test_a_seqio_task_with_targets_alone_is_text() -> None:
+    source = source_of(config_of(["seqio:fam_test_answers"], **TASKS)).source
+    assert all(example.weights.all() for example in source.read(range(len(source))))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            "seqio:fam_test_mixture",
+            "fam_test_mixture is a mixture of seqio; name its tasks, each with a rate",
+        ),
+        ("seqio:fam_test_nothing", "seqio has no task or mixture fam_test_nothing; add the module"),
+        ("seqio:fam_test_questions:test", "fam_test_questions has no split test, only"),
+        ("seqio:fam_test_no_targets", "fam_test_no_targets has no feature targets"),
+        (
+            "seqio:fam_test_passkey_ids",
+            "fam_test_passkey_ids does not keep its texts as inputs_pretokenized and",
+        ),
+    ],
+)
+def test_seqio_tasks_that_cannot_be_mixed(entry: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^config\.data\.mixture: {message}"):
+        source_of(config_of(mixture=((entry, 1.0),), **TASKS))

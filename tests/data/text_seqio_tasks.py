@@ -47,6 +47,15 @@ register("fam_test_noise", BOTH, noise)
 register("fam_test_answers", {"targets": BOTH["targets"]})
 register("fam_test_no_targets", {"inputs": BOTH["inputs"]})
 seqio.TaskRegistry.add(
+    "fam_test_passkey_ids",
+    source=seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices({"targets": [[3, 4]]}),
+        splits=("train",),
+    ),
+    preprocessors=[],
+    output_features={"targets": seqio.Feature(seqio.PassThroughVocabulary(9))},
+)
+seqio.TaskRegistry.add(
     "fam_test_floats",
     source=SOURCE,
     preprocessors=[],
