@@ -4,8 +4,9 @@
 
 The argument names the memory: `configs/passkey.py:fam` (the default), `:bswa_m1` (block sliding window attention with
 one memory segment), `:bswa_m1_sg` (the same with stop-gradient, as in Transformer-XL) or `:fam_bounded` (FAM with a
-bound on its norm and noise in training, and a key that may stand anywhere; see docs/memories/fam.md). `:smoke` is a run
-of a few seconds. Both can be combined, as in `configs/passkey.py:bswa_m1,smoke`.
+bound on its norm and noise in training, a key that may stand anywhere, and rows that go on; see
+docs/results/bounded.md). `:smoke` is a run of a few seconds. Both can be combined, as in
+`configs/passkey.py:bswa_m1,smoke`.
 """
 
 from ml_collections import ConfigDict
@@ -57,7 +58,9 @@ def get_config(arg: str = "fam") -> ConfigDict:
         filler_step=32,
     )
     if variant == "fam_bounded":
-        config.data.late_keys = 0.5
+        # Rows go on in the next two batches, so training sees memories that are three rows old.
+        config.data.update(late_keys=0.5, questions=3)
+        config.train.carry = "memory"
     if variant.startswith("bswa"):
         # Fillers that the window spans: a model of windows learns nothing from longer ones.
         config.data.update(stage_blocks=(1, *config.data.stage_blocks), min_filler_blocks=0)

@@ -127,5 +127,8 @@ def test_the_passkey_models_differ_in_their_memory_and_the_first_stage_only() ->
         get_config("bswa_m2")
     bounded = resolve(get_config("fam_bounded"))
     assert changed(
-        bounded, model={"memory": FamConfig(length=8, segments=0)}, data={"late_keys": 0.0}
+        bounded,
+        model={"memory": FamConfig(length=8, segments=0)},
+        data={"late_keys": 0.0, "questions": 1},
+        train={"carry": "none"},
     ) == resolve(get_config())
