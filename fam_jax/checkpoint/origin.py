@@ -26,10 +26,11 @@ from fam_jax.checkpoint.folder import (
     read_config,
     saved_steps,
 )
-from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders
+from fam_jax.checkpoint.hf_files import COMPANIONS, SOURCE, companion_folders, is_trained
 from fam_jax.checkpoint.orbax_io import read_record
 from fam_jax.config import Config, resolve
 from fam_jax.config.data import NAMED_VOCABULARIES, SEQIO
+from fam_jax.config.strict_json import load_json
 
 VOCABULARY = "vocabulary"
 # Files beside a vocabulary that say which of its pieces are special, and how to use it. The model_type in config.json
@@ -43,8 +44,8 @@ BESIDE = (
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 OF_IDS = re.compile(r".*_tokens?|added_tokens_decoder|tokenizer_class|legacy|add_prefix_space")
 
-# Digests by what they are of: "vocabulary", "vocabulary_settings" and "base". One is missing if the run has no such
-# thing, or an earlier version of this package saved the step.
+# Digests by what they are of: "vocabulary", "vocabulary_settings", "task_vocabulary" (of a seqio task) and "base". One
+# is missing if the run has no such thing, or an earlier version of this package saved the step.
 Origin = dict[str, str]
 
 
@@ -107,7 +108,11 @@ def saved_origin(folder: epath.Path, step: int | None = None) -> Origin:
 
 
 def settle_origin(
-    folder: epath.Path, config: Mapping[str, Any], step: int | None = None, forked_from: str = ""
+    folder: epath.Path,
+    config: Mapping[str, Any],
+    step: int | None = None,
+    forked_from: str = "",
+    task_vocabulary: str = "",
 ) -> tuple[Origin, list[str]]:
     """Return the digests for the record of the steps to come, and the fields that name the same content elsewhere.
 
@@ -116,14 +121,17 @@ def settle_origin(
       config: its config, as nested dict.
       step: the saved step that it goes on from; None: the latest.
       forked_from: WORKDIR/STEP of the checkpoint that a new run starts from; empty: none.
+      task_vocabulary: digest of a vocabulary that the data task brings along; empty: none.
 
     Raises:
       CheckpointError: the vocabulary is not the one that the run, or the run that it is forked from, was trained with.
     """
+    own = {"task_vocabulary": task_vocabulary} if task_vocabulary else {}
     if not saved_steps(folder):
         if not forked_from:
-            return origin_of(config), []
+            return origin_of(config) | own, []
         folder, step = locate(forked_from)
+    check_task_vocabulary(folder, step, task_vocabulary)
     saved, now = saved_origin(folder, step), vocabulary_digest(config)
     settings = settings_digest(_vocabulary_file(config)) if now else ""
     if (saved.get("vocabulary") and now and now != saved["vocabulary"]) or (
@@ -137,8 +145,27 @@ def settle_origin(
     base = config.get("train", {}).get("init_from")
     if base and base != before.get("train", {}).get("init_from") and saved.get("base"):
         same += ["train.init_from"] if same_base(base, saved["base"]) else []
-    found = {"vocabulary": now, "vocabulary_settings": settings}
+    found = {"vocabulary": now, "vocabulary_settings": settings, **own}
     return saved | {name: digest for name, digest in found.items() if digest}, same
+
+
+def check_task_vocabulary(folder: epath.PathLike, step: int | None, digest: str) -> None:
+    """Check the vocabulary that a data task brings along against the one that a saved step was trained with.
+
+    Args:
+      folder: folder of the run.
+      step: the saved step; None: the latest.
+      digest: of the vocabulary as it is now; empty: there is none to check.
+
+    Raises:
+      CheckpointError: it is another one.
+    """
+    saved = saved_origin(absolute(folder), step).get("task_vocabulary")
+    if saved and digest and digest != saved:
+        raise CheckpointError(
+            f"{folder}: was trained with another vocabulary than the data task has now; let the task use the former "
+            "vocabulary again"
+        )
 
 
 def _vocabulary_of_old_run(config: Mapping[str, Any], folder: epath.Path, step: int | None) -> str:
@@ -182,8 +209,8 @@ def settings_digest(file: epath.Path) -> str:
 
 def _value(file: epath.Path) -> Any:
     try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        value = load_json(file.read_bytes())
+    except ValueError:
         return file_digest(file)
     if file.name != SETTINGS[0] or not isinstance(value, dict):
         return value
@@ -223,6 +250,8 @@ def keep_copies(folder: epath.Path, config: Mapping[str, Any]) -> None:
         # The vocabulary of a seqio task is not known here.
         if data.get("task", "").startswith(f"{SEQIO}:") or (digest and digest in map(file_digest, files)):
             _copy(files, folder / COMPANIONS)
+            if is_trained(base) and (folder / COMPANIONS / SOURCE).exists():
+                (folder / COMPANIONS / SOURCE).write_text(f"{json.dumps({'source': None})}\n")
     kept = [place / file.name for place in (folder / VOCABULARY, folder / COMPANIONS)]
     same = [copy for copy in kept if copy.is_file() and file_digest(copy) == digest]
     if digest and settings_digest(file) not in map(settings_digest, same):

@@ -12,11 +12,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from absl import logging
 from etils import epath
 
 from fam_jax.config import ConfigError, UserError
 from fam_jax.data.text_files import (
     TextError,
+    begins_as_json_lines,
     decode_text,
     is_json_lines,
     is_plain,
@@ -230,7 +232,15 @@ class Documents:
             if is_plain(path.name):
                 raw = path.read_bytes()
                 span = Span(path, 0, len(raw), 0)
-                yield span, self._text(raw, span).encode()
+                text = self._text(raw, span)
+                if begins_as_json_lines(text):
+                    logging.warning(
+                        "%s: %s: holds JSON, but counts as one text by its name; let the name end in .jsonl for a "
+                        "document per line",
+                        self._field,
+                        path,
+                    )
+                yield span, text.encode()
                 return
             for text in packed_documents(path, f"{self._field}: {path}"):
                 content = text.encode()

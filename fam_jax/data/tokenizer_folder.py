@@ -6,7 +6,6 @@ how a tokenizer of the class LlamaTokenizer divides text. Imports neither Tensor
 
 import dataclasses
 import itertools
-import json
 from typing import Any
 
 import tokenizers
@@ -14,6 +13,7 @@ from etils import epath
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from fam_jax.config import UserError
+from fam_jax.config.strict_json import load_json
 from fam_jax.data.text_files import BOM
 
 SETTINGS = "tokenizer_config.json"
@@ -81,7 +81,7 @@ def load_tokenizer(path: epath.PathLike) -> FolderTokenizer:
       UserError: a file beside it is damaged.
     """
     file = epath.Path(path)
-    text = _read_text(file)
+    text = file.read_text(encoding="utf-8").removeprefix(BOM)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     # The library raises nothing more specific.
@@ -119,16 +119,12 @@ def read_object(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(_read_text(path))
+        found = load_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON; correct it or fetch it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object; correct it or fetch it again")
     return found
-
-
-def _read_text(path: epath.Path) -> str:
-    return path.read_text(encoding="utf-8").removeprefix(BOM)
 
 
 def spelling(token: Any) -> str | None:

@@ -126,6 +126,19 @@ def test_a_name_is_no_file(tmp_path: pathlib.Path) -> None:
             save(tmp_path / name, Config(data=DataConfig(vocabulary=("bytes", "passkey")[number])), 2)
 
 
+def test_another_vocabulary_of_a_data_task_is_refused(tmp_path: pathlib.Path) -> None:
+    config = Config(data=DataConfig(task="seqio:any"))
+    save(tmp_path / "old", config)
+    save(tmp_path / "run", config, task_vocabulary="a")
+    for folder in ("run", "old"):  # a run of an earlier version learns the digest
+        save(tmp_path / folder, config, 2, task_vocabulary="a")
+        save(tmp_path / folder, config, 3)
+        with pytest.raises(CheckpointError, match="was trained with another vocabulary than the data task"):
+            save(tmp_path / folder, config, 4, task_vocabulary="b")
+    with pytest.raises(CheckpointError, match="another vocabulary than the data task"):
+        save(tmp_path / "fork", config, forked_from=f"{tmp_path}/run/2", task_vocabulary="b")
+
+
 def test_a_run_without_digests_goes_on(
     model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +170,12 @@ def test_a_base_may_move_with_its_run(tmp_path: pathlib.Path) -> None:
     save(run, of(tokenizer, str(base)))
     assert {path.name for path in (run / "huggingface").iterdir()} == {"config.json", "tokenizer.json"}
     assert not (run / "vocabulary").exists()
+    second = project / "second"
+    (run / "huggingface" / "source.json").write_text('{"source": "there"}')
+    save(second, of(tokenizer, str(run)))
+    # Its base is no longer what was imported.
+    assert json.loads((second / "huggingface" / "source.json").read_text()) == {"source": None}
+    assert json.loads((run / "huggingface" / "source.json").read_text()) == {"source": "there"}
 
     moved = project.rename(tmp_path / "moved")
     base, run = moved / "base", moved / "run"

@@ -132,6 +132,8 @@ FORMATS = {
     "a.jsonl": LINES,
     "a.JSONL": LINES.replace(b"\n", b"\r\n\r\n"),
     "a.ndjson": BOM + LINES,
+    "a.jsonlines": LINES.rstrip(b"\n"),
+    "a.ldjson.gz": gzip.compress(LINES),
     "two_marks.jsonl": BOM + LINES.replace(b"\n", b"\n" + BOM, 1),
     "a.json": LINES,
     "array.json": BOM + json.dumps([{"text": text} for text in ROWS], indent=1).encode(),
@@ -175,6 +177,19 @@ def test_plain_text_is_one_document_without_a_leading_mark(
     assert texts_of(tmp_path / "a.txt.gz", gzip.compress(BOM + text.encode())) == [text]
 
 
+def test_json_lines_under_another_name_are_told(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, content in (
+        ("part-00000", LINES), ("a.txt", b"\n" + LINES), ("b.txt", b"{}"), ("c.txt", b"{ a set }\n"), ("d", b"{"),
+    ):  # fmt: skip
+        caplog.clear()
+        [text] = texts_of(tmp_path / name, content)
+        assert text.encode() == content
+        told = [f"{tmp_path / name}: holds JSON, but counts as one text" in each for each in caplog.messages]
+        assert told == ([True] if LINES in content else [])
+
+
 def mistake(path: pathlib.Path) -> str:
     with pytest.raises(ConfigError) as caught:
         read(path)
@@ -199,7 +214,8 @@ def test_other_encodings_are_named(tmp_path: pathlib.Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a.csv", "a.TSV", "a.zip", "a.jsonl.zst", "a.arrow", "a.csv.gz", "a.tar.gz", "a.gz.gz"]
+    "name",
+    ["a.csv", "a.TSV", "a.zip", "a.jsonl.zst", "a.arrow", "a.csv.gz", "a.tar.gz", "a.gz.gz", "a.ipynb"],
 )
 def test_formats_that_are_not_read_are_named(tmp_path: pathlib.Path, name: str) -> None:
     content = b"text\nprose\n"

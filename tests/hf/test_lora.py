@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from fam_jax.checkpoint import COMPANIONS, Checkpoints
+from fam_jax.checkpoint import COMPANIONS, Checkpoints, load_params
 from fam_jax.config import Config, LoraConfig, TrainConfig, UserError
 from fam_jax.hf import ConvertError, export_adapter
 from fam_jax.model import create_model, from_dict, lora, to_dict
@@ -137,6 +137,10 @@ def test_an_adapter_names_the_hugging_face_base(workdir, tmp_path, capsys):
     described = json.loads((companions / "config.json").read_text())
     (companions / "config.json").write_text(json.dumps(described | {"_name_or_path": "some/model"}))
     assert base_named(run, tmp_path / "name") == "some/model"
+    for number, path in enumerate((str(tmp_path / "gone"), "./gone", "~/gone", 3)):  # of the machine before
+        (companions / "config.json").write_text(json.dumps(described | {"_name_or_path": path}))
+        assert base_named(run, tmp_path / f"path_{number}") is None
+    (companions / "config.json").write_text(json.dumps(described | {"_name_or_path": "some/model"}))
     for source, expected in ((tmp_path / "gone", "some/model"), (DATA / "gemma2", str(DATA / "gemma2"))):
         (companions / "source.json").write_text(json.dumps({"source": str(source)}))
         assert base_named(run, tmp_path / f"source_{source.name}") == expected
@@ -150,6 +154,26 @@ def test_an_adapter_names_the_hugging_face_base(workdir, tmp_path, capsys):
         tmp_path / "source_gemma2", attn_implementation="eager"
     )
     np.testing.assert_allclose(logits_of(model, recorded_tokens()), logits, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_of_a_run_that_began_with_a_run_names_no_base(workdir, tmp_path):
+    """Its base is the model that the first run trained, and not the one that was imported."""
+    first, _ = workdir
+    base = first.parent / "base"
+    described = json.loads((base / COMPANIONS / "config.json").read_text())
+    (base / COMPANIONS / "config.json").write_text(json.dumps(described | {"_name_or_path": "some/model"}))
+    (base / COMPANIONS / "source.json").write_text(json.dumps({"source": str(DATA / "gemma2")}))
+    params, values, _ = load_params(first)
+    shutil.copytree(base / COMPANIONS, first / COMPANIONS)
+    values["train"]["init_from"] = str(first)
+    values["data"]["task"] = "seqio:any"  # a run of any other task copies the companions with its vocabulary
+    with Checkpoints(tmp_path / "second", config=values, keep=1) as checkpoints:
+        checkpoints.save(7, {"params": params}, {}, wait=True)
+    assert base_named(first, tmp_path / "of_the_import") == str(DATA / "gemma2")
+    for out in (tmp_path / "of_the_run", tmp_path / "alone"):
+        assert base_named(tmp_path / "second", out) is None
+        shutil.rmtree(first, ignore_errors=True)
+    assert base_named(tmp_path / "second", tmp_path / "given", "--base=other/model") == "other/model"
 
 
 def test_the_base_decides_which_layers_an_adapter_names(workdir, tmp_path):
