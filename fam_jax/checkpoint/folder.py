@@ -38,11 +38,25 @@ def absolute(folder: str | os.PathLike[str]) -> epath.Path:
 
 
 def check_name(folder: epath.Path) -> None:
-    """Raise :class:`CheckpointError` if Orbax could not save in `folder` because its path looks like a pattern."""
+    """Raise :class:`CheckpointError` if Orbax could not save in `folder` because of characters in its path."""
+    check_readable(folder)
     if found := sorted(set(PATTERN) & set(os.fspath(folder))):
         raise CheckpointError(
             f"{folder}: no checkpoint can be saved here, because Orbax takes {' '.join(found)} in a path for a "
             "pattern; give a folder without it"
+        )
+
+
+def check_readable(folder: epath.Path) -> None:
+    """Raise :class:`CheckpointError` if no array can be read in `folder` because of characters in its path.
+
+    TensorStore, which reads and writes arrays for Orbax, takes a backslash for a slash, and paths in UTF-8 only.
+    """
+    path = os.fspath(folder)
+    if "\\" in path or any("\ud800" <= character <= "\udfff" for character in path):
+        wrong = "a backslash" if "\\" in path else "bytes that are not UTF-8"
+        raise CheckpointError(
+            f"{folder}: no checkpoint can be saved or read here, because its path has {wrong}; rename the folder"
         )
 
 
