@@ -86,8 +86,8 @@ class Batch:
           settings: what the results depend on, by name. They are stored in `out`.settings.json.
 
         Raises:
-          UserError: `source` cannot be read, or is UTF-16; `out` cannot be written, or holds results of other lines or
-            settings.
+          UserError: `source` cannot be read, is empty or UTF-16; `out` cannot be written, or holds results of other
+            lines or settings.
         """
         try:
             content = source.read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -96,6 +96,10 @@ class Batch:
                 f"{source}: cannot be read ({error.strerror}); give a file of JSON lines"
             ) from error
         check_encoding(content[:BEGINNING], str(source))
+        if not content:
+            raise UserError(f"{source}: is empty; give a file of JSON lines")
+        if out.exists() and out.samefile(source):
+            raise UserError(f"{out}: holds the lines to complete; give another --out")
         self._lines = content.removesuffix(b"\n").split(b"\n")
         self._results = _Results(out, self._lines, settings)
 

@@ -282,6 +282,18 @@ def test_numbers_that_are_not_finite(tmp_path: pathlib.Path, streams: int) -> No
     assert broken.generate(broken.read("third"), max_tokens=place + 1).tokens == place + 1
 
 
+def test_files_that_hold_no_lines(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(UserError, match=r"in\.jsonl: is empty; give a file of JSON lines"):
+        Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl", {})
+    source = write(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, tmp_path / "link"):
+        with pytest.raises(UserError, match="holds the lines to complete; give another --out"):
+            Batch(source, out, {})
+    assert records(source) == [{"prompt": "a"}]
+
+
 def test_one_process_writes_at_a_time(model: TextModel, tmp_path: pathlib.Path) -> None:
     source, out = write(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "b"}]), tmp_path / "out.jsonl"
     first, second, third = (Batch(source, out, {}) for _ in range(3))
