@@ -91,6 +91,15 @@ def test_each_file_counts_once_whatever_links_lead_to_it(tmp_path: pathlib.Path)
         assert [os.path.realpath(path) for path in found] == [os.path.realpath(books / "deep" / "a.txt")]
 
 
+def test_pipes_and_devices_are_refused(tmp_path: pathlib.Path) -> None:
+    """Opening a pipe would wait for a writer for ever."""
+    (tmp_path / "a.txt").write_text("text")
+    os.mkfifo(tmp_path / "b.txt")
+    for entry in (tmp_path, tmp_path / "b.txt", f"{tmp_path}/*.txt", "/dev/null"):
+        with pytest.raises(ConfigError, match="is a pipe or a device, which cannot be read again"):
+            find_files([str(entry)], (".txt",), FIELD)
+
+
 def test_hidden_files_count_only_if_they_are_named(tmp_path: pathlib.Path) -> None:
     for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a.txt", "deep/.git/b.txt", ".texts/c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
