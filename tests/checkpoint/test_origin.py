@@ -64,7 +64,7 @@ def test_what_lies_beside_a_tokenizer_must_say_the_same(tmp_path: pathlib.Path) 
     settings.write_text('{"eos_token": "x", "bos_token": "y"}')
     save(tmp_path / "run", of(file))
     before = saved_origin(tmp_path / "run")  # type: ignore[arg-type]
-    assert before.keys() == {"vocabulary", "vocabulary_settings"}
+    assert before.keys() == {"vocabulary", "vocabulary_settings", "vocabulary_class"}
     # Another layout says the same, and other files say nothing about ids.
     settings.write_text('{\n "bos_token": "y", "eos_token": "x", "chat_template": "y"}')
     (tmp_path / "generation_config.json").write_text("{}")
@@ -82,6 +82,37 @@ def test_what_lies_beside_a_tokenizer_must_say_the_same(tmp_path: pathlib.Path) 
             found(tmp_path / "run")
         settings.write_text(kept)
         (copy / "tokenizer_config.json").write_text(carried)
+
+
+@pytest.mark.parametrize(
+    ("config", "declared", "same"),
+    [
+        ({"model_type": "mistral"}, "LlamaTokenizer", False),
+        ({"model_type": "qwen2"}, "LlamaTokenizerFast", False),
+        ({"model_type": "gemma2"}, None, False),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, None, False),
+        ({"model_type": "gemma2"}, "GemmaTokenizer", True),
+        ({"model_type": "llama"}, None, True),
+    ],
+)
+def test_a_model_that_decides_how_a_tokenizer_is_read_is_a_part_of_it(
+    tmp_path: pathlib.Path, config: dict, declared: str | None, same: bool
+) -> None:
+    """The tokenizer moves without the config.json that it lay beside."""
+    for place in ("with", "without"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "tokenizer.json").write_text("{}")
+        settings = {} if declared is None else {"tokenizer_class": declared}
+        (tmp_path / place / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "with" / "config.json").write_text(json.dumps(config))
+    save(tmp_path / "run", of(tmp_path / "with" / "tokenizer.json"))
+    assert found(tmp_path / "run") == str(tmp_path / "run" / "vocabulary" / "tokenizer.json")
+    moved = of(tmp_path / "without" / "tokenizer.json")
+    if same:
+        save(tmp_path / "run", moved, 2)
+    else:
+        with pytest.raises(CheckpointError, match="special tokens or its class"):
+            save(tmp_path / "run", moved, 2)
 
 
 def test_another_vocabulary_is_refused_by_name(run: pathlib.Path, model: pathlib.Path) -> None:
