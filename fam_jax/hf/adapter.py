@@ -13,7 +13,7 @@ from fam_jax.config import Config
 from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.config_json import ConvertError
 from fam_jax.hf.memory_file import write_memory
-from fam_jax.hf.names import tensors
+from fam_jax.hf.names import memory_tensors, tensors
 from fam_jax.hf.output_folder import new_folder
 from fam_jax.model import lora
 from fam_jax.model.layer_types import is_memory
@@ -32,6 +32,7 @@ def export_adapter(
     base_name: str | None = None,
     *,
     multimodal: bool = False,
+    with_memory: bool = False,
 ) -> None:
     """Write `adapter_config.json`, `adapter_model.safetensors` and the parameters of the memory into a new folder.
 
@@ -41,6 +42,8 @@ def export_adapter(
       params: nested dict of the run's parameters, with `lora_a` and `lora_b`.
       base_name: Hugging Face folder or name of the base model, from which PEFT loads it; None: unknown.
       multimodal: whether the base model has a vision tower. The adapter then fits its text part.
+      with_memory: whether the base model is an export for PyTorch, with this memory. The adapter then has the
+        parameters of the memory too, in place of those of the base.
 
     Raises:
       ConvertError: the run has no LoRA, LoRA trained other parameters too, or the folder cannot be written.
@@ -70,15 +73,22 @@ def export_adapter(
             module = PREFIX + name.removesuffix(".weight").replace(TEXT_LAYERS, layers, 1)
             arrays[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, rank).T)
             arrays[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.reshape(rank, -1).T)
+    memory = memory_tensors(config.model) if with_memory else ()
+    for tensor in memory:
+        for layer, name in enumerate(tensor.names):
+            value = np.asarray(leaves[tensor.path][layer] if tensor.stacked else leaves[tensor.path])
+            arrays[PREFIX + name] = np.ascontiguousarray(tensor.to_file(value))
     # A pattern for a model with a vision tower, which has modules of the same names.
     pattern = rf"{re.escape(layers)}\d+\.\w+\.({'|'.join(sorted(modules))})"
     adapter_config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "bias": "none",
         "r": rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0, "inference_mode": True,
         "target_modules": pattern if multimodal else sorted(modules),
+        "modules_to_save": sorted({name.split(".")[-2] for tensor in memory for name in tensor.names}) or None,
     }  # fmt: skip
     with new_folder(path) as folder:
         with mode_of_umask(folder / "adapter_model.safetensors"):
             save_file(arrays, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_memory(folder, config.model, leaves)
+        if not with_memory:
+            write_memory(folder, config.model, leaves)
         (folder / "adapter_config.json").write_text(dump_json(adapter_config, indent=2) + "\n")

@@ -24,7 +24,14 @@ from fam_jax.hf.multimodal import is_multimodal, text_part
 from fam_jax.hf.names import Tensor, memory_tensors, tensors
 from fam_jax.hf.output_folder import check_new_folder, new_folder
 from fam_jax.hf.tokenizer import FILES, copy_tokenizer, find_tokenizer
-from fam_jax.hf.torch_model import base_config, check_torch_config, has_torch_code, torch_config, write_code
+from fam_jax.hf.torch_model import (
+    base_config,
+    check_base_memory,
+    check_torch_config,
+    has_torch_code,
+    torch_config,
+    write_code,
+)
 from fam_jax.hf.written_config import check_same, updated_config
 from fam_jax.model import lora
 from fam_jax.model.layer_types import is_memory
@@ -87,8 +94,7 @@ def export_model(
     config = find_vocabulary(resolve(values), checkpoint, step)
     companions = find_companions(checkpoint, config)
     if lora_updates == "adapter":
-        name, multimodal = _base_of_adapter(config, companions, base)
-        export_adapter(out, config, params, name, multimodal=multimodal)
+        name = _export_adapter(out, config, params, companions, base)
         return ExportedModel(step, None, text_part=False, base=name)
     if config.lora.rank and lora_updates == "merged":
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -111,6 +117,22 @@ def export_model(
     return ExportedModel(step, hf["architectures"][0], is_multimodal(original), has_tokenizer)
 
 
+def _export_adapter(
+    out: str | os.PathLike[str],
+    config: Config,
+    params: Mapping[str, Any],
+    companions: epath.Path | None,
+    base: str | None,
+) -> str | None:
+    """Write an adapter for a run's base model, and return the name of the base that it has."""
+    name, hf = _base_of_adapter(config, companions, base)
+    has_memory = has_torch_code(hf)
+    if has_memory:
+        check_base_memory(config.model, hf)
+    export_adapter(out, config, params, name, multimodal=is_multimodal(hf), with_memory=has_memory)
+    return name
+
+
 def find_companions(checkpoint: str | os.PathLike[str], config: Config) -> epath.Path | None:
     """Return the folder with the config.json and tokenizer that a run's model, or its base, was imported with."""
     found = companion_folders(config, checkpoint)
@@ -130,8 +152,8 @@ def _write_companions(companions: epath.Path | None, vocabulary: str, folder: Pa
 
 def _base_of_adapter(
     config: Config, companions: epath.Path | None, base: str | None
-) -> tuple[str | None, bool]:
-    """Return the base model that an adapter names, and whether it has a vision tower.
+) -> tuple[str | None, dict[str, Any]]:
+    """Return the base model that an adapter names, and its config.json; empty: unknown.
 
     Args:
       config: of the run.
@@ -139,6 +161,8 @@ def _base_of_adapter(
       base: the name that the user gave; None: none.
     """
     hf = {} if companions is None else read_json(companions / CONFIG)
+    if base is not None:
+        hf = base_config(hf)  # a name says nothing of a memory
     if base is None and companions is not None and not is_trained(config.train.init_from):
         record = companions / SOURCE
         recorded = read_json(record) if record.exists() else {}
@@ -148,7 +172,7 @@ def _base_of_adapter(
         base = None if names[0] is None else next(filter(_can_be_loaded, names), None)
     if base is not None and (Path(base).expanduser() / CONFIG).is_file():
         hf = read_json(Path(base).expanduser() / CONFIG)
-    return base, is_multimodal(hf)
+    return base, hf
 
 
 def _can_be_loaded(name: Any) -> bool:

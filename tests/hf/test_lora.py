@@ -13,8 +13,10 @@ from safetensors.numpy import load_file
 
 from fam_jax.checkpoint import COMPANIONS, Checkpoints, load_params
 from fam_jax.config import Config, LoraConfig, TrainConfig, UserError
-from fam_jax.hf import ConvertError, export_adapter
+from fam_jax.hf import ConvertError, export_adapter, export_folder, torch_config
 from fam_jax.model import create_model, from_dict, lora, to_dict
+from fam_jax.model.layer_types import is_memory
+from fam_jax.model.parameters import flatten, unflatten
 from launch import export_hf
 from tests.hf.recorded import DATA, imported, recorded_tokens
 from tests.model.tiny import Reader
@@ -102,6 +104,52 @@ def test_peft_loads_the_adapter_upon_the_base(name, targets, tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(DATA / name, attn_implementation="eager")
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     np.testing.assert_allclose(logits_of(model, recorded_tokens()), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
+def test_an_adapter_of_an_export_for_pytorch_has_the_memory(init, tmp_path, monkeypatch):
+    """Upon the base, with its code, it is the merged model: the memory that was trained beside LoRA included."""
+    changes = {"length": 3, "segments": 1, "init": init}
+    config, params, _ = run_with_lora("qwen3", LORA, **changes)
+    model = config.model
+    hf = torch_config(model, {})
+    export_folder(tmp_path / "base", model, params, hf)
+    memory = {name: leaf + 1.0 for name, leaf in flatten(params).items() if is_memory(name)}
+    params = unflatten(flatten(params) | memory)
+    export_folder(tmp_path / "merged", model, lora.merge(params, config.lora), hf)
+    base = tmp_path / "import"
+    (base / COMPANIONS).mkdir(parents=True)
+    shutil.copyfile(tmp_path / "base" / "config.json", base / COMPANIONS / "config.json")
+    (base / COMPANIONS / "source.json").write_text(json.dumps({"source": str(tmp_path / "base")}))
+
+    def save(folder, config):
+        config = dataclasses.replace(config, train=TrainConfig(init_from=str(base / "0")))
+        with Checkpoints(folder, config=dataclasses.asdict(config), keep=1) as checkpoints:
+            checkpoints.save(5, {"params": params}, {}, wait=True)
+        return folder
+
+    assert base_named(save(tmp_path / "run", config), tmp_path / "adapter") == str(tmp_path / "base")
+    assert not (tmp_path / "adapter" / "memory.safetensors").exists()
+    other = dataclasses.replace(model, memory=dataclasses.replace(model.memory, previous_blocks=2))
+    with pytest.raises(
+        ConvertError, match=r"the base: previous_blocks is 1, but 2 in the run, and an adapter cannot"
+    ):
+        base_named(save(tmp_path / "other", dataclasses.replace(config, model=other)), tmp_path / "no")
+    assert base_named(tmp_path / "other", tmp_path / "plain", "--base=some/model") == "some/model"
+    assert (tmp_path / "plain" / "memory.safetensors").exists()
+
+    peft = pytest.importorskip("peft", reason="only PEFT itself can read it")
+    transformers = pytest.importorskip("transformers")
+    from tests.hf.hf_models import logits_of
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    plain, merged = (load(tmp_path / name, trust_remote_code=True).eval() for name in ("base", "merged"))
+    wanted = logits_of(merged, recorded_tokens())
+    assert np.abs(logits_of(plain, recorded_tokens()) - wanted).max() > 0.1
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    np.testing.assert_allclose(logits_of(adapted, recorded_tokens()), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
