@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fam_jax.checkpoint.new_file import mode_of_umask
-from fam_jax.config import Config
+from fam_jax.config import Config, ModelConfig
 from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.config_json import ConvertError
 from fam_jax.hf.memory_file import write_memory
@@ -73,22 +73,28 @@ def export_adapter(
             module = PREFIX + name.removesuffix(".weight").replace(TEXT_LAYERS, layers, 1)
             arrays[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, rank).T)
             arrays[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.reshape(rank, -1).T)
-    memory = memory_tensors(config.model) if with_memory else ()
-    for tensor in memory:
-        for layer, name in enumerate(tensor.names):
-            value = np.asarray(leaves[tensor.path][layer] if tensor.stacked else leaves[tensor.path])
-            arrays[PREFIX + name] = np.ascontiguousarray(tensor.to_file(value))
+    memory = _memory_arrays(config.model, leaves) if with_memory else {}
     # A pattern for a model with a vision tower, which has modules of the same names.
     pattern = rf"{re.escape(layers)}\d+\.\w+\.({'|'.join(sorted(modules))})"
     adapter_config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "bias": "none",
         "r": rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0, "inference_mode": True,
         "target_modules": pattern if multimodal else sorted(modules),
-        "modules_to_save": sorted({name.split(".")[-2] for tensor in memory for name in tensor.names}) or None,
+        "modules_to_save": sorted({name.split(".")[-2] for name in memory}) or None,
     }  # fmt: skip
     with new_folder(path) as folder:
         with mode_of_umask(folder / "adapter_model.safetensors"):
-            save_file(arrays, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_file(arrays | memory, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         if not with_memory:
             write_memory(folder, config.model, leaves)
         (folder / "adapter_config.json").write_text(dump_json(adapter_config, indent=2) + "\n")
+
+
+def _memory_arrays(model: ModelConfig, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the parameters of the memory by the names that PEFT has for those of an export for PyTorch."""
+    found = {}
+    for tensor in memory_tensors(model):
+        for layer, name in enumerate(tensor.names):
+            value = np.asarray(leaves[tensor.path][layer] if tensor.stacked else leaves[tensor.path])
+            found[PREFIX + name] = np.ascontiguousarray(tensor.to_file(value))
+    return found
