@@ -42,24 +42,13 @@ def export_adapter(
       params: nested dict of the run's parameters, with `lora_a` and `lora_b`.
       base_name: Hugging Face folder or name of the base model, from which PEFT loads it; None: unknown.
       multimodal: whether the base model has a vision tower. The adapter then fits its text part.
-      with_memory: whether the base model is an export for PyTorch, with this memory. The adapter then has the
-        parameters of the memory too, in place of those of the base.
+      with_memory: whether the base model is an export for PyTorch; the adapter then replaces its memory too.
 
     Raises:
       ConvertError: the run has no LoRA, LoRA trained other parameters too, or the folder cannot be written.
     """
-    rank = config.lora.rank
-    if rank == 0:
-        raise ConvertError(
-            "config.lora.rank: is 0, so there is no adapter to export; export the model itself"
-        )
-    leaves = flatten(dict(params))
-    trained = flatten(lora.divide(dict(params), config.lora)[0])
-    others = [name for name in trained if not (name.endswith(lora.ADAPTERS) or is_memory(name))]
-    if others:
-        raise ConvertError(
-            f"config.lora.train: {others[0]} was trained too, and an adapter cannot hold it; export the merged model"
-        )
+    _check_adapter(config, params)
+    rank, leaves = config.lora.rank, flatten(dict(params))
     layers = MULTIMODAL_LAYERS if multimodal else TEXT_LAYERS
     arrays: dict[str, np.ndarray] = {}
     modules = set()
@@ -88,6 +77,20 @@ def export_adapter(
         if not with_memory:
             write_memory(folder, config.model, leaves)
         (folder / "adapter_config.json").write_text(dump_json(adapter_config, indent=2) + "\n")
+
+
+def _check_adapter(config: Config, params: Mapping[str, Any]) -> None:
+    """Raise :class:`ConvertError` unless LoRA and the memory are all that was trained."""
+    if config.lora.rank == 0:
+        raise ConvertError(
+            "config.lora.rank: is 0, so there is no adapter to export; export the model itself"
+        )
+    trained = flatten(lora.divide(dict(params), config.lora)[0])
+    others = [name for name in trained if not (name.endswith(lora.ADAPTERS) or is_memory(name))]
+    if others:
+        raise ConvertError(
+            f"config.lora.train: {others[0]} was trained too, and an adapter cannot hold it; export the merged model"
+        )
 
 
 def _memory_arrays(model: ModelConfig, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
