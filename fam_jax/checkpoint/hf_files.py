@@ -52,7 +52,8 @@ def end_ids(config: Config, folder: epath.PathLike) -> list[int]:
         same = same or config.data.vocabulary.rpartition("/")[2] == vocabulary
     if not same and not (place / COMPANIONS / vocabulary).exists():
         return []
-    return named_end_ids(place / COMPANIONS)
+    # Files may also name ids that no token of the model has, such as -1.
+    return [token for token in named_end_ids(place / COMPANIONS) if 0 <= token < config.model.vocab_size]
 
 
 def named_end_ids(companions: epath.PathLike) -> list[int]:
