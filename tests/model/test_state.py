@@ -130,6 +130,13 @@ def test_calls_that_make_no_sense_are_refused(length, how, message):
         build(config, params_of(config))(jnp.zeros((2, length), jnp.int32), empty_state(config, 2), **how)
 
 
+def test_a_state_is_shown_by_the_shapes_of_its_arrays():
+    """In a notebook, its numbers would fill pages."""
+    shown = repr(empty_state(variant(), 2))
+    assert shown.startswith("StreamState(layers.") and "layers.keys: float32[" in shown
+    assert len(shown) < 1000 and "Array" not in shown
+
+
 @pytest.mark.parametrize("wrong", [-1, 64])
 def test_tokens_that_are_no_ids_are_refused(wrong):
     config = variant(vocab_size=64)
