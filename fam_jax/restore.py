@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fam_jax.checkpoint import find_vocabulary, load_params
+from fam_jax.checkpoint import check_task_vocabulary, find_vocabulary, load_params
 from fam_jax.config import Config, ModelConfig, resolve
+from fam_jax.data.vocabulary import task_digest
 from fam_jax.model import lora
 from fam_jax.sharding import param_shardings
 
@@ -42,6 +43,26 @@ def load_model(
     params, values, step = load_params(folder, step, shardings=places)
     config = find_vocabulary(resolve(values), folder, step)
     return config, _to_use(params, config), step
+
+
+def load_task_vocabulary(config: Config, folder: str | os.PathLike[str], step: int) -> Any:
+    """Load the vocabulary of a run's data task.
+
+    Args:
+      config: of the run, from :func:`load_model`.
+      folder: workdir of the run.
+      step: the saved step that the vocabulary has to be of.
+
+    Raises:
+      CheckpointError: the data task brings along another vocabulary than the run was trained with.
+      ConfigError: seqio has no such task.
+      UserError: the vocabulary cannot be loaded.
+    """
+    from fam_jax.data.build import task_vocabulary  # imports TensorFlow, which takes seconds
+
+    vocabulary = task_vocabulary(config.data)
+    check_task_vocabulary(folder, step, task_digest(vocabulary, config.data))
+    return vocabulary
 
 
 def _to_use(params: dict[str, Any], config: Config) -> dict[str, Any]:

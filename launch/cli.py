@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import functools
 import inspect
+import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -306,7 +307,12 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Run a program and exit with its exit code. A mistake of the user is one line on stderr and exit code 2."""
+    """Run a program and exit with its exit code. A mistake of the user is one line on stderr and exit code 2.
+
+    Characters that standard output cannot show, such as those of a path that is not UTF-8, are shown as escapes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     with processes.leaving_together(), user_errors():
         sys.exit(main())
 

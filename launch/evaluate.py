@@ -85,7 +85,7 @@ def _add_flags_of_several_tasks(parser: cli.Parser) -> None:
         "--suite", type=cli.words, default=(), metavar="NAME,...", help="groups of tasks to run, such as gpt3"
     )
     data = "folders with data, and tfds for prepared TFDS datasets; default: tfds"
-    add("--data", type=cli.words, default=(), metavar="DIR,...", help=data)
+    add("--data", type=cli.paths, default=(), metavar="DIR,...", help=data)
     shots = (
         "solved examples to show before a question; gpt3: as many as GPT-3 saw; default: 0, or the task's own"
     )

@@ -23,11 +23,13 @@ import rich.console
 import rich.progress
 
 from fam_jax.config import UserError
+from fam_jax.data.vocabulary import special_token_id
 from fam_jax.generation.batch import Batch, BatchProgress, HowToComplete, open_text
 from fam_jax.generation.sampling import Sampling
 from fam_jax.generation.state_file import fingerprint
 from fam_jax.generation.text import TextModel, TextState
 from fam_jax.generation.tokenize import check_unicode
+from fam_jax.generation.turn import Turn
 from fam_jax.sharding import make_mesh
 
 from . import cli
@@ -52,6 +54,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--prompt", metavar="TEXT", help="text to read")
     add("--prompt-file", metavar="FILE", help="UTF-8 text to read; - or no prompt: standard input")
     add("--question", metavar="TEXT", help="text to read after the prompt, once the memory is saved")
+    chat = "make prompt and question the turn of a user, in the tokenizer's chat template"
+    add("--chat", action="store_true", help=chat)
     add("--load-memory", metavar="FILE", help="continue what --save-memory wrote")
     add("--save-memory", metavar="FILE", help="save the memory after the prompt")
     add("--batch", type=Path, metavar="FILE.jsonl", help="lines with prompt_file, prompt or question")
@@ -184,13 +188,19 @@ def reading_progress() -> Iterator[Callable[[int], None]]:
         print(line(), file=sys.stderr)
 
 
-def how_to_complete(found: argparse.Namespace) -> HowToComplete:
-    """Return how the command line wants texts to be completed."""
+def how_to_complete(found: argparse.Namespace, *stops: str) -> HowToComplete:
+    """Return how the command line wants texts to be completed, with more strings that end them."""
     sampling = Sampling(found.temperature, found.top_k, found.top_p)
-    return HowToComplete(found.max_tokens, sampling, found.seed, tuple(found.stop))
+    return HowToComplete(found.max_tokens, sampling, found.seed, (*found.stop, *stops))
 
 
-def open_batch(model: TextModel, found: argparse.Namespace) -> Batch:
+def stops_of(model: TextModel, turn: Turn) -> list[str]:
+    """Return the end of an answer in the chat template, unless all texts of the model end there anyway."""
+    token = special_token_id(model.vocabulary, turn.end) if turn.end else None
+    return [] if token is None or token in model.end_ids else [turn.end]
+
+
+def open_batch(model: TextModel, found: argparse.Namespace, turn: Turn) -> Batch:
     """Open --batch and --out.
 
     Raises:
@@ -207,6 +217,8 @@ def open_batch(model: TextModel, found: argparse.Namespace) -> Batch:
     }
     for name in ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop"):
         settings[name] = getattr(found, name)
+    if found.chat:
+        settings["chat"] = hashlib.sha256(repr(tuple(turn)).encode()).hexdigest()[:16]
     return Batch(found.batch, found.out, settings)
 
 
@@ -251,7 +263,9 @@ def rate(tokens: int, seconds: float) -> str:
     return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.1f} tokens/s)"
 
 
-def run_batch(model: TextModel, batch: Batch, found: argparse.Namespace, state: TextState | None) -> None:
+def run_batch(
+    model: TextModel, batch: Batch, found: argparse.Namespace, state: TextState | None, turn: Turn
+) -> None:
     """Answer the lines of --batch.
 
     Raises:
@@ -267,8 +281,9 @@ def run_batch(model: TextModel, batch: Batch, found: argparse.Namespace, state: 
 
         count, failed = batch.complete(
             model,
-            how_to_complete(found),
+            how_to_complete(found, *stops_of(model, turn)),
             state=state,
+            turn=turn,
             streams=found.streams,
             chunk_blocks=found.chunk_blocks,
             on_progress=on_progress,
@@ -280,14 +295,14 @@ def run_batch(model: TextModel, batch: Batch, found: argparse.Namespace, state: 
     print(f"{count} lines are answered in {found.out}", file=sys.stderr)
 
 
-def answer(model: TextModel, found: argparse.Namespace, state: TextState) -> None:
+def answer(model: TextModel, found: argparse.Namespace, state: TextState, turn: Turn) -> None:
     """Generate a text and print it as it comes."""
 
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    began, how = time.perf_counter(), how_to_complete(found)
+    began, how = time.perf_counter(), how_to_complete(found, *stops_of(model, turn))
     done = model.generate(
         state,
         max_tokens=how.max_tokens,
@@ -307,21 +322,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     mesh = None if found.mesh is None else make_mesh(found.mesh)
     with prompt(found) as source:
         model = TextModel.restore(found.checkpoint, found.step, mesh)
+        turn = model.turn if found.chat else Turn()
         state = None if found.load_memory is None else model.load(found.load_memory)
-        batch = None if found.batch is None else open_batch(model, found)
+        batch = None if found.batch is None else open_batch(model, found, turn)
+        # The turn ends where generation begins.
+        ends = found.question is None and found.save_memory is None and batch is None
         if source is not None:
+            around = {"before": turn.before if state is None else "", "after": turn.after if ends else ""}
             with reading_progress() as show:
-                state = model.read(source, state, chunk_blocks=found.chunk_blocks, on_progress=show)
+                state = model.read(source, state, **around, chunk_blocks=found.chunk_blocks, on_progress=show)
     if found.save_memory is not None and state is not None:
         model.save(found.save_memory, state)
         print(f"memory of {state.tokens_read:,} tokens written to {found.save_memory}", file=sys.stderr)
     if batch is not None:
-        run_batch(model, batch, found, state)
+        run_batch(model, batch, found, state, turn)
     elif found.max_tokens:
-        if found.question is not None:
-            state = model.read(found.question, state)
+        if found.question is not None or (turn.after and not ends):
+            state = model.read(found.question or "", state, after=turn.after)
         assert state is not None
-        answer(model, found, state)
+        answer(model, found, state, turn)
     return 0
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"config", "sharding", "kernels"},
     "memories": {"config", "kernels", "layers"},
     "model": {"config", "sharding", "kernels", "layers", "memories"},
-    "restore": {"config", "sharding", "checkpoint", "model"},
+    "restore": {"config", "data", "sharding", "checkpoint", "model"},
     "hf": {"config", "data", "model", "sharding", "checkpoint"},
     "generation": BASE,
     "evaluation": BASE | {"generation"},

@@ -25,9 +25,22 @@ from fam_jax.checkpoint.folder import (
     read_config_file,
     saved_steps,
 )
-from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders, end_ids
+from fam_jax.checkpoint.hf_files import (
+    COMPANIONS,
+    SOURCE,
+    companion_folders,
+    end_ids,
+    is_trained,
+    named_end_ids,
+)
 from fam_jax.checkpoint.loading import choose_step, load_params, load_state
-from fam_jax.checkpoint.origin import VOCABULARY, find_vocabulary, settle_origin, vocabulary_digest
+from fam_jax.checkpoint.origin import (
+    VOCABULARY,
+    check_task_vocabulary,
+    find_vocabulary,
+    settle_origin,
+    vocabulary_digest,
+)
 from fam_jax.checkpoint.run_config import (
     MAY_CHANGE,
     changeable_fields,
@@ -40,6 +53,7 @@ from fam_jax.checkpoint.steps import Checkpoints
 __all__ = [
     "COMPANIONS",
     "MAY_CHANGE",
+    "SOURCE",
     "VOCABULARY",
     "CheckpointError",
     "Checkpoints",
@@ -50,13 +64,16 @@ __all__ = [
     "changes_of_result",
     "check_changes",
     "check_name",
+    "check_task_vocabulary",
     "choose_step",
     "companion_folders",
     "end_ids",
     "find_vocabulary",
+    "is_trained",
     "load_params",
     "load_state",
     "locate",
+    "named_end_ids",
     "read_config",
     "read_config_file",
     "saved_steps",

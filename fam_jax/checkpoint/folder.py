@@ -10,6 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from fam_jax.config import UserError
 from fam_jax.config.format1 import FORMAT, upgrade_config
+from fam_jax.config.strict_json import load_json
 
 CONFIG_FILE = "config.json"
 # The entry of a config.json with the checksum of all others.
@@ -37,11 +38,25 @@ def absolute(folder: str | os.PathLike[str]) -> epath.Path:
 
 
 def check_name(folder: epath.Path) -> None:
-    """Raise :class:`CheckpointError` if Orbax could not save in `folder` because its path looks like a pattern."""
+    """Raise :class:`CheckpointError` if Orbax could not save in `folder` because of characters in its path."""
+    check_readable(folder)
     if found := sorted(set(PATTERN) & set(os.fspath(folder))):
         raise CheckpointError(
             f"{folder}: no checkpoint can be saved here, because Orbax takes {' '.join(found)} in a path for a "
             "pattern; give a folder without it"
+        )
+
+
+def check_readable(folder: epath.Path) -> None:
+    """Raise :class:`CheckpointError` if no array can be read in `folder` because of characters in its path.
+
+    TensorStore, which reads and writes arrays for Orbax, takes a backslash for a slash, and paths in UTF-8 only.
+    """
+    path = os.fspath(folder)
+    if "\\" in path or any("\ud800" <= character <= "\udfff" for character in path):
+        wrong = "a backslash" if "\\" in path else "bytes that are not UTF-8"
+        raise CheckpointError(
+            f"{folder}: no checkpoint can be saved or read here, because its path has {wrong}; rename the folder"
         )
 
 
@@ -80,7 +95,7 @@ def read_config_file(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], li
     if not path.exists():
         raise CheckpointError(f"{path.parent}: holds no {CONFIG_FILE}; give the workdir of a training run")
     try:
-        config = json.loads(path.read_text())
+        config = load_json(path.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error}); restore it from a copy") from error
     if not isinstance(config, dict):

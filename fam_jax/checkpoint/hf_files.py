@@ -1,15 +1,17 @@
 """Find the companions of an imported model (config.json, tokenizer) in the folder of its checkpoint."""
 
-import json
 from typing import Any
 
 from etils import epath
 
 from fam_jax.checkpoint.folder import CheckpointError, absolute, locate, read_config
-from fam_jax.config import Config, resolve
+from fam_jax.config import Config, UserError, resolve
 from fam_jax.config.data import SEQIO
+from fam_jax.config.strict_json import load_json
 
 COMPANIONS = "huggingface"
+# A file among them with the path of the folder that was imported; null if the weights were trained since.
+SOURCE = "source.json"
 # Files among the companions that name the tokens that end a text.
 NAME_END_IDS = ("config.json", "generation_config.json")
 
@@ -18,6 +20,14 @@ def companion_folders(config: Config, folder: epath.PathLike) -> list[epath.Path
     """Return the folders where the companions of the run in `folder` may be: its own, then that of its base."""
     places = [absolute(folder), *([locate(config.train.init_from)[0]] if config.train.init_from else [])]
     return [place / COMPANIONS for place in places]
+
+
+def is_trained(base: str) -> bool:
+    """Return whether a base (train.init_from) is a run, whose weights are no longer those of an imported model."""
+    try:
+        return bool(base) and bool(resolve(read_config(locate(base)[0])).train.init_from)
+    except UserError:  # the base is gone
+        return False
 
 
 def end_ids(config: Config, folder: epath.PathLike) -> list[int]:
@@ -42,7 +52,18 @@ def end_ids(config: Config, folder: epath.PathLike) -> list[int]:
         same = same or config.data.vocabulary.rpartition("/")[2] == vocabulary
     if not same and not (place / COMPANIONS / vocabulary).exists():
         return []
-    return sorted({token for name in NAME_END_IDS for token in _end_ids_in(place / COMPANIONS / name)})
+    # Files may also name ids that no token of the model has, such as -1.
+    return [token for token in named_end_ids(place / COMPANIONS) if 0 <= token < config.model.vocab_size]
+
+
+def named_end_ids(companions: epath.PathLike) -> list[int]:
+    """Return the ids that end a text, as config.json and generation_config.json in a folder say.
+
+    Raises:
+      CheckpointError: a file cannot be read, or its ids are not whole numbers.
+    """
+    folder = epath.Path(companions)
+    return sorted({token for name in NAME_END_IDS for token in _end_ids_in(folder / name)})
 
 
 def _end_ids_in(path: epath.Path) -> list[int]:
@@ -50,9 +71,9 @@ def _end_ids_in(path: epath.Path) -> list[int]:
     if not path.exists():
         return []
     try:
-        content = json.loads(path.read_text())
+        content = load_json(path.read_bytes())
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy it from the source") from error
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download it again") from error
     groups = [content, content.get("text_config")] if isinstance(content, dict) else []
     named: list[Any] = [group.get("eos_token_id") for group in groups if isinstance(group, dict)]
     found = [token for value in named for token in (value if isinstance(value, list) else [value])]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from fam_jax.checkpoint import manifest
-from fam_jax.checkpoint.folder import CheckpointError, absolute, read_config, saved_steps
+from fam_jax.checkpoint.folder import CheckpointError, absolute, check_readable, read_config, saved_steps
 from fam_jax.checkpoint.orbax_io import read_parts
 
 PyTree = Any
@@ -139,8 +139,9 @@ def choose_step(folder: epath.Path, steps: Sequence[int], step: int | None) -> i
     """Return `step`, or the last of the saved `steps` if it is None.
 
     Raises:
-      CheckpointError: there is no such step.
+      CheckpointError: there is no such step, or no array can be read in such a folder.
     """
+    check_readable(folder)
     if not steps:
         raise CheckpointError(
             f"{folder}: holds no complete checkpoint; train there first, or give another workdir"

@@ -26,10 +26,11 @@ from fam_jax.checkpoint.folder import (
     read_config,
     saved_steps,
 )
-from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders
+from fam_jax.checkpoint.hf_files import COMPANIONS, SOURCE, companion_folders, is_trained
 from fam_jax.checkpoint.orbax_io import read_record
 from fam_jax.config import Config, resolve
 from fam_jax.config.data import NAMED_VOCABULARIES, SEQIO
+from fam_jax.config.strict_json import load_json
 
 VOCABULARY = "vocabulary"
 # Files beside a vocabulary that say which of its pieces are special, and how to use it. The model_type in config.json
@@ -43,8 +44,12 @@ BESIDE = (
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 OF_IDS = re.compile(r".*_tokens?|added_tokens_decoder|tokenizer_class|legacy|add_prefix_space")
 
-# Digests by what they are of: "vocabulary", "vocabulary_settings" and "base". One is missing if the run has no such
-# thing, or an earlier version of this package saved the step.
+# Models with a class of tokenizers whatever tokenizer_config.json declares, and those with one if it declares none.
+OVERRIDING = ("mistral", "qwen2")
+DECIDING = ("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3")
+
+# Digests by what they are of: "vocabulary", "vocabulary_settings", "task_vocabulary" (of a seqio task) and "base", and
+# "vocabulary_class". One is missing if the run has no such thing, or an earlier version of this package saved the step.
 Origin = dict[str, str]
 
 
@@ -82,8 +87,7 @@ def find_vocabulary(
     right = [
         place
         for place in found
-        if saved.get("vocabulary") in (None, file_digest(place))
-        and saved.get("vocabulary_settings") in (None, settings_digest(place))
+        if all(saved.get(name) in (None, digest) for name, digest in vocabulary_digests(place).items())
     ]
     if found and not right:
         raise wrong_vocabulary(found[0], absolute(folder))
@@ -95,7 +99,8 @@ def wrong_vocabulary(file: epath.PathLike, folder: epath.Path) -> CheckpointErro
     """Return the error for a vocabulary that the run in `folder` was not trained with."""
     return CheckpointError(
         f"vocabulary {str(file)!r}: is not the one that the run in {folder} was trained with (its SHA-256 differs, or "
-        "a file beside it that names special tokens); put that file back, or name it with --config.data.vocabulary"
+        "a file beside it that names special tokens or its class); put that file back, or name it with "
+        "--config.data.vocabulary"
     )
 
 
@@ -107,7 +112,11 @@ def saved_origin(folder: epath.Path, step: int | None = None) -> Origin:
 
 
 def settle_origin(
-    folder: epath.Path, config: Mapping[str, Any], step: int | None = None, forked_from: str = ""
+    folder: epath.Path,
+    config: Mapping[str, Any],
+    step: int | None = None,
+    forked_from: str = "",
+    task_vocabulary: str = "",
 ) -> tuple[Origin, list[str]]:
     """Return the digests for the record of the steps to come, and the fields that name the same content elsewhere.
 
@@ -116,19 +125,20 @@ def settle_origin(
       config: its config, as nested dict.
       step: the saved step that it goes on from; None: the latest.
       forked_from: WORKDIR/STEP of the checkpoint that a new run starts from; empty: none.
+      task_vocabulary: digest of a vocabulary that the data task brings along; empty: none.
 
     Raises:
       CheckpointError: the vocabulary is not the one that the run, or the run that it is forked from, was trained with.
     """
+    own = {"task_vocabulary": task_vocabulary} if task_vocabulary else {}
     if not saved_steps(folder):
         if not forked_from:
-            return origin_of(config), []
+            return origin_of(config) | own, []
         folder, step = locate(forked_from)
+    check_task_vocabulary(folder, step, task_vocabulary)
     saved, now = saved_origin(folder, step), vocabulary_digest(config)
-    settings = settings_digest(_vocabulary_file(config)) if now else ""
-    if (saved.get("vocabulary") and now and now != saved["vocabulary"]) or (
-        saved.get("vocabulary_settings") and settings and settings != saved["vocabulary_settings"]
-    ):
+    found = vocabulary_digests(_vocabulary_file(config)) if now else {}
+    if any(saved.get(name) not in (None, digest) for name, digest in found.items()):
         raise wrong_vocabulary(config["data"]["vocabulary"], folder)
     before = read_config(folder) if (folder / CONFIG_FILE).exists() else config
     same = []
@@ -137,8 +147,26 @@ def settle_origin(
     base = config.get("train", {}).get("init_from")
     if base and base != before.get("train", {}).get("init_from") and saved.get("base"):
         same += ["train.init_from"] if same_base(base, saved["base"]) else []
-    found = {"vocabulary": now, "vocabulary_settings": settings}
-    return saved | {name: digest for name, digest in found.items() if digest}, same
+    return saved | found | own, same
+
+
+def check_task_vocabulary(folder: epath.PathLike, step: int | None, digest: str) -> None:
+    """Check the vocabulary that a data task brings along against the one that a saved step was trained with.
+
+    Args:
+      folder: folder of the run.
+      step: the saved step; None: the latest.
+      digest: of the vocabulary as it is now; empty: there is none to check.
+
+    Raises:
+      CheckpointError: it is another one.
+    """
+    saved = saved_origin(absolute(folder), step).get("task_vocabulary")
+    if saved and digest and digest != saved:
+        raise CheckpointError(
+            f"{folder}: was trained with another vocabulary than the data task has now; let the task use the former "
+            "vocabulary again"
+        )
 
 
 def _vocabulary_of_old_run(config: Mapping[str, Any], folder: epath.Path, step: int | None) -> str:
@@ -148,9 +176,7 @@ def _vocabulary_of_old_run(config: Mapping[str, Any], folder: epath.Path, step: 
 
 def origin_of(config: Mapping[str, Any]) -> Origin:
     """Return the digests of the vocabulary and of the base that a config names now."""
-    found = {"vocabulary": vocabulary_digest(config), "vocabulary_settings": "", "base": ""}
-    if found["vocabulary"]:
-        found["vocabulary_settings"] = settings_digest(_vocabulary_file(config))
+    found = vocabulary_digests(_vocabulary_file(config)) if vocabulary_digest(config) else {}
     if base := config.get("train", {}).get("init_from"):
         folder, step = locate(base)
         found["base"] = params_digest(
@@ -169,6 +195,26 @@ def _vocabulary_file(config: Mapping[str, Any]) -> epath.Path:
     return epath.Path(config.get("data", {}).get("vocabulary", NAMED_VOCABULARIES[0])).expanduser()
 
 
+def vocabulary_digests(file: epath.Path) -> Origin:
+    """Return what identifies the file of a vocabulary in the record of a step."""
+    found = {"vocabulary": file_digest(file)}
+    if file.suffix == ".json":
+        found |= {"vocabulary_settings": settings_digest(file), "vocabulary_class": _class_by_model(file)}
+    return found
+
+
+def _class_by_model(file: epath.Path) -> str:
+    """Return what config.json beside a tokenizer.json says about the tokenizer's class; "any" if it does not matter."""
+    found = [_value(file.parent / name) for name in ("config.json", SETTINGS[0])]
+    config, settings = (value if isinstance(value, dict) else {} for value in found)
+    family = str(config.get("model_type"))
+    if family in OVERRIDING:
+        return family
+    if settings.get("tokenizer_class"):
+        return "any"
+    return str(config.get("tokenizer_class") or (family if family in DECIDING else "any"))
+
+
 def settings_digest(file: epath.Path) -> str:
     """Return a digest of what the files beside a tokenizer.json say; empty for other vocabularies, which need none.
 
@@ -181,9 +227,11 @@ def settings_digest(file: epath.Path) -> str:
 
 
 def _value(file: epath.Path) -> Any:
+    if not file.is_file():
+        return None
     try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        value = load_json(file.read_bytes())
+    except ValueError:
         return file_digest(file)
     if file.name != SETTINGS[0] or not isinstance(value, dict):
         return value
@@ -223,9 +271,11 @@ def keep_copies(folder: epath.Path, config: Mapping[str, Any]) -> None:
         # The vocabulary of a seqio task is not known here.
         if data.get("task", "").startswith(f"{SEQIO}:") or (digest and digest in map(file_digest, files)):
             _copy(files, folder / COMPANIONS)
+            if is_trained(base) and (folder / COMPANIONS / SOURCE).exists():
+                (folder / COMPANIONS / SOURCE).write_text(f"{json.dumps({'source': None})}\n")
     kept = [place / file.name for place in (folder / VOCABULARY, folder / COMPANIONS)]
     same = [copy for copy in kept if copy.is_file() and file_digest(copy) == digest]
-    if digest and settings_digest(file) not in map(settings_digest, same):
+    if digest and vocabulary_digests(file) not in map(vocabulary_digests, same):
         beside = [file.parent / name for name in BESIDE]
         _copy([file, *(other for other in beside if other.is_file())], folder / VOCABULARY)
 

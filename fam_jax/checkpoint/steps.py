@@ -44,6 +44,7 @@ class Checkpoints:
         in_flight_bytes: int | None = None,
         step: int | None = None,
         forked_from: str = "",
+        task_vocabulary: str = "",
     ):
         """Open `folder` for training. Create it, with the config as `config.json`, if it does not exist.
 
@@ -58,6 +59,7 @@ class Checkpoints:
             until the save is complete.
           step: the saved step that the run goes on from; None: the latest.
           forked_from: WORKDIR/STEP of the checkpoint that a new run starts from, for its record.
+          task_vocabulary: digest of a vocabulary that the data task brings along; empty: data.vocabulary names it.
 
         Raises:
           CheckpointError: the folder holds a run with another config or vocabulary, another process writes to it, or
@@ -70,7 +72,7 @@ class Checkpoints:
         self._read_back = False
         self._lock = self._locked()
         try:
-            self._origin, moved = settle_origin(self.folder, config, step, forked_from)
+            self._origin, moved = settle_origin(self.folder, config, step, forked_from, task_vocabulary)
             self.previous_config = settle_config(
                 self.folder, config, (*may_change, *moved), step=step, forked_from=forked_from
             )

@@ -1,4 +1,4 @@
-"""Write strict JSON, which has no NaN: the one way in which this package writes JSON."""
+"""Write strict JSON, which has no NaN: the one way in which this package writes JSON. Read JSON of others."""
 
 import json
 import math
@@ -45,6 +45,18 @@ def dump_json(
     except UnicodeEncodeError:
         text = dump(ensure_ascii=True)
     return text
+
+
+def load_json(content: bytes) -> Any:
+    """Return the value of a JSON file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+      ValueError: it is not valid JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def finite(value: Any) -> Any:

@@ -148,7 +148,9 @@ class ChatTemplate:
                 f"chat template {name}: {' '.join(str(error).split())}; correct it, or name another with "
                 "data.chat_template"
             ) from error
-        self._ends = tuple(filter(None, (self._find_end(), self._named.get("eos_token"))))
+        # Control token that ends a turn of the assistant; empty: the template has none.
+        self.end = self._find_end()
+        self._ends = tuple(filter(None, (self.end, self._named.get("eos_token"))))
 
     def render(
         self, messages: Sequence[Message], *, where: str, first: int = 0, tools: list[Any] | None = None
@@ -203,6 +205,21 @@ class ChatTemplate:
                 "of the assistant instead"
             )
         return before + found
+
+    def around_message(self) -> tuple[str, str]:
+        """Return what stands before and behind the only message of a chat, of a user, up to the answer.
+
+        Raises:
+          RowError: the template rejects the chat, or shows the message not once.
+        """
+        text, _ = self._text([{"role": "user", "content": QUESTION}], None, where="the prompt", prompt=True)
+        before, *after = text.split(QUESTION)
+        if len(after) != 1:
+            raise RowError(
+                f"the prompt: the chat template {self.name} shows the message of a user {len(after)} times; "
+                "name another with data.chat_template"
+            )
+        return before, after[0]
 
     def _marked_spans(
         self, text: str, marked: list[tuple[int, int]], given: list[Message], tools: Any, where: str

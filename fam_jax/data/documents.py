@@ -8,15 +8,18 @@ import hashlib
 import itertools
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from absl import logging
 from etils import epath
 
 from fam_jax.config import ConfigError, UserError
 from fam_jax.data.text_files import (
     TextError,
+    begins_as_json_lines,
     decode_text,
     is_json_lines,
     is_plain,
@@ -53,13 +56,18 @@ def find_files(entries: Sequence[str], suffixes: Sequence[str], field: str) -> l
       field: the config field or flag that the entries come from, for error messages.
 
     Raises:
-      ConfigError: an entry names no file, or a folder cannot be read.
+      ConfigError: an entry names no file, or a pipe, or a folder cannot be read.
     """
     endings = tuple(suffix.strip().lower() for suffix in suffixes)
     found: dict[str, epath.Path] = {}
     try:
         for entry in entries:
             found |= {_identity(path): path for path in _files_of(entry, endings, field)}
+        for path in found.values():
+            if _is_stream(path):
+                raise ConfigError(
+                    f"{field}: {path}: is a pipe or a device, which cannot be read again; write its content to a file"
+                )
     except OSError as error:
         raise ConfigError(
             f"{field}: {error.filename}: cannot be read ({error.strerror or error}); check its permissions"
@@ -137,6 +145,14 @@ def _identity(path: epath.Path) -> str:
     """Return a name that is the same for a file and for links to it."""
     name = str(path)
     return name if "://" in name else os.path.realpath(name)
+
+
+def _is_stream(path: epath.Path) -> bool:
+    """Return whether a path leads to a pipe, a socket or a device. Opening a pipe waits for a writer."""
+    name = str(path)
+    if "://" in name or not os.path.exists(name):  # a dead link is reported when it is read
+        return False
+    return not stat.S_ISREG(os.stat(name).st_mode)
 
 
 def check_apart(train: Sequence[epath.Path], heldout: Sequence[epath.Path]) -> None:
@@ -230,7 +246,15 @@ class Documents:
             if is_plain(path.name):
                 raw = path.read_bytes()
                 span = Span(path, 0, len(raw), 0)
-                yield span, self._text(raw, span).encode()
+                text = self._text(raw, span)
+                if begins_as_json_lines(text):
+                    logging.warning(
+                        "%s: %s: holds JSON, but counts as one text by its name; let the name end in .jsonl for a "
+                        "document per line",
+                        self._field,
+                        path,
+                    )
+                yield span, text.encode()
                 return
             for text in packed_documents(path, f"{self._field}: {path}"):
                 content = text.encode()

@@ -181,14 +181,14 @@ def _checked(value: Any, where: str) -> dict[str, Any]:
         found = "null" if value is None else type(value).__name__
         raise RowError(f"{where}: expected an object, got {found}; correct or remove it, or {SKIP}")
     for key, entry in value.items():
-        if wrong := _half_pair(entry):
+        if wrong := half_pair(entry):
             raise RowError(
                 f"{where}: {key} has half a surrogate pair, {wrong}, which is no text; correct or remove it, or {SKIP}"
             )
     return value
 
 
-def _half_pair(value: Any) -> str:
+def half_pair(value: Any) -> str:
     """Return the first half of a surrogate pair in a JSON value, as an escape; empty: there is none."""
     if isinstance(value, str):
         try:
@@ -197,7 +197,7 @@ def _half_pair(value: Any) -> str:
             return f"\\u{ord(value[error.start]):04x}"
         return ""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next(filter(None, map(_half_pair, inner)), "")
+    return next(filter(None, map(half_pair, inner)), "")
 
 
 class Records:

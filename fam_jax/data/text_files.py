@@ -27,14 +27,14 @@ BEGINNING = 1 << 16
 # Text of other encodings, and binary data, has more zero bytes than this fraction. UTF-16 has them at spaces, at least.
 ZEROS = 0.01
 
-JSON_LINES = (".jsonl", ".ndjson")
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 GZIP = ".gz"
 JSON = ".json"
 PARQUET = ".parquet"
 # Files that hold documents, but are not read. Some of them are valid UTF-8, and would pass as prose.
 NOT_READ = (
     ".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".tfrecord", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".7z",
-    ".tar", ".tgz", ".pdf", ".docx", ".epub",
+    ".tar", ".tgz", ".pdf", ".doc", ".docx", ".rtf", ".odt", ".epub", ".ipynb", ".xls", ".xlsx", ".npy", ".npz", ".pkl",
 )  # fmt: skip
 
 
@@ -80,6 +80,16 @@ def check_encoding(beginning: bytes, where: str) -> None:
 def is_plain(name: str) -> bool:
     """Return whether a file is read as it is, as one text: its name says neither JSON, Parquet nor compressed."""
     return not name.lower().endswith((*JSON_LINES, JSON, GZIP, PARQUET, *NOT_READ))
+
+
+def begins_as_json_lines(text: str) -> bool:
+    """Return whether the first line of a text is a JSON object with a text, as in JSON Lines under another ending."""
+    line = text.lstrip().partition("\n")[0]
+    try:
+        value = json.loads(line) if line.startswith("{") else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and isinstance(value.get("text"), str)
 
 
 def is_json_lines(name: str) -> bool:

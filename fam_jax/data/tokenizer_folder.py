@@ -6,14 +6,14 @@ how a tokenizer of the class LlamaTokenizer divides text. Imports neither Tensor
 
 import dataclasses
 import itertools
-import json
 from typing import Any
 
 import tokenizers
 from etils import epath
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from fam_jax.config import UserError
+from fam_jax.config.strict_json import load_json
 from fam_jax.data.text_files import BOM
 
 SETTINGS = "tokenizer_config.json"
@@ -24,19 +24,35 @@ CHAT_TEMPLATE = "chat_template.jinja"
 BESIDE = (SETTINGS, SPECIAL_MAP, ADDED)
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
 # The classes that transformers takes where tokenizer_config.json names none, by the model_type of config.json.
-GEMMA, QWEN = "GemmaTokenizer", "Qwen2Tokenizer"
+GEMMA, QWEN, GPT2 = "GemmaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer"
 LLAMA, CODE_LLAMA = "LlamaTokenizer", "CodeLlamaTokenizer"
 CLASSES = {
     "gemma": GEMMA, "gemma2": GEMMA, "gemma3": GEMMA, "gemma3_text": GEMMA, "qwen2": QWEN, "qwen3": QWEN,
 }  # fmt: skip
+# Roles of special tokens, in the order in which transformers adds their tokens. Others come behind them.
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Special tokens of a class, if no file names them.
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CLASS_TOKENS = {
     LLAMA: LLAMA_TOKENS,
     CODE_LLAMA: LLAMA_TOKENS,
-    GEMMA: {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"},
-    QWEN: {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+    GEMMA: {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "mask_token": "<mask>",
+    },
+    QWEN: dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+    GPT2: dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
 }
+# Stands for a blank in pieces that are not of bytes.
+UNDERSCORE = "\N{LOWER ONE EIGHTH BLOCK}"
+# Where Qwen's class divides a text before pieces are merged.
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
+    r"|\s+"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +97,7 @@ def load_tokenizer(path: epath.PathLike) -> FolderTokenizer:
       UserError: a file beside it is damaged.
     """
     file = epath.Path(path)
-    text = _read_text(file)
+    text = file.read_text(encoding="utf-8").removeprefix(BOM)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     # The library raises nothing more specific.
@@ -91,23 +107,25 @@ def load_tokenizer(path: epath.PathLike) -> FolderTokenizer:
     if "added_tokens_decoder" not in settings:
         settings |= read_object(file.parent / SPECIAL_MAP)
     kind = _class_name(settings, read_object(file.parent / "config.json"), tokenizer)
-    if kind in (LLAMA, CODE_LLAMA) and isinstance(tokenizer.model, models.BPE):
-        _divide_as_llama(tokenizer, settings, legacy=kind == LLAMA and bool(settings.get("legacy")))
+    as_class = isinstance(tokenizer.model, models.BPE) and _divide_as_class(tokenizer, kind, settings)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
     named = named_tokens(settings)
     added = read_object(file.parent / ADDED)
     try:
-        _add_tokens(tokenizer, settings, named, added)
+        _add_listed_tokens(tokenizer, settings, named, added)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{file.parent}: the added tokens in {SETTINGS} or {ADDED} are damaged ({error}); fetch both again"
         ) from error
-    for role, piece in CLASS_TOKENS.get(kind, {}).items():
-        if role not in settings and tokenizer.token_to_id(piece) is not None:
-            named[role] = piece
-    return FolderTokenizer(tokenizer, named)
+    of_class = {role: piece for role, piece in CLASS_TOKENS.get(kind, {}).items() if role not in settings}
+    known = {role: piece for role, piece in of_class.items() if tokenizer.token_to_id(piece) is not None}
+    # transformers adds tokens of the class that no file has. No model has embeddings for them, so they are not named.
+    roles = named | (of_class if as_class else {})
+    special = [*(roles[role] for role in sorted(roles, key=_place)), *extra_tokens(settings)]
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
+    return FolderTokenizer(tokenizer, named | known)
 
 
 def read_object(path: epath.Path) -> dict[str, Any]:
@@ -119,16 +137,12 @@ def read_object(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(_read_text(path))
+        found = load_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON; correct it or fetch it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object; correct it or fetch it again")
     return found
-
-
-def _read_text(path: epath.Path) -> str:
-    return path.read_text(encoding="utf-8").removeprefix(BOM)
 
 
 def spelling(token: Any) -> str | None:
@@ -170,11 +184,40 @@ def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
     ))  # fmt: skip
 
 
+def _divide_as_class(tokenizer: tokenizers.Tokenizer, kind: str, settings: dict[str, Any]) -> bool:
+    """Divide text as a class of transformers does, which takes only the pieces and merges from the tokenizer.json.
+
+    Returns:
+      Whether there is such a class, and the pieces are of its kind.
+    """
+    if kind in (LLAMA, CODE_LLAMA):
+        _divide_as_llama(tokenizer, settings, legacy=kind == LLAMA and bool(settings.get("legacy")))
+        return True
+    bytes_ = _is_byte_level(tokenizer)
+    if bytes_ and kind in (QWEN, GPT2):
+        prefix = settings.get("add_prefix_space") is True
+        last = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=kind == GPT2)
+        words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+        tokenizer.normalizer = normalizers.NFC() if kind == QWEN else None
+        tokenizer.pre_tokenizer = last if kind == GPT2 else pre_tokenizers.Sequence([words, last])
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.model.ignore_merges = False
+        return True
+    if kind == GEMMA and not bytes_:
+        tokenizer.normalizer = normalizers.Replace(" ", UNDERSCORE)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace(UNDERSCORE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        tokenizer.model.fuse_unk = tokenizer.model.byte_fallback = True
+        return True
+    return False
+
+
 def _divide_as_llama(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], *, legacy: bool) -> None:
     """Divide text as the classes LlamaTokenizer and CodeLlamaTokenizer do, whatever the tokenizer.json says.
 
-    They take only the pieces and merges from the file, and differ from the files of Llama 2 in the spaces at the
-    beginning of a text and after special tokens.
+    They differ from the files of Llama 2 in the spaces at the beginning of a text and after special tokens.
 
     Args:
       tokenizer: to change.
@@ -185,10 +228,10 @@ def _divide_as_llama(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], 
     scheme = "never" if not prefix else "always" if legacy else "first"
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement="\N{LOWER ONE EIGHTH BLOCK}", prepend_scheme=scheme, split=False
+        replacement=UNDERSCORE, prepend_scheme=scheme, split=False
     )
     steps = [
-        decoders.Replace("\N{LOWER ONE EIGHTH BLOCK}", " "),
+        decoders.Replace(UNDERSCORE, " "),
         decoders.ByteFallback(),
         decoders.Fuse(),
     ]
@@ -198,10 +241,15 @@ def _divide_as_llama(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], 
     tokenizer.model.fuse_unk = tokenizer.model.byte_fallback = True
 
 
-def _add_tokens(
+def _place(role: str) -> int:
+    """Return the place of a special token among those that transformers adds."""
+    return ROLES.index(role) if role in ROLES else len(ROLES)
+
+
+def _add_listed_tokens(
     tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], named: dict[str, str], added: dict[str, Any]
 ) -> None:
-    """Add the tokens that the files beside a tokenizer.json add, in the order in which transformers does."""
+    """Add the tokens that the files beside a tokenizer.json list with their ids, in the order of these."""
     special = [*named.values(), *extra_tokens(settings)]
     listed = settings.get("added_tokens_decoder")
     if listed is not None:
@@ -213,7 +261,6 @@ def _add_tokens(
         ]
     tokens.sort(key=lambda pair: pair[0])
     tokenizer.add_tokens([token for _, token in tokens])
-    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
 
 
 def _added_token(fields: dict[str, Any]) -> AddedToken:

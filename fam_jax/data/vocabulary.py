@@ -5,6 +5,7 @@ one is loaded, not before.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,20 @@ def _load_tokenizer(name: str) -> "seqio.Vocabulary":
 
 def _unreadable(name: str, error: Exception) -> str:
     return f"vocabulary {name!r}: cannot be read ({type(error).__name__}); check the path and its permissions"
+
+
+def task_digest(vocabulary: Any, data: DataConfig) -> str:
+    """Return a digest of the vocabulary that a seqio task brings along; empty for other tasks, whose config names it.
+
+    It covers a SentencePiece model as it is, and of other vocabularies the text of every piece and the end token.
+    """
+    if not data.task.startswith(f"{SEQIO}:"):
+        return ""
+    if hasattr(vocabulary, "sp_model"):
+        return hashlib.sha256(vocabulary.sp_model).hexdigest()
+    spell = getattr(vocabulary, "piece", lambda id_: vocabulary.decode([id_]))
+    pieces = [spell(id_) for id_ in range(vocabulary.vocab_size)]
+    return hashlib.sha256(repr((vocabulary.eos_id, pieces)).encode(errors="backslashreplace")).hexdigest()
 
 
 def check_vocabulary_size(vocabulary: Any, model: ModelConfig, data: DataConfig) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fam_jax.config import UserError
+from fam_jax.data.token_weights import TokenWeights
 from fam_jax.data.vocabulary import bos_ids, check_ids, first_input
 from fam_jax.evaluation.answering import Answering, HowToAnswer
 from fam_jax.evaluation.documents import Documents
@@ -125,8 +126,13 @@ class Requests:
         self._first = first_input(vocabulary, data)
         self._joiner = Joiner(vocabulary, model.config.model.vocab_size, begin, self._first, keep_blanks=True)
         # A chat template may spell the start token, which every text begins with anyway.
-        self._spelled = getattr(vocabulary, "named_tokens", {}).get("bos_token", "") if begin else ""
+        named = getattr(vocabulary, "named_tokens", None) or TokenWeights(vocabulary).named
+        self._spelled = named.get("bos_token", "") if begin else ""
         self.write_to(Journal(None, {}), "")
+
+    def take_spelled_tokens(self) -> None:
+        """Take special tokens that contexts spell for those tokens from now on, as chat templates spell them."""
+        self._joiner.encode_by(self._model.encode_spelled)
 
     def write_to(self, journal: Journal, task: str) -> None:
         """Find answers in a journal under the name of a task, and write new ones there."""

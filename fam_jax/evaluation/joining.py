@@ -6,7 +6,7 @@ Therefore: a part is encoded behind the end of the part before it; the whole is 
 context end; and the end of a document waits for what follows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +61,11 @@ class Joiner:
         """
         self.vocabulary, self._vocab_size = vocabulary, vocab_size
         self._begin, self._first, self._keep_blanks = [*begin], first, keep_blanks
+        self._encode: Callable[[str], Sequence[int]] = vocabulary.encode
+
+    def encode_by(self, encode: Callable[[str], Sequence[int]]) -> None:
+        """Encode all texts with another function than the vocabulary's own from now on."""
+        self._encode = encode
 
     @property
     def start(self) -> list[int]:
@@ -112,7 +117,7 @@ class Joiner:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without a start token."""
-        return [*self.vocabulary.encode(text)]
+        return [*self._encode(text)]
 
     def _first_of(self, prefix: Prefix, ids: np.ndarray) -> np.ndarray:
         return ids if len(ids) or len(prefix.ids) else self._array([self._first])

@@ -19,6 +19,7 @@ from typing import Any
 from fam_jax.checkpoint import vocabulary_digest
 from fam_jax.config import MeshConfig, UserError
 from fam_jax.data.records import RowError
+from fam_jax.data.tokenizer_folder import CHAT_TEMPLATE
 from fam_jax.evaluation.harness import MAX_TOKENS, Answer, Requests, read_generation
 from fam_jax.evaluation.item import Answered
 from fam_jax.evaluation.journal import Journal
@@ -224,9 +225,10 @@ class HarnessLM(LM):
             self._template = chat_template(self.model.config.data, self.model.vocabulary)
         if self._template is None:
             raise UserError(
-                f"the vocabulary {self.model.config.data.vocabulary!r} has no chat template beside it; set "
-                "data.chat_template to the file of one, or do not ask by chat"
+                f"the vocabulary {self.model.config.data.vocabulary!r} has no chat template beside it; put one there "
+                f"as {CHAT_TEMPLATE}, or do not ask by chat"
             )
+        self.requests.take_spelled_tokens()
         try:
             return self._template.prompt(chat_history, answer=add_generation_prompt)
         except RowError as error:  # its advice is for training data

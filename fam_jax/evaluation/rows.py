@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fam_jax.config import UserError
+from fam_jax.data.records import half_pair
 from fam_jax.data.text_files import JSON, PARQUET, decode_text, parquet_rows
 from fam_jax.evaluation.item import ItemTask, Row
 
@@ -136,6 +137,10 @@ def _parsed(text: str, where: str) -> Any:
 def _object(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object with fields, got {type(value).__name__}; correct it")
+    if wrong := half_pair(value):
+        raise UserError(
+            f"{where}: has half a surrogate pair, {wrong}, which is no text; correct or remove it"
+        )
     return value
 
 

@@ -9,6 +9,7 @@ import jax
 
 from fam_jax.checkpoint import read_config
 from fam_jax.config import Config, MeshConfig, UserError, resolve
+from fam_jax.config.data import SEQIO
 from fam_jax.data.vocabulary import check_vocabulary_size
 from fam_jax.evaluation.documents import Documents
 from fam_jax.evaluation.probes import find_probe
@@ -18,7 +19,7 @@ from fam_jax.evaluation.task import Measured, OnProgress, Setting
 from fam_jax.evaluation.tasks import default_task, find_task
 from fam_jax.generation.streaming import Streamer
 from fam_jax.model import lora
-from fam_jax.restore import load_model
+from fam_jax.restore import load_model, load_task_vocabulary
 from fam_jax.sharding import make_mesh
 
 ALL_TOO_LONG = "all its documents have more tokens than --limit_tokens; raise it"
@@ -67,6 +68,8 @@ def evaluate(
         check_output(os.path.expanduser(out), name, probes)
     mesh = mesh or MeshConfig()
     config, params, step = load_model(checkpoint, step, make_mesh(mesh))
+    if config.data.task.startswith(f"{SEQIO}:"):
+        load_task_vocabulary(config, checkpoint, step)  # checks it
     values = dataclasses.asdict(config)
     values["evaluate"] |= settings
     config = resolve({**values, "mesh": dataclasses.asdict(mesh)})

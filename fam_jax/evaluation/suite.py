@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import rich.table
+from etils import epath
 
 from fam_jax.checkpoint import end_ids
+from fam_jax.checkpoint.lock import WriterLock
 from fam_jax.checkpoint.new_file import check_output_file, output_file
 from fam_jax.config import Config, MeshConfig, UserError, resolve
 from fam_jax.config.strict_json import dump_json
@@ -38,7 +40,7 @@ from fam_jax.evaluation.tasks import find_task
 from fam_jax.generation import state_file
 from fam_jax.generation.streaming import Streamer
 from fam_jax.generation.text import TextModel
-from fam_jax.restore import load_model
+from fam_jax.restore import load_model, load_task_vocabulary
 from fam_jax.sharding import make_mesh
 
 # Of the file of results.
@@ -109,7 +111,7 @@ def evaluate_tasks(
 
     Raises:
       UserError: a task is unknown, none of them has its data on disk, the checkpoint cannot be read, the results cannot
-        be written, or answers of another evaluation are in their place.
+        be written, answers of another evaluation are in their place, or another process writes them.
     """
     if jax.process_count() > 1:
         raise UserError("--tasks, --suite: run in one process; start it on one host")
@@ -124,10 +126,11 @@ def evaluate_tasks(
     runs = _with_items(plan.runs, plan.skipped, how, data, model)
     head = _head(checkpoint, step, model, runs, how) | _measured_head(plan.measured, model.config)
     head |= harness_head(plan.harness, chat=how.lm_eval_chat)
-    journal = Journal(path.with_suffix(".items.jsonl"), head, fresh=fresh)
-    found = _run_all(plan, runs, model, journal, how, on_progress)
-    results = SuiteResults(os.fspath(path), step, found, plan.skipped)
-    _write(results, provenance(model.config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
+    with WriterLock(epath.Path(path.parent), path.name):
+        journal = Journal(path.with_suffix(".items.jsonl"), head, fresh=fresh)
+        found = _run_all(plan, runs, model, journal, how, on_progress)
+        results = SuiteResults(os.fspath(path), step, found, plan.skipped)
+        _write(results, provenance(model.config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
     return results
 
 
@@ -161,13 +164,11 @@ def _load(
     values["evaluate"] |= settings
     config = resolve({**values, "mesh": dataclasses.asdict(mesh)})
     streamer = Streamer(config.model, params)
-    return _Model(config, params, streamer, _joiner(config), end_ids(config, checkpoint)), step
+    joiner = _joiner(config, load_task_vocabulary(config, checkpoint, step))
+    return _Model(config, params, streamer, joiner, end_ids(config, checkpoint)), step
 
 
-def _joiner(config: Config) -> Joiner:
-    from fam_jax.data.build import task_vocabulary  # imports TensorFlow
-
-    vocabulary = task_vocabulary(config.data)
+def _joiner(config: Config, vocabulary: Any) -> Joiner:
     check_vocabulary_size(vocabulary, config.model, config.data)
     begin, first = bos_ids(vocabulary, config.data), first_input(vocabulary, config.data)
     return Joiner(vocabulary, config.model.vocab_size, begin, first)

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
+from fam_jax.checkpoint.lock import WriterLock
 from fam_jax.checkpoint.new_file import output_file
 from fam_jax.config import UserError
 from fam_jax.config.strict_json import dump_json, finite
+from fam_jax.data.text_files import BEGINNING, check_encoding
 from fam_jax.generation.endings import TextWriter
 from fam_jax.generation.rows import Rows, RowTokens
 from fam_jax.generation.sampling import GREEDY, Sampling, check_seed
 from fam_jax.generation.streaming import NotFiniteError
 from fam_jax.generation.text import TextModel, TextState
+from fam_jax.generation.turn import Turn
 
 # Fields of a line, in the order in which they are read.
 TEXTS = ("prompt", "question")
@@ -31,6 +35,7 @@ LEAST_ROWS = 2
 # A line that is nested deeper is not taken for JSON: how deep Python can go depends on where it is.
 LEVELS = 50
 
+NO_TURN = Turn()
 Record = dict[str, Any]
 
 
@@ -81,7 +86,8 @@ class Batch:
           settings: what the results depend on, by name. They are stored in `out`.settings.json.
 
         Raises:
-          UserError: `source` cannot be read; `out` cannot be written, or holds results of other lines or settings.
+          UserError: `source` cannot be read, is empty or UTF-16; `out` cannot be written, or holds results of other
+            lines or settings.
         """
         try:
             content = source.read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -89,6 +95,11 @@ class Batch:
             raise UserError(
                 f"{source}: cannot be read ({error.strerror}); give a file of JSON lines"
             ) from error
+        check_encoding(content[:BEGINNING], str(source))
+        if not content:
+            raise UserError(f"{source}: is empty; give a file of JSON lines")
+        if out.exists() and out.samefile(source):
+            raise UserError(f"{out}: holds the lines to complete; give another --out")
         self._lines = content.removesuffix(b"\n").split(b"\n")
         self._results = _Results(out, self._lines, settings)
 
@@ -98,6 +109,7 @@ class Batch:
         how: HowToComplete,
         *,
         state: TextState | None = None,
+        turn: Turn = NO_TURN,
         streams: int = 1,
         chunk_blocks: int = 16,
         on_progress: Callable[[BatchProgress], None] | None = None,
@@ -111,6 +123,7 @@ class Batch:
           model: reads and writes the texts.
           how: how each text is completed.
           state: state that every line continues; None: every line starts a new stream.
+          turn: what stands around the texts of a line: `before` unless it continues a state, and `after`.
           streams: lines that generate together.
           chunk_blocks: blocks to read at once.
           on_progress: called when lines are done or tokens generated.
@@ -119,26 +132,27 @@ class Batch:
           The number of lines, and how many of them have an error.
 
         Raises:
-          UserError: the results cannot be written.
+          UserError: the results cannot be written, or another process writes them.
         """
         results, done, tokens = self._results, 0, 0
 
         def read(line: Mapping[str, Any]) -> TextState:
-            return _read_line(model, line, state, chunk_blocks)
+            return _read_line(model, line, state, turn, chunk_blocks)
 
         pending = results.pending()
         if not pending:
             return len(self._lines), 0
         lines = ((number, self._lines[number - 1]) for number in pending)
         count = max(LEAST_ROWS, min(streams, len(pending)))
-        for event in _completions(model, lines, how, count, read):
-            if isinstance(event, int):
-                tokens += event
-            else:
-                results.put(event)
-                done += 1
-            if on_progress is not None:
-                on_progress(BatchProgress(done, len(pending), tokens))
+        with results.alone():
+            for event in _completions(model, lines, how, count, read):
+                if isinstance(event, int):
+                    tokens += event
+                else:
+                    results.put(event)
+                    done += 1
+                if on_progress is not None:
+                    on_progress(BatchProgress(done, len(pending), tokens))
         return len(self._lines), results.failed
 
 
@@ -214,18 +228,19 @@ def _completions(
 
 
 def _read_line(
-    model: TextModel, line: Mapping[str, Any], state: TextState | None, chunk_blocks: int
+    model: TextModel, line: Mapping[str, Any], state: TextState | None, turn: Turn, chunk_blocks: int
 ) -> TextState:
     texts = [line[name] for name in TEXTS if name in line]
     if "prompt_file" not in line and not texts:
         raise UserError(f"has none of prompt_file, {', '.join(TEXTS)}; give at least one")
     if not all(isinstance(text, str) for text in (*texts, line.get("prompt_file", ""))):
         raise UserError("prompt_file, prompt and question must be strings")
-    if "prompt_file" in line:
-        with open_text(line["prompt_file"]) as file:
-            state = model.read(file, state, chunk_blocks=chunk_blocks)
-    for text in texts:
-        state = model.read(text, state, chunk_blocks=chunk_blocks)
+    with contextlib.ExitStack() as stack:
+        if "prompt_file" in line:
+            texts.insert(0, stack.enter_context(open_text(line["prompt_file"])))
+        for left, text in zip(reversed(range(len(texts))), texts, strict=True):
+            before, after = (turn.before if state is None else ""), ("" if left else turn.after)
+            state = model.read(text, state, before=before, after=after, chunk_blocks=chunk_blocks)
     assert state is not None
     return state
 
@@ -298,6 +313,23 @@ class _Results:
     def pending(self) -> list[int]:
         """Return the lines to complete: those with an error first, then those without a result."""
         return [*sorted(self._failed), *range(len(self._written) + 1, self._count + 1)]
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from writing to the file while the block runs.
+
+        Raises:
+          UserError: another process is writing to it, or has written since it was read.
+        """
+        with contextlib.ExitStack() as stack:
+            with _writing(self._out):
+                stack.enter_context(WriterLock(epath.Path(self._out.parent), self._out.name))
+                found = self._out.read_bytes() if self._out.exists() else b""
+            if found != "".join(self._written).encode():
+                raise UserError(
+                    f"{self._out}: another process has written to it; run the same command again to continue"
+                )
+            yield
 
     def put(self, record: Record) -> None:
         """Write the result of a line."""

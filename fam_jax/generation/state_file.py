@@ -124,7 +124,8 @@ def load_state(
     _check_model(path, metadata, model, params, former=former)
     if vocabulary and metadata.get("vocabulary", vocabulary) != vocabulary:
         raise StateFileError(
-            f"{path}: is of the same model with another vocabulary; load it with the checkpoint that it was saved from"
+            f"{path}: was saved by this model with another vocabulary, so its tokens mean other text; load it with the "
+            "checkpoint that saved it"
         )
     stored = dict(safetensors.deserialize(content))
     if former:

@@ -9,6 +9,8 @@ A state is a value: it can be continued in any number of ways.
 """
 
 import dataclasses
+import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -20,15 +22,16 @@ from absl import logging
 
 from fam_jax.checkpoint import end_ids, vocabulary_digest
 from fam_jax.config import Config, UserError
-from fam_jax.data.vocabulary import bos_ids, check_ids, check_vocabulary_size
+from fam_jax.data.vocabulary import bos_ids, check_ids, check_vocabulary_size, task_digest
 from fam_jax.generation.endings import Endings, TextWriter
 from fam_jax.generation.sampling import GREEDY, Sampling, check_seed
 from fam_jax.generation.state_file import load_state, save_state
 from fam_jax.generation.streaming import NotFiniteError, Streamer
 from fam_jax.generation.tokenize import check_unicode, encode_pieces, read_text
+from fam_jax.generation.turn import Turn, user_turn
 from fam_jax.memories.window_cache import ShownByShape
 from fam_jax.model import StreamState
-from fam_jax.restore import load_model
+from fam_jax.restore import load_model, load_task_vocabulary
 
 # Tokens to generate before the text is searched for stop strings.
 TOKENS_PER_CALL = 16
@@ -104,17 +107,17 @@ class TextModel:
 
         Arguments and errors are those of :func:`load_model`.
         """
-        # TensorFlow takes seconds to import.
-        from fam_jax.data.build import task_vocabulary
-
         config, params, step = load_model(folder, step, mesh)
-        return cls(config, params, task_vocabulary(config.data), end_ids=end_ids(config, folder), step=step)
+        vocabulary = load_task_vocabulary(config, folder, step)
+        return cls(config, params, vocabulary, end_ids=end_ids(config, folder), step=step)
 
     def read(
         self,
         source: BinaryIO | str,
         state: TextState | None = None,
         *,
+        before: str = "",
+        after: str = "",
         chunk_blocks: int = 16,
         on_progress: Callable[[int], None] | None = None,
     ) -> TextState:
@@ -124,6 +127,9 @@ class TextModel:
           source: a binary file of UTF-8 text, or the text itself.
           state: to continue; the text is tokenized on its own, and the state stays valid. None: a new stream, which
             begins with the start token if config.data.add_bos is set.
+          before: text to read first, such as `turn.before`. With it, or with `after`, special tokens that are spelled
+            count as such for every vocabulary.
+          after: text to read last, such as `turn.after`.
           chunk_blocks: blocks that go through the model at once.
           on_progress: called with the number of tokens read so far.
 
@@ -137,12 +143,15 @@ class TextModel:
         else:
             name = str(getattr(source, "name", "the text"))
             texts = read_text(source, name)
+        encode = self.vocabulary.encode
+        if before or after:
+            texts, encode = itertools.chain([before], texts, [after]), self.encode_spelled
         size = self.config.model.block_size
         streams = None if state is None else state.streams
         logits, done = None, 0
         # The first chunk ends at a block border, so all others are whole blocks.
         first = chunk_blocks * size - (int(state.streams.position.filled[0]) if state is not None else 0)
-        pieces = encode_pieces(self.vocabulary.encode, texts)
+        pieces = encode_pieces(encode, texts)
         if state is None:
             pieces = self._with_start(pieces)
         for tokens in _chunks(pieces, first, chunk_blocks * size):
@@ -158,6 +167,25 @@ class TextModel:
         if not jnp.isfinite(logits.max()):
             raise NotFiniteError(f"{name}: {NotFiniteError.reason(found.tokens_read)}")
         return found
+
+    @functools.cached_property
+    def turn(self) -> Turn:
+        """Return what the chat template puts around the message of a user.
+
+        Raises:
+          UserError: the tokenizer has no chat template, or one that does not show the message.
+        """
+        return user_turn(self.config.data, self.vocabulary)
+
+    @functools.cached_property
+    def encode_spelled(self) -> Callable[[str], Sequence[int]]:
+        """Return a function from text to ids that takes spelled special tokens for what they spell."""
+        from fam_jax.data.token_weights import (
+            TokenWeights,
+        )  # TensorFlow is loaded already, with the vocabulary
+
+        tokens = TokenWeights(self.vocabulary)
+        return lambda text: tokens.encode([[[(text, 0.0)]]])[0][0].tolist()
 
     def endings(self, stop: Sequence[str]) -> Endings:
         """Return what ends a text: the end tokens of the model, and `stop`.
@@ -239,7 +267,8 @@ class TextModel:
         return TextState(streams, None)
 
     def _vocabulary_digest(self) -> str:
-        return vocabulary_digest(dataclasses.asdict(self.config))
+        named = vocabulary_digest(dataclasses.asdict(self.config))
+        return named or task_digest(self.vocabulary, self.config.data)
 
     def _with_start(self, pieces: Iterable[list[int]]) -> Iterator[list[int]]:
         """Yield the pieces of a new stream: the start token, if any, before the first token; nothing for no tokens."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from fam_jax.config import UserError
+from fam_jax.data.text_files import BEGINNING, BOM, check_encoding
 
 Encode = Callable[[str], Sequence[int]]
 # Bytes to read at a time, and characters to encode at a time.
@@ -24,7 +25,7 @@ def read_text(file: BinaryIO, name: str) -> Iterator[str]:
     """Yield the UTF-8 text of a binary file as it is read, without a byte-order mark at its head.
 
     Raises:
-      UserError: the file is not UTF-8 (the message names the byte), is empty, or cannot be read.
+      UserError: the file is not UTF-8 (the message names the byte or the encoding), is empty, or cannot be read.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     before, at_head = 0, True
@@ -37,6 +38,8 @@ def read_text(file: BinaryIO, name: str) -> Iterator[str]:
             ) from error
         if not content and before == 0:
             raise UserError(f"{name}: is empty; give at least one character to read")
+        if not before:
+            check_encoding(content[:BEGINNING], name)
         held = len(decoder.getstate()[0])
         try:
             text = decoder.decode(content, final=not content)
@@ -46,7 +49,7 @@ def read_text(file: BinaryIO, name: str) -> Iterator[str]:
                 f"(0x{error.object[error.start]:02x}: {error.reason}); convert it to UTF-8"
             ) from error
         if at_head and text:
-            text, at_head = text.removeprefix("\ufeff"), False
+            text, at_head = text.removeprefix(BOM), False
         yield text
         if not content:
             return

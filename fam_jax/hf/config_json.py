@@ -1,13 +1,12 @@
 """A `config.json`: the JSON file, and which type each of its options has."""
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from fam_jax.config import UserError
-from fam_jax.data.text_files import BOM
+from fam_jax.config.strict_json import load_json
 
 
 class ConvertError(UserError):
@@ -125,7 +124,7 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     """
     check_no_pointer(path)
     try:
-        content = json.loads(epath.Path(path).read_text(encoding="utf-8").removeprefix(BOM))
+        content = load_json(epath.Path(path).read_bytes())
     except (ValueError, OSError) as error:
         raise ConvertError(
             f"{path}: cannot be read as JSON ({first_line(error)}); download it again"

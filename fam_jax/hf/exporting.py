@@ -11,8 +11,9 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save_file
 
-from fam_jax.checkpoint import companion_folders, find_vocabulary, load_params
+from fam_jax.checkpoint import SOURCE, companion_folders, find_vocabulary, is_trained, load_params
 from fam_jax.checkpoint.new_file import mode_of_umask
+from fam_jax.checkpoint.origin import file_digest
 from fam_jax.config import Config, ModelConfig, resolve
 from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.adapter import export_adapter
@@ -21,9 +22,16 @@ from fam_jax.hf.folder import CONFIG, INDEX, SINGLE, copy_companions
 from fam_jax.hf.memory_file import write_memory
 from fam_jax.hf.multimodal import is_multimodal, text_part
 from fam_jax.hf.names import Tensor, memory_tensors, tensors
-from fam_jax.hf.output_folder import SOURCE, check_new_folder, new_folder
-from fam_jax.hf.tokenizer import copy_tokenizer, find_tokenizer
-from fam_jax.hf.torch_model import base_config, check_torch_config, has_torch_code, torch_config, write_code
+from fam_jax.hf.output_folder import check_new_folder, new_folder
+from fam_jax.hf.tokenizer import FILES, copy_tokenizer, find_tokenizer
+from fam_jax.hf.torch_model import (
+    base_config,
+    check_base_memory,
+    check_torch_config,
+    has_torch_code,
+    torch_config,
+    write_code,
+)
 from fam_jax.hf.written_config import check_same, updated_config
 from fam_jax.model import lora
 from fam_jax.model.layer_types import is_memory
@@ -69,7 +77,7 @@ def export_model(
       lora_updates: what to export of a run with LoRA: "merged", the model with the updates merged into its weights;
         "base", the model without them; or "adapter", the updates alone, for PEFT.
       base: Hugging Face folder or name of the base model that an adapter names; None: the folder that was imported, if
-        it still exists, or the name in its config.json.
+        it still exists, or the name in its config.json; none for a run that began with another run.
       with_fam: write PyTorch code that computes the memory too, so that transformers runs the model as it was trained.
       dtype: of the tensors; None keeps that of the checkpoint, or takes float32 for merged weights.
       shard_bytes: largest size of a safetensors file.
@@ -86,8 +94,7 @@ def export_model(
     config = find_vocabulary(resolve(values), checkpoint, step)
     companions = find_companions(checkpoint, config)
     if lora_updates == "adapter":
-        name, multimodal = _base_of_adapter(companions, base)
-        export_adapter(out, config, params, name, multimodal=multimodal)
+        name = _export_adapter(out, config, params, companions, base)
         return ExportedModel(step, None, text_part=False, base=name)
     if config.lora.rank and lora_updates == "merged":
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -110,6 +117,22 @@ def export_model(
     return ExportedModel(step, hf["architectures"][0], is_multimodal(original), has_tokenizer)
 
 
+def _export_adapter(
+    out: str | os.PathLike[str],
+    config: Config,
+    params: Mapping[str, Any],
+    companions: epath.Path | None,
+    base: str | None,
+) -> str | None:
+    """Write an adapter for a run's base model, and return the name of the base that it has."""
+    name, hf = _base_of_adapter(config, companions, base)
+    has_memory = has_torch_code(hf)
+    if has_memory:
+        check_base_memory(config.model, hf)
+    export_adapter(out, config, params, name, multimodal=is_multimodal(hf), with_memory=has_memory)
+    return name
+
+
 def find_companions(checkpoint: str | os.PathLike[str], config: Config) -> epath.Path | None:
     """Return the folder with the config.json and tokenizer that a run's model, or its base, was imported with."""
     found = companion_folders(config, checkpoint)
@@ -117,30 +140,46 @@ def find_companions(checkpoint: str | os.PathLike[str], config: Config) -> epath
 
 
 def _write_companions(companions: epath.Path | None, vocabulary: str, folder: Path) -> None:
-    """Write the companions of a model into the folder of its export, or else its vocabulary."""
+    """Write the companions of a model into the folder of its export, and its vocabulary if it is another."""
     if companions is not None:
-        copy_companions(companions, folder, config=False)
+        own = epath.Path(vocabulary).expanduser()
+        theirs = [companions / name for name in FILES if (companions / name).is_file()]
+        other = own.is_file() and theirs and file_digest(own) not in map(file_digest, theirs)
+        copy_companions(companions, folder, config=False, tokenizer=not other)
     if find_tokenizer(folder) is None:
         copy_tokenizer(vocabulary, folder)
 
 
-def _base_of_adapter(companions: epath.Path | None, base: str | None) -> tuple[str | None, bool]:
-    """Return the base model that an adapter names, and whether it has a vision tower.
+def _base_of_adapter(
+    config: Config, companions: epath.Path | None, base: str | None
+) -> tuple[str | None, dict[str, Any]]:
+    """Return the base model that an adapter names, and its config.json; empty: unknown.
 
     Args:
+      config: of the run.
       companions: of the imported model; None: the run did not begin with one.
       base: the name that the user gave; None: none.
     """
     hf = {} if companions is None else read_json(companions / CONFIG)
-    if base is None and companions is not None:
+    if base is not None:
+        hf = base_config(hf)  # a name says nothing of a memory
+    if base is None and companions is not None and not is_trained(config.train.init_from):
         record = companions / SOURCE
-        source = read_json(record).get("source") if record.exists() else None
+        recorded = read_json(record) if record.exists() else {}
         # A fine-tuned model may keep the name of the model before it, so the folder comes first.
-        known = isinstance(source, str) and (Path(source) / CONFIG).is_file()
-        base = source if known else hf.get("_name_or_path") or None
+        names = (recorded.get("source", ""), hf.get("_name_or_path"))
+        # Null says that the run began with other weights than those that were imported.
+        base = None if names[0] is None else next(filter(_can_be_loaded, names), None)
     if base is not None and (Path(base).expanduser() / CONFIG).is_file():
         hf = read_json(Path(base).expanduser() / CONFIG)
-    return base, is_multimodal(hf)
+    return base, hf
+
+
+def _can_be_loaded(name: Any) -> bool:
+    """Return whether a name may be that of a model: a folder that exists, or a name as of a hub."""
+    if not isinstance(name, str) or not name:
+        return False
+    return (Path(name) / CONFIG).is_file() or not name.startswith(("/", ".", "~"))
 
 
 def export_folder(

@@ -20,10 +20,11 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # Companions of a model, small files that are copied unchanged: tokenizer, chat template, license.
-COMPANION_FILES = (
+TOKENIZER_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "vocab.json", "merges.txt", "LICENSE*", "USE_POLICY*",
+    "vocab.json", "merges.txt",
 )  # fmt: skip
+LICENSE_FILES = ("LICENSE*", "USE_POLICY*")
 
 
 class _Entry(NamedTuple):
@@ -176,13 +177,16 @@ class Folder:
         return self._open[1]
 
 
-def copy_companions(source: epath.PathLike, target: epath.PathLike, *, config: bool = True) -> None:
+def copy_companions(
+    source: epath.PathLike, target: epath.PathLike, *, config: bool = True, tokenizer: bool = True
+) -> None:
     """Copy tokenizer, chat template and similar files into the folder `target`, which is made if needed.
 
     Args:
       source: folder to copy from.
       target: folder to copy to.
       config: whether to copy config.json too.
+      tokenizer: whether to copy the tokenizer, and what names its tokens.
 
     Raises:
       ConvertError: a file cannot be read or written.
@@ -190,7 +194,7 @@ def copy_companions(source: epath.PathLike, target: epath.PathLike, *, config: b
     source, target = epath.Path(source), epath.Path(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        patterns = (CONFIG, *COMPANION_FILES) if config else COMPANION_FILES
+        patterns = (*LICENSE_FILES, *((CONFIG,) if config else ()), *(TOKENIZER_FILES if tokenizer else ()))
         # Not source.glob, which takes characters of the folder's path for a pattern.
         for file in source.iterdir():
             if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in patterns) and file.is_file():

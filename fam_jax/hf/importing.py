@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from fam_jax.checkpoint import COMPANIONS, Checkpoints
+from fam_jax.checkpoint import COMPANIONS, Checkpoints, named_end_ids
 from fam_jax.config import (
     Config,
     ConfigError,
@@ -91,6 +91,7 @@ def import_model(
     folder_out = check_new_checkpoint(out)
     devices = make_mesh(mesh)
     folder = Folder(source)
+    named_end_ids(folder.path)  # generation would find out otherwise
     file, vocabulary = choose_tokenizer(folder, folder_out, tokenizer)
     config = imported_config(folder, overrides, ignored_options)
     if file is not None:

@@ -7,7 +7,6 @@ the memory, so the parameters are tensors of the model.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.numpy import save_file
 from fam_jax.checkpoint.new_file import mode_of_umask
 from fam_jax.config import ModelConfig
 from fam_jax.config.format1 import upgrade_model
-from fam_jax.config.strict_json import dump_json
+from fam_jax.config.strict_json import dump_json, load_json
 from fam_jax.hf.config_json import ConvertError, first_line
 from fam_jax.hf.folder import Folder
 from fam_jax.hf.names import is_memory_tensor, memory_shapes, memory_tensors
@@ -54,7 +53,7 @@ def read_memory_config(folder: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-        fields = json.loads(metadata["config"])
+        fields = load_json(metadata["config"].encode())
         if metadata.get("format") == FORMAT1:
             fields = upgrade_model(fields)
         return {"block_size": fields["block_size"], "memory": dict(fields["memory"])}

@@ -13,7 +13,7 @@ import safetensors
 from etils import epath
 from jax.experimental import multihost_utils
 
-from fam_jax.checkpoint import COMPANIONS, VOCABULARY, absolute, check_name, saved_steps
+from fam_jax.checkpoint import COMPANIONS, SOURCE, VOCABULARY, absolute, check_name, saved_steps
 from fam_jax.config import UserError
 from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.config_json import ConvertError
@@ -25,8 +25,6 @@ UNFINISHED_IMPORT = (
     rf"{COMPANIONS}|{VOCABULARY}|\.lock|config\.json(\.tmp)?|\.config\.json\.unfinished|"
     r"0(\.orbax-checkpoint-tmp.*)?"
 )
-# A file among the companions with the path of the folder that was imported.
-SOURCE = "source.json"
 
 
 def check_new_folder(path: str | os.PathLike[str]) -> Path:

@@ -11,6 +11,7 @@ from fam_jax.data.tokenizer_folder import (
     BESIDE,
     CHAT_TEMPLATE,
     SETTINGS,
+    UNDERSCORE,
     FolderTokenizer,
     extra_tokens,
     load_tokenizer,
@@ -21,6 +22,9 @@ from fam_jax.hf.config_json import ConvertError, check_no_pointer, first_line, r
 
 # tokenizer.json first, as transformers does: a tokenizer.model may be older than the tokens that were added to it.
 FILES = ("tokenizer.json", "tokenizer.model")
+BOTH = (
+    "make a tokenizer.json of both with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+)
 SPECIAL = ("bos_token", "eos_token", "unk_token")
 # Embedding tables are padded to round sizes: up to this many rows may have no piece.
 PADDING = 1024
@@ -141,9 +145,10 @@ def _damaged(path: Path, error: Exception) -> ConvertError:
 
 
 def _check_alone(path: Path, model: sentencepiece.SentencePieceProcessor) -> None:
-    """Check that the files beside a SentencePiece model have no token that the model has not, at the same id.
+    """Check that the files beside a SentencePiece model say nothing else than the model does.
 
-    Fine-tuning adds tokens in these files, which SentencePiece does not read.
+    Fine-tuning adds tokens in these files, which SentencePiece does not read. They may also change the beginning of a
+    text.
     """
     pieces = {model.id_to_piece(id_): id_ for id_ in range(model.vocab_size())}
     roles = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
@@ -162,8 +167,18 @@ def _check_alone(path: Path, model: sentencepiece.SentencePieceProcessor) -> Non
             for id_, fields in listed.items() if isinstance(listed, dict) else ():
                 piece = spelling(fields) or ""
                 tokens[piece] = tokens.get(piece, True) and str(pieces.get(piece)) == id_
+        prefix = content.get("add_prefix_space") if name == SETTINGS else None
+        if isinstance(prefix, bool) and prefix != _adds_prefix(model):
+            raise ConvertError(
+                f"{path}: {'puts no' if prefix else 'puts a'} blank before a text, but add_prefix_space in {name} is "
+                f"{str(prefix).lower()}; {BOTH}"
+            )
         if wrong := [piece for piece, same in tokens.items() if not same]:
             raise ConvertError(
-                f"{path}: does not have the token {wrong[0]} as {name} beside it has it; make a tokenizer.json of both "
-                "with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+                f"{path}: does not have the token {wrong[0]} as {name} beside it has it; {BOTH}"
             )
+
+
+def _adds_prefix(model: sentencepiece.SentencePieceProcessor) -> bool:
+    """Return whether a blank comes before every text."""
+    return model.encode("a", out_type=str)[0].startswith(UNDERSCORE)

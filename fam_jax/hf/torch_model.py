@@ -69,6 +69,21 @@ def check_torch_config(model: ModelConfig, hf: HfConfig) -> None:
             raise ConvertError(f"config.model.{name}: {value!r} is not what config.json says, {hf[name]!r}")
 
 
+def check_base_memory(model: ModelConfig, hf: HfConfig) -> None:
+    """Check that an export for PyTorch can be the base of an adapter, which cannot change the fields of its memory.
+
+    Raises:
+      ConvertError: the base has another memory than `model`; the message names a field.
+    """
+    there = {"block_size": hf.get("block_size"), **(hf.get("memory") or {})}
+    for name, value in {"block_size": model.block_size, **_memory_group(model)}.items():
+        if there.get(name) != value:
+            raise ConvertError(
+                f"config.json of the base: {name} is {there.get(name)!r}, but {value!r} in the run, and an adapter "
+                "cannot change it; export the merged model --with_fam, or name a base without memory with --base"
+            )
+
+
 def base_config(hf: HfConfig) -> dict[str, Any]:
     """Return the `config.json` of the base model of an export for PyTorch; that of any other folder as it is.
 

@@ -114,10 +114,12 @@ class Transformer(nnx.Module):
 
         Raises:
           ValueError: there are no tokens, or `lengths` is given with `aligned`, or `position_offset` or `noise_keys`
-            without it.
+            without it; or, outside of compiled functions, a token is no id of the vocabulary.
         """
         if tokens.shape[1] == 0:
             raise ValueError("tokens: there are none; give at least one")
+        if lengths is None:
+            _check_ids(tokens, self.config.vocab_size)
         if aligned:
             if lengths is not None:
                 raise ValueError("lengths: an aligned call does not take it, because all its tokens are real")
@@ -389,3 +391,16 @@ def _stacked_layers(config: ModelConfig, memory: Memory, rngs: nnx.Rngs) -> Deco
     keys = jax.random.split(rngs.params(), config.num_layers)
     graphdef = nnx.graphdef(nnx.eval_shape(create, keys[0]))
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(create(key)))(keys))
+
+
+def _check_ids(tokens: jax.Array, vocab_size: int) -> None:
+    """Raise ValueError if a token is no id of the vocabulary. JAX would take the nearest id instead.
+
+    The values are known outside of compiled functions only.
+    """
+    known = not isinstance(tokens, jax.core.Tracer) and getattr(tokens, "is_fully_addressable", True)
+    if known and tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise ValueError(
+            f"tokens: {wrong} is not an id of the vocabulary; give ids from 0 to {vocab_size - 1}"
+        )

@@ -23,7 +23,7 @@ from fam_jax.checkpoint import (
 from fam_jax.config import Config
 from fam_jax.data.build import make_batches
 from fam_jax.data.interface import Batches, BatchSpec
-from fam_jax.data.vocabulary import check_vocabulary_size
+from fam_jax.data.vocabulary import check_vocabulary_size, task_digest
 from fam_jax.evaluation import evaluate_in_training
 from fam_jax.generation.compiled import state_sharding
 from fam_jax.model import count_parameters, lora
@@ -194,6 +194,7 @@ def _open(
         may_change=(*MAY_CHANGE, *changing),
         step=restore_step,
         forked_from=source.name if source else "",
+        task_vocabulary=task_digest(batches.vocabulary, config.data),
     ) as checkpoints:
         if state is None:
             values, position = load_from(checkpoints, restore_step, source, _as_dict(trainer.state_shapes))

@@ -25,6 +25,8 @@ from .. import cli
 from ..errors import USER_ERROR
 from .slices import Slice, parse_slice
 
+# Texts that kubectl takes for numbers or truth values unless they are quoted, and PyYAML does not quote: y, 1e3, 0o17.
+AMBIGUOUS = re.compile(r"[yYnN]|[-+]?\.?\d.*", re.DOTALL)
 CONTAINER = "train"
 # Name of the replicated job, in whose names its index follows.
 REPLICATED = "slice"
@@ -302,6 +304,18 @@ def workdir_of(arguments: Sequence[str]) -> str:
     return found
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what another version of YAML would not take for text."""
+
+
+def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if AMBIGUOUS.fullmatch(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _represent)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the manifest or the command; return the exit code.
 
@@ -326,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     check(job)
     if not found.xpk:
-        print(yaml.safe_dump(manifest(job), sort_keys=False, width=110), end="")
+        print(yaml.dump(manifest(job), Dumper=_Dumper, sort_keys=False, width=110), end="")
         return 0
     print(xpk_command(job))
     unused = [f"--{name}" for name in NOT_FOR_XPK if getattr(job, name) != Job._field_defaults[name]]

@@ -40,6 +40,21 @@ def test_a_path_that_looks_like_a_pattern_is_refused(name: str, tmp_path: pathli
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("name", ["a\\b", "\\", "caf\udce9"])
+def test_a_path_that_no_array_can_have_is_refused(name: str, tmp_path: pathlib.Path) -> None:
+    """Before the work, and where a folder was moved there."""
+    save(tmp_path / "run")
+    for folder in (tmp_path / name, tmp_path / name / "run"):
+        with pytest.raises(
+            CheckpointError, match=r"its path has (a backslash|bytes that are not UTF-8); rename"
+        ):
+            save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    moved = (tmp_path / "run").rename(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be saved or read here"):
+        load_params(moved)
+
+
 def test_a_run_is_read_wherever_it_is_moved(tmp_path: pathlib.Path) -> None:
     save(tmp_path / "run")
     for name in PATTERNS:

@@ -64,7 +64,7 @@ def test_what_lies_beside_a_tokenizer_must_say_the_same(tmp_path: pathlib.Path) 
     settings.write_text('{"eos_token": "x", "bos_token": "y"}')
     save(tmp_path / "run", of(file))
     before = saved_origin(tmp_path / "run")  # type: ignore[arg-type]
-    assert before.keys() == {"vocabulary", "vocabulary_settings"}
+    assert before.keys() == {"vocabulary", "vocabulary_settings", "vocabulary_class"}
     # Another layout says the same, and other files say nothing about ids.
     settings.write_text('{\n "bos_token": "y", "eos_token": "x", "chat_template": "y"}')
     (tmp_path / "generation_config.json").write_text("{}")
@@ -82,6 +82,37 @@ def test_what_lies_beside_a_tokenizer_must_say_the_same(tmp_path: pathlib.Path) 
             found(tmp_path / "run")
         settings.write_text(kept)
         (copy / "tokenizer_config.json").write_text(carried)
+
+
+@pytest.mark.parametrize(
+    ("config", "declared", "same"),
+    [
+        ({"model_type": "mistral"}, "LlamaTokenizer", False),
+        ({"model_type": "qwen2"}, "LlamaTokenizerFast", False),
+        ({"model_type": "gemma2"}, None, False),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, None, False),
+        ({"model_type": "gemma2"}, "GemmaTokenizer", True),
+        ({"model_type": "llama"}, None, True),
+    ],
+)
+def test_a_model_that_decides_how_a_tokenizer_is_read_is_a_part_of_it(
+    tmp_path: pathlib.Path, config: dict, declared: str | None, same: bool
+) -> None:
+    """The tokenizer moves without the config.json that it lay beside."""
+    for place in ("with", "without"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "tokenizer.json").write_text("{}")
+        settings = {} if declared is None else {"tokenizer_class": declared}
+        (tmp_path / place / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "with" / "config.json").write_text(json.dumps(config))
+    save(tmp_path / "run", of(tmp_path / "with" / "tokenizer.json"))
+    assert found(tmp_path / "run") == str(tmp_path / "run" / "vocabulary" / "tokenizer.json")
+    moved = of(tmp_path / "without" / "tokenizer.json")
+    if same:
+        save(tmp_path / "run", moved, 2)
+    else:
+        with pytest.raises(CheckpointError, match="special tokens or its class"):
+            save(tmp_path / "run", moved, 2)
 
 
 def test_another_vocabulary_is_refused_by_name(run: pathlib.Path, model: pathlib.Path) -> None:
@@ -126,6 +157,19 @@ def test_a_name_is_no_file(tmp_path: pathlib.Path) -> None:
             save(tmp_path / name, Config(data=DataConfig(vocabulary=("bytes", "passkey")[number])), 2)
 
 
+def test_another_vocabulary_of_a_data_task_is_refused(tmp_path: pathlib.Path) -> None:
+    config = Config(data=DataConfig(task="seqio:any"))
+    save(tmp_path / "old", config)
+    save(tmp_path / "run", config, task_vocabulary="a")
+    for folder in ("run", "old"):  # a run of an earlier version learns the digest
+        save(tmp_path / folder, config, 2, task_vocabulary="a")
+        save(tmp_path / folder, config, 3)
+        with pytest.raises(CheckpointError, match="was trained with another vocabulary than the data task"):
+            save(tmp_path / folder, config, 4, task_vocabulary="b")
+    with pytest.raises(CheckpointError, match="another vocabulary than the data task"):
+        save(tmp_path / "fork", config, forked_from=f"{tmp_path}/run/2", task_vocabulary="b")
+
+
 def test_a_run_without_digests_goes_on(
     model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +201,12 @@ def test_a_base_may_move_with_its_run(tmp_path: pathlib.Path) -> None:
     save(run, of(tokenizer, str(base)))
     assert {path.name for path in (run / "huggingface").iterdir()} == {"config.json", "tokenizer.json"}
     assert not (run / "vocabulary").exists()
+    second = project / "second"
+    (run / "huggingface" / "source.json").write_text('{"source": "there"}')
+    save(second, of(tokenizer, str(run)))
+    # Its base is no longer what was imported.
+    assert json.loads((second / "huggingface" / "source.json").read_text()) == {"source": None}
+    assert json.loads((run / "huggingface" / "source.json").read_text()) == {"source": "there"}
 
     moved = project.rename(tmp_path / "moved")
     base, run = moved / "base", moved / "run"

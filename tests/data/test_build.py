@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from fam_jax.config import Config, ConfigError, DataConfig, EvaluateConfig, UserError, resolve
-from fam_jax.data import build, seqio_source
+from fam_jax.data import build, quiet_seqio, seqio_source
 from fam_jax.data.build import Heldout, longest_row
 from fam_jax.data.interface import BatchSpec, Example
 from fam_jax.data.quiet_seqio import seqio
@@ -167,6 +168,25 @@ def test_examples_are_those_of_seqio(name: str) -> None:
     untouched = task.get_dataset(None, "train", shuffle=False)
     assert [*untouched.element_spec[seqio_source.HELD_BACK]] == ["inputs", "targets"]
     assert untouched.element_spec[seqio_source.HELD_BACK]["targets"].dtype == "string" and len(last) == 3
+
+
+def test_reading_a_task_gives_no_advice_that_does_not_apply(caplog: pytest.LogCaptureFixture) -> None:
+    """seqio warns that a function as a source repeats its order; here, every epoch has its own."""
+
+    def said() -> list[str]:
+        caplog.clear()
+        next(iter(seqio_source.seqio_source("fam_test_questions", IMPORTS, "train", 0).epoch(0)))
+        return [message for message in caplog.messages if "uncached" in message]
+
+    logger = logging.getLogger("absl")
+    with caplog.at_level("WARNING", logger="absl"):
+        assert not said()
+        [own] = [each for each in logger.filters if each is quiet_seqio._is_needed]
+        logger.removeFilter(own)
+        try:
+            assert said()
+        finally:
+            logger.addFilter(own)
 
 
 def test_held_out_documents(corpus: pathlib.Path) -> None:

@@ -91,6 +91,15 @@ def test_each_file_counts_once_whatever_links_lead_to_it(tmp_path: pathlib.Path)
         assert [os.path.realpath(path) for path in found] == [os.path.realpath(books / "deep" / "a.txt")]
 
 
+def test_pipes_and_devices_are_refused(tmp_path: pathlib.Path) -> None:
+    """Opening a pipe would wait for a writer for ever."""
+    (tmp_path / "a.txt").write_text("text")
+    os.mkfifo(tmp_path / "b.txt")
+    for entry in (tmp_path, tmp_path / "b.txt", f"{tmp_path}/*.txt", "/dev/null"):
+        with pytest.raises(ConfigError, match="is a pipe or a device, which cannot be read again"):
+            find_files([str(entry)], (".txt",), FIELD)
+
+
 def test_hidden_files_count_only_if_they_are_named(tmp_path: pathlib.Path) -> None:
     for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a.txt", "deep/.git/b.txt", ".texts/c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +141,8 @@ FORMATS = {
     "a.jsonl": LINES,
     "a.JSONL": LINES.replace(b"\n", b"\r\n\r\n"),
     "a.ndjson": BOM + LINES,
+    "a.jsonlines": LINES.rstrip(b"\n"),
+    "a.ldjson.gz": gzip.compress(LINES),
     "two_marks.jsonl": BOM + LINES.replace(b"\n", b"\n" + BOM, 1),
     "a.json": LINES,
     "array.json": BOM + json.dumps([{"text": text} for text in ROWS], indent=1).encode(),
@@ -175,6 +186,19 @@ def test_plain_text_is_one_document_without_a_leading_mark(
     assert texts_of(tmp_path / "a.txt.gz", gzip.compress(BOM + text.encode())) == [text]
 
 
+def test_json_lines_under_another_name_are_told(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, content in (
+        ("part-00000", LINES), ("a.txt", b"\n" + LINES), ("b.txt", b"{}"), ("c.txt", b"{ a set }\n"), ("d", b"{"),
+    ):  # fmt: skip
+        caplog.clear()
+        [text] = texts_of(tmp_path / name, content)
+        assert text.encode() == content
+        told = [f"{tmp_path / name}: holds JSON, but counts as one text" in each for each in caplog.messages]
+        assert told == ([True] if LINES in content else [])
+
+
 def mistake(path: pathlib.Path) -> str:
     with pytest.raises(ConfigError) as caught:
         read(path)
@@ -199,7 +223,8 @@ def test_other_encodings_are_named(tmp_path: pathlib.Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a.csv", "a.TSV", "a.zip", "a.jsonl.zst", "a.arrow", "a.csv.gz", "a.tar.gz", "a.gz.gz"]
+    "name",
+    ["a.csv", "a.TSV", "a.zip", "a.jsonl.zst", "a.arrow", "a.csv.gz", "a.tar.gz", "a.gz.gz", "a.ipynb"],
 )
 def test_formats_that_are_not_read_are_named(tmp_path: pathlib.Path, name: str) -> None:
     content = b"text\nprose\n"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import types
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from fam_jax.evaluation.item_tasks import ITEM_TASKS
 from fam_jax.evaluation.report import write_report
 from fam_jax.evaluation.rows import Data
 from launch import evaluate
-from tests.data.chat_templates import LLAMA3, unmarked, write_folder
+from tests.data.chat_templates import LLAMA3, PLAIN_CHAT, unmarked, write_folder
 from tests.evaluation.fixtures import GPT3, write_rows
 from tests.evaluation.runs import save_run
 from tests.evaluation.schema import check_results
@@ -274,8 +275,36 @@ def test_chats(tmp_path: pathlib.Path, config: Config) -> None:
     other = changed(own, data={"vocabulary": write_folder(tmp_path / "plain", "llama3", None)})
     plain = HarnessLM.restore(save_run(tmp_path / "other", other))
     assert plain.tokenizer_name != model.tokenizer_name and plain.chat_template(True) is None
-    with pytest.raises(UserError, match=r"has no chat template beside it; set data\.chat_template"):
+    with pytest.raises(
+        UserError, match=r"has no chat template beside it; put one there as chat_template\.jinja"
+    ):
         plain.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_chats_of_a_vocabulary_that_takes_control_tokens_for_text(
+    tmp_path: pathlib.Path, config: Config
+) -> None:
+    from fam_jax.evaluation.lm_eval import HarnessLM
+
+    (tmp_path / "chat.jinja").write_text(PLAIN_CHAT)
+    template = str(tmp_path / "chat.jinja")
+    own = changed(
+        config,
+        model={"vocab_size": 259, "block_size": 16},
+        data={
+            "task": "instructions",
+            "vocabulary": "bytes",
+            "train_files": ("x",),
+            "chat_template": template,
+        },
+    )
+    model = HarnessLM.restore(save_run(tmp_path / "run", own), batch_size=2)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    context = model.apply_chat_template(chat[:3])
+    assert context == "user: a\nassistant: b</s>\nuser: a\nassistant: "
+    request = types.SimpleNamespace(args=(context, {"until": ["\n"], "max_gen_toks": 2}), task_name="asked")
+    model.generate_until([request])
+    assert [each.tokens_read for each in model.read_for("asked")] == [len(context) - len("</s>") + 1]
 
 
 def test_tasks_that_cannot_run(

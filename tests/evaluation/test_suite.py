@@ -349,6 +349,11 @@ def test_rows_of_every_format(tmp_path: pathlib.Path) -> None:
             b'{"a": 1}\n{"b"',
             "validation.jsonl: line 2: is not valid JSON; correct or remove it",
         ),
+        (
+            "validation.jsonl",
+            rb'{"a": ["\ud83d"]}',
+            r"line 1: has half a surrogate pair, \\ud83d, which is no",
+        ),
         ("validation.jsonl", b"[1]\n", "line 1: expected an object with fields, got list"),
         ("validation.json", b"[{}, 3]", "validation.json: entry 2: expected an object with fields, got int"),
         ("validation.jsonl.gz", b"no gzip", "cannot be read"),

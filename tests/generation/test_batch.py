@@ -280,3 +280,37 @@ def test_numbers_that_are_not_finite(tmp_path: pathlib.Path, streams: int) -> No
         broken.generate(broken.read("third"), max_tokens=20, on_text=told.append)
     # The tokens before it are fine.
     assert broken.generate(broken.read("third"), max_tokens=place + 1).tokens == place + 1
+
+
+def test_files_that_hold_no_lines(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(UserError, match=r"in\.jsonl: is empty; give a file of JSON lines"):
+        Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl", {})
+    source = write(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, tmp_path / "link"):
+        with pytest.raises(UserError, match="holds the lines to complete; give another --out"):
+            Batch(source, out, {})
+    assert records(source) == [{"prompt": "a"}]
+
+
+def test_one_process_writes_at_a_time(model: TextModel, tmp_path: pathlib.Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "b"}]), tmp_path / "out.jsonl"
+    first, second, third = (Batch(source, out, {}) for _ in range(3))
+    refused = []
+
+    def interfere(_: Any) -> None:
+        with pytest.raises(
+            UserError, match=r"out\.jsonl: another process is writing to it; wait .* another --out"
+        ):
+            second.complete(model, HowToComplete(3))
+        refused.append(True)
+
+    assert first.complete(model, HowToComplete(3), on_progress=interfere) == (2, 0)
+    assert refused
+    # It has read the file before the first wrote to it.
+    with pytest.raises(UserError, match="another process has written to it; run the same command again"):
+        third.complete(model, HowToComplete(3))
+    assert [record["line"] for record in records(out)] == [1, 2]
+    assert Batch(source, out, {}).complete(model, HowToComplete(3)) == (2, 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "out.jsonl.settings.json"}

@@ -75,7 +75,7 @@ def words(ids: list[int]) -> str:
 
 def test_every_end_token_of_an_import_ends_a_text(tmp_path: pathlib.Path, chain: list[int]) -> None:
     found = {
-        4: {"generation_config": {"eos_token_id": [99, chain[4]]}},
+        4: {"generation_config": {"eos_token_id": [99, chain[4], -1, 2**31, 10**12]}},
         3: {"generation_config": {"eos_token_id": chain[3]}, "config": {"eos_token_id": chain[4]}},
         2: {"config": {"eos_token_id": [chain[2]]}, "generation_config": {}},
         1: {"config": {"eos_token_id": None, "text_config": {"eos_token_id": chain[1]}}},

@@ -117,7 +117,9 @@ def test_other_weights_are_refused(saved: pathlib.Path) -> None:
 def test_another_vocabulary_is_refused(saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
     state = random_state("float32")[1]
     save_state(tmp_path / "memory", state, CONFIG, PARAMS, "a" * 64)
-    with pytest.raises(StateFileError, match="of the same model with another vocabulary"):
+    with pytest.raises(
+        StateFileError, match="saved by this model with another vocabulary, so its tokens mean other text"
+    ):
         load_state(tmp_path / "memory", CONFIG, PARAMS, "b" * 64)
     for path, vocabulary in ((tmp_path / "memory", "a" * 64), (tmp_path / "memory", ""), (saved, "b" * 64)):
         assert_same_bits(load_state(path, CONFIG, PARAMS, vocabulary), state)

@@ -7,10 +7,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from fam_jax.checkpoint import Checkpoints
+from fam_jax.checkpoint import CheckpointError, Checkpoints
 from fam_jax.config import Config, ConfigError, DataConfig, UserError
 from fam_jax.data.build import task_vocabulary
-from fam_jax.data.vocabulary import load_vocabulary
+from fam_jax.data.quiet_seqio import seqio
+from fam_jax.data.vocabulary import load_vocabulary, task_digest
+from fam_jax.evaluation import evaluate
 from fam_jax.generation.sampling import Sampling
 from fam_jax.generation.state_file import StateFileError, save_state
 from fam_jax.generation.text import TextModel, TextState
@@ -158,6 +160,31 @@ def test_a_seqio_run_uses_the_vocabulary_of_its_task(tmp_path: pathlib.Path) -> 
     state = model.read(text)
     assert state.tokens_read == len(text)
     assert model.generate(state, max_tokens=9).text == own.generate(own.read(text), max_tokens=9).text
+
+
+def test_a_seqio_run_knows_the_vocabulary_of_its_task(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataConfig(
+        task="seqio:fam_test_questions", imports=("tests.data.text_seqio_tasks",), sequence_length=32
+    )
+    config = Config(model=variant(CONFIG, vocab_size=300), data=data)
+    digest = task_digest(task_vocabulary(data), data)
+    with Checkpoints(
+        tmp_path / "run", config=dataclasses.asdict(config), keep=1, task_vocabulary=digest
+    ) as checkpoints:
+        checkpoints.save(1, {"params": params_of(config.model)}, {}, wait=True)
+    model = TextModel.restore(tmp_path / "run")
+    model.save(tmp_path / "memory", model.read("a"))
+    assert model.load(tmp_path / "memory").tokens_read == 1
+    for other in (load_vocabulary("passkey"), seqio.ByteVocabulary(extra_ids=3)):
+        assert task_digest(other, data) not in (digest, "") and task_digest(other, DataConfig()) == ""
+        with pytest.raises(StateFileError, match="with another vocabulary"):
+            TextModel(config, params_of(config.model), other).load(tmp_path / "memory")
+        monkeypatch.setattr("fam_jax.data.build.task_vocabulary", lambda data, other=other: other)
+        for use in (TextModel.restore, evaluate):
+            with pytest.raises(CheckpointError, match="another vocabulary than the data task has now"):
+                use(tmp_path / "run")
 
 
 def test_mistakes(model: TextModel, state: TextState) -> None:

@@ -99,6 +99,20 @@ def test_a_sentencepiece_model_whose_folder_says_more_is_rejected(
     check_tokenizer(tmp_path / "tokenizer.json", 402)
 
 
+def test_a_blank_before_a_text_is_a_part_of_what_a_folder_says(tmp_path: pathlib.Path) -> None:
+    own = {prefix: sentencepiece_model(add_dummy_prefix=prefix) for prefix in (True, False)}
+    for model in own:
+        for said in own:
+            write(tmp_path, model=own[model], tokenizer_config=OF_LLAMA | {"add_prefix_space": said})
+            if said == model:
+                check_tokenizer(tmp_path / "tokenizer.model", 400)
+            else:
+                with pytest.raises(
+                    ConvertError, match=r"puts (a|no) blank before a text, but add_prefix_space"
+                ):
+                    check_tokenizer(tmp_path / "tokenizer.model", 400)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, OF_LLAMA, {"eos_token": None, "pad_token": "</s>"}, {"added_tokens_decoder": {"2": entry("</s>")}}],

@@ -49,7 +49,7 @@ def test_no_config(folder):
     assert "holds no config.json" in message_of(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", ""])
+@pytest.mark.parametrize("content", ["{", "[]", "", "[" * 100_000])
 def test_a_config_that_is_not_a_json_object(folder, content):
     (folder / "config.json").write_text(content)
     assert "config.json: " in message_of(folder)

@@ -11,10 +11,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from fam_jax.checkpoint import COMPANIONS, Checkpoints
+from fam_jax.checkpoint import COMPANIONS, Checkpoints, load_params
 from fam_jax.config import Config, LoraConfig, TrainConfig, UserError
-from fam_jax.hf import ConvertError, export_adapter
+from fam_jax.hf import ConvertError, export_adapter, export_folder, torch_config
 from fam_jax.model import create_model, from_dict, lora, to_dict
+from fam_jax.model.layer_types import is_memory
+from fam_jax.model.parameters import flatten, unflatten
 from launch import export_hf
 from tests.hf.recorded import DATA, imported, recorded_tokens
 from tests.model.tiny import Reader
@@ -104,6 +106,52 @@ def test_peft_loads_the_adapter_upon_the_base(name, targets, tmp_path):
     np.testing.assert_allclose(logits_of(model, recorded_tokens()), logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("init", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
+def test_an_adapter_of_an_export_for_pytorch_has_the_memory(init, tmp_path, monkeypatch):
+    """Upon the base, with its code, it is the merged model: the memory that was trained beside LoRA included."""
+    changes = {"length": 3, "segments": 1, "init": init}
+    config, params, _ = run_with_lora("qwen3", LORA, **changes)
+    model = config.model
+    hf = torch_config(model, {})
+    export_folder(tmp_path / "base", model, params, hf)
+    memory = {name: leaf + 1.0 for name, leaf in flatten(params).items() if is_memory(name)}
+    params = unflatten(flatten(params) | memory)
+    export_folder(tmp_path / "merged", model, lora.merge(params, config.lora), hf)
+    base = tmp_path / "import"
+    (base / COMPANIONS).mkdir(parents=True)
+    shutil.copyfile(tmp_path / "base" / "config.json", base / COMPANIONS / "config.json")
+    (base / COMPANIONS / "source.json").write_text(json.dumps({"source": str(tmp_path / "base")}))
+
+    def save(folder, config):
+        config = dataclasses.replace(config, train=TrainConfig(init_from=str(base / "0")))
+        with Checkpoints(folder, config=dataclasses.asdict(config), keep=1) as checkpoints:
+            checkpoints.save(5, {"params": params}, {}, wait=True)
+        return folder
+
+    assert base_named(save(tmp_path / "run", config), tmp_path / "adapter") == str(tmp_path / "base")
+    assert not (tmp_path / "adapter" / "memory.safetensors").exists()
+    other = dataclasses.replace(model, memory=dataclasses.replace(model.memory, previous_blocks=2))
+    with pytest.raises(
+        ConvertError, match=r"the base: previous_blocks is 1, but 2 in the run, and an adapter cannot"
+    ):
+        base_named(save(tmp_path / "other", dataclasses.replace(config, model=other)), tmp_path / "no")
+    assert base_named(tmp_path / "other", tmp_path / "plain", "--base=some/model") == "some/model"
+    assert (tmp_path / "plain" / "memory.safetensors").exists()
+
+    peft = pytest.importorskip("peft", reason="only PEFT itself can read it")
+    transformers = pytest.importorskip("transformers")
+    from tests.hf.hf_models import logits_of
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    plain, merged = (load(tmp_path / name, trust_remote_code=True).eval() for name in ("base", "merged"))
+    wanted = logits_of(merged, recorded_tokens())
+    assert np.abs(logits_of(plain, recorded_tokens()) - wanted).max() > 0.1
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    np.testing.assert_allclose(logits_of(adapted, recorded_tokens()), wanted, rtol=0, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_an_adapter_fits_the_model_with_vision_that_was_imported(tmp_path):
     name = "gemma3_vision"
@@ -137,6 +185,10 @@ def test_an_adapter_names_the_hugging_face_base(workdir, tmp_path, capsys):
     described = json.loads((companions / "config.json").read_text())
     (companions / "config.json").write_text(json.dumps(described | {"_name_or_path": "some/model"}))
     assert base_named(run, tmp_path / "name") == "some/model"
+    for number, path in enumerate((str(tmp_path / "gone"), "./gone", "~/gone", 3)):  # of the machine before
+        (companions / "config.json").write_text(json.dumps(described | {"_name_or_path": path}))
+        assert base_named(run, tmp_path / f"path_{number}") is None
+    (companions / "config.json").write_text(json.dumps(described | {"_name_or_path": "some/model"}))
     for source, expected in ((tmp_path / "gone", "some/model"), (DATA / "gemma2", str(DATA / "gemma2"))):
         (companions / "source.json").write_text(json.dumps({"source": str(source)}))
         assert base_named(run, tmp_path / f"source_{source.name}") == expected
@@ -150,6 +202,26 @@ def test_an_adapter_names_the_hugging_face_base(workdir, tmp_path, capsys):
         tmp_path / "source_gemma2", attn_implementation="eager"
     )
     np.testing.assert_allclose(logits_of(model, recorded_tokens()), logits, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_of_a_run_that_began_with_a_run_names_no_base(workdir, tmp_path):
+    """Its base is the model that the first run trained, and not the one that was imported."""
+    first, _ = workdir
+    base = first.parent / "base"
+    described = json.loads((base / COMPANIONS / "config.json").read_text())
+    (base / COMPANIONS / "config.json").write_text(json.dumps(described | {"_name_or_path": "some/model"}))
+    (base / COMPANIONS / "source.json").write_text(json.dumps({"source": str(DATA / "gemma2")}))
+    params, values, _ = load_params(first)
+    shutil.copytree(base / COMPANIONS, first / COMPANIONS)
+    values["train"]["init_from"] = str(first)
+    values["data"]["task"] = "seqio:any"  # a run of any other task copies the companions with its vocabulary
+    with Checkpoints(tmp_path / "second", config=values, keep=1) as checkpoints:
+        checkpoints.save(7, {"params": params}, {}, wait=True)
+    assert base_named(first, tmp_path / "of_the_import") == str(DATA / "gemma2")
+    for out in (tmp_path / "of_the_run", tmp_path / "alone"):
+        assert base_named(tmp_path / "second", out) is None
+        shutil.rmtree(first, ignore_errors=True)
+    assert base_named(tmp_path / "second", tmp_path / "given", "--base=other/model") == "other/model"
 
 
 def test_the_base_decides_which_layers_an_adapter_names(workdir, tmp_path):

@@ -184,6 +184,24 @@ KINDS: dict[str, Make] = {
     "Qwen": _folder(
         model_type="qwen3", tokenizer=lambda: byte_level("", ("<|endoftext|>",)), tokenizer_config=FAST
     ),
+    # Classes that divide a text in their own way, whatever the file says.
+    "Qwen's class": _folder(model_type="qwen2", tokenizer=lambda: byte_level("", ("<|endoftext|>",))),
+    "Qwen's class with prefix": _folder(
+        model_type="qwen3",
+        tokenizer=lambda: byte_level("", ("<|endoftext|>",)),
+        tokenizer_config={"tokenizer_class": "Qwen2TokenizerFast", "add_prefix_space": True},
+    ),
+    "Qwen's class adds a token": _folder(
+        model_type="qwen2", tokenizer=byte_level, tokenizer_config=NAMED | {"pad_token": "<|pad|>"}
+    ),
+    "the class of GPT-2": _folder(
+        tokenizer=byte_level, tokenizer_config=NAMED | {"tokenizer_class": "GPT2Tokenizer"}
+    ),
+    "Gemma's class": _folder(
+        model_type="gemma2",
+        tokenizer=llama2,
+        tokenizer_config={"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    ),
     "Llama 2": _folder(tokenizer=llama2, tokenizer_config=OF_LLAMA),
     "Llama 2, legacy": _folder(tokenizer=llama2, tokenizer_config=OF_LLAMA | {"legacy": True}),
     "Llama 2 without prefix": _folder(

@@ -196,6 +196,21 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert process.stderr.read() == ""
 
 
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("utf-8", "é 漢 \\udcff"), ("latin-1", "é \\u6f22 \\udcff"), ("ascii", "\\xe9 \\u6f22 \\udcff")],
+)
+def test_what_standard_output_cannot_show_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: str
+) -> None:
+    """Text of another language, and a path that is not UTF-8."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: print("é 漢 \udcff", flush=True) or 0)
+    assert (stopped.value.code, written.getvalue()) == (0, f"{shown}\n".encode(encoding))
+
+
 def test_progress_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     monkeypatch.setattr(sys, "stderr", file)

@@ -1,6 +1,7 @@
 """Import and export from the command line, and the messages for mistakes."""
 
 import dataclasses
+import json
 import re
 import shutil
 
@@ -9,7 +10,7 @@ import pytest
 import tokenizers
 from etils import epath
 
-from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params, read_config
+from fam_jax.checkpoint import CheckpointError, Checkpoints, end_ids, load_params, read_config
 from fam_jax.config import UserError, resolve
 from fam_jax.generation.streaming import Streamer
 from fam_jax.hf import Folder, exporting, importing
@@ -185,6 +186,42 @@ def test_a_tokenizer_given_by_a_flag_is_carried(source, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").read_text() == text
 
 
+def test_a_run_with_another_vocabulary_than_its_base_is_exported_with_its_own(source, tmp_path):
+    (source / "LICENSE").write_text("free")
+    (source / "generation_config.json").write_text('{"eos_token_id": 3}')
+    (source / "tokenizer_config.json").write_text('{"eos_token": "w3"}')
+    run(import_hf, "--source", source, "--out", tmp_path / "base", "--block_size=8")
+    pieces = {f"v{i}": i for i in range(VOCABULARY)}
+    own = tmp_path / "own" / "tokenizer.json"
+    own.parent.mkdir()
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, unk_token="v0")).save(str(own))
+    params, values, _ = load_params(tmp_path / "base")
+    values["train"]["init_from"] = str(tmp_path / "base")
+    values["data"]["vocabulary"] = str(own)
+    with Checkpoints(tmp_path / "run", config=values, keep=1) as checkpoints:
+        checkpoints.save(3, {"params": params}, {})
+    run(export_hf, "--checkpoint", tmp_path / "run", "--out", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"}
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == own.read_bytes()
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, '{"eos_token_id": "w3"}', '{"eos_token_id": [1.5]}'])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_end_tokens_that_generation_could_not_read_are_refused_at_the_import(source, tmp_path, name, content):
+    if name == "config.json" and "eos" in content:
+        content = json.dumps(json.loads((source / name).read_text()) | json.loads(content))
+    (source / name).write_text(content)
+    message = error_of(import_hf, "--source", source, "--out", tmp_path / "ckpt", "--block_size=8")
+    assert name in message and not (tmp_path / "ckpt").exists()
+
+
+def test_end_tokens_behind_a_byte_order_mark(source, tmp_path):
+    (source / "generation_config.json").write_bytes(b'\xef\xbb\xbf{"eos_token_id": [3, 5]}')
+    run(import_hf, "--source", source, "--out", tmp_path / "ckpt", "--block_size=8")
+    assert {3, 5} <= {*end_ids(resolve(read_config(tmp_path / "ckpt")), tmp_path / "ckpt")}
+
+
 def test_paths_that_look_like_patterns(source, tmp_path):
     """They can be read, and an export can be written there; Orbax cannot save there."""
     odd = tmp_path / "exp [v1]"
@@ -278,11 +315,15 @@ def test_companions_are_files_and_one_that_cannot_be_read_leaves_nothing(monkeyp
     }  # fmt: skip
     shutil.rmtree(out)
 
+    read_bytes = type(epath.Path(source)).read_bytes
+
     def deny(path):
-        raise PermissionError(13, "Permission denied", str(path))
+        if path.name == "chat_template.jinja":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
 
     monkeypatch.setattr(type(epath.Path(source)), "read_bytes", deny)
-    assert "cannot be copied to" in error_of(import_hf, *how)
+    assert "chat_template.jinja: cannot be copied to" in error_of(import_hf, *how)
     assert not out.exists()
 
 

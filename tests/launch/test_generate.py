@@ -311,6 +311,20 @@ def test_prompts_that_cannot_be_read(launch: Launch, tmp_path: pathlib.Path) -> 
     assert "latin.txt: is not valid UTF-8 at byte 2 (0xef: invalid continuation byte)" in message
 
 
+def test_other_encodings_are_named(launch: Launch, tmp_path: pathlib.Path) -> None:
+    """UTF-16 without a mark is valid UTF-8 with zero bytes."""
+    path = tmp_path / "in.jsonl"
+    for encoding, says in {
+        "utf-16": "is UTF-16",
+        "utf-16-le": "holds zero bytes",
+        "utf-16-be": "holds zero",
+    }.items():
+        path.write_text('{"prompt": "abc"}\n', encoding=encoding)
+        assert f"in.jsonl: {says}" in one_line(launch(f"--prompt-file={path}", LIMIT))
+        assert "convert it to UTF-8" in one_line(launch(f"--batch={path}", f"--out={tmp_path}/out", LIMIT))
+        assert not (tmp_path / "out").exists()
+
+
 def test_memories_that_cannot_be_loaded(launch: Launch, book: pathlib.Path, tmp_path: pathlib.Path) -> None:
     memory = tmp_path / "book.memory"
     assert launch(f"--prompt-file={book}", f"--save-memory={memory}", "--max-tokens=0")[0] == 0

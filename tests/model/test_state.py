@@ -130,6 +130,27 @@ def test_calls_that_make_no_sense_are_refused(length, how, message):
         build(config, params_of(config))(jnp.zeros((2, length), jnp.int32), empty_state(config, 2), **how)
 
 
+def test_a_state_is_shown_by_the_shapes_of_its_arrays():
+    """In a notebook, its numbers would fill pages."""
+    shown = repr(empty_state(variant(), 2))
+    assert shown.startswith("StreamState(layers.") and "layers.keys: float32[" in shown
+    assert len(shown) < 1000 and "Array" not in shown
+
+
+@pytest.mark.parametrize("wrong", [-1, 64])
+def test_tokens_that_are_no_ids_are_refused(wrong):
+    config = variant(vocab_size=64)
+    model, state = build(config, params_of(config)), empty_state(config, 2)
+    for tokens in (jnp.array([[0, 1], [2, wrong]]), np.array([[wrong], [3]])):
+        with pytest.raises(
+            ValueError, match=f"{wrong} is not an id of the vocabulary; give ids from 0 to 63"
+        ):
+            model(tokens, state)
+    # Padding is no text, and in a compiled function the values are not known.
+    model(jnp.array([[0, wrong], [2, 3]]), state, lengths=jnp.array([1, 2]))
+    jax.jit(lambda tokens: model(tokens, state)[0])(jnp.array([[wrong], [3]]))
+
+
 @pytest.mark.slow
 def test_bfloat16_activations_read_nearly_alike():
     tokens = some_tokens(2, 17)

@@ -1,6 +1,7 @@
 """The terminal output of training, and the FLOPs of its reported utilization."""
 
 import contextlib
+import io
 import os
 import pathlib
 import re
@@ -8,7 +9,9 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
+from fam_jax.training import progress
 from fam_jax.training.flops import peak_flops
 from fam_jax.training.loop import train
 from fam_jax.training.progress import ProgressReport
@@ -66,6 +69,23 @@ def test_what_a_run_says(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[s
     assert any(
         re.match(rf"step {steps}/{steps}  loss [\d.]+  exact match .* tokens/s$", line) for line in said
     )
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_step_and_time_can_be_read_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """A long note is cut instead."""
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=width)
+    monkeypatch.setattr(progress, "Console", lambda **_: terminal)
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    with ProgressReport(123_456, 98_764) as report:
+        now[0] += 2
+        report.advance(98_765, compiled=False)
+        report.note(98_765, "loss 2.345  accuracy 0.456  epoch 12  1,234,567 tokens/s  MFU 45.6 %")
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue()).splitlines()[-1]
+    assert "98765/123456" in last and "loss 2.345" in last and len(last) <= width
+    assert last.rstrip().endswith(" 13:43:02")
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,49 @@ def test_environment_and_arguments_arrive_as_they_are_typed(capsys: pytest.Captu
     ]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "y",
+        "N",
+        "1e3",
+        "0o17",
+        "0b1",
+        "1_000",
+        ".5",
+        "+12e03",
+        "-.1",
+        "0x1F",
+        "on",
+        "null",
+        "~",
+        "1:30",
+        "12e",
+    ],
+)
+def test_texts_that_kubectl_would_take_for_something_else_are_quoted(
+    capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    """It reads another version of YAML than PyYAML: to it, `y` is true and `1e3` is 1000."""
+    jobset.main(
+        [
+            "--name=fam",
+            "--image=i",
+            "--slice=v5e-16",
+            "--env",
+            f"A={text}",
+            "--",
+            "--workdir=gs://b/x",
+            "--note",
+            text,
+        ]
+    )
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    quoted = {f'"{text}"', f"'{text}'"}
+    assert lines[lines.index("- name: A") + 1].removeprefix("value: ") in quoted
+    assert lines[lines.index("- --note") + 1].removeprefix("- ") in quoted
+
+
 def test_the_command_for_xpk(capsys: pytest.CaptureFixture[str]) -> None:
     jobset.main(["--name=fam", "--image=registry/fam", "--slice=v5p:4x4x8", "--xpk", *TRAIN])
     found = capsys.readouterr()
