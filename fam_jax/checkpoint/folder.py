@@ -23,6 +23,22 @@ class CheckpointError(UserError):
     """A checkpoint is missing or damaged, or belongs to another run. The message says what to do."""
 
 
+class DamagedStepError(CheckpointError):
+    """A step is damaged."""
+
+    def __init__(self, message: str, reason: str):
+        """Create the error; `reason` is the part of the message that says what is damaged."""
+        super().__init__(message)
+        self.reason = reason
+
+
+class ReadError(CheckpointError):
+    """A checkpoint could not be read, for a reason other than damage. The command may work again later."""
+
+    # EX_TEMPFAIL of sysexits.h
+    exit_code = 75
+
+
 class SaveError(CheckpointError):
     """A checkpoint could not be saved. The command is right, and may work again when the disk or the bucket does."""
 

@@ -22,7 +22,11 @@ PARTS = ("params", "training")
 
 
 class Damage(Exception):
-    """A step is damaged. The message says where; `steps.py` adds the step and the remedy."""
+    """A step is damaged. The message says where; `loading.py` adds the step and the remedy."""
+
+
+class Unavailable(Exception):
+    """A step cannot be read now, which does not mean that it is damaged."""
 
 
 PyTree = Any
@@ -131,11 +135,9 @@ def check_fit(part: str, record: Record, like: Arrays) -> None:
             )
 
 
-def check_sums(part: str, record: Record, arrays: Arrays) -> None:
-    """Raise :class:`Damage` if the checksum of an array differs from the saved one."""
-    for name, found in checksums(arrays).items():
-        if found != record[name]["checksum"]:
-            raise Damage(f"the values of {part}/{name} do not match their checksum")
+def with_wrong_sums(record: Record, arrays: Arrays) -> list[str]:
+    """Return the names of the arrays whose checksums differ from those that were saved."""
+    return [name for name, found in checksums(arrays).items() if found != record[name]["checksum"]]
 
 
 def checksums(arrays: Arrays) -> dict[str, str]:

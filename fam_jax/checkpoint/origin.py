@@ -100,10 +100,11 @@ def wrong_vocabulary(file: epath.PathLike, folder: epath.Path) -> CheckpointErro
 
 
 def saved_origin(folder: epath.Path, step: int | None = None) -> Origin:
-    """Return the digests in the record of a saved step; empty if there is no such step or no readable record."""
-    steps = saved_steps(folder)
-    step = steps[-1] if step is None and steps else step
-    return read_record(folder / str(step)).get("origin", {}) if step in steps else {}
+    """Return the digests in the record of a saved step, or of the latest whose record is not damaged; or nothing."""
+    for each in reversed(saved_steps(folder)):
+        if step in (None, each) and (record := read_record(folder / str(each))):
+            return record.get("origin", {})
+    return {}
 
 
 def settle_origin(

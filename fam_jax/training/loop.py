@@ -20,9 +20,9 @@ from fam_jax.checkpoint import (
     find_vocabulary,
     saved_steps,
 )
-from fam_jax.config import Config
+from fam_jax.config import Config, UserError
 from fam_jax.data.build import make_batches
-from fam_jax.data.interface import Batches, BatchSpec
+from fam_jax.data.interface import Batch, Batches, BatchSpec
 from fam_jax.data.vocabulary import check_vocabulary_size
 from fam_jax.evaluation import evaluate_in_training
 from fam_jax.generation.compiled import state_sharding
@@ -204,7 +204,7 @@ def _open(
             if source:
                 checkpoints.save(source.step, _as_dict(state), batches.state(), wait=True)
                 notes.insert(0, f"forked from {source.name}")
-        yield trainer, checkpoints, state, batches, notes
+        yield trainer, checkpoints, state, batches, [*checkpoints.notes, *notes]
 
 
 def _checked_batches(config: Config) -> Batches:
@@ -290,7 +290,7 @@ class _Run:
                 raise Interrupted(int(state.step), stop(int(state.step)))
             clock, health = _Clock(), Health(config.train.skip_batches, self.folder)
             for step in remaining:
-                arrays = sharding.global_batch(batch_sharding, _for_step(self.batches.next(), config))
+                arrays = sharding.global_batch(batch_sharding, _for_step(self._next_batch(state), config))
                 state, metrics, compiling = self._step(step, state, arrays)
                 if self.batches.needs_metrics:
                     self.batches.observe(metrics)  # waits for the device
@@ -300,6 +300,7 @@ class _Run:
                 health.add(step, metrics)
                 signal_number, ending = stop(step), step == config.train.steps
                 saving = bool(signal_number) or ending or step % config.train.checkpoint_every == 0
+                saving = saving or self.checkpoints.failed
                 logging = ending or step % config.train.log_every == 0
                 if saving or logging:
                     # Dispatching a step does not wait for its results; without this the clock would stop early.
@@ -312,18 +313,16 @@ class _Run:
                     saved = self.checkpoints.latest_step()
                     raise health.end(step, metrics, arrays, state.params, saved)
                 if saving:
-                    self._save(step, state)
+                    # The last save is waited for here, where it can be made again if it fails.
+                    self._save(step, state, wait=bool(signal_number) or ending)
                 if self.evaluate is not None and config.evaluate.every and step % config.evaluate.every == 0:
                     if not self._evaluate(step, state):
                         signal_number = stop(step)
-                        if not saving:
-                            self._save(step, state)
+                        self._save(step, state, wait=True)
                     clock = _Clock()
                 if signal_number:
-                    self.checkpoints.wait()
                     raise Interrupted(step, signal_number)
         if remaining:
-            self.checkpoints.wait()
             self.progress.say(f"finished: {config.train.steps} steps, results in {self.folder}")
         else:
             self.progress.say(
@@ -331,6 +330,16 @@ class _Run:
                 "raise it to go on"
             )
         return last
+
+    def _next_batch(self, state: TrainState) -> Batch:
+        """Return the next batch. If the data has become unusable, save what was learned from it before."""
+        try:
+            return self.batches.next()
+        except UserError:
+            # Other processes may not have met the error, and would not save.
+            if jax.process_count() == 1 and int(state.step) > (self.checkpoints.latest_step() or 0):
+                self._save(int(state.step), state, wait=True)
+            raise
 
     def _step(
         self, step: int, state: TrainState, arrays: dict[str, jax.Array]
@@ -380,8 +389,8 @@ class _Run:
         )
         return values
 
-    def _save(self, step: int, state: TrainState) -> None:
-        self.checkpoints.save(step, _as_dict(state), self.batches.state())
+    def _save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
+        self.checkpoints.save(step, _as_dict(state), self.batches.state(), wait=wait)
         if self.writer is not None:
             self.writer.flush()
         self.progress.say(f"checkpoint: step {step} in {self.folder}")
