@@ -19,6 +19,7 @@ from fam_jax.checkpoint.folder import (
     read_config,
     saved_steps,
 )
+from fam_jax.checkpoint.links import check_links_below
 from fam_jax.checkpoint.orbax_io import file_of, read_parts, whole_record
 
 PyTree = Any
@@ -181,6 +182,7 @@ def _load(
     folder: epath.Path, step: int, wanted: Wanted, flag: str
 ) -> tuple[dict[str, manifest.Arrays], manifest.Record]:
     """Return verified arrays and the record of a step; if it is damaged, say which earlier step there is."""
+    check_links_below(folder / str(step), folder)
     try:
         return _read_arrays(folder / str(step), wanted)
     except manifest.Damage as error:

@@ -27,6 +27,7 @@ from fam_jax.checkpoint.folder import (
     saved_steps,
 )
 from fam_jax.checkpoint.hf_files import COMPANIONS, companion_folders
+from fam_jax.checkpoint.links import check_inside
 from fam_jax.checkpoint.orbax_io import read_record
 from fam_jax.config import Config, resolve
 from fam_jax.config.data import NAMED_VOCABULARIES, SEQIO
@@ -78,6 +79,9 @@ def find_vocabulary(
         *(place.parent / VOCABULARY / file for place in base),
     ]
     found = [place for place in places if place.is_file()]
+    for place in found:
+        if place != named:
+            check_inside(place, place.parent)
     saved = saved_origin(absolute(folder), step)
     right = [
         place
@@ -215,6 +219,7 @@ def keep_copies(folder: epath.Path, config: Mapping[str, Any]) -> None:
 
     Raises:
       OSError: a file cannot be read or written.
+      UserError: a link leads out of the folder that it is in.
     """
     data, base = config.get("data", {}), config.get("train", {}).get("init_from")
     digest, file = vocabulary_digest(config), epath.Path(data.get("vocabulary", "")).expanduser()
@@ -228,12 +233,15 @@ def keep_copies(folder: epath.Path, config: Mapping[str, Any]) -> None:
     same = [copy for copy in kept if copy.is_file() and file_digest(copy) == digest]
     if digest and settings_digest(file) not in map(settings_digest, same):
         beside = [file.parent / name for name in BESIDE]
-        _copy([file, *(other for other in beside if other.is_file())], folder / VOCABULARY)
+        _copy([file, *(other for other in beside if other.is_file())], folder / VOCABULARY, named=file)
 
 
-def _copy(files: list[epath.Path], target: epath.Path) -> None:
+def _copy(files: list[epath.Path], target: epath.Path, named: epath.Path | None = None) -> None:
+    """Copy files into a folder. Links may not lead out of their folder, except that of the file that the user named."""
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
+        if file != named:
+            check_inside(file, file.parent)
         unfinished = target / f".{file.name}.unfinished"
         unfinished.write_bytes(file.read_bytes())
         unfinished.replace(target / file.name)

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from fam_jax.checkpoint.new_file import mode_of_umask
 from fam_jax.config import Config
 from fam_jax.config.strict_json import dump_json
+from fam_jax.hf.checksums import save_tensors
 from fam_jax.hf.config_json import ConvertError
 from fam_jax.hf.memory_file import write_memory
 from fam_jax.hf.names import tensors
@@ -78,7 +77,6 @@ def export_adapter(
         "target_modules": pattern if multimodal else sorted(modules),
     }  # fmt: skip
     with new_folder(path) as folder:
-        with mode_of_umask(folder / "adapter_model.safetensors"):
-            save_file(arrays, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(arrays, folder / "adapter_model.safetensors", {"format": "pt"})
         write_memory(folder, config.model, leaves)
         (folder / "adapter_config.json").write_text(dump_json(adapter_config, indent=2) + "\n")

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors
 import tokenizers
 from etils import epath
 
@@ -67,8 +68,12 @@ def test_import_read_and_export(capsys, source, tmp_path):
 
     run(export_hf, "--checkpoint", ckpt, "--out", out)
     assert {path.name for path in out.iterdir()} == {path.name for path in source.iterdir()} - {"logits.npy"}
-    for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
+    written, original = (
+        safetensors.deserialize((folder / "model.safetensors").read_bytes()) for folder in (out, source)
+    )
+    assert sorted(written) == sorted(original)  # names, shapes, dtypes and bits
     assert "for Gemma2ForCausalLM" in capsys.readouterr().out
 
 
