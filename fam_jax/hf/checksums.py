@@ -32,6 +32,19 @@ def save_tensors(arrays: Mapping[str, np.ndarray], path: Path, metadata: Mapping
     found = dict(zip(arrays, _in_parallel(_digest_of_array, arrays.values()), strict=True))
     with mode_of_umask(path):
         save_file(dict(arrays), path, metadata={**metadata, ENTRY: dump_json(found)})
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a file in order, in place: safetensors writes it in an order that changes with every call."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:
+            file.seek(8)
+            file.write(text)
 
 
 def check_tensors(paths: Iterable[Path]) -> None:

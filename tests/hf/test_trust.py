@@ -185,6 +185,11 @@ def test_digests_that_are_not_of_the_tensors(tmp_path: pathlib.Path) -> None:
     with safe_open(file, framework="np") as opened:
         metadata = opened.metadata()
     assert metadata.keys() == {"format", checksums.ENTRY}
+    written = file.read_bytes()
+    for _ in range(8):
+        checksums.save_tensors(arrays, file, {"format": "pt"})
+        assert file.read_bytes() == written
+    assert list(load_file(file)) == [*arrays]
     for wrong in ("", "[]", "{}", '{"a": "1"}', "[" * 100_000, json.dumps(dict.fromkeys("abcd", "1"))):
         save_file(arrays, file, {checksums.ENTRY: wrong})
         with pytest.raises(ConvertError, match="is damaged"):
