@@ -46,6 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """
     parser = cli.Parser("generate", __doc__)
     cli.add_checkpoint(parser)
+    cli.add_imports(parser)
     mesh = "spread the parameters over devices, such as fsdp=8,data=1; default: use one device"
     parser.add_argument("--mesh", type=cli.mesh, metavar="AXIS=N,...", help=mesh)
     add = parser.add_argument_group("what to read").add_argument
@@ -306,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = parse_arguments(argv)
     mesh = None if found.mesh is None else make_mesh(found.mesh)
     with prompt(found) as source:
-        model = TextModel.restore(found.checkpoint, found.step, mesh)
+        model = TextModel.restore(found.checkpoint, found.step, mesh, imports=found.imports)
         state = None if found.load_memory is None else model.load(found.load_memory)
         batch = None if found.batch is None else open_batch(model, found)
         if source is not None:

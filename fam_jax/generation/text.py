@@ -98,7 +98,12 @@ class TextModel:
 
     @classmethod
     def restore(
-        cls, folder: str | os.PathLike[str], step: int | None = None, mesh: jax.sharding.Mesh | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        step: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        *,
+        imports: Sequence[str] = (),
     ) -> "TextModel":
         """Load the model of a run, with the vocabulary of its data task and the end tokens of an imported base.
 
@@ -107,7 +112,7 @@ class TextModel:
         # TensorFlow takes seconds to import.
         from fam_jax.data.build import task_vocabulary
 
-        config, params, step = load_model(folder, step, mesh)
+        config, params, step = load_model(folder, step, mesh, imports=imports)
         return cls(config, params, task_vocabulary(config.data), end_ids=end_ids(config, folder), step=step)
 
     def read(

@@ -151,7 +151,7 @@ def test_a_seqio_run_uses_the_vocabulary_of_its_task(tmp_path: pathlib.Path) -> 
     config = Config(model=variant(CONFIG, vocab_size=259), data=data)
     with Checkpoints(tmp_path / "run", config=dataclasses.asdict(config), keep=1) as checkpoints:
         checkpoints.save(1, {"params": params_of(config.model)}, {}, wait=True)
-    model = TextModel.restore(tmp_path / "run")
+    model = TextModel.restore(tmp_path / "run", imports=data.imports)
     assert (model.vocabulary, model.step) == (task_vocabulary(data), 1)
     own = TextModel(config, params_of(config.model), load_vocabulary("bytes"))
     text = "What is 3 plus 4?"
