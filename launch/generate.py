@@ -28,6 +28,7 @@ from fam_jax.generation.sampling import Sampling
 from fam_jax.generation.state_file import fingerprint
 from fam_jax.generation.text import TextModel, TextState
 from fam_jax.generation.tokenize import check_unicode
+from fam_jax.model.memory_health import MemoryHealth
 from fam_jax.sharding import make_mesh
 
 from . import cli
@@ -185,6 +186,16 @@ def reading_progress() -> Iterator[Callable[[int], None]]:
         print(line(), file=sys.stderr)
 
 
+def say_health(health: MemoryHealth) -> None:
+    """Print figures of the memory after a long text."""
+    means = health.means()
+    print(
+        f"memory: root mean square {means['memory_rms']:.3g}, the last block leaves {means['memory_unchanged']:.1%} of "
+        "its entries unchanged",
+        file=sys.stderr,
+    )
+
+
 def how_to_complete(found: argparse.Namespace) -> HowToComplete:
     """Return how the command line wants texts to be completed."""
     sampling = Sampling(found.temperature, found.top_k, found.top_p)
@@ -312,7 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch = None if found.batch is None else open_batch(model, found)
         if source is not None:
             with reading_progress() as show:
-                state = model.read(source, state, chunk_blocks=found.chunk_blocks, on_progress=show)
+                state = model.read(
+                    source, state, chunk_blocks=found.chunk_blocks, on_progress=show, on_health=say_health
+                )
     if found.save_memory is not None and state is not None:
         model.save(found.save_memory, state)
         print(f"memory of {state.tokens_read:,} tokens written to {found.save_memory}", file=sys.stderr)

@@ -28,8 +28,11 @@ from fam_jax.generation.streaming import NotFiniteError, Streamer
 from fam_jax.generation.tokenize import check_unicode, encode_pieces, read_text
 from fam_jax.memories.window_cache import ShownByShape
 from fam_jax.model import StreamState
+from fam_jax.model.memory_health import MemoryHealth, compare
 from fam_jax.restore import load_model
 
+# A reading of at least so many blocks looks at the memory in the end. That reads one block more.
+LOOK_BLOCKS = 64
 # Tokens to generate before the text is searched for stop strings.
 TOKENS_PER_CALL = 16
 
@@ -122,6 +125,7 @@ class TextModel:
         *,
         chunk_blocks: int = 16,
         on_progress: Callable[[int], None] | None = None,
+        on_health: Callable[[MemoryHealth], None] | None = None,
     ) -> TextState:
         """Read a text of any length; host and device memory do not depend on its length.
 
@@ -131,6 +135,8 @@ class TextModel:
             begins with the start token if config.data.add_bos is set.
           chunk_blocks: blocks that go through the model at once.
           on_progress: called with the number of tokens read so far.
+          on_health: called with the figures of the memory after a text of :data:`LOOK_BLOCKS` or more. If the memory is
+            frozen or not finite, a warning is logged, too.
 
         Raises:
           UserError: the text is empty or not valid Unicode, or has a token that the model has no embedding for.
@@ -144,7 +150,7 @@ class TextModel:
             texts = read_text(source, name)
         size = self.config.model.block_size
         streams = None if state is None else state.streams
-        logits, done = None, 0
+        logits, done, latest = None, 0, np.zeros(0, np.int32)
         # The first chunk ends at a block border, so all others are whole blocks.
         first = chunk_blocks * size - (int(state.streams.position.filled[0]) if state is not None else 0)
         pieces = encode_pieces(self.vocabulary.encode, texts)
@@ -154,6 +160,7 @@ class TextModel:
             check_ids(tokens, self.vocabulary, self.config.model.vocab_size)
             logits, streams = self.streamer.read([tokens], streams, chunk_blocks=chunk_blocks)
             done += len(tokens)
+            latest = np.concatenate([latest, tokens])[-size:]
             if on_progress is not None:
                 jax.block_until_ready(logits)
                 on_progress(done)
@@ -162,7 +169,24 @@ class TextModel:
         found = TextState(streams, logits)
         if not jnp.isfinite(logits.max()):
             raise NotFiniteError(f"{name}: {NotFiniteError.reason(found.tokens_read)}")
+        if done >= LOOK_BLOCKS * size:
+            self._look(streams, latest, on_health)
         return found
+
+    def _look(
+        self, streams: StreamState, block: np.ndarray, on_health: Callable[[MemoryHealth], None] | None
+    ) -> None:
+        """Compare the memory with what it would be after a block more."""
+        if not self.config.model.memory.has_state:
+            return
+        _, after = self.streamer.read([block], streams)
+        found = compare(self.config.model, streams, after)
+        if found is None:
+            return
+        for alarm in found.alarms(self.config.model):
+            logging.warning("ALARM: %s", alarm)
+        if on_health is not None:
+            on_health(found)
 
     def endings(self, stop: Sequence[str]) -> Endings:
         """Return what ends a text: the end tokens of the model, and `stop`.

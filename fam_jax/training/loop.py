@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from fam_jax import sharding
@@ -26,7 +27,8 @@ from fam_jax.data.interface import Batch, Batches, BatchSpec
 from fam_jax.data.vocabulary import check_vocabulary_size
 from fam_jax.evaluation import evaluate_in_training
 from fam_jax.generation.compiled import state_sharding
-from fam_jax.model import count_parameters, lora
+from fam_jax.model import count_parameters, from_dict, lora
+from fam_jax.model.memory_health import MemoryHealth, health_in_training
 from fam_jax.training.compiler import compiler_options
 from fam_jax.training.flops import peak_flops, step_flops
 from fam_jax.training.going_back import remember_restored, step_to_restore
@@ -49,7 +51,7 @@ from fam_jax.training.start import (
     load_from,
     restore_batches,
 )
-from fam_jax.training.state import TrainState, init_state, what_is_carried
+from fam_jax.training.state import TrainState, init_state, model_structure, what_is_carried
 from fam_jax.training.step import BATCH_TYPES, START, make_train_step
 from fam_jax.training.trace import StepTrace
 
@@ -68,6 +70,8 @@ class Trainer:
     step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
     # Returns the state before the first step, from config.train.init_from if it is set.
     create: Callable[[], TrainState]
+    # (parameters, inputs of a batch, what the step passes on) -> see `health_in_training`; None: there is no memory.
+    look: Callable[[Any, jax.Array, Any], MemoryHealth] | None
 
 
 def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) -> Trainer:
@@ -105,7 +109,20 @@ def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) ->
         base = load_base(config, mesh) if config.train.init_from else None
         return jax.jit(initial, out_shardings=shardings)(base)
 
-    return Trainer(config, mesh, placed, step, create)
+    return Trainer(config, mesh, placed, step, create, _make_look(config, mesh))
+
+
+def _make_look(config: Config, mesh: jax.sharding.Mesh) -> Any:
+    """Return `Trainer.look`."""
+    if not config.model.memory.has_state:
+        return None
+    graphdef, abstract = model_structure(config)
+
+    def look(params: Any, inputs: jax.Array, carried: Any) -> Any:
+        model = nnx.merge(graphdef, from_dict(abstract, params))
+        return health_in_training(model, inputs[:, : config.model.block_size], carried)
+
+    return jax.jit(sharding.traced_for(mesh, look), out_shardings=sharding.replicated(mesh))
 
 
 def train(
@@ -280,6 +297,8 @@ class _Run:
     folder: epath.Path
     # FLOPs of a step by row length, for the lengths that the step has been compiled for.
     flops: dict[int, float] = dataclasses.field(default_factory=dict)
+    # What the alarms of the memory at the last log line were about.
+    alarms: set[str] = dataclasses.field(default_factory=set)
 
     def __call__(self, state: TrainState, remaining: range) -> dict[str, Any]:
         config = self.trainer.config
@@ -307,7 +326,7 @@ class _Run:
                     jax.block_until_ready(metrics)
                     self._say_skipped(health)
                 if logging or health.must_end:
-                    last |= self._log(step, metrics, *clock.rates(), health)
+                    last |= self._log(step, metrics, *clock.rates(), health, self._memory(state, arrays))
                     clock = _Clock()
                 if health.must_end:
                     saved = self.checkpoints.latest_step()
@@ -367,11 +386,12 @@ class _Run:
         tokens_per_second: float,
         flops: float,
         health: Health,
+        memory: dict[str, float],
     ) -> dict[str, Any]:
         values = self.batches.name_scores({name: float(value) for name, value in metrics.items()})
         data = self.batches.metrics()
         # Batches skipped in this call, not by this step alone.
-        values |= {"tokens_per_second": tokens_per_second, "skipped": health.skipped, **data}
+        values |= {"tokens_per_second": tokens_per_second, "skipped": health.skipped, **memory, **data}
         warning = health.jump(values["loss"], data)
         if warning:
             self.progress.say(f"ALARM: {warning} at step {step}")
@@ -388,6 +408,19 @@ class _Run:
             f"{utilization}",
         )
         return values
+
+    def _memory(self, state: TrainState, arrays: dict[str, jax.Array]) -> dict[str, float]:
+        """Return figures of the memory after a step, and say an alarm that was not said before."""
+        look, inputs = self.trainer.look, arrays["inputs"]
+        if look is None or inputs.shape[1] < self.trainer.config.model.block_size:
+            return {}
+        found = jax.device_get(look(state.params, inputs, state.carried))
+        alarms = found.alarms(self.trainer.config.model)
+        for alarm in alarms:
+            if alarm.partition(":")[0] not in self.alarms:
+                self.progress.say(f"ALARM: {alarm}, after step {int(state.step)}")
+        self.alarms = {alarm.partition(":")[0] for alarm in alarms}
+        return found.means()
 
     def _save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
         self.checkpoints.save(step, _as_dict(state), self.batches.state(), wait=wait)

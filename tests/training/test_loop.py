@@ -13,16 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from orbax.checkpoint._src.metadata.array_metadata_store import Store
 
 from fam_jax import sharding
-from fam_jax.checkpoint import CheckpointError, Checkpoints, load_params
+from fam_jax.checkpoint import CheckpointError, Checkpoints
 from fam_jax.config import Config, ConfigError, DataConfig, UserError
 from fam_jax.config.format1 import FORMAT
 from fam_jax.config.strict_json import dump_json
 from fam_jax.data import build
 from fam_jax.data.curriculum import PasskeyCurriculum
-from fam_jax.data.packing import PackedBatches
 from fam_jax.training import interruption, loop
 from fam_jax.training.loop import Interrupted, train
 from tests.training.tiny import changed
@@ -291,62 +289,6 @@ def test_a_repeated_command_goes_back_once(
     assert (finished / "8" / "_CHECKPOINT_METADATA").stat().st_mtime_ns > made
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(
-    uninterrupted: pathlib.Path, finished: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = [
-        path for path in (finished / "8" / "params").rglob("*") if path.is_file() and path.stat().st_size > 0
-    ]
-    for path in sorted(files, key=lambda path: path.stat().st_size)[-3:]:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"step 8 is damaged .*\(--restore_step=4\)") as caught:
-        run(finished, restore_step=8)  # a step that is named is not replaced by another
-    assert "\n" not in str(caught.value)
-    train(RUN, str(finished), evaluate=evaluate)
-    told = capsys.readouterr().err.splitlines()
-    (note,) = [line for line in told if line.startswith("step 8 is damaged (")]
-    assert note.endswith("and the run goes on from step 4")
-    assert (finished / "8.damaged").is_dir()
-    load_params(finished, 8)
-    assert_same_run(finished, uninterrupted)
-
-
-def test_a_checkpoint_that_was_removed_is_noticed(
-    uninterrupted: pathlib.Path, finished: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.rmtree(finished / "8")
-    train(RUN, str(finished), evaluate=evaluate)
-    assert (
-        "step 8 was saved here, but its folder is gone; the latest now is step 4" in capsys.readouterr().err
-    )
-    assert_same_run(finished, uninterrupted)
-    shutil.rmtree(finished / "8")
-    shutil.rmtree(finished / "4")
-    train(RUN, str(finished), evaluate=evaluate)
-    assert "step 8 was saved here, but its folder is gone; there is no step left" in capsys.readouterr().err
-    assert_same_run(finished, uninterrupted)
-
-
-def test_a_save_that_fails_in_the_background_is_made_again(
-    uninterrupted: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The failure shows while training goes on. The step after that is saved instead."""
-    write, calls = Store.write, [0]
-
-    def fail(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] in (3, 4):  # two parts of the second save
-            raise OSError(28, "No space left on device")
-        return write(*args, **options)
-
-    monkeypatch.setattr(Store, "write", fail)
-    config = changed(RUN, train__checkpoint_every=2, train__keep_checkpoints=9)
-    run(tmp_path / "run", config)
-    found = {path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit()}
-    assert "4" not in found and {"2", "6", "8"} <= found
-    assert_same_run(tmp_path / "run", uninterrupted)
-
-
 def test_the_folder_of_another_config_is_refused(finished: pathlib.Path) -> None:
     other = changed(RUN, optimizer__beta1=0.5, data__prompt_weight=0.5, train__log_every=3)
     with pytest.raises(UserError) as caught:
@@ -418,34 +360,6 @@ def test_a_run_on_text_resumes_exactly(text: Config, tmp_path: pathlib.Path) -> 
     last = found[-1]
     assert last["epoch"] == 0 and 0 <= last["accuracy"] <= 1 and "stage_blocks" not in last
     assert last["loss"] < found[0]["loss"]
-
-
-def test_files_that_change_under_a_run_end_it_with_a_checkpoint(
-    text: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(tmp_path / "whole", text)
-    (file,) = map(pathlib.Path, text.data.train_files)
-    content, begin_group = file.read_bytes(), PackedBatches._begin_group
-
-    def change_then_begin(batches: PackedBatches) -> None:
-        if batches._step == 6:
-            file.write_bytes(bytes(len(content)))
-            batches._start(6, batches._group_end)  # nothing is read ahead
-        begin_group(batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PackedBatches, "_begin_group", change_then_begin)
-        with pytest.raises(
-            UserError, match="has changed since this program began; put the old file back"
-        ) as caught:
-            run(tmp_path / "run", text)
-    assert caught.value.exit_code == 2
-    assert load_params(tmp_path / "run")[2] == 6
-    with pytest.raises(UserError):  # the file is still another
-        run(tmp_path / "run", text)
-    file.write_bytes(content)
-    run(tmp_path / "run", text)
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
 
 
 def test_a_run_whose_rows_go_on_from_step_to_step_resumes_exactly(tmp_path: pathlib.Path) -> None:
