@@ -1,11 +1,9 @@
 """Steps that are no good: set damaged ones aside, and notice those that are gone."""
 
-import json
-
 from etils import epath
 
 from fam_jax.checkpoint.new_file import new_file
-from fam_jax.config.strict_json import dump_json
+from fam_jax.config.strict_json import dump_json, parse_json
 
 # Says which step was saved last, so that a run notices if the folder of that step is gone.
 NEWEST = "newest_step.json"
@@ -29,7 +27,7 @@ def remember_newest(folder: epath.Path, step: int | None) -> None:
 def note_of_gone_step(folder: epath.Path, steps: list[int]) -> str:
     """Return a line about the last saved step of a run if it is not among its `steps`, else an empty string."""
     try:
-        newest = json.loads((folder / NEWEST).read_text())["step"]
+        newest = parse_json((folder / NEWEST).read_text())["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
     if type(newest) is not int or newest <= max(steps, default=-1):

@@ -10,6 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from fam_jax.config import UserError
 from fam_jax.config.format1 import FORMAT, upgrade_config
+from fam_jax.config.strict_json import parse_json
 
 CONFIG_FILE = "config.json"
 # The entry of a config.json with the checksum of all others.
@@ -96,7 +97,7 @@ def read_config_file(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], li
     if not path.exists():
         raise CheckpointError(f"{path.parent}: holds no {CONFIG_FILE}; give the workdir of a training run")
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error}); restore it from a copy") from error
     if not isinstance(config, dict):

@@ -1,6 +1,5 @@
 """Find the companions of an imported model (config.json, tokenizer) in the folder of its checkpoint."""
 
-import json
 from typing import Any
 
 from etils import epath
@@ -8,6 +7,7 @@ from etils import epath
 from fam_jax.checkpoint.folder import CheckpointError, absolute, locate, read_config
 from fam_jax.config import Config, resolve
 from fam_jax.config.data import SEQIO
+from fam_jax.config.strict_json import parse_json
 
 COMPANIONS = "huggingface"
 # Files among the companions that name the tokens that end a text.
@@ -50,7 +50,7 @@ def _end_ids_in(path: epath.Path) -> list[int]:
     if not path.exists():
         return []
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy it from the source") from error
     groups = [content, content.get("text_config")] if isinstance(content, dict) else []

@@ -10,7 +10,6 @@ run holds
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +30,7 @@ from fam_jax.checkpoint.links import check_inside
 from fam_jax.checkpoint.orbax_io import read_record
 from fam_jax.config import Config, resolve
 from fam_jax.config.data import NAMED_VOCABULARIES, SEQIO
+from fam_jax.config.strict_json import parse_json
 
 VOCABULARY = "vocabulary"
 # Files beside a vocabulary that say which of its pieces are special, and how to use it. The model_type in config.json
@@ -187,7 +187,7 @@ def settings_digest(file: epath.Path) -> str:
 
 def _value(file: epath.Path) -> Any:
     try:
-        value = json.loads(file.read_bytes())
+        value = parse_json(file.read_bytes())
     except (ValueError, RecursionError):
         return file_digest(file)
     if file.name != SETTINGS[0] or not isinstance(value, dict):

@@ -1,9 +1,31 @@
-"""Write strict JSON, which has no NaN: the one way in which this package writes JSON."""
+"""The ways in which this package writes and reads JSON: without NaN, and not nested too deeply."""
 
 import json
 import math
 from collections.abc import Callable
 from typing import Any
+
+# Levels of nested lists and objects. Python has about a thousand levels of calls.
+DEEPEST = 100
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text, from a file of anybody.
+
+    Raises:
+      ValueError: it is not valid JSON, or nested more than :data:`DEEPEST` levels deep.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level, inner = 0, [value]
+    while inner := [each for each in inner if isinstance(each, dict | list)]:
+        level += 1
+        if level > DEEPEST:
+            raise ValueError("it is nested too deeply")
+        inner = [each for part in inner for each in (part.values() if isinstance(part, dict) else part)]
+    return value
 
 
 def dump_json(

@@ -6,7 +6,6 @@ how a tokenizer of the class LlamaTokenizer divides text. Imports neither Tensor
 
 import dataclasses
 import itertools
-import json
 from typing import Any
 
 import tokenizers
@@ -14,6 +13,7 @@ from etils import epath
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from fam_jax.config import UserError
+from fam_jax.config.strict_json import parse_json
 from fam_jax.data.text_files import BOM
 
 SETTINGS = "tokenizer_config.json"
@@ -119,7 +119,7 @@ def read_object(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(_read_text(path))
+        found = parse_json(_read_text(path))
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON; correct it or fetch it again") from error
     if not isinstance(found, dict):

@@ -1,6 +1,5 @@
 """Compare the results of several evaluations of tasks: tables in Markdown, paired differences, and plots."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from fam_jax.checkpoint.new_file import output_file
 from fam_jax.config import UserError
+from fam_jax.config.strict_json import parse_json
 from fam_jax.evaluation.plot import plot_by_fact
 from fam_jax.evaluation.scores import paired_difference
 
@@ -29,7 +29,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
       UserError: it is missing, or no such file.
     """
     try:
-        found = json.loads(Path(path).read_text())
+        found = parse_json(Path(path).read_text())
         assert isinstance(found["suites"], dict) and isinstance(found["step"], int)
     except OSError as error:
         raise UserError(

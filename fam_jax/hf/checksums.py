@@ -13,7 +13,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from fam_jax.checkpoint.new_file import mode_of_umask
-from fam_jax.config.strict_json import dump_json
+from fam_jax.config.strict_json import dump_json, parse_json
 from fam_jax.hf.config_json import ConvertError, first_line
 
 # The entry of the metadata: JSON of the digests, in hexadecimal digits, by the names of the tensors. Each is of the
@@ -41,7 +41,7 @@ def _sort_metadata(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        text = dump_json(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
         if len(text) == size:
             file.seek(8)
             file.write(text)
@@ -80,8 +80,8 @@ def _entries(path: Path) -> list[tuple[str, str, int, int]]:
                 return []
         with path.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(size))
-        digests = json.loads(text)
+            header = parse_json(raw.read(size))
+        digests = parse_json(text)
         offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
         if not isinstance(digests, dict) or digests.keys() != offsets.keys():
             raise ValueError("its digests are not those of its tensors")

@@ -1,12 +1,12 @@
 """A `config.json`: the JSON file, and which type each of its options has."""
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from fam_jax.config import UserError
+from fam_jax.config.strict_json import parse_json
 from fam_jax.data.text_files import BOM
 
 
@@ -125,7 +125,7 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     """
     check_no_pointer(path)
     try:
-        content = json.loads(epath.Path(path).read_text(encoding="utf-8").removeprefix(BOM))
+        content = parse_json(epath.Path(path).read_text(encoding="utf-8").removeprefix(BOM))
     except (ValueError, OSError) as error:
         raise ConvertError(
             f"{path}: cannot be read as JSON ({first_line(error)}); download it again"

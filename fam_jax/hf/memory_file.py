@@ -7,7 +7,6 @@ the memory, so the parameters are tensors of the model.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import safetensors
 
 from fam_jax.config import ModelConfig
 from fam_jax.config.format1 import upgrade_model
-from fam_jax.config.strict_json import dump_json
+from fam_jax.config.strict_json import dump_json, parse_json
 from fam_jax.hf.checksums import check_tensors, save_tensors
 from fam_jax.hf.config_json import ConvertError, first_line
 from fam_jax.hf.folder import Folder
@@ -53,7 +52,7 @@ def read_memory_config(folder: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-        fields = json.loads(metadata["config"])
+        fields = parse_json(metadata["config"])
         if metadata.get("format") == FORMAT1:
             fields = upgrade_model(fields)
         return {"block_size": fields["block_size"], "memory": dict(fields["memory"])}
