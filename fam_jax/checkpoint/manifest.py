@@ -104,7 +104,7 @@ def unseal(sealed: Any) -> Record:
     """
     if not isinstance(sealed, dict) or sealed.get("digest") != json_digest(sealed.get("record")):
         raise Damage("its record of contents does not match its digest")
-    record = sealed.get("record")
+    record: Any = sealed["record"]
     if not _is_record(record):
         raise Damage("its record of contents is not as fam_jax writes it")
     return record

@@ -157,7 +157,8 @@ TOKENIZER = {
         ]
     },
     "tokenizer_config.json": {
-        "bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True, "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True,
+        "tokenizer_class": "LlamaTokenizer",
         "added_tokens_decoder": {"3": {"content": "<s>", "special": True}}, "chat_template": "{{ messages }}",
     },
     "special_tokens_map.json": {"eos_token": "</s>", "additional_special_tokens": ["<x>"]},
