@@ -46,6 +46,8 @@ class Checkpoints:
     _saving: int | None = None
     _complete = True
     _lost: SaveError | None = None
+    # Of Orbax, to the save in progress.
+    _response: Any = None
     # Whether a part of the first step was read back.
     _read_back = False
 
@@ -125,13 +127,21 @@ class Checkpoints:
             raise self._lost
         try:
             with self._writing():
-                self._steps.wait()
+                self._wait_for_orbax()
                 if not self._complete and jax.process_index() == 0:
                     remember_newest(self.folder, self._saving)
         except SaveError as error:
             self._lost = error
             raise
         self._complete = True
+
+    def _wait_for_orbax(self) -> None:
+        response, self._response = self._response, None
+        try:
+            if response is not None:
+                response.result()  # which also ends a thread and closes its handles
+        finally:
+            self._steps.wait()
 
     @property
     def failed(self) -> bool:
@@ -211,7 +221,7 @@ class Checkpoints:
                 self._complete = False
                 with self._writing():
                     # Without force Orbax may skip the save and only return None.
-                    self._steps.save_checkpointables_async(step, parts, force=True)
+                    self._response = self._steps.save_checkpointables_async(step, parts, force=True)
                 if wait:
                     self.wait()
                 return
@@ -226,6 +236,8 @@ class Checkpoints:
 
     def _open_again(self) -> None:
         """Forget a failed save."""
+        with contextlib.suppress(Exception):
+            self._wait_for_orbax()
         with contextlib.suppress(Exception):
             self._steps.close()
         with self._writing():

@@ -4,6 +4,7 @@ import errno
 import os
 import pathlib
 import shutil
+import threading
 import time
 import types
 from typing import Any
@@ -221,3 +222,18 @@ def test_a_clock_that_jumps_does_not_end_a_run(run: pathlib.Path, monkeypatch: p
     with open_run(run) as checkpoints:
         assert_same(checkpoints.restore(None, structs(state))[0], state)
         assert checkpoints.latest_step() == 30
+
+
+def test_checkpoints_leave_no_threads_and_handles(tmp_path: pathlib.Path) -> None:
+    def in_use() -> tuple[int, int]:
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    state, found = {"params": {"x": jnp.ones(3)}}, list[tuple[int, int]]()
+    with Checkpoints(tmp_path / "run", config={}, keep=2) as checkpoints:
+        for step in range(1, 13):
+            checkpoints.save(step, state, {})
+            if step in (2, 12):
+                checkpoints.wait()
+                found.append(in_use())
+    (threads, handles), (threads_later, handles_later) = found
+    assert threads_later <= threads + 2 and handles_later <= handles + 4, found
