@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench reproduce
+.PHONY: demo test lint bench reproduce soak
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m
@@ -27,6 +27,12 @@ bench: $(STAMP)
 
 reproduce: $(STAMP)
 	@$(RUN) benchmarks.reproduce $(if $(FIGURE),--figure=$(FIGURE)) $(if $(SEEDS),--seeds=$(SEEDS))
+
+# Hours: fuzzers with 100 times as many examples, then kills, damage, full disks and lost workers. It goes on if it is
+# started again.
+soak: $(STAMP)
+	@$(RUN) pytest tests/fuzz -q --hypothesis-profile=soak
+	@$(RUN) benchmarks.soak --workdir=runs/soak --json=runs/soak/trust.json
 
 # The first Python >= 3.11 that runs and can make an environment. 3.13 comes last: a dependency of seqio has
 # no wheel for it and needs a C++ compiler. A name on PATH proves nothing (it may be a shim), so each is run.

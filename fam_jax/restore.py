@@ -1,20 +1,26 @@
 """Load a trained model from a checkpoint: config and parameters, ready to read and generate."""
 
 import os
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fam_jax.checkpoint import check_task_vocabulary, find_vocabulary, load_params
-from fam_jax.config import Config, ModelConfig, resolve
+from fam_jax.checkpoint import check_task_vocabulary, find_vocabulary, load_params, read_config
+from fam_jax.config import Config, ConfigError, ModelConfig, resolve
 from fam_jax.data.vocabulary import task_digest
 from fam_jax.model import lora
 from fam_jax.sharding import param_shardings
 
 
 def load_model(
-    folder: str | os.PathLike[str], step: int | None = None, mesh: jax.sharding.Mesh | None = None
+    folder: str | os.PathLike[str],
+    step: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    imports: Sequence[str] = (),
 ) -> tuple[Config, dict[str, Any], int]:
     """Load the model of a run.
 
@@ -25,14 +31,16 @@ def load_model(
       folder: workdir of the run.
       step: a saved step; None: the latest.
       mesh: from `fam_jax.sharding`, to spread the parameters over; None: they go to the first device.
+      imports: modules that the config of the run may import; see :func:`check_imports`.
 
     Returns:
       The config of the run, its parameters as a nested dict with LoRA merged into them, and their step.
 
     Raises:
       CheckpointError: the folder or the step is missing or damaged.
-      ConfigError: the mesh does not divide a parameter.
+      ConfigError: the mesh does not divide a parameter, or the config names other modules to import.
     """
+    check_imports(resolve(read_config(folder)), folder, imports)
 
     def places(shapes: Any) -> Any:
         if mesh is not None:
@@ -63,6 +71,25 @@ def load_task_vocabulary(config: Config, folder: str | os.PathLike[str], step: i
     vocabulary = task_vocabulary(config.data)
     check_task_vocabulary(folder, step, task_digest(vocabulary, config.data))
     return vocabulary
+
+
+def check_imports(config: Config, folder: str | os.PathLike[str], allowed: Sequence[str]) -> None:
+    """Check that a checkpoint imports no module, and so runs no code, that its user has not named or imported already.
+
+    Args:
+      config: of the checkpoint.
+      folder: workdir of the run, for the message.
+      allowed: modules that the user has named.
+
+    Raises:
+      ConfigError: config.data.imports names another one.
+    """
+    others = [name for name in config.data.imports if name not in allowed and name not in sys.modules]
+    if others:
+        raise ConfigError(
+            f"{folder}: its config imports {', '.join(others)} (data.imports), which would run code of that name; if "
+            f"that is what you want, add --imports={','.join([*allowed, *others])}"
+        )
 
 
 def _to_use(params: dict[str, Any], config: Config) -> dict[str, Any]:

@@ -46,6 +46,7 @@ __all__ = [
     "ArgumentParser",
     "Parser",
     "add_checkpoint",
+    "add_imports",
     "add_mesh",
     "as_typed",
     "at_least",
@@ -293,6 +294,17 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", required=True, metavar="DIR", help="workdir of a run, or an imported model"
     )
     parser.add_argument("--step", type=at_least(0), metavar="N", help="saved step; default: the latest")
+
+
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """Add --imports, the modules that a checkpoint's config may import."""
+    parser.add_argument(
+        "--imports",
+        type=words,
+        default=(),
+        metavar="MODULE,...",
+        help="modules that the run's config.data.imports names, and that may run; default: none",
+    )
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:

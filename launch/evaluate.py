@@ -42,6 +42,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = cli.Parser("evaluate", __doc__, job=True)
     cli.add_checkpoint(parser)
+    cli.add_imports(parser)
     cli.add_mesh(parser)
     add = parser.add_argument
     add("--list", action=_ListTasks, help="list the tasks, and with --data where their data is, and exit")
@@ -214,6 +215,7 @@ def run_tasks(arguments: argparse.Namespace, command: str) -> None:
             mesh=arguments.mesh,
             out=arguments.out,
             fresh=arguments.fresh,
+            imports=arguments.imports,
             command=command,
             on_progress=show,
             **settings,
@@ -263,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             suffixes=arguments.suffixes,
             probes=arguments.probe,
             out=arguments.out,
+            imports=arguments.imports,
             command=command,
             on_progress=show,
             **{field: value for field, value in given.items() if value is not None},

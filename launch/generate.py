@@ -30,6 +30,7 @@ from fam_jax.generation.state_file import fingerprint
 from fam_jax.generation.text import TextModel, TextState
 from fam_jax.generation.tokenize import check_unicode
 from fam_jax.generation.turn import Turn
+from fam_jax.model.memory_health import MemoryHealth
 from fam_jax.sharding import make_mesh
 
 from . import cli
@@ -48,6 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """
     parser = cli.Parser("generate", __doc__)
     cli.add_checkpoint(parser)
+    cli.add_imports(parser)
     mesh = "spread the parameters over devices, such as fsdp=8,data=1; default: use one device"
     parser.add_argument("--mesh", type=cli.mesh, metavar="AXIS=N,...", help=mesh)
     add = parser.add_argument_group("what to read").add_argument
@@ -188,6 +190,16 @@ def reading_progress() -> Iterator[Callable[[int], None]]:
         print(line(), file=sys.stderr)
 
 
+def say_health(health: MemoryHealth) -> None:
+    """Print figures of the memory after a long text."""
+    means = health.means()
+    print(
+        f"memory: root mean square {means['memory_rms']:.3g}, the last block leaves {means['memory_unchanged']:.1%} of "
+        "its entries unchanged",
+        file=sys.stderr,
+    )
+
+
 def how_to_complete(found: argparse.Namespace, *stops: str) -> HowToComplete:
     """Return how the command line wants texts to be completed, with more strings that end them."""
     sampling = Sampling(found.temperature, found.top_k, found.top_p)
@@ -321,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = parse_arguments(argv)
     mesh = None if found.mesh is None else make_mesh(found.mesh)
     with prompt(found) as source:
-        model = TextModel.restore(found.checkpoint, found.step, mesh)
+        model = TextModel.restore(found.checkpoint, found.step, mesh, imports=found.imports)
         turn = model.turn if found.chat else Turn()
         state = None if found.load_memory is None else model.load(found.load_memory)
         batch = None if found.batch is None else open_batch(model, found, turn)
@@ -330,7 +342,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if source is not None:
             around = {"before": turn.before if state is None else "", "after": turn.after if ends else ""}
             with reading_progress() as show:
-                state = model.read(source, state, **around, chunk_blocks=found.chunk_blocks, on_progress=show)
+                state = model.read(
+                    source,
+                    state,
+                    **around,
+                    chunk_blocks=found.chunk_blocks,
+                    on_progress=show,
+                    on_health=say_health,
+                )
     if found.save_memory is not None and state is not None:
         model.save(found.save_memory, state)
         print(f"memory of {state.tokens_read:,} tokens written to {found.save_memory}", file=sys.stderr)

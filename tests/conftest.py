@@ -34,6 +34,8 @@ gc.set_threshold(20_000, 20, 20)
 # Compilation makes the first example far slower than the others, so there is no deadline.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+# For `make soak`, as --hypothesis-profile=soak: see tests/fuzz/hostile.py.
+hypothesis.settings.register_profile("soak", deadline=None, max_examples=10_000, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 

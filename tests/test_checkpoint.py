@@ -7,88 +7,29 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fam_jax.checkpoint import CheckpointError, Checkpoints, SaveError, load_params, read_config
+from fam_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    load_params,
+    read_config,
+)
 from fam_jax.checkpoint.manifest import checksums
 from fam_jax.config import UserError
 from fam_jax.config.format1 import FORMAT
+from tests.checkpoint.states import CONFIG, assert_same, make_state, mesh_of, open_run, structs, write_run
 from tests.variants import rest_slow
-
-CONFIG = {"model": {"model_dim": 96, "attention": "xla"}, "train": {"steps": 10}, "mesh": {"fsdp": 2}}
-
-
-def mesh_of(*shape: int) -> jax.sharding.Mesh:
-    devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
-
-
-def make_state(mesh: jax.sharding.Mesh) -> dict:
-    """Return a state with every kind of leaf that training has, sharded over `mesh`."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {
-        "embedding": {"table": jax.random.normal(keys[0], (64, 16))},
-        "layers": {"up": {"kernel": jax.random.normal(keys[1], (3, 128, 256))}},
-        "half": jax.random.normal(keys[2], (8, 4), jnp.bfloat16),
-    }
-    optimizer = optax.chain(optax.clip(1.0), optax.adafactor(1e-3, momentum=0.9), optax.scale_by_adam())
-    state = {
-        "params": params,
-        "optimizer": optimizer.init(params),
-        "step": jnp.int32(7),
-        "rng": jax.random.key(5),
-        "keys": jax.random.split(jax.random.key(6, impl="rbg"), 4),
-        "fam": jnp.zeros((3, 0, 16)),  # as a model without FAM has it
-        "no_fam": None,
-        "seen": jnp.array([True, False]),
-    }
-
-    def place(leaf: jax.Array) -> jax.Array:
-        spec = P("fsdp") if leaf.shape == (64, 16) else P()
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, state)
-
-
-def structs(state: dict) -> dict:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
-def bits(leaf: jax.Array | np.ndarray) -> np.ndarray:
-    if not isinstance(leaf, np.ndarray) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf)
-
-
-def assert_same(found: dict, expected: dict) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(bits(one), bits(other))
-
-
-def open_run(folder: pathlib.Path, keep: int = 2, **changes: dict) -> Checkpoints:
-    return Checkpoints(folder, config=CONFIG | changes, keep=keep)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Return the folder of a run with steps 10 and 20. Do not change it."""
-    folder = tmp_path_factory.mktemp("saved")
-    state = make_state(mesh_of(2, 4))
-    with open_run(folder) as checkpoints:
-        checkpoints.save(10, state, {"examples": 10})
-        checkpoints.save(
-            20,
-            state | {"step": state["step"] + 10},
-            {"examples": 20, "loss": 0.5, "row": (1, 2), "by_host": {9: 1, 10: 2}},
-        )
-    return folder
+    return write_run(tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture
@@ -212,6 +153,7 @@ def test_damage_is_found(
     with pytest.raises(CheckpointError, match=r"step 20 is damaged .*\(--step=10\)") as caught:
         load_params(run)
     assert "\n" not in str(caught.value)
+    assert str(run / "20" / file.split("/")[0]) in str(caught.value)
     assert capfd.readouterr().err == ""  # the user sees only the message
     like = structs(make_state(mesh_of(1, 1)))
     with open_run(run) as checkpoints, pytest.raises(CheckpointError, match=r"\(--restore_step=10\)"):
@@ -291,7 +233,7 @@ def test_keeps_the_latest(tmp_path: pathlib.Path) -> None:
     with open_run(tmp_path, keep=2) as checkpoints:
         for step in (5, 6, 7, 8):
             checkpoints.save(step, state, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "8", "config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "8", "config.json", "newest_step.json"]
 
 
 def test_saving_an_old_step_is_refused(run: pathlib.Path) -> None:
@@ -312,7 +254,7 @@ def test_going_back_replaces_later_steps(run: pathlib.Path) -> None:
         checkpoints.save(20, state, {"examples": 21})
         _, position = checkpoints.restore(None, structs(state))
     assert position == {"examples": 21}
-    assert sorted(path.name for path in run.iterdir()) == ["15", "20", "config.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["15", "20", "config.json", "newest_step.json"]
 
 
 def test_config_that_differs_is_refused(saved: pathlib.Path) -> None:
@@ -380,19 +322,6 @@ def test_a_memory_saved_in_bfloat16_is_restored_wider(tmp_path: pathlib.Path) ->
         assert_same(checkpoints.restore(1, structs(state))[0], state)
         with pytest.raises(CheckpointError, match="carried/fam is bfloat16"):
             checkpoints.restore(1, structs(narrow))
-
-
-def test_failed_save_is_reported(run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_run(run) as checkpoints:
-
-        def no_space(*_: object, **__: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr("orbax.checkpoint._src.metadata.array_metadata_store.Store.write", no_space)
-        with pytest.raises(SaveError, match=r"saving step 30 failed .*No space left") as caught:
-            checkpoints.save(30, make_state(mesh_of(1, 1)), {}, wait=True)
-    assert caught.value.exit_code == 75, "a supervisor does not repeat a command that ends with 2"
-    assert load_params(run)[2] == 20
 
 
 def test_error_is_a_user_error() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from fam_jax.config.strict_json import dump_json, load_json
+from fam_jax.config.strict_json import dump_json, parse_json
 from fam_jax.evaluation.record import Evaluation, read_evaluation
 from fam_jax.training.metrics import MetricsWriter
 
@@ -79,10 +79,10 @@ def test_json_is_written_by_one_function() -> None:
 
 
 def test_json_of_others() -> None:
-    assert load_json(b'\xef\xbb\xbf{"a": "\xc3\xa9"}') == {"a": "é"}
+    assert parse_json(b'\xef\xbb\xbf{"a": "\xc3\xa9"}') == {"a": "é"}
     for content in (b"", b"{", b"\xff", '{"a": 1}'.encode("utf-16"), b"[" * 100_000, b'{"a":' * 100_000):
         with pytest.raises(ValueError, match=r"\S"):
-            load_json(content)
+            parse_json(content)
 
 
 def test_records_of_evaluations(tmp_path: pathlib.Path) -> None:

@@ -4,6 +4,8 @@ The folder of a run holds
 
     config.json          the resolved config of the run, and the history of its changes
     500/, 1000/, ...     one folder per saved step, written by Orbax
+    500.damaged/         a step that was set aside
+    newest_step.json     the number of the step that was saved last
     huggingface/         of an imported model, or of the run's base: config.json and tokenizer
     vocabulary/          the vocabulary's file, if it is not in huggingface/
 
@@ -17,6 +19,8 @@ that hold the arrays (see `manifest.py`), saved with the step, and compared afte
 
 from fam_jax.checkpoint.folder import (
     CheckpointError,
+    DamagedStepError,
+    ReadError,
     SaveError,
     absolute,
     check_name,
@@ -57,6 +61,8 @@ __all__ = [
     "VOCABULARY",
     "CheckpointError",
     "Checkpoints",
+    "DamagedStepError",
+    "ReadError",
     "SaveError",
     "absolute",
     "changeable_fields",

@@ -10,7 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from fam_jax.config import UserError
 from fam_jax.config.format1 import FORMAT, upgrade_config
-from fam_jax.config.strict_json import load_json
+from fam_jax.config.strict_json import parse_json
 
 CONFIG_FILE = "config.json"
 # The entry of a config.json with the checksum of all others.
@@ -22,6 +22,22 @@ PATTERN = "*?[]{}"
 
 class CheckpointError(UserError):
     """A checkpoint is missing or damaged, or belongs to another run. The message says what to do."""
+
+
+class DamagedStepError(CheckpointError):
+    """A step is damaged."""
+
+    def __init__(self, message: str, reason: str):
+        """Create the error; `reason` is the part of the message that says what is damaged."""
+        super().__init__(message)
+        self.reason = reason
+
+
+class ReadError(CheckpointError):
+    """A checkpoint could not be read, for a reason other than damage. The command may work again later."""
+
+    # EX_TEMPFAIL of sysexits.h
+    exit_code = 75
 
 
 class SaveError(CheckpointError):
@@ -95,7 +111,7 @@ def read_config_file(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], li
     if not path.exists():
         raise CheckpointError(f"{path.parent}: holds no {CONFIG_FILE}; give the workdir of a training run")
     try:
-        config = load_json(path.read_bytes())
+        config = parse_json(path.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error}); restore it from a copy") from error
     if not isinstance(config, dict):

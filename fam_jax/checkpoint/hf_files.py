@@ -7,7 +7,7 @@ from etils import epath
 from fam_jax.checkpoint.folder import CheckpointError, absolute, locate, read_config
 from fam_jax.config import Config, UserError, resolve
 from fam_jax.config.data import SEQIO
-from fam_jax.config.strict_json import load_json
+from fam_jax.config.strict_json import parse_json
 
 COMPANIONS = "huggingface"
 # A file among them with the path of the folder that was imported; null if the weights were trained since.
@@ -71,7 +71,7 @@ def _end_ids_in(path: epath.Path) -> list[int]:
     if not path.exists():
         return []
     try:
-        content = load_json(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download it again") from error
     groups = [content, content.get("text_config")] if isinstance(content, dict) else []

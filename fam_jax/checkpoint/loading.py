@@ -6,11 +6,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from etils import epath
 
 from fam_jax.checkpoint import manifest
-from fam_jax.checkpoint.folder import CheckpointError, absolute, check_readable, read_config, saved_steps
-from fam_jax.checkpoint.orbax_io import read_parts
+from fam_jax.checkpoint.aside import note_of_gone_step
+from fam_jax.checkpoint.folder import (
+    CheckpointError,
+    DamagedStepError,
+    ReadError,
+    absolute,
+    check_readable,
+    read_config,
+    saved_steps,
+)
+from fam_jax.checkpoint.links import check_links_below
+from fam_jax.checkpoint.orbax_io import file_of, read_parts, whole_record
 
 PyTree = Any
 Shardings = jax.sharding.Sharding | Callable[[PyTree], PyTree]
@@ -45,7 +56,10 @@ def load_params(
     """
     path = absolute(folder)
     config = read_config(path)
-    step = choose_step(path, saved_steps(path), step)
+    steps = saved_steps(path)
+    if step is None and (note := note_of_gone_step(path, steps)):
+        logging.warning("%s", note)
+    step = choose_step(path, steps, step)
 
     def wanted(record: manifest.Record) -> dict[str, manifest.Arrays]:
         shapes = {
@@ -129,7 +143,7 @@ def read_back(folder: epath.Path, step: int, arrays: Mapping[str, manifest.Array
         }
     try:
         _read_arrays(folder / str(step), lambda _: chosen, partial=True)
-    except manifest.Damage as error:
+    except (manifest.Damage, manifest.Unavailable) as error:
         raise CheckpointError(
             f"{folder}: step {step} was saved but cannot be read back ({error}); give a workdir on another disk"
         ) from error
@@ -170,6 +184,7 @@ def _load(
     folder: epath.Path, step: int, wanted: Wanted, flag: str
 ) -> tuple[dict[str, manifest.Arrays], manifest.Record]:
     """Return verified arrays and the record of a step; if it is damaged, say which earlier step there is."""
+    check_links_below(folder / str(step), folder)
     try:
         return _read_arrays(folder / str(step), wanted)
     except manifest.Damage as error:
@@ -177,7 +192,13 @@ def _load(
         remedy = "there is no earlier step to go back to"
         if earlier:
             remedy = f"go back to step {earlier[-1]} ({flag.format(step=earlier[-1])})"
-        raise CheckpointError(f"{folder}: step {step} is damaged ({error}); {remedy}") from error
+        message = f"{folder}: step {step} is damaged ({error}); {remedy}"
+        raise DamagedStepError(message, str(error)) from error
+    except manifest.Unavailable as error:
+        raise ReadError(
+            f"{folder}: step {step} cannot be read now ({error}); check the disk, the network and permissions, then "
+            "try again"
+        ) from error
 
 
 def _read_arrays(
@@ -193,7 +214,7 @@ def _read_arrays(
     Raises:
       Damage: something cannot be read, or differs from what was saved.
     """
-    record = manifest.unseal(read_parts(path, {"contents": None})["contents"])
+    record = whole_record(path)
     record, stored_names = manifest.upgrade(record)
     structs = {part: manifest.abstract(like) for part, like in wanted(record).items()}
     stored = {
@@ -208,5 +229,7 @@ def _read_arrays(
         for part, leaves in structs.items()
     }
     for part in structs:
-        manifest.check_sums(part, record[part], arrays[part])
+        for name in manifest.with_wrong_sums(record[part], arrays[part]):
+            file = file_of(path / part, stored_names[part][name])
+            raise manifest.Damage(f"the values of {part}/{name} in {file} do not match their checksum")
     return arrays, record

@@ -22,7 +22,11 @@ PARTS = ("params", "training")
 
 
 class Damage(Exception):
-    """A step is damaged. The message says where; `steps.py` adds the step and the remedy."""
+    """A step is damaged. The message says where; `loading.py` adds the step and the remedy."""
+
+
+class Unavailable(Exception):
+    """A step cannot be read now, which does not mean that it is damaged."""
 
 
 PyTree = Any
@@ -96,11 +100,42 @@ def unseal(sealed: Any) -> Record:
     """Return the record that :func:`seal` was given.
 
     Raises:
-      Damage: the digest does not match.
+      Damage: the digest does not match, or it is no record.
     """
     if not isinstance(sealed, dict) or sealed.get("digest") != json_digest(sealed.get("record")):
         raise Damage("its record of contents does not match its digest")
-    return sealed["record"]
+    record: Any = sealed["record"]
+    if not _is_record(record):
+        raise Damage("its record of contents is not as fam_jax writes it")
+    return record
+
+
+def _is_record(record: Any) -> bool:
+    """Return whether a JSON value has the types of a record."""
+    if not isinstance(record, dict) or not isinstance(record.get("position", {}), dict):
+        return False
+    origin, parts = record.get("origin", {}), [record[part] for part in PARTS if part in record]
+    return (
+        isinstance(origin, dict)
+        and all(isinstance(digest, str) for digest in origin.values())
+        and "params" in record
+        and all(isinstance(part, dict) and all(map(_is_entry, part.values())) for part in parts)
+    )
+
+
+def _is_entry(entry: Any) -> bool:
+    """Return whether a JSON value has the types of an array's entry in a record."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("checksum"), str):
+        return False
+    shape, dtype = entry.get("shape"), entry.get("dtype")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+        return False
+    if not isinstance(dtype, str) or not isinstance(entry.get("key", ""), str):
+        return False
+    try:
+        return "key" in entry or bool(jnp.dtype(dtype).itemsize)
+    except TypeError:
+        return False
 
 
 def upgrade(record: Record) -> tuple[Record, dict[str, dict[str, str]]]:
@@ -131,11 +166,9 @@ def check_fit(part: str, record: Record, like: Arrays) -> None:
             )
 
 
-def check_sums(part: str, record: Record, arrays: Arrays) -> None:
-    """Raise :class:`Damage` if the checksum of an array differs from the saved one."""
-    for name, found in checksums(arrays).items():
-        if found != record[name]["checksum"]:
-            raise Damage(f"the values of {part}/{name} do not match their checksum")
+def with_wrong_sums(record: Record, arrays: Arrays) -> list[str]:
+    """Return the names of the arrays whose checksums differ from those that were saved."""
+    return [name for name, found in checksums(arrays).items() if found != record[name]["checksum"]]
 
 
 def checksums(arrays: Arrays) -> dict[str, str]:

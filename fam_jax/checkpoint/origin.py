@@ -10,7 +10,6 @@ run holds
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -27,10 +26,11 @@ from fam_jax.checkpoint.folder import (
     saved_steps,
 )
 from fam_jax.checkpoint.hf_files import COMPANIONS, SOURCE, companion_folders, is_trained
+from fam_jax.checkpoint.links import check_inside
 from fam_jax.checkpoint.orbax_io import read_record
 from fam_jax.config import Config, resolve
 from fam_jax.config.data import NAMED_VOCABULARIES, SEQIO
-from fam_jax.config.strict_json import load_json
+from fam_jax.config.strict_json import dump_json, parse_json
 
 VOCABULARY = "vocabulary"
 # Files beside a vocabulary that say which of its pieces are special, and how to use it. The model_type in config.json
@@ -83,6 +83,9 @@ def find_vocabulary(
         *(place.parent / VOCABULARY / file for place in base),
     ]
     found = [place for place in places if place.is_file()]
+    for place in found:
+        if place != named:
+            check_inside(place, place.parent)
     saved = saved_origin(absolute(folder), step)
     right = [
         place
@@ -105,10 +108,11 @@ def wrong_vocabulary(file: epath.PathLike, folder: epath.Path) -> CheckpointErro
 
 
 def saved_origin(folder: epath.Path, step: int | None = None) -> Origin:
-    """Return the digests in the record of a saved step; empty if there is no such step or no readable record."""
-    steps = saved_steps(folder)
-    step = steps[-1] if step is None and steps else step
-    return read_record(folder / str(step)).get("origin", {}) if step in steps else {}
+    """Return the digests in the record of a saved step, or of the latest whose record is not damaged; or nothing."""
+    for each in reversed(saved_steps(folder)):
+        if step in (None, each) and (record := read_record(folder / str(each))):
+            return record.get("origin", {})
+    return {}
 
 
 def settle_origin(
@@ -230,7 +234,7 @@ def _value(file: epath.Path) -> Any:
     if not file.is_file():
         return None
     try:
-        value = load_json(file.read_bytes())
+        value = parse_json(file.read_bytes())
     except ValueError:
         return file_digest(file)
     if file.name != SETTINGS[0] or not isinstance(value, dict):
@@ -262,6 +266,7 @@ def keep_copies(folder: epath.Path, config: Mapping[str, Any]) -> None:
 
     Raises:
       OSError: a file cannot be read or written.
+      UserError: a link leads out of the folder that it is in.
     """
     data, base = config.get("data", {}), config.get("train", {}).get("init_from")
     digest, file = vocabulary_digest(config), epath.Path(data.get("vocabulary", "")).expanduser()
@@ -272,17 +277,20 @@ def keep_copies(folder: epath.Path, config: Mapping[str, Any]) -> None:
         if data.get("task", "").startswith(f"{SEQIO}:") or (digest and digest in map(file_digest, files)):
             _copy(files, folder / COMPANIONS)
             if is_trained(base) and (folder / COMPANIONS / SOURCE).exists():
-                (folder / COMPANIONS / SOURCE).write_text(f"{json.dumps({'source': None})}\n")
+                (folder / COMPANIONS / SOURCE).write_text(f"{dump_json({'source': None})}\n")
     kept = [place / file.name for place in (folder / VOCABULARY, folder / COMPANIONS)]
     same = [copy for copy in kept if copy.is_file() and file_digest(copy) == digest]
     if digest and vocabulary_digests(file) not in map(vocabulary_digests, same):
         beside = [file.parent / name for name in BESIDE]
-        _copy([file, *(other for other in beside if other.is_file())], folder / VOCABULARY)
+        _copy([file, *(other for other in beside if other.is_file())], folder / VOCABULARY, named=file)
 
 
-def _copy(files: list[epath.Path], target: epath.Path) -> None:
+def _copy(files: list[epath.Path], target: epath.Path, named: epath.Path | None = None) -> None:
+    """Copy files into a folder. Links may not lead out of their folder, except that of the file that the user named."""
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
+        if file != named:
+            check_inside(file, file.parent)
         unfinished = target / f".{file.name}.unfinished"
         unfinished.write_bytes(file.read_bytes())
         unfinished.replace(target / file.name)

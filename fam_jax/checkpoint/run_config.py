@@ -70,12 +70,28 @@ def settle_config(
             history.append({"step": step if step is not None else steps[-1], "changed": effective})
     else:
         old = new
-    whole = {"format": FORMAT, **({"history": history} if history else {}), **new}
-    whole[SEAL] = json_digest(whole)
     if jax.process_index() == 0:
-        with new_file(folder / CONFIG_FILE) as file:
-            file.write(f"{json.dumps(whole, indent=2, sort_keys=True)}\n".encode())
+        _write(folder, new, history)
     return old
+
+
+def _write(folder: epath.Path, config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
+    whole = {"format": FORMAT, **({"history": history} if history else {}), **config}
+    whole[SEAL] = json_digest(whole)
+    with new_file(folder / CONFIG_FILE) as file:
+        file.write(f"{json.dumps(whole, indent=2, sort_keys=True)}\n".encode())
+
+
+def correct_history(folder: epath.Path, step: int, restored: int) -> None:
+    """Record that changes after `step`, which turned out to be damaged, count from step `restored` on.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    config, history = read_config_file(folder)
+    if any(entry.get("step") == step for entry in history):
+        corrected = [entry | ({"step": restored} if entry.get("step") == step else {}) for entry in history]
+        _write(folder, config, corrected)
 
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

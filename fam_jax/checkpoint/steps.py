@@ -1,25 +1,31 @@
 """Save and restore the steps of a run."""
 
 import contextlib
+import functools
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from fam_jax.checkpoint import manifest
-from fam_jax.checkpoint.folder import CheckpointError, SaveError, absolute, check_name
+from fam_jax.checkpoint.aside import note_of_gone_step, remember_newest, set_aside
+from fam_jax.checkpoint.folder import CheckpointError, DamagedStepError, SaveError, absolute, check_name
 from fam_jax.checkpoint.loading import choose_step, load_state, read_back, split_state
 from fam_jax.checkpoint.lock import WriterLock
 from fam_jax.checkpoint.orbax_io import first_line, orbax_context
 from fam_jax.checkpoint.origin import keep_copies, settle_origin
-from fam_jax.checkpoint.run_config import MAY_CHANGE, settle_config
+from fam_jax.checkpoint.run_config import MAY_CHANGE, correct_history, settle_config
 from fam_jax.config.format1 import FORMAT
 
 PyTree = Any
 
+# Seconds before each new attempt to save a step that could not be saved.
+PAUSES = (1.0, 5.0, 25.0)
 # Bytes of each part that are read back after the first save.
 READ_BACK_BYTES = 64 * 2**20
 
@@ -32,7 +38,18 @@ class Checkpoints:
     Attributes:
       folder: folder of the run.
       previous_config: the config that the run had before, as nested dict.
+      notes: lines for the user about steps that are gone or damaged.
     """
+
+    _rewound_to: int | None = None
+    # The step that was saved last, or is being saved; whether it is known to be complete; why it could not be saved.
+    _saving: int | None = None
+    _complete = True
+    _lost: SaveError | None = None
+    # Of Orbax, to the save in progress.
+    _response: Any = None
+    # Whether a part of the first step was read back.
+    _read_back = False
 
     def __init__(
         self,
@@ -67,9 +84,6 @@ class Checkpoints:
         """
         self.folder = absolute(folder)
         check_name(self.folder)
-        self._rewound_to: int | None = None
-        self._saving: int | None = None
-        self._read_back = False
         self._lock = self._locked()
         try:
             self._origin, moved = settle_origin(self.folder, config, step, forked_from, task_vocabulary)
@@ -78,11 +92,15 @@ class Checkpoints:
             )
             if jax.process_index() == 0:
                 keep_copies(self.folder, config)
-            self._steps = ocp.training.Checkpointer(
+            self._open = functools.partial(
+                ocp.training.Checkpointer,
                 self.folder,
                 context=orbax_context(in_flight_bytes),
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             )
+            self._steps = self._open()
+            note = note_of_gone_step(self.folder, self.all_steps())
+            self.notes = [note] if note and step is None else []
         except OSError as error:
             self._lock.close()
             raise self._unwritable(error) from error
@@ -99,12 +117,44 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the save in progress and close the folder."""
         with self._lock, self._writing():
-            self._steps.close()
+            try:
+                if self._lost is None:  # or that was raised before
+                    self.wait()
+            finally:
+                self._steps.close()
 
     def wait(self) -> None:
         """Wait for the save in progress; raise :class:`SaveError` if it failed."""
-        with self._writing():
+        if self._lost is not None:
+            raise self._lost
+        try:
+            with self._writing():
+                self._wait_for_orbax()
+                if not self._complete and jax.process_index() == 0:
+                    remember_newest(self.folder, self._saving)
+        except SaveError as error:
+            self._lost = error
+            raise
+        self._complete = True
+
+    def _wait_for_orbax(self) -> None:
+        response, self._response = self._response, None
+        try:
+            if response is not None:
+                response.result()  # which also ends a thread and closes its handles
+        finally:
             self._steps.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Return whether the last save has failed, as far as it is known now; False in jobs of several processes."""
+        if self._complete or jax.process_count() > 1 or self._steps.is_saving_in_progress():
+            return False
+        try:
+            self.wait()
+        except SaveError:
+            return True
+        return False
 
     def all_steps(self) -> list[int]:
         """Return the steps that can be restored, including the one being saved, in ascending order."""
@@ -119,21 +169,33 @@ class Checkpoints:
     ) -> None:
         """Save a step. Return when the arrays are copied; they may be donated then.
 
-        The first save returns when the step is complete, and a part of it was read back.
+        The first save returns when the step is complete, and a part of it was read back. A process on its own saves
+        again what could not be saved, after each of :data:`PAUSES`. If the failure shows only after this method has
+        returned, the next call takes the place of the lost step.
 
         If :meth:`restore` went back to a step before the latest, delete the steps after it first.
 
         Args:
-          step: number of the step, above all saved steps.
+          step: number of the step, above all saved steps; or that of the last call, with the same state, which only
+            makes sure that it is saved.
           state: nested containers of arrays, which may be PRNG keys or empty, with a subtree `params`.
           position: JSON values, equal on all processes.
           wait: return only when the step is complete on disk.
 
         Raises:
-          SaveError: this save or the previous one failed.
+          SaveError: the step could not be saved; in a job of several processes, the one before it.
           CheckpointError: `step` is not above the latest, or what was saved cannot be read back.
         """
-        self.wait()
+        try:
+            self.wait()
+        except SaveError as error:
+            if jax.process_count() > 1:
+                raise
+            logging.warning("%s; saving step %d now", error, step)
+            self._open_again()
+            self._saving, wait = None, True
+        if step == self._saving:
+            return
         self._forget_later_steps()
         latest = self.latest_step()
         if latest is not None and step <= latest:
@@ -148,14 +210,41 @@ class Checkpoints:
         stored = {name: manifest.nested(manifest.raw(part)) for name, part in arrays.items()}
         stored = {name: part for name, part in stored.items() if part}  # Orbax takes no empty trees
         stored["contents"] = manifest.seal({"format": FORMAT, **record})
-        with self._writing():
-            # Without force Orbax may skip the save and only return None.
-            self._steps.save_checkpointables_async(step, stored, force=True)
-        if wait or not self._read_back:
-            self.wait()
+        self._store(step, stored, wait=wait or not self._read_back)
         if not self._read_back:
             read_back(self.folder, step, arrays, READ_BACK_BYTES)
             self._read_back = True
+
+    def _store(self, step: int, parts: dict[str, PyTree], *, wait: bool) -> None:
+        """Save the parts of a step; try again if that fails."""
+        pauses = [*PAUSES] if jax.process_count() == 1 else []
+        while True:
+            try:
+                self._complete = False
+                with self._writing():
+                    # Without force Orbax may skip the save and only return None.
+                    self._response = self._steps.save_checkpointables_async(step, parts, force=True)
+                if wait:
+                    self.wait()
+                return
+            except SaveError as error:
+                self._lost = error
+                if not pauses:
+                    raise
+                logging.warning("%s; trying again in %.0f s", error, pauses[0])
+            time.sleep(pauses.pop(0))
+            self._open_again()
+            wait = True
+
+    def _open_again(self) -> None:
+        """Forget a failed save."""
+        with contextlib.suppress(Exception):
+            self._wait_for_orbax()
+        with contextlib.suppress(Exception):
+            self._steps.close()
+        with self._writing():
+            self._steps = self._open()
+        self._lost = None
 
     def restore(
         self, step: int | None, like: Mapping[str, PyTree]
@@ -163,17 +252,47 @@ class Checkpoints:
         """Return the state and position of a step.
 
         Args:
-          step: a saved step; None: the latest. If later steps exist, the next :meth:`save` deletes them.
+          step: a saved step; None: the latest that is not damaged. Later ones are set aside, and `notes` says so.
+            If later steps than `step` exist, the next :meth:`save` deletes them.
           like: the state as `jax.ShapeDtypeStruct`s, on any mesh; leaves without sharding become numpy arrays.
 
         Raises:
           CheckpointError: the step does not exist, is damaged, or has other shapes.
         """
         self.wait()
-        step = choose_step(self.folder, self.all_steps(), step)
-        found = load_state(self.folder, step, like)
-        self._rewound_to = step
+        chosen, damaged = choose_step(self.folder, self.all_steps(), step), []
+        while True:
+            try:
+                found = load_state(self.folder, chosen, like)
+                break
+            except DamagedStepError as error:
+                earlier = [each for each in self.all_steps() if each < chosen]
+                if step is not None or not earlier:
+                    raise
+                damaged.append((chosen, error.reason))
+                chosen = earlier[-1]
+        for each, reason in damaged:
+            self._set_aside(each, reason, chosen)
+        self._rewound_to = chosen
         return found
+
+    def _set_aside(self, step: int, reason: str, restored: int) -> None:
+        """Rename the folder of a damaged step, in whose place an earlier one was restored."""
+        if jax.process_index() == 0:
+            try:
+                place = set_aside(self.folder, step)
+                correct_history(self.folder, step, restored)
+                remember_newest(self.folder, restored)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.folder}: step {step} is damaged ({reason}) and cannot be set aside ({error}); rename its "
+                    f"folder, or go back to step {restored} (--restore_step={restored})"
+                ) from error
+            self.notes.append(
+                f"step {step} is damaged ({reason}); it is kept as {place}, and the run goes on from step {restored}"
+            )
+        multihost_utils.sync_global_devices("damaged step set aside")
+        self._steps.reload()
 
     def _locked(self) -> contextlib.ExitStack:
         """Take the lock of the folder in the first process; return what releases it."""
@@ -193,6 +312,9 @@ class Checkpoints:
         later = [
             step for step in self.all_steps() if self._rewound_to is not None and step > self._rewound_to
         ]
+        if later and jax.process_index() == 0:
+            with self._writing():
+                remember_newest(self.folder, self._rewound_to)
         for step in reversed(later):
             logging.warning(
                 "%s: deleting step %d, as training continues from an earlier step", self.folder, step
@@ -205,6 +327,8 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except SaveError:
+            raise
         except Exception as error:  # a background save raises whatever its file system raised
             raise SaveError(
                 f"{self.folder}: saving step {self._saving} failed ({first_line(error)}); "

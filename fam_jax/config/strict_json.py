@@ -1,9 +1,34 @@
-"""Write strict JSON, which has no NaN: the one way in which this package writes JSON. Read JSON of others."""
+"""The ways in which this package writes and reads JSON: without NaN, and not nested too deeply."""
 
 import json
 import math
 from collections.abc import Callable
 from typing import Any
+
+# Levels of nested lists and objects. Python has about a thousand levels of calls.
+DEEPEST = 100
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text, from a file of anybody.
+
+    Args:
+      text: the text, or its bytes in UTF-8, with or without a byte-order mark.
+
+    Raises:
+      ValueError: it is not valid JSON, not UTF-8, or nested more than :data:`DEEPEST` levels deep.
+    """
+    try:
+        value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level, inner = 0, [value]
+    while inner := [each for each in inner if isinstance(each, dict | list)]:
+        level += 1
+        if level > DEEPEST:
+            raise ValueError("it is nested too deeply")
+        inner = [each for part in inner for each in (part.values() if isinstance(part, dict) else part)]
+    return value
 
 
 def dump_json(
@@ -45,18 +70,6 @@ def dump_json(
     except UnicodeEncodeError:
         text = dump(ensure_ascii=True)
     return text
-
-
-def load_json(content: bytes) -> Any:
-    """Return the value of a JSON file in UTF-8, with or without a byte-order mark.
-
-    Raises:
-      ValueError: it is not valid JSON, not UTF-8, or nested too deeply.
-    """
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
 
 
 def finite(value: Any) -> Any:

@@ -5,13 +5,14 @@ Imports no TensorFlow. Paths may be on any filesystem that `etils.epath` support
 
 import fnmatch
 import hashlib
+import io
 import itertools
 import os
 import re
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from absl import logging
 from etils import epath
@@ -41,6 +42,8 @@ class Span(NamedTuple):
     size: int
     # Number of the line of JSON; 0: plain text.
     line: int
+    # Of these bytes, to notice a file that changes later.
+    digest: bytes = b""
 
 
 def find_files(entries: Sequence[str], suffixes: Sequence[str], field: str) -> list[epath.Path]:
@@ -190,6 +193,8 @@ class Documents:
         """
         self._field = field
         self._spans: list[Span] = []
+        # Bytes of the files that are read again.
+        self._sizes: dict[epath.Path, int] = {}
         self._unpacked = tempfile.TemporaryFile()  # noqa: SIM115  (removed with this object)
         contents = hashlib.blake2b(digest_size=8)
         for path in paths:
@@ -221,8 +226,17 @@ class Documents:
             with span.path.open("rb") as file:
                 file.seek(span.begin)
                 raw = file.read(span.size)
+                size = _size_of(file)
         except OSError as error:
-            raise UserError(self._unreadable(span.path, error)) from error
+            raise UserError(
+                f"{self._field}: {span.path}: can no longer be read ({error.strerror or error}); put the file back "
+                "and run the same command to go on"
+            ) from error
+        if _digest(raw) != span.digest or size not in (None, self._sizes[span.path]):
+            raise UserError(
+                f"{self._field}: {span.path}: has changed since this program began; put the old file back and run the "
+                "same command to go on, or start a new run with the new one"
+            )
         return self._text(raw, span)
 
     def _text(self, raw: bytes, span: Span) -> str:
@@ -235,17 +249,19 @@ class Documents:
         try:
             if is_json_lines(path.name):
                 raw, begin = path.read_bytes(), 0
+                self._sizes[path] = len(raw)
                 # A file that is not UTF-8 is reported as such, rather than as a wrong line of JSON.
                 decode_text(raw, f"{self._field}: {path}")
                 for number, line in enumerate(raw.splitlines(keepends=True), 1):
-                    span = Span(path, begin, len(line), number)
+                    span = Span(path, begin, len(line), number, _digest(line))
                     if line.strip():
                         yield span, self._text(line, span).encode()
                     begin += len(line)
                 return
             if is_plain(path.name):
                 raw = path.read_bytes()
-                span = Span(path, 0, len(raw), 0)
+                self._sizes[path] = len(raw)
+                span = Span(path, 0, len(raw), 0, _digest(raw))
                 text = self._text(raw, span)
                 if begins_as_json_lines(text):
                     logging.warning(
@@ -268,3 +284,15 @@ class Documents:
     def _unreadable(self, path: epath.Path, error: OSError) -> str:
         reason = error.strerror or error
         return f"{self._field}: {path}: cannot be read ({reason}); check its permissions or leave it out"
+
+
+def _size_of(file: BinaryIO) -> int | None:
+    """Return the size of an open file; None if it is in a bucket."""
+    try:
+        return os.fstat(file.fileno()).st_size
+    except (AttributeError, io.UnsupportedOperation):
+        return None
+
+
+def _digest(raw: bytes) -> bytes:
+    return hashlib.blake2b(raw, digest_size=8).digest()

@@ -5,7 +5,6 @@ model is given, 1 on what it is to write. A chat is rendered by a template; see 
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from fam_jax.config import ConfigError, DataConfig
 from fam_jax.config.data import FORMATS
+from fam_jax.config.strict_json import parse_json
 from fam_jax.data.chat import (
     ChatTemplate,
     Message,
@@ -236,7 +236,7 @@ def _tools(row: Fields) -> list[Any] | None:
         return None
     if isinstance(tools, str):  # some files have them as JSON
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools)
         except ValueError:
             raise row.error("tools", "a list, or JSON of one") from None
     if not isinstance(tools, list):

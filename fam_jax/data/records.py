@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from etils import epath
 
 from fam_jax.config import ConfigError
-from fam_jax.config.strict_json import dump_json
+from fam_jax.config.strict_json import dump_json, parse_json
 from fam_jax.data.text_files import (
     BEGINNING,
     GZIP,
@@ -140,7 +140,7 @@ def _lines(file: BinaryIO, where: str, bad: OnBad) -> Iterator[Row]:
 def _json_rows(file: BinaryIO, where: str, bad: OnBad) -> Iterator[Row]:
     """Yield the rows of a .json file: an array of objects, an object, or JSON Lines."""
     try:
-        found = json.loads(decode_text(file.read(), where))
+        found = parse_json(decode_text(file.read(), where))
     except (ValueError, RecursionError):
         file.seek(0)
         yield from _lines(file, where, bad)
@@ -170,7 +170,7 @@ def _parquet_rows(file: BinaryIO, where: str, keys: frozenset[str], bad: OnBad) 
 
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
-        return _checked(json.loads(text), where)
+        return _checked(parse_json(text), where)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{where}: is not valid JSON; correct or remove the line, or {SKIP}") from error
 

@@ -5,7 +5,6 @@ Imports no TensorFlow.
 
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 from etils import epath
 
 from fam_jax.config import UserError
+from fam_jax.config.strict_json import parse_json
 
 BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
 # Byte-order marks of other encodings. The mark of UTF-32 begins with that of UTF-16.
@@ -86,8 +86,8 @@ def begins_as_json_lines(text: str) -> bool:
     """Return whether the first line of a text is a JSON object with a text, as in JSON Lines under another ending."""
     line = text.lstrip().partition("\n")[0]
     try:
-        value = json.loads(line) if line.startswith("{") else None
-    except (ValueError, RecursionError):
+        value = parse_json(line) if line.startswith("{") else None
+    except ValueError:
         return False
     return isinstance(value, dict) and isinstance(value.get("text"), str)
 
@@ -146,7 +146,7 @@ def json_line(line: bytes, where: str) -> str:
     """
     text = decode_text(line, where)
     try:
-        return _text_of(json.loads(text), where)
+        return _text_of(parse_json(text), where)
     except (ValueError, RecursionError) as error:
         raise TextError(
             f'{where}: expected an object with a text under "text", but it is not valid JSON; '
@@ -157,7 +157,7 @@ def json_line(line: bytes, where: str) -> str:
 def _json_documents(text: str, raw: bytes, where: str) -> Iterator[str]:
     """Yield the texts of a .json file: an object, an array of objects, or JSON Lines."""
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except (ValueError, RecursionError):
         for number, line in enumerate(raw.splitlines(), 1):
             if line.strip():

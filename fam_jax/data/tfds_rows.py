@@ -11,7 +11,7 @@ from fam_jax.data.quiet_seqio import tf
 from fam_jax.data.records import OnBad, Row, RowError, refuse
 
 # The name may contain a version, as in c4/en:3.0.1, and the split a slice, as in train[:90%].
-TFDS = re.compile(r"tfds:(?P<name>.+?):(?P<split>[A-Za-z_]\w*(\[.*\])?)")
+TFDS = re.compile(r"tfds:(?P<name>[\w./@+-]+?(:[\d.*]+)?):(?P<split>[A-Za-z_]\w*(\[.*\])?)")
 
 
 def prepared_builder(name: str, field: str) -> Any:

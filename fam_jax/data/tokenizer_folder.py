@@ -13,7 +13,7 @@ from etils import epath
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from fam_jax.config import UserError
-from fam_jax.config.strict_json import load_json
+from fam_jax.config.strict_json import parse_json
 from fam_jax.data.text_files import BOM
 
 SETTINGS = "tokenizer_config.json"
@@ -137,7 +137,7 @@ def read_object(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = load_json(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON; correct it or fetch it again") from error
     if not isinstance(found, dict):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fam_jax.config import UserError
-from fam_jax.config.strict_json import dump_json
+from fam_jax.config.strict_json import dump_json, parse_json
 from fam_jax.evaluation.item import Answered, Item, Likelihood
 
 # Named in a message about another head, but not a reason to refuse: a run may be moved.
@@ -49,7 +49,7 @@ class Journal:
     def _load(self, content: bytes, head: Mapping[str, Any]) -> None:
         wrong = UserError(f"{self._path}: is not a journal of answers; remove it, or give another --out")
         try:
-            first, *others = (json.loads(line) for line in content.decode().split("\n")[:-1])
+            first, *others = (parse_json(line) for line in content.decode().split("\n")[:-1])
             before = first["head"]
             self._lines = {(line["task"], line["id"]): line for line in others}
         except (ValueError, KeyError, TypeError) as error:

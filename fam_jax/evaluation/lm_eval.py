@@ -88,6 +88,7 @@ class HarnessLM(LM):
         *,
         step: int | None = None,
         mesh: MeshConfig | None = None,
+        imports: Sequence[str] = (),
         **how: Any,
     ) -> "HarnessLM":
         """Load the model of a run, divided over all devices; `how` goes to the constructor.
@@ -95,7 +96,8 @@ class HarnessLM(LM):
         Raises:
           UserError: the checkpoint cannot be read.
         """
-        return cls(TextModel.restore(checkpoint, step, make_mesh(mesh or MeshConfig())), **how)
+        model = TextModel.restore(checkpoint, step, make_mesh(mesh or MeshConfig()), imports=imports)
+        return cls(model, **how)
 
     @classmethod
     def create_from_arg_obj(

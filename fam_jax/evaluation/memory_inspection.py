@@ -11,6 +11,7 @@ from fam_jax.evaluation.documents import DocumentReader
 from fam_jax.evaluation.task import OnProgress
 from fam_jax.generation.inspection import Inspected, gradient_norms, inspect_block
 from fam_jax.model.layer_types import layers_with_memory
+from fam_jax.model.memory_health import ALIKE
 
 # Documents whose attention and memory are inspected, and those whose gradients are computed: the longest ones.
 INSPECTED = 8
@@ -19,9 +20,6 @@ DIFFERENTIATED = 4
 GRADIENT_TOKENS = 16384
 # Most rows and columns of tokens in maps and by place; a larger block is divided into as many groups of tokens.
 PLACES = 64
-# Vectors that differ from their mean by a smaller part of their norm are alike. The rounding of dtypes with less
-# precision sets a higher limit.
-ALIKE = 1e-3
 
 
 def inspect_documents(reader: DocumentReader, on_progress: OnProgress | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from etils import epath
 
 from fam_jax.checkpoint.new_file import check_output_file, output_file
 from fam_jax.config import Config, UserError
-from fam_jax.config.strict_json import dump_json, load_json
+from fam_jax.config.strict_json import dump_json, parse_json
 from fam_jax.evaluation.probes import find_probe
 from fam_jax.evaluation.task import Measured
 from fam_jax.evaluation.tasks import find_task
@@ -98,7 +98,7 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
       UserError: the file is missing, or is not such a record.
     """
     try:
-        return Evaluation(**load_json(epath.Path(path).read_bytes()), path=os.fspath(path))
+        return Evaluation(**parse_json(epath.Path(path).read_bytes()), path=os.fspath(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); evaluate the run first") from error
     except (ValueError, TypeError) as error:

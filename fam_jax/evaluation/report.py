@@ -7,7 +7,7 @@ from typing import Any
 
 from fam_jax.checkpoint.new_file import output_file
 from fam_jax.config import UserError
-from fam_jax.config.strict_json import load_json
+from fam_jax.config.strict_json import parse_json
 from fam_jax.evaluation.plot import plot_by_fact
 from fam_jax.evaluation.scores import paired_difference
 
@@ -29,7 +29,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
       UserError: it is missing, or no such file.
     """
     try:
-        found = load_json(Path(path).read_bytes())
+        found = parse_json(Path(path).read_bytes())
         assert isinstance(found["suites"], dict) and isinstance(found["step"], int)
     except OSError as error:
         raise UserError(

@@ -3,7 +3,6 @@
 import functools
 import gzip
 import importlib
-import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fam_jax.config import UserError
+from fam_jax.config.strict_json import parse_json
 from fam_jax.data.records import half_pair
 from fam_jax.data.text_files import JSON, PARQUET, decode_text, parquet_rows
 from fam_jax.evaluation.item import ItemTask, Row
@@ -129,7 +129,7 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is not valid JSON; correct or remove it") from error
 

@@ -35,6 +35,7 @@ def evaluate(
     suffixes: Sequence[str] = (),
     probes: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
+    imports: Sequence[str] = (),
     command: str = "fam_jax.evaluate",
     on_progress: OnProgress | None = None,
     **settings: Any,
@@ -55,6 +56,7 @@ def evaluate(
       suffixes: endings of the files to read in a folder, in place of config.data.file_suffixes.
       probes: names in `fam_jax.evaluation.PROBES`, to measure and plot beside the task.
       out: JSON file to write, with the plot beside it; None: CHECKPOINT/evaluations/STEP/TASK.json.
+      imports: modules that the config of the run may import; see :func:`fam_jax.restore.check_imports`.
       command: the command or function to record as the caller.
       on_progress: called with the name of a pass, the tokens read and the tokens to read.
       **settings: fields of config.evaluate to change, such as `batch_size=8`.
@@ -67,7 +69,7 @@ def evaluate(
     if out is not None and jax.process_index() == 0:
         check_output(os.path.expanduser(out), name, probes)
     mesh = mesh or MeshConfig()
-    config, params, step = load_model(checkpoint, step, make_mesh(mesh))
+    config, params, step = load_model(checkpoint, step, make_mesh(mesh), imports=imports)
     if config.data.task.startswith(f"{SEQIO}:"):
         load_task_vocabulary(config, checkpoint, step)  # checks it
     values = dataclasses.asdict(config)

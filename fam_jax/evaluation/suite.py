@@ -85,6 +85,7 @@ def evaluate_tasks(
     mesh: MeshConfig | None = None,
     out: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    imports: Sequence[str] = (),
     command: str = "fam_jax.evaluate_tasks",
     on_progress: OnProgress | None = None,
     **settings: Any,
@@ -105,6 +106,7 @@ def evaluate_tasks(
       mesh: mesh to divide the model over; None: all devices along the data axis.
       out: JSON file to write; None: CHECKPOINT/evaluations/STEP/suite-TASKS.json.
       fresh: whether to forget the answers of earlier calls.
+      imports: modules that the config of the run may import; see :func:`fam_jax.restore.check_imports`.
       command: the command or function to record as the caller.
       on_progress: called with the name of a task, its items answered and its items.
       **settings: fields of config.evaluate to change, such as `batch_size=8`.
@@ -120,7 +122,7 @@ def evaluate_tasks(
     plan = make_plan([*dict.fromkeys(tasks)], how, data)
     if out is not None:
         check_output_file(os.path.expanduser(out))
-    model, step = _load(checkpoint, step, mesh or MeshConfig(), settings)
+    model, step = _load(checkpoint, step, mesh or MeshConfig(), settings, imports)
     path = Path(_default_path(checkpoint, step, tasks) if out is None else os.path.expanduser(out))
     check_output_file(path)
     runs = _with_items(plan.runs, plan.skipped, how, data, model)
@@ -156,10 +158,14 @@ def _run_all(
 
 
 def _load(
-    checkpoint: str | os.PathLike[str], step: int | None, mesh: MeshConfig, settings: Mapping[str, Any]
+    checkpoint: str | os.PathLike[str],
+    step: int | None,
+    mesh: MeshConfig,
+    settings: Mapping[str, Any],
+    imports: Sequence[str],
 ) -> tuple[_Model, int]:
     """Return the model of a run, with settings of the evaluation, and its step."""
-    config, params, step = load_model(checkpoint, step, make_mesh(mesh))
+    config, params, step = load_model(checkpoint, step, make_mesh(mesh), imports=imports)
     values = dataclasses.asdict(config)
     values["evaluate"] |= settings
     config = resolve({**values, "mesh": dataclasses.asdict(mesh)})

@@ -15,7 +15,7 @@ from etils import epath
 from fam_jax.checkpoint.lock import WriterLock
 from fam_jax.checkpoint.new_file import output_file
 from fam_jax.config import UserError
-from fam_jax.config.strict_json import dump_json, finite
+from fam_jax.config.strict_json import dump_json, finite, parse_json
 from fam_jax.data.text_files import BEGINNING, check_encoding
 from fam_jax.generation.endings import TextWriter
 from fam_jax.generation.rows import Rows, RowTokens
@@ -274,7 +274,7 @@ def _parse(line: bytes) -> tuple[Any, str]:
     except UnicodeDecodeError as error:
         return line.decode(errors="backslashreplace"), f"is not valid UTF-8 at byte {error.start}"
     try:
-        value = json.loads(text)
+        value = parse_json(text)
         value = text if _is_deeper(value, LEVELS) else finite(value)
     except (ValueError, RecursionError):
         value = text
@@ -351,7 +351,7 @@ class _Results:
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         try:
-            before = json.loads(self._settings_file.read_text("utf-8"))
+            before = parse_json(self._settings_file.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self._settings_file}: cannot be read, so the settings of {self._out} are unknown; give another --out"
@@ -376,7 +376,7 @@ class _Results:
         whole = content[: content.rfind(b"\n") + 1]
         try:
             self._written = [f"{line}\n" for line in whole.decode().split("\n")[:-1]]
-            records = [json.loads(text) for text in self._written]
+            records = [parse_json(text) for text in self._written]
             same = len(records) <= len(lines) and all(
                 record["line"] == number
                 and record["input"] == _parse(line)[0]

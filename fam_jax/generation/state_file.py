@@ -23,7 +23,7 @@ from flax import nnx
 
 from fam_jax.config import ModelConfig, UserError, fields_with_effect
 from fam_jax.config.format1 import former_array_name, upgrade_array_name, upgrade_model
-from fam_jax.config.strict_json import dump_json
+from fam_jax.config.strict_json import dump_json, parse_json
 from fam_jax.model import StreamState, Transformer
 
 FORMAT = "fam_jax state"
@@ -32,6 +32,9 @@ VERSION = "2"
 FORMER_FORMAT, FORMER_VERSION = "fam_jax memory", "1"
 CHECKSUM = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')
 NO_CHECKSUM = "0" * 64
+
+# Names of dtypes in safetensors.
+SAFE_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "int32": "I32", "bool": "BOOL"}
 
 # Bytes of an array up to which its fingerprint covers every one, and entries that it covers of a larger array.
 SMALL = 1 << 20
@@ -121,31 +124,68 @@ def load_state(
         ) from error
     metadata = _checked_metadata(path, content)
     former = metadata["version"] == FORMER_VERSION
-    _check_model(path, metadata, model, params, former=former)
-    if vocabulary and metadata.get("vocabulary", vocabulary) != vocabulary:
+    try:
+        _check_model(path, metadata, model, params, former=former)
+        if vocabulary and metadata.get("vocabulary", vocabulary) != vocabulary:
+            raise StateFileError(
+                f"{path}: was saved by this model with another vocabulary, so its tokens mean other text; load it with "
+                "the checkpoint that saved it"
+            )
+        stored = dict(safetensors.deserialize(content))
+        if former:
+            stored = {upgrade_array_name(name): entry for name, entry in stored.items()}
+        return _rebuilt(model, stored, parse_json(metadata["tokens_read"]))
+    # The checksum is right, so it is no accident: another program wrote it.
+    except (
+        safetensors.SafetensorError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:
+        reason = " ".join(str(error).split())[:160]
         raise StateFileError(
-            f"{path}: was saved by this model with another vocabulary, so its tokens mean other text; load it with the "
-            "checkpoint that saved it"
-        )
-    stored = dict(safetensors.deserialize(content))
-    if former:
-        stored = {upgrade_array_name(name): entry for name, entry in stored.items()}
-    rows = len(json.loads(metadata["tokens_read"]))
+            f"{path}: is not a memory as fam_jax saves it ({reason}); save it again with fam_jax"
+        ) from error
+
+
+def _rebuilt(model: ModelConfig, stored: dict[str, Any], tokens_read: Any) -> StreamState:
+    """Return the state with stored arrays.
+
+    Raises:
+      ValueError: an array is not one of this model's states, or its values are not.
+    """
+    rows = len(tokens_read)
     like = jax.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)).init_state(rows))
+    wanted = _by_name(like)
+    if stored.keys() != wanted.keys():
+        raise ValueError(f"its arrays are {', '.join(sorted(stored)):.80}")
     leaves = []
-    # The config is that of the file, so shapes are too. Some arrays were narrower in files of version 0.1.
-    for name, leaf in _by_name(like).items():
-        dtype = jnp.bfloat16 if stored[name]["dtype"] == "BF16" else leaf.dtype
-        array = np.frombuffer(stored[name]["data"], dtype).reshape(stored[name]["shape"])
+    for name, leaf in wanted.items():
+        kind, shape = stored[name]["dtype"], tuple(stored[name]["shape"])
+        # Some arrays were narrower in files of version 0.1.
+        dtype = jnp.bfloat16 if kind == "BF16" else leaf.dtype
+        if shape != leaf.shape or kind not in ("BF16", SAFE_DTYPES[str(leaf.dtype)]):
+            raise ValueError(f"{name} is {kind}{list(shape)}, not {leaf.dtype}{list(leaf.shape)}")
+        array = np.frombuffer(stored[name]["data"], dtype).reshape(shape)
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(array.astype(np.float64)).all():
+            raise ValueError(f"{name} has values that are not finite")
         leaves.append(jnp.asarray(array, leaf.dtype))
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    state: StreamState = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    filled, blocks = (np.asarray(x) for x in (state.position.filled, state.position.blocks))
+    if not ((filled >= 0) & (filled < model.block_size) & (blocks >= 0)).all():
+        raise ValueError("it is at a place that no stream can reach")
+    if state.tokens_read.tolist() != tokens_read and blocks.max() < np.iinfo(np.int32).max:
+        raise ValueError(f"it has read {state.tokens_read.tolist()} tokens, not {tokens_read}")
+    return state
 
 
 def _checked_metadata(path: Any, content: bytes) -> dict[str, str]:
     """Return the metadata of a file whose checksum is right."""
     size = int.from_bytes(content[:8], "little")
     try:
-        entries = json.loads(content[8 : 8 + size])
+        entries = parse_json(content[8 : 8 + size])
         metadata = dict(entries.pop("__metadata__"))
         known = (metadata["format"], metadata["version"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -191,7 +231,7 @@ def _intact_former(content: bytes, entries: dict[str, Any], metadata: dict[str, 
 def _check_model(
     path: Any, metadata: dict[str, str], model: ModelConfig, params: dict[str, Any], *, former: bool
 ) -> None:
-    saved, own = json.loads(metadata["config"]), json.loads(json.dumps(_meaning(model)))
+    saved, own = parse_json(metadata["config"]), json.loads(json.dumps(_meaning(model)))
     if former:
         saved = _flat(upgrade_model(saved))
     # A field that is younger than the file had its default.

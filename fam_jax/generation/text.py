@@ -31,8 +31,11 @@ from fam_jax.generation.tokenize import check_unicode, encode_pieces, read_text
 from fam_jax.generation.turn import Turn, user_turn
 from fam_jax.memories.window_cache import ShownByShape
 from fam_jax.model import StreamState
+from fam_jax.model.memory_health import MemoryHealth, compare
 from fam_jax.restore import load_model, load_task_vocabulary
 
+# A reading of at least so many blocks looks at the memory in the end. That reads one block more.
+LOOK_BLOCKS = 64
 # Tokens to generate before the text is searched for stop strings.
 TOKENS_PER_CALL = 16
 
@@ -101,13 +104,18 @@ class TextModel:
 
     @classmethod
     def restore(
-        cls, folder: str | os.PathLike[str], step: int | None = None, mesh: jax.sharding.Mesh | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        step: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        *,
+        imports: Sequence[str] = (),
     ) -> "TextModel":
         """Load the model of a run, with the vocabulary of its data task and the end tokens of an imported base.
 
         Arguments and errors are those of :func:`load_model`.
         """
-        config, params, step = load_model(folder, step, mesh)
+        config, params, step = load_model(folder, step, mesh, imports=imports)
         vocabulary = load_task_vocabulary(config, folder, step)
         return cls(config, params, vocabulary, end_ids=end_ids(config, folder), step=step)
 
@@ -120,6 +128,7 @@ class TextModel:
         after: str = "",
         chunk_blocks: int = 16,
         on_progress: Callable[[int], None] | None = None,
+        on_health: Callable[[MemoryHealth], None] | None = None,
     ) -> TextState:
         """Read a text of any length; host and device memory do not depend on its length.
 
@@ -132,6 +141,8 @@ class TextModel:
           after: text to read last, such as `turn.after`.
           chunk_blocks: blocks that go through the model at once.
           on_progress: called with the number of tokens read so far.
+          on_health: called with the figures of the memory after a text of :data:`LOOK_BLOCKS` or more. If the memory is
+            frozen or not finite, a warning is logged, too.
 
         Raises:
           UserError: the text is empty or not valid Unicode, or has a token that the model has no embedding for.
@@ -148,7 +159,7 @@ class TextModel:
             texts, encode = itertools.chain([before], texts, [after]), self.encode_spelled
         size = self.config.model.block_size
         streams = None if state is None else state.streams
-        logits, done = None, 0
+        logits, done, latest = None, 0, np.zeros(0, np.int32)
         # The first chunk ends at a block border, so all others are whole blocks.
         first = chunk_blocks * size - (int(state.streams.position.filled[0]) if state is not None else 0)
         pieces = encode_pieces(encode, texts)
@@ -158,6 +169,7 @@ class TextModel:
             check_ids(tokens, self.vocabulary, self.config.model.vocab_size)
             logits, streams = self.streamer.read([tokens], streams, chunk_blocks=chunk_blocks)
             done += len(tokens)
+            latest = np.concatenate([latest, tokens])[-size:]
             if on_progress is not None:
                 jax.block_until_ready(logits)
                 on_progress(done)
@@ -166,6 +178,8 @@ class TextModel:
         found = TextState(streams, logits)
         if not jnp.isfinite(logits.max()):
             raise NotFiniteError(f"{name}: {NotFiniteError.reason(found.tokens_read)}")
+        if done >= LOOK_BLOCKS * size:
+            self._look(streams, latest, on_health)
         return found
 
     @functools.cached_property
@@ -186,6 +200,21 @@ class TextModel:
 
         tokens = TokenWeights(self.vocabulary)
         return lambda text: tokens.encode([[[(text, 0.0)]]])[0][0].tolist()
+
+    def _look(
+        self, streams: StreamState, block: np.ndarray, on_health: Callable[[MemoryHealth], None] | None
+    ) -> None:
+        """Compare the memory with what it would be after a block more."""
+        if not self.config.model.memory.has_state:
+            return
+        _, after = self.streamer.read([block], streams)
+        found = compare(self.config.model, streams, after)
+        if found is None:
+            return
+        for alarm in found.alarms(self.config.model):
+            logging.warning("ALARM: %s", alarm)
+        if on_health is not None:
+            on_health(found)
 
     def endings(self, stop: Sequence[str]) -> Endings:
         """Return what ends a text: the end tokens of the model, and `stop`.

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from fam_jax.checkpoint.new_file import mode_of_umask
 from fam_jax.config import Config, ModelConfig
 from fam_jax.config.strict_json import dump_json
+from fam_jax.hf.checksums import save_tensors
 from fam_jax.hf.config_json import ConvertError
 from fam_jax.hf.memory_file import write_memory
 from fam_jax.hf.names import memory_tensors, tensors
@@ -72,8 +71,7 @@ def export_adapter(
         "modules_to_save": sorted({name.split(".")[-2] for name in memory}) or None,
     }  # fmt: skip
     with new_folder(path) as folder:
-        with mode_of_umask(folder / "adapter_model.safetensors"):
-            save_file(arrays | memory, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(arrays | memory, folder / "adapter_model.safetensors", {"format": "pt"})
         if not with_memory:
             write_memory(folder, config.model, leaves)
         (folder / "adapter_config.json").write_text(dump_json(adapter_config, indent=2) + "\n")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from fam_jax.config import UserError
-from fam_jax.config.strict_json import load_json
+from fam_jax.config.strict_json import parse_json
 
 
 class ConvertError(UserError):
@@ -124,7 +124,7 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     """
     check_no_pointer(path)
     try:
-        content = load_json(epath.Path(path).read_bytes())
+        content = parse_json(epath.Path(path).read_bytes())
     except (ValueError, OSError) as error:
         raise ConvertError(
             f"{path}: cannot be read as JSON ({first_line(error)}); download it again"

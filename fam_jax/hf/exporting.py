@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from safetensors.numpy import save_file
 
 from fam_jax.checkpoint import SOURCE, companion_folders, find_vocabulary, is_trained, load_params
-from fam_jax.checkpoint.new_file import mode_of_umask
+from fam_jax.checkpoint.links import check_links_below
 from fam_jax.checkpoint.origin import file_digest
 from fam_jax.config import Config, ModelConfig, resolve
 from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.adapter import export_adapter
+from fam_jax.hf.checksums import save_tensors
 from fam_jax.hf.config_json import ConvertError, read_json
 from fam_jax.hf.folder import CONFIG, INDEX, SINGLE, copy_companions
 from fam_jax.hf.memory_file import write_memory
@@ -134,9 +134,16 @@ def _export_adapter(
 
 
 def find_companions(checkpoint: str | os.PathLike[str], config: Config) -> epath.Path | None:
-    """Return the folder with the config.json and tokenizer that a run's model, or its base, was imported with."""
+    """Return the folder with the config.json and tokenizer that a run's model, or its base, was imported with.
+
+    Raises:
+      UserError: a file in it is a link that leads out of the checkpoint.
+    """
     found = companion_folders(config, checkpoint)
-    return next((folder for folder in found if (folder / CONFIG).is_file()), None)
+    folder = next((folder for folder in found if (folder / CONFIG).is_file()), None)
+    if folder is not None:
+        check_links_below(folder, folder.parent)
+    return folder
 
 
 def _write_companions(companions: epath.Path | None, vocabulary: str, folder: Path) -> None:
@@ -282,8 +289,7 @@ def _write_tensors(folder: Path, files: list[list[_Part]], on_progress: OnProgre
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
     done, total = 0, sum(map(len, files))
     for name, parts in zip(names, files, strict=True):
-        with mode_of_umask(folder / name):
-            save_file({part.name: part.values() for part in parts}, folder / name, metadata={"format": "pt"})
+        save_tensors({part.name: part.values() for part in parts}, folder / name, {"format": "pt"})
         done += len(parts)
         if on_progress is not None:
             on_progress(done, total)

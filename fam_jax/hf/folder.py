@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
+from fam_jax.checkpoint.links import check_inside
 from fam_jax.hf.config_json import ConvertError, check_no_pointer, first_line, read_json, short
 from fam_jax.hf.multimodal import is_multimodal, text_name, text_part
 from fam_jax.hf.torch_model import base_config, stored_memory
@@ -25,6 +26,9 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt",
 )  # fmt: skip
 LICENSE_FILES = ("LICENSE*", "USE_POLICY*")
+AGAIN = "download the files again, from one source"
+# All files of a folder that are read.
+READ = (CONFIG, "*.safetensors", INDEX, *TOKENIZER_FILES, *LICENSE_FILES)
 
 
 class _Entry(NamedTuple):
@@ -48,6 +52,7 @@ class Folder:
       config: content of `config.json`; for a model with a vision tower, that of its text part; for an export for
         PyTorch, that of the base model.
       memory: `block_size` and the group `memory` of an export for PyTorch; empty for all others.
+      files: the safetensors files.
       left_out: number of tensors of the vision tower and its projector.
     """
 
@@ -64,26 +69,53 @@ class Folder:
             raise ConvertError(
                 f"{path}: holds no {CONFIG}; give the folder of a model in Hugging Face format"
             )
+        for link in self.path.iterdir():
+            if link.is_symlink() and any(fnmatch.fnmatchcase(link.name, pattern) for pattern in READ):
+                check_inside(link, self.path)
         whole = read_json(self.path / CONFIG)
         self.config = base_config(text_part(whole))
         self.memory = stored_memory(whole)
         self.left_out = 0
         self._open: tuple[Path, Any] | None = None
         self._entries: dict[str, _Entry] = {}
-        for file in self._files():
-            handle = self._handle(file)
-            for stored in handle.keys():  # noqa: SIM118  (no dict)
-                name = text_name(stored) if is_multimodal(whole) else stored
-                if name is None:
-                    self.left_out += 1
-                    continue
-                if name in self._entries and self._entries[name].stored != stored:
-                    raise ConvertError(
-                        f"{self.path}: {self._entries[name].stored} and {stored} are two spellings of one tensor; "
-                        "download the files again, from one source"
-                    )
-                part = handle.get_slice(stored)
-                self._entries[name] = _Entry(stored, file, tuple(part.get_shape()), part.get_dtype())
+        # The file of each tensor, by its stored name.
+        self._seen: dict[str, str] = {}
+        # By stored name, the file that the index names; None: there is no index.
+        self._weight_map: dict[str, str] | None = None
+        self.files = self._files()
+        for file in self.files:
+            self._list_tensors(file, whole)
+        listed: dict[str, str] = self._weight_map or {}
+        for name, place in listed.items():
+            if name not in self._seen:
+                raise ConvertError(f"{self.path}: {place} does not hold {name}, as {INDEX} says; {AGAIN}")
+
+    def _list_tensors(self, file: Path, config: dict[str, Any]) -> None:
+        """Enter the tensors of a file; `config` is that of the whole model."""
+        handle, place = self._handle(file), file.relative_to(self.path).as_posix()
+        for stored in handle.keys():  # noqa: SIM118  (no dict)
+            if stored in self._seen:
+                raise ConvertError(
+                    f"{self.path}: the tensor {stored} is in {self._seen[stored]} and in {place}; {AGAIN}"
+                )
+            said = place if self._weight_map is None else self._weight_map.get(stored)
+            if said is None:
+                continue
+            if said != place:
+                raise ConvertError(
+                    f"{self.path}: the tensor {stored} is in {place}, but {INDEX} says {said}; {AGAIN}"
+                )
+            self._seen[stored] = place
+            name = text_name(stored) if is_multimodal(config) else stored
+            if name is None:
+                self.left_out += 1
+                continue
+            if name in self._entries:
+                raise ConvertError(
+                    f"{self.path}: {self._entries[name].stored} and {stored} are two spellings of one tensor; {AGAIN}"
+                )
+            part = handle.get_slice(stored)
+            self._entries[name] = _Entry(stored, file, tuple(part.get_shape()), part.get_dtype())
 
     @property
     def names(self) -> set[str]:
@@ -159,6 +191,8 @@ class Folder:
                     f"{index}: weight_map.{tensor}: expected the name of a file, got {short(name)}; "
                     "download the file again"
                 )
+            check_inside(self.path / name, self.path)
+        self._weight_map = weight_map
         files = [self.path / name for name in sorted(set(weight_map.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
             raise ConvertError(f"{self.path}: {missing[0]}, which {INDEX} names, is missing; download it")
@@ -190,6 +224,7 @@ def copy_companions(
 
     Raises:
       ConvertError: a file cannot be read or written.
+      UserError: a link leads out of the folder.
     """
     source, target = epath.Path(source), epath.Path(target)
     try:
@@ -198,6 +233,7 @@ def copy_companions(
         # Not source.glob, which takes characters of the folder's path for a pattern.
         for file in source.iterdir():
             if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in patterns) and file.is_file():
+                check_inside(file, source)
                 (target / file.name).write_bytes(file.read_bytes())
     except OSError as error:
         path = error.filename or target

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from fam_jax.config import ModelConfig
+from fam_jax.hf import checksums
 from fam_jax.hf.config_json import ConvertError
 from fam_jax.hf.folder import Folder
 from fam_jax.hf.memory_file import read_memory
@@ -51,11 +52,12 @@ def import_parameters(
       The parameters as nested dict.
 
     Raises:
-      ConvertError: a tensor is missing or unexpected, has another shape or dtype than the model needs, or has values
-        that are not finite.
+      ConvertError: a tensor is missing or unexpected, has another shape or dtype than the model needs, is not the one
+        that was exported, or has values that are not finite.
     """
     wanted = tensors(model)
     check_tensors(folder, model, wanted)
+    checksums.check_tensors(folder.files)
     memory = memory_shapes(model)
     shapes = {t.path: jax.ShapeDtypeStruct(t.shape, param_dtype or _dtype(folder, t)) for t in wanted}
     placed = shardings(shapes | memory)

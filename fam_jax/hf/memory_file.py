@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
-from fam_jax.checkpoint.new_file import mode_of_umask
 from fam_jax.config import ModelConfig
 from fam_jax.config.format1 import upgrade_model
-from fam_jax.config.strict_json import dump_json, load_json
+from fam_jax.config.strict_json import dump_json, parse_json
+from fam_jax.hf.checksums import check_tensors, save_tensors
 from fam_jax.hf.config_json import ConvertError, first_line
 from fam_jax.hf.folder import Folder
 from fam_jax.hf.names import is_memory_tensor, memory_shapes, memory_tensors
@@ -53,7 +52,7 @@ def read_memory_config(folder: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-        fields = load_json(metadata["config"].encode())
+        fields = parse_json(metadata["config"])
         if metadata.get("format") == FORMAT1:
             fields = upgrade_model(fields)
         return {"block_size": fields["block_size"], "memory": dict(fields["memory"])}
@@ -103,6 +102,7 @@ def _read_file(folder: Path, model: ModelConfig) -> dict[str, np.ndarray] | None
     path = find_memory_file(folder)
     if path is None:
         return None
+    check_tensors([path])
     try:
         with safetensors.safe_open(path, framework="np") as file:
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
@@ -124,5 +124,4 @@ def write_memory(folder: Path, model: ModelConfig, leaves: Mapping[str, Any]) ->
     found = {path: np.asarray(leaf) for path, leaf in leaves.items() if is_memory(path)}
     if found:
         config = dump_json({"block_size": model.block_size, "memory": dataclasses.asdict(model.memory)})
-        with mode_of_umask(folder / MEMORY_FILE):
-            save_file(found, folder / MEMORY_FILE, metadata={"format": FORMAT, "config": config})
+        save_tensors(found, folder / MEMORY_FILE, {"format": FORMAT, "config": config})

@@ -5,6 +5,7 @@ from pathlib import Path
 import sentencepiece
 from etils import epath
 
+from fam_jax.checkpoint.links import check_inside
 from fam_jax.config import UserError
 from fam_jax.data.tokenizer_folder import (
     ADDED,
@@ -39,6 +40,9 @@ def copy_tokenizer(vocabulary: str, folder: Path) -> None:
     """Copy the file of `data.vocabulary`, if it names one, to where :func:`find_tokenizer` looks for it.
 
     The files that a tokenizer.json is read with go with it, and its chat template.
+
+    Raises:
+      UserError: one of them is a link that leads out of the folder.
     """
     file = epath.Path(vocabulary)
     if vocabulary and file.is_file():
@@ -46,6 +50,7 @@ def copy_tokenizer(vocabulary: str, folder: Path) -> None:
         (folder / name).write_bytes(file.read_bytes())
         for beside in (*BESIDE, CHAT_TEMPLATE) if name == FILES[0] else ():
             if (file.parent / beside).is_file():
+                check_inside(file.parent / beside, file.parent)
                 (folder / beside).write_bytes((file.parent / beside).read_bytes())
 
 

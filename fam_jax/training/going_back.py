@@ -1,12 +1,10 @@
 """Going back to an earlier step once, although a supervisor repeats the command that asks for it."""
 
-import json
-
 from etils import epath
 
 from fam_jax.checkpoint import saved_steps
 from fam_jax.checkpoint.new_file import new_file
-from fam_jax.config.strict_json import dump_json
+from fam_jax.config.strict_json import dump_json, parse_json
 
 GONE_BACK = "gone_back.json"
 
@@ -20,7 +18,7 @@ def step_to_restore(folder: epath.Path, restore_step: int | None) -> tuple[int |
     if restore_step is None or not (folder / GONE_BACK).exists():
         return restore_step, []
     try:
-        known = json.loads((folder / GONE_BACK).read_text())["restore_step"]
+        known = parse_json((folder / GONE_BACK).read_text())["restore_step"]
     except (ValueError, KeyError, TypeError):
         known = None
     steps = saved_steps(folder)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from fam_jax import sharding
@@ -20,13 +21,14 @@ from fam_jax.checkpoint import (
     find_vocabulary,
     saved_steps,
 )
-from fam_jax.config import Config
+from fam_jax.config import Config, UserError
 from fam_jax.data.build import make_batches
-from fam_jax.data.interface import Batches, BatchSpec
+from fam_jax.data.interface import Batch, Batches, BatchSpec
 from fam_jax.data.vocabulary import check_vocabulary_size, task_digest
 from fam_jax.evaluation import evaluate_in_training
 from fam_jax.generation.compiled import state_sharding
-from fam_jax.model import count_parameters, lora
+from fam_jax.model import count_parameters, from_dict, lora
+from fam_jax.model.memory_health import MemoryHealth, health_in_training
 from fam_jax.training.compiler import compiler_options
 from fam_jax.training.flops import peak_flops, step_flops
 from fam_jax.training.going_back import remember_restored, step_to_restore
@@ -49,7 +51,7 @@ from fam_jax.training.start import (
     load_from,
     restore_batches,
 )
-from fam_jax.training.state import TrainState, init_state, what_is_carried
+from fam_jax.training.state import TrainState, init_state, model_structure, what_is_carried
 from fam_jax.training.step import BATCH_TYPES, START, make_train_step
 from fam_jax.training.trace import StepTrace
 
@@ -68,6 +70,8 @@ class Trainer:
     step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
     # Returns the state before the first step, from config.train.init_from if it is set.
     create: Callable[[], TrainState]
+    # (parameters, inputs of a batch, what the step passes on) -> see `health_in_training`; None: there is no memory.
+    look: Callable[[Any, jax.Array, Any], MemoryHealth] | None
 
 
 def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) -> Trainer:
@@ -105,7 +109,20 @@ def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) ->
         base = load_base(config, mesh) if config.train.init_from else None
         return jax.jit(initial, out_shardings=shardings)(base)
 
-    return Trainer(config, mesh, placed, step, create)
+    return Trainer(config, mesh, placed, step, create, _make_look(config, mesh))
+
+
+def _make_look(config: Config, mesh: jax.sharding.Mesh) -> Any:
+    """Return `Trainer.look`."""
+    if not config.model.memory.has_state:
+        return None
+    graphdef, abstract = model_structure(config)
+
+    def look(params: Any, inputs: jax.Array, carried: Any) -> Any:
+        model = nnx.merge(graphdef, from_dict(abstract, params))
+        return health_in_training(model, inputs[:, : config.model.block_size], carried)
+
+    return jax.jit(sharding.traced_for(mesh, look), out_shardings=sharding.replicated(mesh))
 
 
 def train(
@@ -205,7 +222,7 @@ def _open(
             if source:
                 checkpoints.save(source.step, _as_dict(state), batches.state(), wait=True)
                 notes.insert(0, f"forked from {source.name}")
-        yield trainer, checkpoints, state, batches, notes
+        yield trainer, checkpoints, state, batches, [*checkpoints.notes, *notes]
 
 
 def _checked_batches(config: Config) -> Batches:
@@ -281,6 +298,8 @@ class _Run:
     folder: epath.Path
     # FLOPs of a step by row length, for the lengths that the step has been compiled for.
     flops: dict[int, float] = dataclasses.field(default_factory=dict)
+    # What the alarms of the memory at the last log line were about.
+    alarms: set[str] = dataclasses.field(default_factory=set)
 
     def __call__(self, state: TrainState, remaining: range) -> dict[str, Any]:
         config = self.trainer.config
@@ -291,7 +310,7 @@ class _Run:
                 raise Interrupted(int(state.step), stop(int(state.step)))
             clock, health = _Clock(), Health(config.train.skip_batches, self.folder)
             for step in remaining:
-                arrays = sharding.global_batch(batch_sharding, _for_step(self.batches.next(), config))
+                arrays = sharding.global_batch(batch_sharding, _for_step(self._next_batch(state), config))
                 state, metrics, compiling = self._step(step, state, arrays)
                 if self.batches.needs_metrics:
                     self.batches.observe(metrics)  # waits for the device
@@ -301,30 +320,29 @@ class _Run:
                 health.add(step, metrics)
                 signal_number, ending = stop(step), step == config.train.steps
                 saving = bool(signal_number) or ending or step % config.train.checkpoint_every == 0
+                saving = saving or self.checkpoints.failed
                 logging = ending or step % config.train.log_every == 0
                 if saving or logging:
                     # Dispatching a step does not wait for its results; without this the clock would stop early.
                     jax.block_until_ready(metrics)
                     self._say_skipped(health)
                 if logging or health.must_end:
-                    last |= self._log(step, metrics, *clock.rates(), health)
+                    last |= self._log(step, metrics, *clock.rates(), health, self._memory(state, arrays))
                     clock = _Clock()
                 if health.must_end:
                     saved = self.checkpoints.latest_step()
                     raise health.end(step, metrics, arrays, state.params, saved)
                 if saving:
-                    self._save(step, state)
+                    # The last save is waited for here, where it can be made again if it fails.
+                    self._save(step, state, wait=bool(signal_number) or ending)
                 if self.evaluate is not None and config.evaluate.every and step % config.evaluate.every == 0:
                     if not self._evaluate(step, state):
                         signal_number = stop(step)
-                        if not saving:
-                            self._save(step, state)
+                        self._save(step, state, wait=True)
                     clock = _Clock()
                 if signal_number:
-                    self.checkpoints.wait()
                     raise Interrupted(step, signal_number)
         if remaining:
-            self.checkpoints.wait()
             self.progress.say(f"finished: {config.train.steps} steps, results in {self.folder}")
         else:
             self.progress.say(
@@ -332,6 +350,16 @@ class _Run:
                 "raise it to go on"
             )
         return last
+
+    def _next_batch(self, state: TrainState) -> Batch:
+        """Return the next batch. If the data has become unusable, save what was learned from it before."""
+        try:
+            return self.batches.next()
+        except UserError:
+            # Other processes may not have met the error, and would not save.
+            if jax.process_count() == 1 and int(state.step) > (self.checkpoints.latest_step() or 0):
+                self._save(int(state.step), state, wait=True)
+            raise
 
     def _step(
         self, step: int, state: TrainState, arrays: dict[str, jax.Array]
@@ -359,11 +387,12 @@ class _Run:
         tokens_per_second: float,
         flops: float,
         health: Health,
+        memory: dict[str, float],
     ) -> dict[str, Any]:
         values = self.batches.name_scores({name: float(value) for name, value in metrics.items()})
         data = self.batches.metrics()
         # Batches skipped in this call, not by this step alone.
-        values |= {"tokens_per_second": tokens_per_second, "skipped": health.skipped, **data}
+        values |= {"tokens_per_second": tokens_per_second, "skipped": health.skipped, **memory, **data}
         warning = health.jump(values["loss"], data)
         if warning:
             self.progress.say(f"ALARM: {warning} at step {step}")
@@ -381,8 +410,21 @@ class _Run:
         )
         return values
 
-    def _save(self, step: int, state: TrainState) -> None:
-        self.checkpoints.save(step, _as_dict(state), self.batches.state())
+    def _memory(self, state: TrainState, arrays: dict[str, jax.Array]) -> dict[str, float]:
+        """Return figures of the memory after a step, and say an alarm that was not said before."""
+        look, inputs = self.trainer.look, arrays["inputs"]
+        if look is None or inputs.shape[1] < self.trainer.config.model.block_size:
+            return {}
+        found = jax.device_get(look(state.params, inputs, state.carried))
+        alarms = found.alarms(self.trainer.config.model)
+        for alarm in alarms:
+            if alarm.partition(":")[0] not in self.alarms:
+                self.progress.say(f"ALARM: {alarm}, after step {int(state.step)}")
+        self.alarms = {alarm.partition(":")[0] for alarm in alarms}
+        return found.means()
+
+    def _save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
+        self.checkpoints.save(step, _as_dict(state), self.batches.state(), wait=wait)
         if self.writer is not None:
             self.writer.flush()
         self.progress.say(f"checkpoint: step {step} in {self.folder}")

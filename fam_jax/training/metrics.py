@@ -6,7 +6,6 @@ they can be written.
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -21,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from fam_jax.checkpoint.new_file import new_file
-from fam_jax.config.strict_json import dump_json
+from fam_jax.config.strict_json import dump_json, parse_json
 from fam_jax.training.bucket_sync import Mirror
 
 # Seconds between uploads of a run's metrics to its bucket; every checkpoint uploads them too.
@@ -199,12 +198,12 @@ def _drop_later_lines(path: pathlib.Path, last_step: int) -> list[bytes]:
 def _has_evaluation(lines: list[bytes], step: int) -> bool:
     """Return whether lines, the last of which are of `step` or earlier, hold an evaluation of it."""
     last = itertools.takewhile(lambda line: _step_of(line) == step, reversed(lines))
-    return any("evaluation" in json.loads(line) for line in last)
+    return any("evaluation" in parse_json(line) for line in last)
 
 
 def _step_of(line: bytes) -> float:
     try:
-        return float(json.loads(line)["step"])
+        return float(parse_json(line)["step"])
     # RecursionError and OverflowError: nested, or a number, beyond all bounds.
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return float("inf")

@@ -238,16 +238,48 @@ def test_damaged_gzip_files_are_named(tmp_path: pathlib.Path) -> None:
         assert "is damaged or not a gzip file" in mistake(tmp_path / "a.jsonl.gz")
 
 
-def test_a_file_that_changes_later_is_a_mistake_of_the_user(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("text")
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("a.txt", b"the text", b"the test"),
+        ("a.txt", b"the text", b"the"),
+        ("a.txt", b"the text", b"the text goes on"),
+        ("a.txt", b"the text", b"\xff\xfet\0"),
+        ("a.jsonl", b'{"text": "one"}\n', b'{"text": "two"}\n'),
+        ("a.jsonl", b'{"text": "one"}\n', b'\n{"text": "one"}\n'),
+        ("a.jsonl", b'{"text": "one"}\n', b'{"text": "one"}\n{"text": "two"}\n'),
+        ("a.jsonl", b'{"text": "one"}\n', b"{"),
+    ],
+)  # fmt: skip
+def test_a_file_that_changes_later_is_noticed(
+    name: str, before: bytes, after: bytes, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(before)
     documents = read(path)
-    path.write_bytes(b"\xff\xfet\0")
-    with pytest.raises(UserError, match=r"a\.txt: is UTF-16"):
+    text = documents[0]
+    path.touch()
+    assert documents[0] == text
+    path.write_bytes(after)
+    with pytest.raises(UserError, match=rf"{name}: has changed since .*put the old file back") as caught:
         documents[0]
+    assert "\n" not in str(caught.value)
     path.unlink()
-    with pytest.raises(UserError, match=r"a\.txt: cannot be read \(No such file"):
+    with pytest.raises(UserError, match=rf"{name}: can no longer be read \(No such file"):
         documents[0]
+    path.write_bytes(before)
+    assert documents[0] == text
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "array.json.gz"])
+def test_documents_that_were_copied_stay_as_they_are(name: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(FORMATS[name])
+    documents = read(path)
+    path.write_bytes(b"other")
+    assert documents[0] == ROWS[0]
+    path.unlink()
+    assert documents[1] == ROWS[1]
 
 
 def read(*paths: pathlib.Path) -> Documents:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from fam_jax.checkpoint import Checkpoints
-from fam_jax.config import Config, DataConfig, TrainConfig
+from fam_jax.config import Config, DataConfig, TrainConfig, UserError
 from fam_jax.generation.streaming import Streamer
+from fam_jax.generation.text import TextModel
 from fam_jax.restore import load_model
 from fam_jax.training.init_from import base_config
+from launch import evaluate, generate
 from tests.generation.tiny import CONFIG, texts
 from tests.model.tiny import params_of
 
@@ -63,3 +65,38 @@ def test_rounded_weights_give_the_same_outputs(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(logits, expected[0])
     np.testing.assert_array_equal(out.tokens, expected[1].tokens)
     np.testing.assert_array_equal(out.logprobs, expected[1].logprobs)
+
+
+@pytest.mark.parametrize("reader", ["evaluate", "evaluate_tasks", "generate", "library"])
+def test_a_checkpoint_imports_only_what_its_user_names(
+    reader: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module of the name that a checkpoint of somebody else gives lies in the current folder."""
+    ran, module = tmp_path / "ran", f"evil_{reader}"
+    (tmp_path / f"{module}.py").write_text(f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    data = DataConfig(task="seqio:x", imports=("os", module), sequence_length=32)
+    save(run, Config(model=CONFIG, data=data))
+
+    def read(*imports: str) -> None:
+        flags = [f"--checkpoint={run}", *([f"--imports={','.join(imports)}"] if imports else [])]
+        if reader == "evaluate":
+            evaluate.main([*flags, "--task=text", "--files=x"])
+        elif reader == "evaluate_tasks":
+            evaluate.main([*flags, "--tasks=copy"])
+        elif reader == "generate":
+            generate.main([*flags, "--prompt=x"])
+        else:
+            TextModel.restore(run, imports=imports)
+
+    base_config(str(run))  # a run that begins with this one has a data config of its own
+    for imports in ((), ("other",)):
+        with pytest.raises(UserError, match=rf"config imports {module} .*--imports=\S*{module}$") as caught:
+            read(*imports)
+        assert "\n" not in str(caught.value)
+        assert not ran.exists()
+    with pytest.raises(UserError, match="seqio has no task or mixture x"):
+        read(module)
+    assert ran.exists()

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from fam_jax.evaluation import evaluate
 from fam_jax.generation.sampling import Sampling
 from fam_jax.generation.state_file import StateFileError, save_state
 from fam_jax.generation.text import TextModel, TextState
+from fam_jax.model.memory_health import MemoryHealth
 from tests.generation.tiny import CONFIG
 from tests.model.tiny import params_of, variant
 
@@ -153,7 +155,7 @@ def test_a_seqio_run_uses_the_vocabulary_of_its_task(tmp_path: pathlib.Path) -> 
     config = Config(model=variant(CONFIG, vocab_size=259), data=data)
     with Checkpoints(tmp_path / "run", config=dataclasses.asdict(config), keep=1) as checkpoints:
         checkpoints.save(1, {"params": params_of(config.model)}, {}, wait=True)
-    model = TextModel.restore(tmp_path / "run")
+    model = TextModel.restore(tmp_path / "run", imports=data.imports)
     assert (model.vocabulary, model.step) == (task_vocabulary(data), 1)
     own = TextModel(config, params_of(config.model), load_vocabulary("bytes"))
     text = "What is 3 plus 4?"
@@ -204,3 +206,23 @@ def test_mistakes(model: TextModel, state: TextState) -> None:
         UserError, match=r"the text: is not valid Unicode at character 2 \(U\+D83D, half of a"
     ):
         model.read("a \ud83d")
+
+
+def test_a_long_reading_looks_at_the_memory(
+    model: TextModel, state: TextState, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It changes nothing in the state, and warns of a memory that no longer changes."""
+    seen: list[MemoryHealth] = []
+    model.read(TEXT, chunk_blocks=3, on_health=seen.append)
+    assert not seen, "the text is short"
+    monkeypatch.setattr("fam_jax.generation.text.LOOK_BLOCKS", 8)
+    again = model.read(io.BytesIO(TEXT.encode()), chunk_blocks=3, on_health=seen.append)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(one, other)
+    (found,) = seen
+    assert found.means().keys() == {"memory_rms", "memory_unchanged"}
+    assert found.means()["memory_unchanged"] < 0.1 and not caplog.records
+    large = dataclasses.replace(state.streams.layers, fam=state.streams.layers.fam * 1e12)
+    model.read(TEXT, TextState(dataclasses.replace(state.streams, layers=large), None), on_health=seen.append)
+    assert seen[-1].means()["memory_unchanged"] == 1
+    assert "ALARM: the memory of layer 0 is frozen" in caplog.text

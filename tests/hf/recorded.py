@@ -4,6 +4,7 @@ import pathlib
 
 import jax
 import numpy as np
+import safetensors
 
 from fam_jax.config import ModelConfig
 from fam_jax.hf import Folder, describe_model, import_parameters
@@ -35,6 +36,14 @@ def config_of(folder: Folder, block_size: int = 4, **changes) -> ModelConfig:
 def one_device(shapes):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda _: device, shapes)
+
+
+def assert_same_tensors(path: pathlib.Path, other: pathlib.Path) -> None:
+    """Compare names, shapes, dtypes and bits in two safetensors files, whatever their metadata."""
+    found, wanted = (dict(safetensors.deserialize(file.read_bytes())) for file in (path, other))
+    assert found.keys() == wanted.keys()
+    for name in found:
+        assert found[name] == wanted[name], name
 
 
 def imported(path: pathlib.Path, **changes):

@@ -18,7 +18,7 @@ from fam_jax.model import create_model, from_dict, lora, to_dict
 from fam_jax.model.layer_types import is_memory
 from fam_jax.model.parameters import flatten, unflatten
 from launch import export_hf
-from tests.hf.recorded import DATA, imported, recorded_tokens
+from tests.hf.recorded import DATA, assert_same_tensors, imported, recorded_tokens
 from tests.model.tiny import Reader
 
 LORA = LoraConfig(rank=3, alpha=6.0)
@@ -68,7 +68,7 @@ def test_the_base_and_the_merged_model(workdir, tmp_path):
     run, logits = workdir
     export(run, tmp_path / "base_again", "--lora=base")
     original = DATA / "gemma2" / "model.safetensors"
-    assert (tmp_path / "base_again" / "model.safetensors").read_bytes() == original.read_bytes()
+    assert_same_tensors(tmp_path / "base_again" / "model.safetensors", original)
 
     export(run, tmp_path / "merged")
     config, params = imported(tmp_path / "merged")
