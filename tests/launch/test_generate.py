@@ -149,7 +149,7 @@ def test_a_batch_answers_what_can_be_answered(
     errors = [record.get("error", "") for record in found]
     assert [bool(error) for error in errors] == [False, False, True, True, True, True, False]
     assert "missing.txt: cannot be read" in errors[5]
-    assert re.search(r"^36 tokens in [\d.]+ s \([\d.]+ tokens/s\)$", err, re.MULTILINE)
+    assert re.search(r"^36 tokens in [\d.]+ s \([\d,.]+ tokens/s\)$", err, re.MULTILINE)
 
     # Killed in the middle of a line, and taken up again.
     whole = out.read_bytes()
