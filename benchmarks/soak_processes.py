@@ -25,8 +25,9 @@ CONFIG = [
     "--config.evaluate.documents=2", "--config.evaluate.ablations=zeroed",
 ]  # fmt: skip
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Seconds after which a process that should end counts as hung, on a busy machine.
-PATIENCE = 300.0
+# A process that should end counts as hung if it uses less than this CPU time in so many seconds, or after an hour. On a
+# busy machine, time on the wall alone says nothing.
+IDLE_CPU, IDLE_SECONDS, LONGEST = 0.1, 120.0, 3600.0
 # Most lines that a run may print because of a full disk.
 LINES = 30
 
@@ -101,14 +102,30 @@ def results(folder: Path) -> dict[str, Any]:
     }
 
 
-def ended(process: subprocess.Popen[str], seconds: float = PATIENCE) -> int | None:
+def ended(process: subprocess.Popen[str]) -> int | None:
     """Return the exit code; None if it had to be killed because it hung."""
+    began = looked = time.monotonic()
+    used = cpu_time(process.pid)
+    while True:
+        try:
+            return process.wait(5)
+        except subprocess.TimeoutExpired:
+            now, later = time.monotonic(), cpu_time(process.pid)
+        if later - used > IDLE_CPU:
+            looked, used = now, later
+        if now - looked > IDLE_SECONDS or now - began > LONGEST:
+            process.kill()
+            process.wait()
+            return None
+
+
+def cpu_time(pid: int) -> float:
+    """Return the seconds of CPU time that a process and the children that it waited for have used."""
     try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return None
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def kills(runs: Runs, numbers: random.Random, count: int) -> Iterator[dict[str, Any]]:
@@ -126,6 +143,7 @@ def kills(runs: Runs, numbers: random.Random, count: int) -> Iterator[dict[str, 
         own: list[dict[str, Any]] = []
         while True:
             process, which = runs.start(folder), numbers.choice(SIGNALS)
+            began = time.monotonic()
             try:
                 code: int | None = process.wait(numbers.uniform(0.3, 1.2) * whole)
             except subprocess.TimeoutExpired:
@@ -136,6 +154,8 @@ def kills(runs: Runs, numbers: random.Random, count: int) -> Iterator[dict[str, 
                 )
                 continue
             if code == 0:
+                if not own:  # a measurement of the time on a machine that may be busy
+                    whole = time.monotonic() - began
                 break
             own.append({"what": "no signal", "code": code, "outcome": "lost"})
             break

@@ -18,6 +18,10 @@ def check_inside(file: epath.PathLike, folder: epath.PathLike) -> None:
     path, root = os.fspath(file), os.path.realpath(folder)
     if "://" in path:
         return
+    if "\0" in path or not _can_be_encoded(path):
+        raise UserError(
+            f"{folder}: names a file {os.path.relpath(path, root)!a}, which no file can be called"
+        )
     roots = [root]
     place, name = os.path.split(os.path.dirname(root))
     if name == "snapshots":
@@ -27,6 +31,14 @@ def check_inside(file: epath.PathLike, folder: epath.PathLike) -> None:
         raise UserError(
             f"{path}: leads out of its folder, to {real}; if you trust it, put a copy of that file in its place"
         )
+
+
+def _can_be_encoded(path: str) -> bool:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_links_below(folder: epath.PathLike, root: epath.PathLike) -> None:
