@@ -14,6 +14,7 @@ accelerator if JAX finds one and --workers is 1.
 """
 
 import concurrent.futures
+import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -157,7 +158,7 @@ def collect(place: Path, experiment: Experiment, trainings: Sequence[Training]) 
         entry["seeds"][str(training.seed)] = {
             length: row[METRIC] for length, row in found.details["groups"].items()
         }
-        entry["command"] = found.command
+        entry["command"] = shlex.join(["python", *training.command(place)[1:]])
         entry["versions"] = found.versions
     for arms in results.values():
         for entry in arms.values():
