@@ -23,16 +23,17 @@ PARAMS = params_of(CONFIG)
 
 
 def random_state(dtype: str, seed: int = 0) -> Any:
-    """Return a config and a state whose arrays hold random bits."""
+    """Return a config and a state whose arrays hold random bits, of all numbers that a state may have."""
     config = dataclasses.replace(CONFIG, dtype=dtype)
     random = np.random.default_rng(seed)
 
     def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if leaf.dtype == bool:
             return jnp.asarray(random.integers(0, 2, leaf.shape), bool)
-        return jnp.asarray(
-            np.frombuffer(random.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype).reshape(leaf.shape)
-        )
+        if leaf.dtype == np.int32:
+            return jnp.asarray(random.integers(0, config.block_size, leaf.shape), leaf.dtype)
+        bits = np.frombuffer(random.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype).reshape(leaf.shape)
+        return jnp.asarray(np.where(np.isfinite(bits.astype(np.float64)), bits, np.ones((), leaf.dtype)))
 
     return config, jax.tree.map(fill, jax.eval_shape(lambda: empty_state(config, 3)))
 
@@ -227,3 +228,12 @@ def test_a_damaged_file_of_version_1_is_refused(tmp_path: pathlib.Path, where: i
     (tmp_path / "memory").write_bytes(bytes(content[:where]))
     with pytest.raises(StateFileError, match="damaged"):
         load_state(tmp_path / "memory", CONFIG, PARAMS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_memory_that_is_not_finite_is_refused(value: float, tmp_path: pathlib.Path) -> None:
+    config, state = random_state("float32")
+    broken = dataclasses.replace(state.layers, fam=state.layers.fam.at[0, 1].set(value))
+    save_state(tmp_path / "memory", dataclasses.replace(state, layers=broken), config, PARAMS)
+    with pytest.raises(StateFileError, match=r"layers\.fam has values that are not finite"):
+        load_state(tmp_path / "memory", config, PARAMS)
