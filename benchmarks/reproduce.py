@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -173,18 +174,19 @@ def mean_of(seeds: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def show(experiment: Experiment, results: dict[str, Any]) -> None:
-    """Print a table for each task, and one with the sizes of the models on the first task."""
+    """Print a table for each task, with n seeds, and one with the sizes of the models on the first task."""
     for name, arms in results.items():
         if not arms:
             continue
         lengths = [*next(iter(arms.values()))["mean"]]
         task = TASKS[name]
-        table = Table(title=f"{experiment.title}: {task.label}, exact match by blocks ({task.length_of})")
+        title = f"{experiment.title}: {task.label}, exact match in % by blocks ({task.length_of})"
+        table = Table(title=title, box=box.SIMPLE)  # fits 80 columns
         table.add_column("memory", no_wrap=True)
-        for heading in ("seeds", *lengths):
+        for heading in ("n", *lengths):
             table.add_column(heading, justify="right")
         for entry in arms.values():
-            values = (f"{entry['mean'][length]:.2f}" for length in lengths)
+            values = (f"{100 * entry['mean'][length]:.0f}" for length in lengths)
             table.add_row(entry["label"], str(len(entry["seeds"])), *values)
         Console().print(table)
 

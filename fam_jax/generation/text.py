@@ -148,12 +148,7 @@ class TextModel:
           UserError: the text is empty or not valid Unicode, or has a token that the model has no embedding for.
           NotFiniteError: the model's logits after the text are NaN or inf.
         """
-        if isinstance(source, str):
-            name, texts = "the text", iter([source])
-            check_unicode(source, name)
-        else:
-            name = str(getattr(source, "name", "the text"))
-            texts = read_text(source, name)
+        name, texts = _texts_of(source)
         encode = self.vocabulary.encode
         if before or after:
             texts, encode = itertools.chain([before], texts, [after]), self.encode_spelled
@@ -194,9 +189,8 @@ class TextModel:
     @functools.cached_property
     def encode_spelled(self) -> Callable[[str], Sequence[int]]:
         """Return a function from text to ids that takes spelled special tokens for what they spell."""
-        from fam_jax.data.token_weights import (
-            TokenWeights,
-        )  # TensorFlow is loaded already, with the vocabulary
+        # TensorFlow is loaded already, with the vocabulary.
+        from fam_jax.data.token_weights import TokenWeights
 
         tokens = TokenWeights(self.vocabulary)
         return lambda text: tokens.encode([[[(text, 0.0)]]])[0][0].tolist()
@@ -311,6 +305,15 @@ class TextModel:
                 )
             yield [*begin, *piece] if piece else piece
             begin = [] if piece else begin
+
+
+def _texts_of(source: BinaryIO | str) -> tuple[str, Iterator[str]]:
+    """Return the name of a source, for messages, and its text in parts."""
+    if isinstance(source, str):
+        check_unicode(source, "the text")
+        return "the text", iter([source])
+    name = str(getattr(source, "name", "the text"))
+    return name, iter(read_text(source, name))
 
 
 def _chunks(pieces: Iterable[list[int]], first: int, size: int) -> Iterator[np.ndarray]:

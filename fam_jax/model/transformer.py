@@ -398,9 +398,12 @@ def _check_ids(tokens: jax.Array, vocab_size: int) -> None:
 
     The values are known outside of compiled functions only.
     """
-    known = not isinstance(tokens, jax.core.Tracer) and getattr(tokens, "is_fully_addressable", True)
-    if known and tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
-        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+    if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
+        return
+    # In NumPy: within a compiled function, JAX would make a traced array of a known one.
+    values = np.asarray(tokens)
+    wrong = values[(values < 0) | (values >= vocab_size)]
+    if wrong.size:
         raise ValueError(
-            f"tokens: {wrong} is not an id of the vocabulary; give ids from 0 to {vocab_size - 1}"
+            f"tokens: {wrong[0]} is not an id of the vocabulary; give ids from 0 to {vocab_size - 1}"
         )

@@ -109,7 +109,7 @@ def test_help_does_not_load_tensorflow(argument: str) -> None:
         (["--checkpoint=RUN", "--mesh=1,2"], "argument --mesh: expected the devices along some of"),
         (["--checkpoint=RUN", "--mesh=3,1,1"], "config.mesh: data * fsdp * tensor = 3, but there are 8 devices"),
         (["--checkpoint=RUN", "--mesh=1,1,8"], "8 does not divide model.vocab_size 51"),
-        (["--checkpoint=RUN", "--task=nothing"], "task 'nothing': is unknown; choose one of passkey, text, or"),
+        (["--checkpoint=RUN", "--task=nothing"], "task 'nothing': is unknown; choose one of passkey, algorithmic, te"),
         (["--checkpoint=RUN", "--out=RUN"], "RUN: cannot be written (it is a folder); give another --out"),
         (["--checkpoint=RUN", "--out=RUN/config.json/x.json"], "cannot be written (Not a directory)"),
         (["--checkpoint=RUN", "--out=x.png"], "--out=x.png: .png is the ending of the plot; give FILE.json"),

@@ -199,7 +199,10 @@ def test_the_task_of_a_run_is_that_of_its_data() -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"task": "texts"}, r"task 'texts': is unknown; did you mean text\? choose one of passkey, text, or"),
+        (
+            {"task": "texts"},
+            r"task 'texts': is unknown; did you mean text\? choose one of passkey, algorithmic",
+        ),
         ({"task": "boolq"}, "task 'boolq': is a task of items; run it with --tasks=boolq"),
         ({"step": 7}, "has no step 7; saved are 5, 10"),
         ({"batchsize": 3}, r"config.evaluate.batchsize: no such field; did you mean batch_size\?"),

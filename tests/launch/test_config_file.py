@@ -71,7 +71,7 @@ def test_a_config_imports_the_files_beside_it(tmp_path: pathlib.Path) -> None:
 def test_no_such_config_lists_those_of_fam_jax() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("pass_key:smoke")
-    names = "fam_1b, fam_24b, fam_8b, instruct, passkey, retrofit, text"
+    names = "algorithmic, fam_1b, fam_24b, fam_8b, instruct, passkey, retrofit, text"
     assert str(caught.value) == (
         f"--config=pass_key:smoke: there is no such file; give its path, or one of the names {names}"
     )

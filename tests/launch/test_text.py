@@ -92,7 +92,10 @@ def test_evaluation_of_a_checkpoint(workdir: pathlib.Path, capsys: pytest.Captur
         (["--ablations=zero"], "config.evaluate.ablations: expected one of zeroed, shuffled, frozen"),
         (["--min_tokens=1000"], "no held-out document has 1000 tokens"),
         (["--documents=-1"], "config.evaluate.documents: must be at least 0"),
-        (["--task=texts"], "task 'texts': is unknown; did you mean text? choose one of passkey, text, "),
+        (
+            ["--task=texts"],
+            "task 'texts': is unknown; did you mean text? choose one of passkey, algorithmic, text, ",
+        ),
         (["--ablations=shuffled"], "shuffled needs two documents in a batch"),
     ],
 )

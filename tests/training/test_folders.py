@@ -82,6 +82,8 @@ class NoCheckpoints:
     """Stand-in for Orbax, which accesses buckets in its own way."""
 
     folders: list[epath.Path]
+    notes: tuple[str, ...] = ()
+    failed = False
 
     def __init__(self, folder: epath.Path, **_: Any):
         self.folders.append(folder)
@@ -95,7 +97,7 @@ class NoCheckpoints:
     def latest_step(self) -> None:
         return None
 
-    def save(self, *_: Any) -> None:
+    def save(self, *_: Any, **__: Any) -> None:
         pass
 
     def wait(self) -> None:
