@@ -76,7 +76,8 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
     """Print a table with a row per model and seed."""
     lengths = list(runs[0]["models"]["fam"]["lengths"])
     table = Table(title="Pass key retrieved, by blocks of filler")
-    for heading in ("model", "seed", *lengths):
+    table.add_column("model", no_wrap=True)
+    for heading in ("seed", *lengths):
         table.add_column(heading, justify="right")
     for name in VARIANTS:
         for run in runs:

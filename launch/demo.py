@@ -151,7 +151,7 @@ def exact_matches(demo: Demo) -> dict[str, dict[str, float]]:
 def show(results: dict[str, Any]) -> None:
     """Print the results as a table."""
     table = Table(title=f"Pass keys retrieved, by blocks of filler ({results['keys']} keys each)")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for length in next(iter(results["models"].values())):
         table.add_column(length, justify="right")
     for name, matches in results["models"].items():

@@ -30,10 +30,14 @@ def plot_passkey(
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = _axes(figure)
     lengths = sorted({int(length) for curve in curves.values() for length in curve})
-    for (label, curve), (color, marker) in zip(curves.items(), itertools.cycle(STYLES), strict=False):
+    for number, (label, curve) in enumerate(curves.items(), 1):
+        color, marker = STYLES[(number - 1) % len(STYLES)]
         blocks = sorted(map(int, curve))
         values = [100 * curve[str(length)] for length in blocks]
-        style: dict[str, Any] = {"color": color, "marker": marker, "linewidth": 2, "markersize": 6}
+        # Curves that are drawn over by equal ones can be seen behind them.
+        behind = len(curves) - number
+        size = {"linewidth": 2 + 2 * behind, "markersize": 6 + 3 * behind}
+        style: dict[str, Any] = {"color": color, "marker": marker, **size}
         axes.plot(blocks, values, label=label, clip_on=False, **style)
     axes.axvspan(lengths[0], trained_blocks, color="0.93", zorder=0)
     place: dict[str, Any] = {"rotation": 90, "va": "center", "ha": "right", "color": "0.45", "fontsize": 8}
