@@ -30,6 +30,7 @@ from fam_jax.evaluation import read_evaluation
 from fam_jax.evaluation.paired import difference_per_token
 from launch.cli import ArgumentParser
 from launch.errors import user_errors
+from launch.workers import ONE_CORE
 
 # Name of a training: memory, then flags.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,7 +40,6 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "fam, random states": ("fam", {"train.random_state_passing": 0.8}),
     "fam, all": ("fam", {"train.carry": "all"}),
 }
-ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 @dataclasses.dataclass(frozen=True)

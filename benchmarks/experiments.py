@@ -100,6 +100,14 @@ ARMS = {
 STAGED = {"data.advance_accuracy": 0.0, "data.min_filler_blocks": 0, "data.late_keys": 0.0}
 ALGORITHMIC = {**STAGED, "data.max_stage_steps": 400, "train.steps": 2000, "train.batch_size": 32}
 
+
+def _algorithmic(
+    name: str, label: str, stages: tuple[int, ...], lengths: tuple[int, ...], length_of: str
+) -> Task:
+    fields = {**ALGORITHMIC, "data.stage_blocks": ",".join(map(str, stages))}
+    return Task(label, f"configs/algorithmic.py:{name}", fields, lengths, stages[-1], length_of)
+
+
 TASKS = {
     "passkey": Task(
         "PassKey",
@@ -117,38 +125,12 @@ TASKS = {
         8,
         "filler",
     ),
-    "remember": Task(
-        "associative remember",
-        "configs/algorithmic.py:remember",
-        {**ALGORITHMIC, "data.stage_blocks": "1,2,4,8"},
-        (1, 2, 4, 8),
-        8,
-        "pairs",
+    "remember": _algorithmic("remember", "associative remember", (1, 2, 4, 8), (1, 2, 4, 8), "pairs"),
+    "rewrite": _algorithmic(
+        "rewrite", "associative rewrite", (1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64), "pairs"
     ),
-    "rewrite": Task(
-        "associative rewrite",
-        "configs/algorithmic.py:rewrite",
-        {**ALGORITHMIC, "data.stage_blocks": "1,2,4,8"},
-        (1, 2, 4, 8, 16, 32, 64),
-        8,
-        "pairs",
-    ),
-    "copy": Task(
-        "copy",
-        "configs/algorithmic.py:copy",
-        {**ALGORITHMIC, "data.stage_blocks": "1,2,3"},
-        (1, 2, 3, 4),
-        3,
-        "list",
-    ),
-    "reverse": Task(
-        "reverse",
-        "configs/algorithmic.py:reverse",
-        {**ALGORITHMIC, "data.stage_blocks": "1,2,3"},
-        (1, 2, 3, 4),
-        3,
-        "list",
-    ),
+    "copy": _algorithmic("copy", "copy", (1, 2, 3), (1, 2, 3, 4), "list"),
+    "reverse": _algorithmic("reverse", "reverse", (1, 2, 3), (1, 2, 3, 4), "list"),
 }
 
 EXPERIMENTS = {

@@ -43,10 +43,8 @@ from fam_jax.evaluation.record import evaluation_path
 from fam_jax.evaluation.tasks import default_task
 from launch.cli import ArgumentParser, at_least, integers
 from launch.errors import user_errors
-from launch.workers import Workers
+from launch.workers import ONE_CORE, Workers
 
-# Each training runs on one core, so it must not start a thread per core.
-ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 METRIC = "exact_match"
 
 

@@ -11,6 +11,8 @@ from fam_jax.config import UserError
 
 # Seconds between two lines of a training's progress.
 REPORT_SECONDS = 10.0
+# XLA_FLAGS of a program that has one core: no thread per core.
+ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 # Lines of a command's output that are shown if it fails.
 TAIL_LINES = 20
 

@@ -28,7 +28,7 @@ def note_of_gone_step(folder: epath.Path, steps: list[int]) -> str:
     """Return a line about the last saved step of a run if it is not among its `steps`, else an empty string."""
     try:
         newest = parse_json((folder / NEWEST).read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
     if type(newest) is not int or newest <= max(steps, default=-1):
         return ""

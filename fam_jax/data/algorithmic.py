@@ -10,7 +10,8 @@ function of (task, seed, split, length, index).
     reverse   hgca=acgh                asks for a list, backwards
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,17 +35,6 @@ class Text(NamedTuple):
 
     prompt: str
     answer: str
-
-
-class AlgorithmicTask(NamedTuple):
-    """How the texts of a task are made, and how long they are."""
-
-    # Returns the example of so many blocks, from random numbers.
-    make: Callable[["Sizes", int, np.random.Generator], Text]
-    # Returns the tokens of the answer of an example of so many blocks.
-    answer_tokens: Callable[["Sizes", int], int]
-    # Returns the tokens of its prompt.
-    prompt_tokens: Callable[["Sizes", int], int]
 
 
 class Sizes(NamedTuple):
@@ -89,46 +79,17 @@ def _pairs(sizes: Sizes, blocks: int, random: np.random.Generator, *, repeated: 
     return Text(f"{text}{spelled(asked, sizes.key)}?", f"{spelled(last[asked], sizes.value)};")
 
 
-def _remember(sizes: Sizes, blocks: int, random: np.random.Generator) -> Text:
-    return _pairs(sizes, blocks, random, repeated=False)
+def _repeat(sizes: Sizes, blocks: int, random: np.random.Generator, *, backwards: bool) -> Text:
+    listed = "".join(LISTED[n] for n in random.integers(len(LISTED), size=blocks * sizes.block_size))
+    return Text(f"{listed}=", listed[::-1] if backwards else listed + listed)
 
 
-def _rewrite(sizes: Sizes, blocks: int, random: np.random.Generator) -> Text:
-    return _pairs(sizes, blocks, random, repeated=True)
-
-
-def _list(sizes: Sizes, blocks: int, random: np.random.Generator) -> str:
-    return "".join(LISTED[n] for n in random.integers(len(LISTED), size=blocks * sizes.block_size))
-
-
-def _copy(sizes: Sizes, blocks: int, random: np.random.Generator) -> Text:
-    listed = _list(sizes, blocks, random)
-    return Text(f"{listed}=", listed + listed)
-
-
-def _reverse(sizes: Sizes, blocks: int, random: np.random.Generator) -> Text:
-    listed = _list(sizes, blocks, random)
-    return Text(f"{listed}=", listed[::-1])
-
-
-def _value_and_end(sizes: Sizes, blocks: int) -> int:
-    del blocks
-    return sizes.value + 1
-
-
-def _pairs_and_key(sizes: Sizes, blocks: int) -> int:
-    return blocks * sizes.block_size + sizes.key + 1
-
-
-def _list_and_mark(sizes: Sizes, blocks: int) -> int:
-    return blocks * sizes.block_size + 1
-
-
-TASKS = {
-    "remember": AlgorithmicTask(_remember, _value_and_end, _pairs_and_key),
-    "rewrite": AlgorithmicTask(_rewrite, _value_and_end, _pairs_and_key),
-    "copy": AlgorithmicTask(_copy, lambda sizes, blocks: 2 * blocks * sizes.block_size, _list_and_mark),
-    "reverse": AlgorithmicTask(_reverse, lambda sizes, blocks: blocks * sizes.block_size, _list_and_mark),
+# Functions that make the example of so many blocks from random numbers. Its length depends on the blocks alone.
+TASKS: dict[str, Callable[[Sizes, int, np.random.Generator], Text]] = {
+    "remember": functools.partial(_pairs, repeated=False),
+    "rewrite": functools.partial(_pairs, repeated=True),
+    "copy": functools.partial(_repeat, backwards=False),
+    "reverse": functools.partial(_repeat, backwards=True),
 }
 PAIRS = ("remember", "rewrite")
 
@@ -149,7 +110,7 @@ class Examples:
           UserError: the vocabulary cannot be loaded.
         """
         self.name = data.task.partition(":")[2]
-        self.task, self.sizes = TASKS[self.name], Sizes(block_size, data.key_letters, data.value_letters)
+        self.sizes = Sizes(block_size, data.key_letters, data.value_letters)
         self.vocabulary: seqio.Vocabulary = load_vocabulary(data.vocabulary)
         sizes = self.sizes
         if self.name in PAIRS and block_size % sizes.pair:
@@ -163,16 +124,22 @@ class Examples:
                 f"spell {len(LETTERS) ** sizes.key} only; set it to {sizes.key + 1}, or ask for shorter texts"
             )
 
-    def tokens(self, blocks: int) -> int:
-        """Return the tokens of an example, with its answer."""
-        return self.task.prompt_tokens(self.sizes, blocks) + self.task.answer_tokens(self.sizes, blocks)
+    def row_tokens(self, stage_blocks: Sequence[int]) -> tuple[int, ...]:
+        """Return T of rows that hold examples of so many blocks, each a multiple of the block size."""
+        size = self.sizes.block_size
+        # A sequence of n tokens has n - 1 inputs.
+        inputs = (sum(map(len, self._text(blocks, 0))) - 1 for blocks in stage_blocks)
+        return tuple(ceil_div(tokens, size) * size for tokens in inputs)
 
     def example(self, blocks: int, *key: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return prompt and answer, each (tokens,) int32, of an example of so many blocks that `key` names."""
         number = random_key(ALGORITHMIC, self.name, *self.sizes, blocks, *key)
-        text = self.task.make(self.sizes, blocks, np.random.Generator(np.random.Philox(key=number)))
+        text = self._text(blocks, number)
         prompt, answer = (np.asarray(self.vocabulary.encode(part), np.int32) for part in text)
         return prompt, answer
+
+    def _text(self, blocks: int, key: int) -> Text:
+        return TASKS[self.name](self.sizes, blocks, np.random.Generator(np.random.Philox(key=key)))
 
 
 class AlgorithmicCurriculum(Curriculum):
@@ -197,7 +164,7 @@ class AlgorithmicCurriculum(Curriculum):
         """
         self._examples = Examples(data, spec.block_size, data.stage_blocks[-1])
         self.length_of = "pairs in" if self._examples.name in PAIRS else "list of"
-        tokens = algorithmic_stage_tokens(data, spec.block_size)
+        tokens = self._examples.row_tokens(data.stage_blocks)
         super().__init__(data, spec, self._examples.vocabulary, tokens)
 
     def _make(self, stage: int) -> Batch:
@@ -241,11 +208,7 @@ def algorithmic_stage_tokens(data: DataConfig, block_size: int) -> tuple[int, ..
       ConfigError: see :class:`Examples`.
       UserError: the vocabulary cannot be loaded.
     """
-    examples = Examples(data, block_size, data.stage_blocks[-1])
-    # A sequence of n tokens has n - 1 inputs.
-    return tuple(
-        ceil_div(examples.tokens(blocks) - 1, block_size) * block_size for blocks in data.stage_blocks
-    )
+    return Examples(data, block_size, data.stage_blocks[-1]).row_tokens(data.stage_blocks)
 
 
 def algorithmic_examples(

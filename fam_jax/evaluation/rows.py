@@ -130,7 +130,7 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return parse_json(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: is not valid JSON; correct or remove it") from error
 
 

@@ -276,7 +276,7 @@ def _parse(line: bytes) -> tuple[Any, str]:
     try:
         value = parse_json(text)
         value = text if _is_deeper(value, LEVELS) else finite(value)
-    except (ValueError, RecursionError):
+    except ValueError:
         value = text
     if not isinstance(value, dict):
         return value, "expected a JSON object with prompt, prompt_file or question"
@@ -383,7 +383,7 @@ class _Results:
                 and ("error" in record or "text" in record)
                 for number, (record, line) in enumerate(zip(records, lines, strict=False), 1)
             )
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             same = False
         if not same:
             raise UserError(f"{self._out}: does not hold results of these lines; give another --out")

@@ -188,7 +188,7 @@ def _checked_metadata(path: Any, content: bytes) -> dict[str, str]:
         entries = parse_json(content[8 : 8 + size])
         metadata = dict(entries.pop("__metadata__"))
         known = (metadata["format"], metadata["version"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StateFileError(
             f"{path}: is not a saved memory, or its header is damaged; restore it from a copy or read the text again"
         ) from error

@@ -16,8 +16,8 @@ from fam_jax.checkpoint.new_file import mode_of_umask
 from fam_jax.config.strict_json import dump_json, parse_json
 from fam_jax.hf.config_json import ConvertError, first_line
 
-# The entry of the metadata: JSON of the digests, in hexadecimal digits, by the names of the tensors. Each is of the
-# bytes of a tensor as they are in the file.
+# Key in the metadata. Its value is a JSON object that maps each tensor's name to the SHA-256 of its bytes in the file,
+# in hexadecimal.
 ENTRY = "sha256"
 # Bytes that are read at a time.
 CHUNK = 8 << 20

@@ -204,8 +204,8 @@ def _has_evaluation(lines: list[bytes], step: int) -> bool:
 def _step_of(line: bytes) -> float:
     try:
         return float(parse_json(line)["step"])
-    # RecursionError and OverflowError: nested, or a number, beyond all bounds.
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+    # OverflowError: a number beyond all bounds.
+    except (ValueError, KeyError, TypeError, OverflowError):
         return float("inf")
 
 

@@ -22,20 +22,9 @@ from fam_jax.checkpoint import (
     read_config_file,
     steps,
 )
-from tests.checkpoint.states import CONFIG, assert_same, make_state, mesh_of, open_run, structs, write_run
+from tests.checkpoint.states import CONFIG, assert_same, make_state, mesh_of, open_run, structs
 
 WRITE = "orbax.checkpoint._src.metadata.array_metadata_store.Store.write"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Return the folder of a run with steps 10 and 20. Do not change it."""
-    return write_run(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def run(saved: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    return shutil.copytree(saved, tmp_path / "run")
 
 
 def flipped(data: bytes) -> bytes:

@@ -22,19 +22,8 @@ from fam_jax.checkpoint import (
 from fam_jax.checkpoint.manifest import checksums
 from fam_jax.config import UserError
 from fam_jax.config.format1 import FORMAT
-from tests.checkpoint.states import CONFIG, assert_same, make_state, mesh_of, open_run, structs, write_run
+from tests.checkpoint.states import CONFIG, assert_same, make_state, mesh_of, open_run, structs
 from tests.variants import rest_slow
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Return the folder of a run with steps 10 and 20. Do not change it."""
-    return write_run(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def run(saved: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    return shutil.copytree(saved, tmp_path / "run")
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (1, 2), (4, 2), (1, 1)])
