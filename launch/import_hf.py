@@ -46,7 +46,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--tokenizer",
         metavar="FILE|none",
-        help="default: tokenizer.json of the source, else its tokenizer.model",
+        help="default: tokenizer.json of the source, else its tokenizer.model as AutoTokenizer converts it",
     )
     add(
         "--ignore_option",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from fam_jax.checkpoint.lock import WriterLock
@@ -29,9 +30,11 @@ TEXTS = ("prompt", "question")
 # Named in a message about other settings, but not a reason for it: a run may be moved.
 INFORMATION = ("checkpoint",)
 
-# Products with a single row are rounded otherwise than those with several. With an empty row beside it, the text of a
-# line alone is that of a line among others, nearly always in bfloat16 too.
+# Products with few rows are rounded otherwise than those with many. In float32 one more row, which stays empty, makes a
+# line's text alone that among others. In narrower types, up to this many streams run the same program. On a TPU, rows
+# up to a tile's height cost no more time than one.
 LEAST_ROWS = 2
+LEAST_NARROW_ROWS = 8
 # A line that is nested deeper is not taken for JSON: how deep Python can go depends on where it is.
 LEVELS = 50
 
@@ -116,8 +119,8 @@ class Batch:
     ) -> tuple[int, int]:
         """Complete the lines that have no result yet, or an error.
 
-        A result depends on its line, its place and `how`. It does not depend on `streams` or on the other lines, apart
-        from rounding: programs for more rows may add numbers in another order.
+        A result depends on its line, its place and `how`. It does not depend on the other lines, nor on `streams` up to
+        8. Programs for more rows may add numbers in another order, and rounding may then change a text.
 
         Args:
           model: reads and writes the texts.
@@ -143,7 +146,8 @@ class Batch:
         if not pending:
             return len(self._lines), 0
         lines = ((number, self._lines[number - 1]) for number in pending)
-        count = max(LEAST_ROWS, min(streams, len(pending)))
+        # Not the pending lines: a batch that continues runs the program that it began with.
+        count = max(least_rows(model.config.model.dtype), min(streams, len(self._lines)))
         with results.alone():
             for event in _completions(model, lines, how, count, read):
                 if isinstance(event, int):
@@ -154,6 +158,11 @@ class Batch:
                 if on_progress is not None:
                     on_progress(BatchProgress(done, len(pending), tokens))
         return len(self._lines), results.failed
+
+
+def least_rows(dtype: str) -> int:
+    """Return the number of rows that generate together at least, for activations of a dtype."""
+    return LEAST_ROWS if jnp.finfo(dtype).bits >= 32 else LEAST_NARROW_ROWS
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ from fam_jax.config.strict_json import dump_json
 from fam_jax.hf.adapter import export_adapter
 from fam_jax.hf.checksums import save_tensors
 from fam_jax.hf.config_json import ConvertError, read_json
+from fam_jax.hf.converted_tokenizer import mark_reader
 from fam_jax.hf.folder import CONFIG, INDEX, SINGLE, copy_companions
 from fam_jax.hf.memory_file import write_memory
 from fam_jax.hf.multimodal import is_multimodal, text_part
@@ -155,6 +156,7 @@ def _write_companions(companions: epath.Path | None, vocabulary: str, folder: Pa
         copy_companions(companions, folder, config=False, tokenizer=not other)
     if find_tokenizer(folder) is None:
         copy_tokenizer(vocabulary, folder)
+    mark_reader(folder)
 
 
 def _base_of_adapter(

@@ -1,5 +1,6 @@
 """Import a model in Hugging Face format: from a folder to a checkpoint."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,6 +25,7 @@ from fam_jax.config.fields import field_types
 from fam_jax.config.memory import memory_config_type
 from fam_jax.config.overrides import KIND, Override, apply_overrides
 from fam_jax.hf.config_json import ConvertError
+from fam_jax.hf.converted_tokenizer import converted_tokenizer, needs_conversion
 from fam_jax.hf.families import ModelDescription, describe_model
 from fam_jax.hf.folder import Folder
 from fam_jax.hf.loading import import_parameters
@@ -92,12 +94,16 @@ def import_model(
     devices = make_mesh(mesh)
     folder = Folder(source)
     named_end_ids(folder.path)  # generation would find out otherwise
-    file, vocabulary = choose_tokenizer(folder, folder_out, tokenizer)
     config = imported_config(folder, overrides, ignored_options)
-    if file is not None:
-        check_tokenizer(file, config.model.vocab_size)
-        config = changed(config, data={"vocabulary": vocabulary, "add_bos": adds_bos(file)})
-    with new_checkpoint(folder_out, folder.path):
+    with contextlib.ExitStack() as stack:
+        place = folder.path
+        if tokenizer is None and needs_conversion(place):
+            place = stack.enter_context(converted_tokenizer(place))
+        file, vocabulary = choose_tokenizer(place, folder_out, tokenizer)
+        if file is not None:
+            check_tokenizer(file, config.model.vocab_size)
+            config = changed(config, data={"vocabulary": vocabulary, "add_bos": adds_bos(file)})
+        stack.enter_context(new_checkpoint(folder_out, folder.path, place))
         params = import_parameters(
             folder,
             config.model,
@@ -130,11 +136,11 @@ def exact_tokens(model: ModelConfig, window: int) -> int | None:
     return min([reach + model.block_size, *differ])
 
 
-def choose_tokenizer(folder: Folder, out: epath.Path, choice: str | None) -> tuple[Path | None, str | None]:
+def choose_tokenizer(folder: Path, out: epath.Path, choice: str | None) -> tuple[Path | None, str | None]:
     """Return the tokenizer of a folder and the `data.vocabulary` that names it after the import.
 
     Args:
-      folder: the folder of the model.
+      folder: the folder of the model, or of its converted tokenizer.
       out: folder of the checkpoint, to which the tokenizer of the folder is copied.
       choice: path of another tokenizer, None, or "none", for which both results are None.
 
@@ -146,10 +152,10 @@ def choose_tokenizer(folder: Folder, out: epath.Path, choice: str | None) -> tup
     if choice is not None:
         file = Path(choice).expanduser()
         return file, str(file.absolute())
-    found = find_tokenizer(folder.path)
+    found = find_tokenizer(folder)
     if found is None:
         raise ConvertError(
-            f"{folder.path}: holds neither tokenizer.model nor tokenizer.json; give one with --tokenizer=FILE, or pass "
+            f"{folder}: holds neither tokenizer.model nor tokenizer.json; give one with --tokenizer=FILE, or pass "
             "--tokenizer=none to import the model without"
         )
     return found, str(out / COMPANIONS / found.name)

@@ -107,7 +107,7 @@ def check_new_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
 
 
 @contextlib.contextmanager
-def new_checkpoint(out: epath.Path, source: Path) -> Iterator[None]:
+def new_checkpoint(out: epath.Path, source: Path, tokenizer: Path | None = None) -> Iterator[None]:
     """Create the folder of a checkpoint with the companions of a model; remove it if an error occurs.
 
     All processes of a job enter together, and the first one writes. In a job of several processes an error leaves the
@@ -116,6 +116,7 @@ def new_checkpoint(out: epath.Path, source: Path) -> Iterator[None]:
     Args:
       out: a folder that :func:`check_new_checkpoint` returned.
       source: the folder of the model, in Hugging Face format.
+      tokenizer: the folder of its tokenizer; None: `source`.
 
     Raises:
       ConvertError: the folder cannot be written, or a companion cannot be read.
@@ -128,7 +129,8 @@ def new_checkpoint(out: epath.Path, source: Path) -> Iterator[None]:
             raise ConvertError(f"{out}: cannot be created ({error.strerror}); give another --out") from error
     try:
         if jax.process_index() == 0:
-            copy_companions(source, out / COMPANIONS)
+            copy_companions(source, out / COMPANIONS, tokenizer=False)
+            copy_companions(tokenizer or source, out / COMPANIONS, config=False)
             record = dump_json({"source": str(source.resolve())}, indent=2)
             (out / COMPANIONS / SOURCE).write_text(record + "\n")
         multihost_utils.sync_global_devices("companions")  # nothing of an earlier import is left from here on

@@ -104,6 +104,41 @@ def test_a_text_does_not_depend_on_the_number_of_streams(
     assert len({record.get("tokens") for record in one}) > 2  # they end in different calls
 
 
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which every call of `complete` adds its number of rows."""
+    found = []
+
+    class Counted(batch_module.Rows):
+        def __init__(self, streamer: Any, count: int, **options: Any):
+            found.append(count)
+            super().__init__(streamer, count, **options)
+
+    monkeypatch.setattr(batch_module, "Rows", Counted)
+    return found
+
+
+def test_nor_does_it_in_bfloat16(tmp_path: pathlib.Path, counts: list[int]) -> None:
+    config = variant(CONFIG, vocab_size=259, dtype="bfloat16")
+    narrow = TextModel(Config(model=config), params_of(config), Visible())
+    how = HowToComplete(37, DRAWN, seed=5)
+    one, *others = (
+        complete(narrow, tmp_path, LINES, how, str(streams), streams=streams) for streams in (1, 3, 8)
+    )
+    assert all(other == one for other in others)
+    assert counts == [8, 8, 8]  # the same program
+
+
+def test_a_batch_that_continues_runs_the_program_that_it_began_with(
+    model: TextModel, tmp_path: pathlib.Path, counts: list[int]
+) -> None:
+    source = write(tmp_path / "in.jsonl", LINES)
+    out = tmp_path / "out.jsonl"
+    Batch(source, out, {}).complete(model, HowToComplete(3), streams=9)
+    Batch(source, out, {}).complete(model, HowToComplete(3), streams=9)  # the lines with an error
+    assert counts == [9, 9]
+
+
 def test_equal_lines_are_drawn_apart(model: TextModel, tmp_path: pathlib.Path) -> None:
     lines = [{"question": "Who?"}] * 5
     drawn = complete(model, tmp_path, lines, HowToComplete(20, DRAWN, seed=3), "drawn", streams=2)

@@ -1,13 +1,29 @@
 """The tokenizer of a folder gives the ids that AutoTokenizer of transformers gives."""
 
+import contextlib
 import pathlib
+import sys
+import types
+from typing import Any
 
 import pytest
+import sentencepiece
 
-from fam_jax.config import UserError
+from fam_jax.config import ModelConfig, UserError
 from fam_jax.data.vocabulary import load_vocabulary
-from fam_jax.hf import ConvertError, adds_bos, check_tokenizer, find_tokenizer
+from fam_jax.hf import (
+    ConvertError,
+    adds_bos,
+    check_tokenizer,
+    export_folder,
+    export_model,
+    find_tokenizer,
+    hf_config,
+    import_model,
+)
+from fam_jax.hf.converted_tokenizer import converted_tokenizer, needs_conversion
 from fam_jax.hf.tokenizer import copy_tokenizer
+from fam_jax.memories.window import FullConfig
 from tests.hf.real_tokenizers import REAL, fetch_tokenizer
 from tests.hf.tokenizer_folders import (
     CHATML,
@@ -20,6 +36,7 @@ from tests.hf.tokenizer_folders import (
     sentencepiece_model,
     write,
 )
+from tests.model.tiny import params_of
 
 PLAIN = (
     "the capital of France", " leading", "  two blanks", "a  b   c ", "", " ", "\n\n hi\tx\r\n", "Grün 😀 漢字 e\u0301",
@@ -30,10 +47,9 @@ SPELLED = (
 )  # fmt: skip
 
 
-def assert_same(folder: pathlib.Path) -> None:
+def assert_same(folder: pathlib.Path, auto: Any = None) -> None:
     """Compare ids, special tokens and decoded text, with all added tokens spelled in the texts."""
-    transformers = pytest.importorskip("transformers")
-    auto = transformers.AutoTokenizer.from_pretrained(folder)
+    auto = auto or pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
     file = find_tokenizer(folder)
     assert file is not None
     ours = load_vocabulary(str(file))
@@ -56,19 +72,132 @@ def test_every_kind_of_folder(kind: str, tmp_path: pathlib.Path) -> None:
     assert_same(tmp_path)
 
 
-def test_a_sentencepiece_model_alone(tmp_path: pathlib.Path) -> None:
-    """It divides text by itself. Spelled special tokens stay text, and blanks at the start are kept."""
-    settings = OF_LLAMA | {"add_bos_token": True, "legacy": True}
-    write(tmp_path, model=sentencepiece_model(), tokenizer_config=settings)
-    file = tmp_path / "tokenizer.model"
+OF_MAP = {"bos_token": "<s>", "eos_token": entry("</s>"), "unk_token": "<unk>"}
+OF_GEMMA = OF_LLAMA | {"tokenizer_class": "GemmaTokenizer"}
+TINY = ModelConfig(
+    vocab_size=400, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=2, head_dim=4, ff_dim=8, block_size=8,
+    activation="swiglu", tie_embeddings=False, memory=FullConfig(context=64),
+)  # fmt: skip
+
+
+def write_tiny_model(folder: pathlib.Path) -> None:
+    export_folder(folder, TINY, params_of(TINY), hf_config(TINY))
+
+
+# Folders with a tokenizer.model alone: files beside it, and options of the model.
+ALONE: dict[str, tuple[dict, dict]] = {
+    "no files": ({}, {}),
+    "Llama": ({"tokenizer_config": OF_LLAMA}, {}),
+    "Llama, legacy": ({"tokenizer_config": OF_LLAMA | {"legacy": True, "add_bos_token": True}}, {}),
+    "Llama without prefix": ({"tokenizer_config": OF_LLAMA | {"add_prefix_space": False}}, {}),
+    "Llama without start token": ({"tokenizer_config": OF_LLAMA | {"add_bos_token": False}}, {}),
+    "Gemma": ({"model_type": "gemma2"}, {}),
+    "Gemma's class": ({"model_type": "gemma2", "tokenizer_config": OF_GEMMA}, {}),
+    "Mistral": ({"model_type": "mistral", "tokenizer_config": OF_LLAMA}, {}),
+    "Qwen": ({"model_type": "qwen2"}, {}),
+    "ChatML": ({"tokenizer_config": OF_LLAMA | {"eos_token": "<|im_end|>"}, "added_tokens": CHATML}, {}),
+    "a map": ({"special_tokens_map": OF_MAP}, {}),
+    "Unigram": ({}, {"model_type": "unigram", "vocab_size": 330}),
+    "Unigram, Llama": ({"tokenizer_config": OF_LLAMA}, {"model_type": "unigram", "vocab_size": 330}),
+    "normalized": ({}, {"normalization_rule_name": "nmt_nfkc"}),
+    "own symbols": ({"tokenizer_config": OF_LLAMA}, {"user_defined_symbols": "<|x|>,<|y|>"}),
+    "without bytes": ({}, {"byte_fallback": False}),
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_sentencepiece_model_alone(kind: str, tmp_path: pathlib.Path) -> None:
+    files, options = ALONE[kind]
+    write(tmp_path, model=sentencepiece_model(**options), **files)
     auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
-    assert find_tokenizer(tmp_path) == file and adds_bos(file)
-    check_tokenizer(file, 400)
+    assert needs_conversion(tmp_path)
+    with converted_tokenizer(tmp_path) as folder:
+        assert_same(folder, auto)
+    assert not folder.exists()
+    assert sorted(tmp_path.iterdir()) == sorted(
+        {tmp_path / name for name in ("config.json", "tokenizer.model")}
+        | {tmp_path / f"{name}.json" for name in files if name != "model_type"}
+    )
+
+
+def test_an_import_converts_a_sentencepiece_model_alone(tmp_path: pathlib.Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    write_tiny_model(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(sentencepiece_model())
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    config = import_model(tmp_path / "hf", tmp_path / "run").config
+    file = tmp_path / "run" / "huggingface" / "tokenizer.json"
+    assert config.data.vocabulary == str(file)
+    assert config.data.add_bos == (auto("a")["input_ids"][0] == auto.bos_token_id)
     ours = load_vocabulary(str(file))
-    assert (ours.bos_id, ours.eos_id) == (auto.bos_token_id, auto.eos_token_id)
     for text in PLAIN:
-        if not text.startswith((" ", "\u2581")):
-            assert [ours.bos_id, *ours.encode(text)] == auto(text)["input_ids"], repr(text)
+        assert ours.encode(text) == auto(text, add_special_tokens=False)["input_ids"], repr(text)
+    # An export of it has both files, and its import needs no conversion.
+    export_model(tmp_path / "run", tmp_path / "out")
+    assert find_tokenizer(tmp_path / "out") == tmp_path / "out" / "tokenizer.json"
+    assert not needs_conversion(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == sentencepiece_model()
+
+
+def test_sentencepiece_reads_what_a_run_was_trained_with(tmp_path: pathlib.Path) -> None:
+    """A tokenizer.model that is named by itself, and that of an export of such a run."""
+    write_tiny_model(tmp_path / "hf")
+    file = tmp_path / "hf" / "tokenizer.model"
+    file.write_bytes(sentencepiece_model())
+    config = import_model(tmp_path / "hf", tmp_path / "run", tokenizer=str(file)).config
+    assert config.data.vocabulary == str(file)
+    export_model(tmp_path / "run", tmp_path / "out")
+    assert not needs_conversion(tmp_path / "out")
+    again = import_model(tmp_path / "out", tmp_path / "again").config
+    assert again.data.vocabulary == str(tmp_path / "again" / "huggingface" / "tokenizer.model")
+    own = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    for text in PLAIN:
+        assert load_vocabulary(again.data.vocabulary).encode(text) == own.encode(text)
+    export_model(tmp_path / "again", tmp_path / "more")
+    assert not needs_conversion(tmp_path / "more")
+
+
+def test_without_transformers_a_sentencepiece_model_alone_is_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_model(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(sentencepiece_model())
+
+    def refused() -> str:
+        with pytest.raises(ConvertError) as caught:
+            import_model(tmp_path / "hf", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        message = str(caught.value)
+        assert message.startswith(f"{tmp_path}/hf/tokenizer.model: ") and "\n" not in message
+        assert f"--tokenizer={tmp_path}/hf/tokenizer.model" in message
+        return message
+
+    old = types.ModuleType("transformers")
+    vars(old)["__version__"] = "4.57.1"
+    for module, says in ((None, "pip install"), (old, "transformers 5, but 4.57.1 is installed")):
+        monkeypatch.setitem(sys.modules, "transformers", module)
+        assert says in refused()
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", b"IQ== 0\nIg== 1\n"])
+def test_what_transformers_cannot_read_is_named(tmp_path: pathlib.Path, content: bytes) -> None:
+    pytest.importorskip("transformers")
+    write(tmp_path, model=content)
+    with pytest.raises(ConvertError, match=r"tokenizer\.model: .*transformers cannot read it") as caught:
+        converted_tokenizer(tmp_path).__enter__()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_names_code_runs_none(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("transformers")
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "evil.py").write_text(code)
+    own = OF_LLAMA | {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    write(tmp_path / "hf", model=sentencepiece_model(), tokenizer_config=own)
+    with contextlib.suppress(ConvertError):
+        converted_tokenizer(tmp_path / "hf").__enter__()
+    assert not (tmp_path / "ran").exists()
 
 
 MORE = {
