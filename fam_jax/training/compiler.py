@@ -3,6 +3,8 @@
 import jax
 from jax.sharding import Mesh
 
+from fam_jax.kernels.pallas.tiles import SMALLEST_VMEM_MIB, VMEM_MIB
+
 # Found by compiling for slices of v5p (docs/results/plans.md).
 TPU_OPTIONS = {
     # By default, a gather and the product after it become a ring of small products. That costs more than it hides.
@@ -14,9 +16,16 @@ TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
+# Fast memory that one operation may use. The default is half of it, which is too little for good tiles of products
+# whose weights are not prefetched. More takes space from prefetched weights.
+VMEM_LIMIT = "xla_tpu_scoped_vmem_limit_kib"
+VMEM_LIMIT_MIB = 32
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """Return compiler options for `jax.jit`; None for a single device or devices that are not TPUs."""
     device: jax.Device = mesh.devices.flat[0]
-    return TPU_OPTIONS if device.platform == "tpu" and mesh.size > 1 else None
+    if device.platform != "tpu" or mesh.size == 1:
+        return None
+    limit = min(VMEM_LIMIT_MIB, VMEM_MIB.get(device.device_kind, SMALLEST_VMEM_MIB) // 2)
+    return TPU_OPTIONS | ({VMEM_LIMIT: str(limit << 10)} if limit == VMEM_LIMIT_MIB else {})
