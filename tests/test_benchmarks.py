@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import drift, generation, passkey, training
+from benchmarks import drift, generation, memories, passkey, training
 from benchmarks.arithmetic import count_flops
 from benchmarks.naive import naive_hidden
 from benchmarks.timing import LEAST_ROUNDS, Times, interleave
@@ -285,3 +285,17 @@ def test_generation_record(tmp_path: pathlib.Path) -> None:
     assert [sample["tokens"] for sample in record["results"]["samples"]] == [300]
     assert all(sample["peak_rss_bytes"] > 2**27 for sample in record["results"]["samples"])
     assert record["command"].startswith("python -m benchmarks.generation --lengths=300 ")
+
+
+def test_memories_are_timed_beside_fam(capsys: pytest.CaptureFixture[str]) -> None:
+    found = memories.measure(("bswa_m1",), 0.0, 0, quick=True)
+    assert found.keys() == {"fam", "bswa_m1"}
+    for row in found.values():
+        for name in ("tokens_per_second", "milliseconds_per_token"):
+            assert_spread(dataclasses.asdict(row[name]))
+    assert found["fam"]["tokens_time_ratio"].median == found["fam"]["milliseconds_time_ratio"].median == 1
+    assert found["bswa_m1"]["state_floats"] > 0
+    memories.show(found)
+    assert "BSWA, m = 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        memories.main(["--arms=no_such"])
