@@ -266,16 +266,32 @@ def test_misread_tokens_are_counted_by_place() -> None:
 
 
 @pytest.mark.slow
-def test_drift_follows_a_stream() -> None:
-    config = get_config("smoke")
-    resolved = resolve(config)
+def test_drift_follows_a_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    resolved = resolve(get_config("smoke"))
     params = random_parameters(resolved.model, seed=0)
-    found = drift.measure(resolved, params, blocks=6, keys=4)
-    assert [row["blocks"] for row in found["course"]] == [1, 2, 4, 6]
-    norms = np.array([row["norm"] for row in found["course"]])
-    assert norms.shape == (4, 2) and (np.diff(norms, axis=0) > 0).all()  # the residual accumulates
-    assert found["course"][0]["direction_spread"][0] > 0
-    assert len(found["misread"]) == 6  # a space, five digits
+    found = drift.measure(resolved, params, blocks=6, keys=4, dtypes=("float32", "bfloat16"))
+    assert found["dtypes"].keys() == {"float32", "bfloat16"}
+    for each in found["dtypes"].values():
+        assert [row["blocks"] for row in each["course"]] == [1, 2, 4, 6]
+        norms = np.array([row["norm"] for row in each["course"]])
+        assert norms.shape == (4, 2) and (np.diff(norms, axis=0) > 0).all()  # the residual accumulates
+        assert each["course"][0]["direction_spread"][0] > 0
+        assert all(share < 0.01 for row in each["course"] for share in row["unchanged"])
+        assert len(each["misread"]) == 6  # a space, five digits
+        assert each["exact_match"] == 0
+    distances = np.array([row["bfloat16"] for row in found["difference"]])
+    assert distances.shape == (4, 2) and (distances > 0).all() and (distances < 0.1).all()
+    drift.show(found)
+    assert "from those in float32" in capsys.readouterr().out
+    # In chunks of other lengths, the same.
+    again = drift.measure(resolved, params, blocks=6, keys=4, chunk_blocks=1)
+    (course,) = (each["course"] for each in again["dtypes"].values())
+    np.testing.assert_allclose(
+        [row["norm"] for row in course],
+        [row["norm"] for row in found["dtypes"]["float32"]["course"]],
+        rtol=1e-5,
+    )
+    assert again["difference"] == []
 
 
 @pytest.mark.slow
