@@ -120,12 +120,24 @@ def ended(process: subprocess.Popen[str]) -> int | None:
 
 
 def cpu_time(pid: int) -> float:
-    """Return the seconds of CPU time that a process and the children that it waited for have used."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    """Return the seconds of CPU time that a process and all its descendants have used.
+
+    A process of a job runs as the child of another, which sleeps.
+    """
+    parents, ticks = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        number = int(stat.parent.name)
+        parents[number] = int(fields[1])
+        ticks[number] = sum(map(int, fields[11:15]))
+    family, found = {pid}, 0
+    while len(family) > found:
+        found = len(family)
+        family |= {child for child, parent in parents.items() if parent in family}
+    return sum(ticks.get(member, 0) for member in family) / os.sysconf("SC_CLK_TCK")
 
 
 def kills(runs: Runs, numbers: random.Random, count: int) -> Iterator[dict[str, Any]]:

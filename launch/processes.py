@@ -32,6 +32,8 @@ WORKER_LOST = 3
 GRACEFUL = (0, 128 + signal.SIGTERM)
 
 RESTART = "its own log may say why; start all processes again to resume from the latest checkpoint"
+# In errors of JAX because of another process, or of the network between them.
+CONNECTION = re.compile(r"Gloo|DEADLINE_EXCEEDED|UNAVAILABLE|[Cc]onnection (closed|refused|reset)")
 JOINING = (
     "check that every process is started, that all have the same --coordinator and --num_processes, and that the "
     "coordinator's port is open"
@@ -177,6 +179,13 @@ def leaving_together() -> Iterator[None]:
             raise
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             time.sleep(_joined[0].heartbeat_timeout + 10)
+            if CONNECTION.search(str(error)):
+                line = (str(error).splitlines() or [""])[0][:200]
+                print(
+                    f"error: another process does not answer or is too slow ({line}); {RESTART}",
+                    file=sys.stderr,
+                )
+                code, error = WORKER_LOST, SystemExit(WORKER_LOST)
         if not isinstance(error, SystemExit):
             traceback.print_exc()
         sys.stdout.flush()

@@ -70,6 +70,45 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path, steps: slice = slice
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+# A process of a job in which JAX fails with an error.
+FAILS = """
+import argparse, sys
+import jax
+from launch import processes
+from launch.errors import user_errors
+processes._joined.append(argparse.Namespace(heartbeat_timeout=-10))
+jax.distributed.is_initialized, jax.process_count = lambda: True, lambda: 2
+with processes.leaving_together(), user_errors():
+    raise jax.errors.JaxRuntimeError(sys.argv[1])
+"""
+SLOW = (
+    "UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue() timed out with key: cpu:gloo/0/1",
+    "UNAVAILABLE: Socket closed",
+    "INTERNAL: [external/gloo/pair.cc:547] Connection closed by peer [10.0.0.1]:2048",
+    "DEADLINE_EXCEEDED: Barrier timed out.\nmore",
+)
+
+
+def test_a_process_that_others_do_not_answer_is_started_again() -> None:
+    assert all(processes.CONNECTION.search(message) for message in SLOW)
+    done = subprocess.run(
+        [*command("x")[:1], "-c", FAILS, SLOW[0]], cwd=ROOT, capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == processes.WORKER_LOST
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: another process does not answer or is too slow (")
+    assert SLOW[0] in line and "start all processes again" in line
+
+
+def test_other_errors_of_the_runtime_keep_their_tracebacks() -> None:
+    done = subprocess.run(
+        [*command("x")[:1], "-c", FAILS, "INTERNAL: bad program"],
+        cwd=ROOT, capture_output=True, text=True, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "bad program" in done.stderr
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Share compiled programs, as most of these jobs need the same ones."""
