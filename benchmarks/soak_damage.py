@@ -22,8 +22,6 @@ class Target(NamedTuple):
     path: Path
     # Returns all that counts of what is read, as arrays and JSON values.
     read: Callable[[], Any]
-    # Names of files that may be removed on purpose.
-    optional: tuple[str, ...] = ()
 
 
 def damages(runs: Runs, numbers: random.Random, count: int) -> Iterator[dict[str, Any]]:
@@ -41,8 +39,6 @@ def damages(runs: Runs, numbers: random.Random, count: int) -> Iterator[dict[str
         file = numbers.choice(files)
         original = file.read_bytes()
         how, changed = damage(original, numbers)
-        while changed is None and file.name in target.optional:
-            how, changed = damage(original, numbers)
         if changed is None:
             file.unlink()
         else:
@@ -94,7 +90,6 @@ def make_targets(runs: Runs) -> dict[str, Target]:
     from fam_jax.generation.text import TextModel
     from fam_jax.hf import Folder, export_model, import_parameters
     from fam_jax.hf.importing import imported_config
-    from fam_jax.hf.memory_file import MEMORY_FILE
 
     folder, vocabulary = runs.workdir / "damaged", runs.workdir / "books.model"
     texts = [path.read_text() for path in sorted((runs.workdir / "train").iterdir())]
@@ -133,6 +128,5 @@ def make_targets(runs: Runs) -> dict[str, Target]:
         "config": Target(folder / "config.json", read_run),
         "vocabulary": Target(folder / "vocabulary" / "books.model", read_vocabulary),
         "memory": Target(memory, lambda: jax.tree.map(np.asarray, model.load(memory).streams)),
-        # Without its memory file, the model is imported without a memory, as the guide says.
-        "export": Target(exported, read_export, (MEMORY_FILE,)),
+        "export": Target(exported, read_export),
     }

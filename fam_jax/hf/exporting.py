@@ -20,7 +20,7 @@ from fam_jax.hf.checksums import save_tensors
 from fam_jax.hf.config_json import ConvertError, read_json
 from fam_jax.hf.converted_tokenizer import mark_reader
 from fam_jax.hf.folder import CONFIG, INDEX, SINGLE, copy_companions
-from fam_jax.hf.memory_file import write_memory
+from fam_jax.hf.memory_file import BESIDE, MEMORY_FILE, write_memory
 from fam_jax.hf.multimodal import is_multimodal, text_part
 from fam_jax.hf.names import Tensor, memory_tensors, tensors
 from fam_jax.hf.output_folder import check_new_folder, new_folder
@@ -231,7 +231,8 @@ def export_folder(
     written = [*tensors(model), *(memory_tensors(model) if has_code else ())]
     files = _divide(written, leaves, dtype, shard_bytes)
     with new_folder(path) as folder:
-        _write_tensors(folder, files, on_progress)
+        beside = {} if has_code or not any(map(is_memory, leaves)) else {BESIDE: MEMORY_FILE}
+        _write_tensors(folder, files, {"format": "pt", **beside}, on_progress)
         if has_code:
             write_code(folder)
         else:
@@ -286,12 +287,14 @@ def _divide(
     return files
 
 
-def _write_tensors(folder: Path, files: list[list[_Part]], on_progress: OnProgress | None) -> None:
+def _write_tensors(
+    folder: Path, files: list[list[_Part]], metadata: Mapping[str, str], on_progress: OnProgress | None
+) -> None:
     count = len(files)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
     done, total = 0, sum(map(len, files))
     for name, parts in zip(names, files, strict=True):
-        save_tensors({part.name: part.values() for part in parts}, folder / name, {"format": "pt"})
+        save_tensors({part.name: part.values() for part in parts}, folder / name, metadata)
         done += len(parts)
         if on_progress is not None:
             on_progress(done, total)

@@ -117,6 +117,10 @@ class Folder:
             part = handle.get_slice(stored)
             self._entries[name] = _Entry(stored, file, tuple(part.get_shape()), part.get_dtype())
 
+    def metadata(self, file: Path) -> dict[str, str]:
+        """Return the metadata of one of the files."""
+        return self._handle(file).metadata() or {}
+
     @property
     def names(self) -> set[str]:
         """Return the names of all tensors."""

@@ -29,7 +29,7 @@ from fam_jax.hf.converted_tokenizer import converted_tokenizer, needs_conversion
 from fam_jax.hf.families import ModelDescription, describe_model
 from fam_jax.hf.folder import Folder
 from fam_jax.hf.loading import import_parameters
-from fam_jax.hf.memory_file import read_memory_config
+from fam_jax.hf.memory_file import check_memory_file, read_memory_config
 from fam_jax.hf.output_folder import check_new_checkpoint, new_checkpoint
 from fam_jax.hf.tokenizer import adds_bos, check_tokenizer, find_tokenizer
 from fam_jax.sharding import make_mesh, param_shardings
@@ -175,7 +175,7 @@ def imported_config(
       ignored_options: options of config.json that are not read.
 
     Raises:
-      ConvertError: the model is not supported.
+      ConvertError: the model is not supported, or the file of its memory is missing.
       ConfigError: a field cannot be set, or does not fit the model.
     """
     for override in overrides:
@@ -192,6 +192,8 @@ def imported_config(
     values = {"model": model}
     apply_overrides(values, [each for each in overrides if not each.path.startswith(MEMORY)])
     kinds = [each.text for each in overrides if each.path == KIND]
+    if not stored and not kinds:
+        check_memory_file(folder)
     model["memory"] = _memory(description, stored.get("memory", {}), model["block_size"], kinds)
     apply_overrides(
         values, [each for each in overrides if each.path.startswith(MEMORY) and each.path != KIND]

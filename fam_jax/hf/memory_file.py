@@ -29,6 +29,8 @@ FORMAT1_FILE = "fam.safetensors"
 FORMAT1_NAME = "initial_fam"
 # The "format" in the metadata of each.
 FORMAT, FORMAT1 = "fam_jax 2", "fam_jax"
+# Key in the metadata of a model's tensors, if a memory file was written beside them. Its value is the file's name.
+BESIDE = "memory_file"
 
 
 def find_memory_file(folder: Path) -> Path | None:
@@ -61,6 +63,22 @@ def read_memory_config(folder: Path) -> dict[str, Any]:
             f"{path}: is damaged, or fam_jax did not write it; download it again, or remove it to import the model "
             "without its memory"
         ) from error
+
+
+def check_memory_file(folder: Folder) -> None:
+    """Check that an export that had a memory file still has it: otherwise it would be imported without its memory.
+
+    Raises:
+      ConvertError: the file is gone.
+    """
+    if find_memory_file(folder.path) is not None:
+        return
+    named = next(filter(None, (folder.metadata(file).get(BESIDE) for file in folder.files)), None)
+    if named is not None:
+        raise ConvertError(
+            f"{folder.path}: was exported with {named}, the parameters of its memory, which is missing; copy it again, "
+            "or choose a memory without it, such as --config.model.memory.kind=bswa"
+        )
 
 
 def read_memory(folder: Folder, model: ModelConfig) -> dict[str, np.ndarray] | None:
@@ -115,6 +133,8 @@ def _read_file(folder: Path, model: ModelConfig) -> dict[str, np.ndarray] | None
 
 def write_memory(folder: Path, model: ModelConfig, leaves: Mapping[str, Any]) -> None:
     """Write the parameters of the memory, if it has any.
+
+    The tensors of the model name the file, in their metadata: see :func:`check_memory_file`.
 
     Args:
       folder: where to write the file.

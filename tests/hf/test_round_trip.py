@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fam_jax.config import MeshConfig
+from fam_jax.config.overrides import Override
 from fam_jax.hf import (
     ConvertError,
     Folder,
@@ -18,11 +19,13 @@ from fam_jax.hf import (
     export_folder,
     hf_config,
     import_parameters,
+    imported_config,
     updated_config,
 )
 from fam_jax.hf.families import FAMILIES
 from fam_jax.hf.memory_file import read_memory_config
 from fam_jax.hf.output_folder import UNFINISHED
+from fam_jax.memories.window import BlockSlidingWindowConfig
 from fam_jax.sharding import make_mesh, param_shardings
 from tests.hf.recorded import (
     DATA,
@@ -121,6 +124,26 @@ def test_the_initial_fam_goes_along(tmp_path):
     (tmp_path / "out" / "memory.safetensors").write_bytes(b"nothing")
     with pytest.raises(ConvertError, match="is damaged, or fam_jax did not write it"):
         read_memory_config(tmp_path / "out")
+
+
+def test_a_missing_memory_is_noticed(tmp_path):
+    config, params = imported(DATA / "qwen3", length=3)
+    export_folder(tmp_path / "out", config, params, hf_config(config), shard_bytes=20_000)
+    assert len(Folder(tmp_path / "out").files) > 1
+    (tmp_path / "out" / "memory.safetensors").unlink()
+    with pytest.raises(
+        ConvertError, match=r"was exported with memory\.safetensors, .* which is missing"
+    ) as caught:
+        imported_config(Folder(tmp_path / "out"))
+    assert "--config.model.memory.kind=bswa" in str(caught.value)
+    chosen = imported_config(Folder(tmp_path / "out"), [Override("config.model.memory.kind", "bswa")])
+    assert chosen.model.memory.kind == "bswa"
+    # A model without such a file has nothing to miss.
+    plain = dataclasses.replace(config, memory=BlockSlidingWindowConfig())
+    own = {name: group for name, group in params.items() if name != "memory"}
+    export_folder(tmp_path / "plain", plain, own, hf_config(plain))
+    assert not (tmp_path / "plain" / "memory.safetensors").exists()
+    assert imported_config(Folder(tmp_path / "plain")).model.memory.kind == "bswa"
 
 
 def test_a_learned_prefix_goes_along(tmp_path):
