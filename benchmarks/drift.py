@@ -105,20 +105,28 @@ def measure(
         speed = len(readers) * keys * end * size / (time.perf_counter() - started)
         print(f"drift: {end:,} of {blocks:,} blocks, {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
         begin, end = end, min(2 * end, blocks)
-    found = {}
-    for dtype, reader in readers.items():
-        reader.read([prompt[blocks * size :] for prompt in prompts])
-        assert reader.state is not None
-        out = reader.streamer.generate(reader.logits, reader.state, max_tokens=answers.shape[1])
-        tokens = out.tokens[:, : answers.shape[1]]
-        every = np.unique(np.stack([answers, tokens]))
-        names = {int(token): vocabulary.decode([int(token)]) for token in every}
-        found[dtype] = {
-            "course": courses[dtype],
-            "misread": _misread(answers, tokens, names),
-            "exact_match": float((answers == tokens).all(axis=1).mean()),
-        }
+    rest = [prompt[blocks * size :] for prompt in prompts]
+    found = {
+        dtype: {"course": courses[dtype], **_answer(reader, rest, answers, vocabulary)}
+        for dtype, reader in readers.items()
+    }
     return {"dtypes": found, "difference": differences if len(readers) > 1 else []}
+
+
+def _answer(
+    reader: _Reader, rest: Sequence[np.ndarray], answers: np.ndarray, vocabulary: Any
+) -> dict[str, Any]:
+    """Read what follows the filler, and answer; return "misread" and "exact_match"."""
+    reader.read(rest)
+    assert reader.state is not None
+    out = reader.streamer.generate(reader.logits, reader.state, max_tokens=answers.shape[1])
+    tokens = out.tokens[:, : answers.shape[1]]
+    every = np.unique(np.stack([answers, tokens]))
+    names = {int(token): vocabulary.decode([int(token)]) for token in every}
+    return {
+        "misread": _misread(answers, tokens, names),
+        "exact_match": float((answers == tokens).all(axis=1).mean()),
+    }
 
 
 def _read_to(

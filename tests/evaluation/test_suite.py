@@ -65,29 +65,6 @@ def without_times(path: str | pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def test_a_folder_of_data_with_commas(
-    run: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "a, b").symlink_to(data)
-    folders = repr((f"{tmp_path}/a, b",))
-    assert evaluate.main([f"--checkpoint={run}", f"--data={folders}", "--tasks=copa", "--list"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "copa" in line)
-    assert line.endswith(f"{tmp_path}/a, b/copa/validation.jsonl")
-    found = evaluate_tasks(run, ["copa"], how=HowToRun(data=(f"{tmp_path}/a, b",)), out=tmp_path / "out.json")
-    assert found.suites["copa"]["items"].keys() == set("012") and not found.skipped
-
-
-def test_two_evaluations_do_not_write_to_one_file(
-    run: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    how, out = HowToRun(data=(str(data),)), tmp_path / "out.json"
-    with WriterLock(epath.Path(tmp_path), out.name), pytest.raises(UserError) as caught:
-        evaluate_tasks(run, ["copa"], how=how, out=out)
-    assert str(out) in str(caught.value) and "another process" in str(caught.value)
-    assert not out.exists() and not out.with_suffix(".items.jsonl").exists()
-    assert evaluate_tasks(run, ["copa"], how=how, out=out).suites["copa"]["items"].keys() == set("012")
-
-
 def test_tasks_from_rows_to_a_file_of_results(
     run: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -444,3 +421,26 @@ def test_rows_of_a_prepared_tfds_dataset(tmp_path: pathlib.Path) -> None:
                 data.source(missing, "train")
     finally:
         file_utils.clear_registered_data_dirs()
+
+
+def test_a_folder_of_data_with_commas(
+    run: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a, b").symlink_to(data)
+    folders = repr((f"{tmp_path}/a, b",))
+    assert evaluate.main([f"--checkpoint={run}", f"--data={folders}", "--tasks=copa", "--list"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "copa" in line)
+    assert line.endswith(f"{tmp_path}/a, b/copa/validation.jsonl")
+    found = evaluate_tasks(run, ["copa"], how=HowToRun(data=(f"{tmp_path}/a, b",)), out=tmp_path / "out.json")
+    assert found.suites["copa"]["items"].keys() == set("012") and not found.skipped
+
+
+def test_two_evaluations_do_not_write_to_one_file(
+    run: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    how, out = HowToRun(data=(str(data),)), tmp_path / "out.json"
+    with WriterLock(epath.Path(tmp_path), out.name), pytest.raises(UserError) as caught:
+        evaluate_tasks(run, ["copa"], how=how, out=out)
+    assert str(out) in str(caught.value) and "another process" in str(caught.value)
+    assert not out.exists() and not out.with_suffix(".items.jsonl").exists()
+    assert evaluate_tasks(run, ["copa"], how=how, out=out).suites["copa"]["items"].keys() == set("012")
