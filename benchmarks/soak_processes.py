@@ -28,6 +28,10 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # A process that should end counts as hung if it uses less than this CPU time in so many seconds, or after an hour. On a
 # busy machine, time on the wall alone says nothing.
 IDLE_CPU, IDLE_SECONDS, LONGEST = 0.1, 120.0, 3600.0
+# Exit codes after which launch/tpu/fam-jax.service does not start a job again.
+NOT_AGAIN = (2,)
+# Starts of a job of two processes until it is finished. On a busy machine they may not find each other in time.
+MOST_STARTS = 5
 # Most lines that a run may print because of a full disk.
 LINES = 30
 
@@ -234,10 +238,14 @@ def workers(runs: Runs, numbers: random.Random, count: int) -> Iterator[dict[str
         began = time.monotonic()
         code = ended(processes[1 - victim])
         seconds = round(time.monotonic() - began, 1)
-        outcome = "hung" if code is None else "survived" if code in (0, 3) else "lost"
+        outcome = "hung" if code is None else "lost" if code in NOT_AGAIN else "survived"
         what = f"process {victim} of 2" if running else "after the end"
         yield {"what": what, "code": code, "outcome": outcome, "seconds": seconds}
-    codes: Sequence[int | None] = [ended(process) for process in both()]
+    codes: Sequence[int | None] = []
+    for _ in range(MOST_STARTS):
+        codes = [ended(process) for process in both()]
+        if codes == [0, 0] or any(code in (None, *NOT_AGAIN) for code in codes):
+            break
     lines = results(folder)["lines"] if codes == [0, 0] else []
     steps = [line["step"] for line in lines if "evaluation" not in line]
     outcome = "survived" if steps == sorted(set(steps)) and steps[-1:] == [STEPS] else "lost"
