@@ -254,6 +254,8 @@ class ChildLog:
         self._lines, self._out = lines, out
         self._prefix = ""
         self._joined = False
+        # Whether lines of the child were passed on since it joined.
+        self._said = False
         self._held: list[str] = []
         self._connecting = False
 
@@ -263,10 +265,11 @@ class ChildLog:
             if line.startswith(PLACE):
                 place = line.removeprefix(PLACE).strip()
                 self._prefix = "" if place.startswith("0/") else f"[{place}] "
-                self._joined = True
+                self._joined, self._said = True, False
             elif self._held or self._LOST.match(line):
                 self._held.append(line)
             elif not (self._connects(line) or (self._prefix and self._MINOR.match(line))):
+                self._said = True
                 self.write(line)
 
     def _connects(self, line: str) -> bool:
@@ -296,7 +299,13 @@ class ChildLog:
             return f"process {who} died or cannot be reached; {RESTART}"
         if "leader task" in held:
             return f"process 0, the coordinator, died or cannot be reached; {RESTART}"
-        return f"another process died or cannot be reached; {RESTART}" if "fatal errors" in held else ""
+        # Just after a process has joined, the runtime ends it without a word.
+        wordless = self._joined and not (self._said or held)
+        return (
+            f"another process died or cannot be reached; {RESTART}"
+            if "fatal errors" in held or wordless
+            else ""
+        )
 
 
 def _has_libtpu(flags: argparse.Namespace) -> bool:

@@ -63,6 +63,14 @@ def test_why_the_runtime_ended_a_process(end: str, reason: str) -> None:
     assert log.reason() == reason
 
 
+def test_just_after_joining_the_runtime_ends_a_process_without_a_word() -> None:
+    lost = f"another process died or cannot be reached{RESTART}"
+    note = "W1121 08:44:38.8 8803 some_file.cc:90] a note of the runtime\n"
+    assert passed_on("starting\nfam_jax-process 1/2\n")[0].reason() == lost
+    assert passed_on(f"fam_jax-process 1/2\n{note}")[0].reason() == lost
+    assert passed_on("fam_jax-process 1/2\ndevices: 2 x cpu\n")[0].reason() == ""
+
+
 def test_a_process_that_never_joined() -> None:
     assert passed_on(JOINING)[0].reason().startswith("this process could not join its job; check that every")
 
