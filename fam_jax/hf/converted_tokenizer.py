@@ -11,7 +11,7 @@ from fam_jax.config.strict_json import dump_json
 from fam_jax.data.tokenizer_folder import ADDED, SETTINGS, SPECIAL_MAP, load_tokenizer
 from fam_jax.hf.config_json import ConvertError, first_line, read_json
 from fam_jax.hf.folder import copy_companions
-from fam_jax.hf.tokenizer import FILES
+from fam_jax.hf.tokenizer import FILES, find_tokenizer
 
 JSON, MODEL = FILES
 # Beside a tokenizer.model that an export of ours wrote: SentencePiece reads it, as it did in training.
@@ -29,7 +29,7 @@ PROBES = (
 
 def mark_reader(folder: Path) -> None:
     """Record in the folder of an export that SentencePiece reads its tokenizer.model, if it has no tokenizer.json."""
-    if (folder / MODEL).is_file() and not (folder / JSON).is_file():
+    if find_tokenizer(folder) == folder / MODEL:
         (folder / READER).write_text(dump_json(SENTENCEPIECE) + "\n")
 
 
@@ -39,7 +39,7 @@ def needs_conversion(folder: Path) -> bool:
     Raises:
       ConvertError: the file that names the reader is damaged.
     """
-    if (folder / JSON).is_file() or not (folder / MODEL).is_file():
+    if find_tokenizer(folder) != folder / MODEL:
         return False
     return not (folder / READER).is_file() or read_json(folder / READER) != SENTENCEPIECE
 

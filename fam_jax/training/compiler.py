@@ -27,5 +27,6 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     device: jax.Device = mesh.devices.flat[0]
     if device.platform != "tpu" or mesh.size == 1:
         return None
-    limit = min(VMEM_LIMIT_MIB, VMEM_MIB.get(device.device_kind, SMALLEST_VMEM_MIB) // 2)
-    return TPU_OPTIONS | ({VMEM_LIMIT: str(limit << 10)} if limit == VMEM_LIMIT_MIB else {})
+    if VMEM_MIB.get(device.device_kind, SMALLEST_VMEM_MIB) < 2 * VMEM_LIMIT_MIB:
+        return TPU_OPTIONS
+    return {**TPU_OPTIONS, VMEM_LIMIT: str(VMEM_LIMIT_MIB << 10)}
