@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from benchmarks.splash import SplashTiles, make_splash, static_schedule
 from fam_jax.config import MeshConfig
 from fam_jax.config.strict_json import dump_json
-from fam_jax.kernels import block_attention
+from fam_jax.kernels import BlockInputs, BlockOptions, block_attention
 from fam_jax.plan import Chip, chip_of, compile_on, topology_devices
 from fam_jax.sharding import make_mesh, replicated
 from fam_jax.training.flops import visible_keys
@@ -106,21 +106,9 @@ def build(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], A
         inputs = [q, k, k, *[side_by_side(batch, blocks, case.extra, case.kv_heads, dim)] * 2]
 
         def attend(*inputs: jax.Array) -> jax.Array:
-            q, k, v, extra_k, extra_v = (
-                x.reshape(*x.shape[:-1], x.shape[-1] // dim, dim) if flat else x for x in inputs
-            )
-            out = block_attention(
-                q,
-                k,
-                v,
-                extra_k,
-                extra_v,
-                None,
-                None,
-                block_size=case.block_size,
-                memory_segments=case.segments,
-                implementation=case.implementation,
-            )
+            by_head = (x.reshape(*x.shape[:-1], x.shape[-1] // dim, dim) if flat else x for x in inputs)
+            options = BlockOptions(case.block_size, case.segments)
+            out = block_attention(BlockInputs(*by_head), options, implementation=case.implementation)
             return out.reshape(inputs[0].shape)
 
     if not case.gradient:

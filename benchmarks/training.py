@@ -37,7 +37,7 @@ from benchmarks.workload import (
     with_blocks,
 )
 from fam_jax.config import UserError
-from fam_jax.kernels import block_attention
+from fam_jax.kernels import BlockInputs, BlockOptions, block_attention
 from launch.cli import ArgumentParser
 from launch.errors import user_errors
 
@@ -87,18 +87,9 @@ def compare_attention(work: Workload, size: int, seconds: float) -> dict[str, An
         def loss(
             q: jax.Array, k: jax.Array, v: jax.Array, extra_k: jax.Array, extra_v: jax.Array
         ) -> jax.Array:
-            out = block_attention(
-                q,
-                k,
-                v,
-                extra_k,
-                extra_v,
-                past_length,
-                extra_count,
-                block_size=size,
-                memory_segments=model.memory_segments,
-                implementation=implementation,
-            )
+            inputs = BlockInputs(q, k, v, extra_k, extra_v, past_length, extra_count)
+            options = BlockOptions(size, model.memory_segments)
+            out = block_attention(inputs, options, implementation=implementation)
             return jnp.vdot(out, out)
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)))

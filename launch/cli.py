@@ -23,6 +23,7 @@ import contextlib
 import functools
 import inspect
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ import rich.console
 import rich.progress
 
 from fam_jax.config import Config, ConfigError, MeshConfig, UserError
-from fam_jax.config.fields import field_types
+from fam_jax.config.fields import LARGEST_INT, field_types
 from fam_jax.config.memory import memory_config_type
 from fam_jax.config.overrides import Override, parse_value
 from fam_jax.config.training import LARGEST_SEED
@@ -62,6 +63,8 @@ __all__ = [
 ]
 
 FIELD = "--config."
+# The metavars of flags whose value is a file or a folder.
+PLACE = re.compile(r"(DIR|FILE|PATH|CKPT|RUN)\b")
 
 # Command of `fam-jax` -> module of this package.
 PROGRAMS = {
@@ -110,7 +113,22 @@ class ArgumentParser(argparse.ArgumentParser):
             name, equals, value = argument.partition("=")
             return spelled.get(name.replace("_", "-"), name) + equals + value
 
-        return super().parse_known_args([respell(argument) for argument in given], namespace)
+        arguments = [respell(argument) for argument in given]
+        self._reject_empty_places(arguments)
+        return super().parse_known_args(arguments, namespace)
+
+    def _reject_empty_places(self, arguments: Sequence[str]) -> None:
+        """Raise :class:`UserError` for a flag whose file or folder is an empty text, which Python takes for ".".
+
+        A shell makes such a flag of `--workdir=$RUN` if RUN is not set.
+        """
+        for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+            name, equals, value = argument.partition("=")
+            action = self._option_string_actions.get(name)
+            if action is None or action.nargs == 0 or not PLACE.match(str(action.metavar)):
+                continue
+            if not (value if equals else following):
+                raise UserError(f"{name}: is empty; give a path, or leave the flag out")
 
     def error(self, message: str) -> NoReturn:
         """Raise :class:`UserError`; argparse calls it."""
@@ -237,13 +255,16 @@ def paths(text: str) -> tuple[str, ...]:
 def integers(text: str) -> tuple[int, ...]:
     """Argument type: whole numbers with commas between them."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
+    if any(abs(number) > LARGEST_INT for number in numbers):
+        raise argparse.ArgumentTypeError(f"numbers must be at most {LARGEST_INT}, got {text}")
+    return numbers
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """Return an argument type: a whole number that is `minimum` or more."""
+def at_least(minimum: int, maximum: int = LARGEST_INT) -> Callable[[str], int]:
+    """Return an argument type: a whole number from `minimum` to `maximum`."""
 
     def parse(text: str) -> int:
         try:
@@ -252,6 +273,8 @@ def at_least(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
         if number < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {number}")
+        if number > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum}, got {number}")
         return number
 
     return parse
@@ -259,10 +282,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 def seed(text: str) -> int:
     """Argument type: the seed of random numbers."""
-    number = at_least(0)(text)
-    if number > LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_SEED}, got {number}")
-    return number
+    return at_least(0, LARGEST_SEED)(text)
 
 
 def mesh(text: str) -> MeshConfig:

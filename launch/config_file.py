@@ -112,10 +112,11 @@ def errors_of_file(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except SyntaxError as error:
+        line = f", line {error.lineno}" if error.lineno else ""
         raise ConfigError(
-            f"{_shown(error.filename or path, path)}, line {error.lineno}: {error.msg}; correct the file"
+            f"{_shown(error.filename or path, path)}{line}: {error.msg}; correct the file"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         folder = path.resolve().parent
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if Path(frame.filename).resolve().parent == folder]
@@ -128,7 +129,7 @@ def _shown(filename: str | Path, path: Path) -> str:
     return str(path.parent / Path(filename).name)
 
 
-def _what(error: Exception) -> str:
+def _what(error: BaseException) -> str:
     """Return what an error says, in one line."""
     # ConfigDict quotes what it says about an unknown field two or three times over.
     text = " ".join(str(error).replace(r"\n", " ").split())

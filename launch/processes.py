@@ -41,6 +41,10 @@ JOINING = (
 
 # Set in the environment of the child.
 CHILD = "FAM_JAX_SUPERVISED"
+# Lowest and highest values of flags. Every simulated device costs memory and threads.
+RANGES = {
+    "cpu_devices": (0, 4096), "num_processes": (1, 10**6), "join_timeout": (1, 10**6), "heartbeat_timeout": (1, 10**6),
+}  # fmt: skip
 # Begins the line with which the child tells its parent INDEX/COUNT.
 PLACE = "fam_jax-process "
 
@@ -90,7 +94,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_flags(flags: argparse.Namespace) -> None:
-    """Raise :class:`UserError` if the flags that place a process are incomplete or contradict each other."""
+    """Raise :class:`UserError` if a flag is out of range, or those that place a process contradict each other."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(flags, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name}={value}: must be from {low} to {high}")
     given = [value is not None for value in (flags.coordinator, flags.num_processes, flags.process_id)]
     if any(given) and not all(given) and flags.distributed is None:
         raise UserError("--coordinator, --num_processes and --process_id: give all three, or none of them")

@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A file is one subject, usually 100 to 500 lines.
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
+MAX_KERNEL_ARGUMENTS = 9
 
 # What each part of fam_jax may import from the others. The training loop may evaluate while it trains.
 BASE = {"config", "data", "sharding", "checkpoint", "kernels", "layers", "memories", "model", "restore"}
@@ -180,6 +181,20 @@ def test_functions_are_short() -> None:
                 if lines > MAX_FUNCTION_LINES:
                     long[f"{path.relative_to(ROOT)}:{node.name}"] = lines
     assert not long
+
+
+def test_kernels_take_records() -> None:
+    """Arrays and options go together, as a record each, and not as a dozen arguments."""
+    counts = {
+        f"{path.relative_to(ROOT)}:{node.name}": len(
+            node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        )
+        for path in sources("fam_jax/kernels")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert counts
+    assert not {name: count for name, count in counts.items() if count > MAX_KERNEL_ARGUMENTS}
 
 
 def test_no_path_of_somebodys_machine() -> None:

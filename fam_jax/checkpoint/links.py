@@ -1,5 +1,6 @@
 """Links in the folders of others: they may lead to another place of their folder, but not out of it."""
 
+import errno
 import os
 
 from etils import epath
@@ -18,9 +19,9 @@ def check_inside(file: epath.PathLike, folder: epath.PathLike) -> None:
     path, root = os.fspath(file), os.path.realpath(folder)
     if "://" in path:
         return
-    if "\0" in path or not _can_be_encoded(path):
+    if not _can_be_a_name(path):
         raise UserError(
-            f"{folder}: names a file {os.path.relpath(path, root)!a}, which no file can be called"
+            f"{folder}: names a file {os.path.relpath(path, root)!a:.200}, which no file can be called"
         )
     roots = [root]
     place, name = os.path.split(os.path.dirname(root))
@@ -33,11 +34,11 @@ def check_inside(file: epath.PathLike, folder: epath.PathLike) -> None:
         )
 
 
-def _can_be_encoded(path: str) -> bool:
+def _can_be_a_name(path: str) -> bool:
     try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        return False
+        os.lstat(path)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte, or a lone surrogate
+        return isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG
     return True
 
 

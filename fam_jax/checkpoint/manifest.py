@@ -133,7 +133,8 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(dtype, str) or not isinstance(entry.get("key", ""), str):
         return False
     try:
-        return "key" in entry or bool(jnp.dtype(dtype).itemsize)
+        # NumPy parses texts that are no names, such as "2f4", and raises errors of many types.
+        return "key" in entry or (dtype.isidentifier() and bool(jnp.dtype(dtype).itemsize))
     except TypeError:
         return False
 

@@ -18,6 +18,8 @@ from fam_jax.config.errors import ConfigError
 
 T = TypeVar("T")
 
+# Counts and sizes end up in arrays of 32-bit integers.
+LARGEST_INT = 2**31 - 1
 Effect = Literal["parameters", "state", "training", "execution"]
 """What a change of a field changes.
 
@@ -139,7 +141,7 @@ def check_values(values: Any) -> None:
         kind = field_types(type(values))[field.name]
         if not dataclasses.is_dataclass(kind):
             check_type(kind, value, path)
-            check_range(constraint_of(field), value, path)
+            check_range(constraint_of(field), value, path, kind)
 
 
 def check_type(kind: Any, value: Any, path: str) -> None:
@@ -168,8 +170,9 @@ def type_name(kind: Any) -> str:
     return f"pairs of {' and '.join(map(type_name, items))}"
 
 
-def check_range(limits: Constraint, value: Any, path: str) -> None:
-    """Raise :class:`ConfigError` if a value, or an entry of a list, lies outside a field's range."""
+def check_range(limits: Constraint, value: Any, path: str, kind: Any = None) -> None:
+    """Raise :class:`ConfigError` if a value, or an entry of a list, is outside its range; `kind` is its type."""
+    whole = kind is int or int in typing.get_args(kind)
     for entry in value if isinstance(value, tuple) else (value,):
         if limits.choices and entry not in limits.choices:
             raise ConfigError(f"{path}: expected one of {', '.join(limits.choices)}, got {entry!r}")
@@ -178,16 +181,25 @@ def check_range(limits: Constraint, value: Any, path: str) -> None:
         if isinstance(entry, float) and not math.isfinite(entry):
             raise ConfigError(f"{path}: must be a finite number, got {entry}")
         low, high = limits.minimum, limits.maximum
+        if whole and high is None and abs(entry) > LARGEST_INT:
+            raise ConfigError(f"{path}: must be at most {LARGEST_INT}, got {entry}")
         if low is not None and high is not None and not low <= entry <= high:
-            raise ConfigError(f"{path}: must be between {low:g} and {high:g}, got {entry}")
+            raise ConfigError(f"{path}: must be between {_shown(low)} and {_shown(high)}, got {entry}")
         if low is not None and limits.below is not None and not low <= entry < limits.below:
-            raise ConfigError(f"{path}: must be at least {low:g} and below {limits.below:g}, got {entry}")
+            raise ConfigError(
+                f"{path}: must be at least {_shown(low)} and below {_shown(limits.below)}, got {entry}"
+            )
         if low is not None and entry < low:
-            raise ConfigError(f"{path}: must be at least {low:g}, got {entry}")
+            raise ConfigError(f"{path}: must be at least {_shown(low)}, got {entry}")
         if high is not None and entry > high:
-            raise ConfigError(f"{path}: must be at most {high:g}, got {entry}")
+            raise ConfigError(f"{path}: must be at most {_shown(high)}, got {entry}")
         if limits.above is not None and entry <= limits.above:
-            raise ConfigError(f"{path}: must be above {limits.above:g}, got {entry}")
+            raise ConfigError(f"{path}: must be above {_shown(limits.above)}, got {entry}")
+
+
+def _shown(limit: float) -> str:
+    """Return a limit as a user would write it."""
+    return str(int(limit)) if limit == int(limit) else f"{limit:g}"
 
 
 def _document(cls: Any) -> str:

@@ -16,7 +16,7 @@ class ModelConfig:
     """The decoder. The letters in the descriptions are those of the shape legend in `fam_jax/layers/__init__.py`."""
 
     vocab_size: int = setting(default=64, doc="V, entries of the embedding table.", minimum=1)
-    num_layers: int = setting(default=3, doc="L.", minimum=1)
+    num_layers: int = setting(default=3, doc="L.", minimum=1, maximum=10_000)
     model_dim: int = setting(default=96, doc="D, width of the residual stream.", minimum=1)
     num_heads: int = setting(default=4, doc="H, query heads.", minimum=1)
     num_kv_heads: int = setting(

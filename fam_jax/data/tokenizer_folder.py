@@ -46,6 +46,8 @@ CLASS_TOKENS = {
     QWEN: dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
     GPT2: dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
 }
+# No piece of a vocabulary is this character.
+UNKNOWN = "\U0010ffff"
 # Stands for a blank in pieces that are not of bytes.
 UNDERSCORE = "\N{LOWER ONE EIGHTH BLOCK}"
 # Where Qwen's class divides a text before pieces are merged.
@@ -125,6 +127,10 @@ def load_tokenizer(path: epath.PathLike) -> FolderTokenizer:
     roles = named | (of_class if as_class else {})
     special = [*(roles[role] for role in sorted(roles, key=_place)), *extra_tokens(settings)]
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
+    try:
+        tokenizer.encode(UNKNOWN, add_special_tokens=False)
+    except Exception as error:  # such as an unknown token that is not in the vocabulary
+        raise ValueError(f"{path}: cannot encode all characters ({error})") from error
     return FolderTokenizer(tokenizer, named | known)
 
 

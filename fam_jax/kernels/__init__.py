@@ -8,7 +8,7 @@
 Each implementation of block attention has a file of its own; `pallas/` holds its TPU kernels.
 """
 
-from fam_jax.kernels.arguments import BlockOptions
+from fam_jax.kernels.arguments import BlockInputs, BlockOptions
 from fam_jax.kernels.block_attention import IMPLEMENTATIONS, block_attention
 from fam_jax.kernels.multi_part_attention import (
     Part,
@@ -17,14 +17,18 @@ from fam_jax.kernels.multi_part_attention import (
     soft_cap,
 )
 from fam_jax.kernels.pallas.block_attention import AttentionError, why_not_pallas
+from fam_jax.kernels.pallas.blocks import KV
 from fam_jax.kernels.rotary import rotary, turn
-from fam_jax.kernels.update_attention import can_update, causal_rows, update_attention
+from fam_jax.kernels.update_attention import UpdateInputs, can_update, causal_rows, update_attention
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "KV",
     "AttentionError",
+    "BlockInputs",
     "BlockOptions",
     "Part",
+    "UpdateInputs",
     "block_attention",
     "can_update",
     "causal_rows",

@@ -13,20 +13,30 @@ from fam_jax.config import ceil_div
 
 
 class BlockInputs(NamedTuple):
-    """Arrays of one call; :func:`fam_jax.kernels.block_attention` documents them."""
+    """The arrays of one call of :func:`fam_jax.kernels.block_attention`.
 
-    # (B, T, H, hd)
+    The T queries start at a block border and form N = ceil(T / C) blocks.
+
+    Attributes:
+      q: (B, T, H, hd) queries, RoPE applied.
+      k: (B, P + T, K, hd) keys, RoPE applied in the same frame: P past slots, oldest first, then the queries' own
+        tokens. P is a multiple of C and at most m * C. It is 0 if nothing was read before, as in training; the fastest
+        kernels need P = 0. K divides H.
+      v: (B, P + T, K, hd) values.
+      extra_k: (B, N, S, K, hd) extra keys of each block, RoPE applied in the same frame. S = 0 gives plain BSWA.
+      extra_v: (B, N, S, K, hd) extra values.
+      past_length: (B,) int32, how many of the P past slots are filled, counted from the end; a multiple of C. None
+        means all.
+      extra_count: (B, N) int32, how many of the S extra keys exist, counted from the start. None means all.
+    """
+
     q: jax.Array
-    # (B, P + T, K, hd)
     k: jax.Array
     v: jax.Array
-    # (B, N, S, K, hd)
     extra_k: jax.Array
     extra_v: jax.Array
-    # (B,) int32 array, or None if all past slots are filled
-    past_length: Any
-    # (B, N) int32 array, or None if all extra keys exist
-    extra_count: Any
+    past_length: Any = None
+    extra_count: Any = None
 
     @property
     def past_slots(self) -> int:
@@ -35,16 +45,21 @@ class BlockInputs(NamedTuple):
 
 
 class BlockOptions(NamedTuple):
-    """Static options of one call."""
+    """The static options of one call of :func:`fam_jax.kernels.block_attention`.
 
-    # C
+    Attributes:
+      block_size: C.
+      memory_segments: m.
+      window: if positive, also hide tokens that lie `window` or more positions behind the query, but no extra keys
+        (sliding window, Transformer-XL); at most m * C + 1.
+      stop_gradient: stop gradients into keys and values of earlier blocks (figure 3a, `M1_SG`).
+      softcap: if positive, scores become softcap * tanh(scores / softcap).
+    """
+
     block_size: int
-    # m
     memory_segments: int
-    # Distance in tokens from which keys are hidden; 0 sets no limit.
-    window: int
-    stop_gradient: bool
-    # Scores become softcap * tanh(scores / softcap); 0 leaves them unchanged.
+    window: int = 0
+    stop_gradient: bool = False
     softcap: float = 0.0
 
 

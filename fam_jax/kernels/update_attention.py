@@ -25,48 +25,37 @@ PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbi
 
 
 class UpdateInputs(NamedTuple):
-    """Arrays of one call; :func:`update_attention` documents them. The kernel's `block` has the shape (1,)."""
+    """The arrays of one call of :func:`update_attention`.
 
-    # (B, M, H, hd)
+    The heads of `tokens` and `taps` lie side by side, as the kernel reads them: no step of a loop has to move them.
+
+    Attributes:
+      q: (B, M, H, hd) queries of the memory rows, RoPE applied.
+      own: (B, S, K, hd) keys of the memory, RoPE applied in the same frame, and their values; the last M are those of
+        the rows.
+      tokens: (B, T, K * hd) keys of the tokens of all blocks, RoPE applied in the same frame, and their values.
+      block: () int32, number of the block, less than T // C.
+      taps: (B, C, K * hd) for keys and values, in the dtype of `tokens`. Their shape sets C.
+    """
+
     q: Any
-    # (B, M, K, hd)
     own: KV
-    # (B, T, K * hd)
     tokens: KV
-    # () or (1,) int32
     block: Any
-    # (B, C, K * hd)
     taps: KV
 
 
 def update_attention(
-    q: jax.Array,
-    own_k: jax.Array,
-    own_v: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    block: jax.Array,
-    taps: tuple[jax.Array, jax.Array],
-    *,
-    softcap: float = 0.0,
-    causal: bool = False,
-    implementation: str = "auto",
+    inputs: UpdateInputs, *, softcap: float = 0.0, causal: bool = False, implementation: str = "auto"
 ) -> jax.Array:
-    """Attend, in one softmax, to the memory's own keys and to all keys of block `block`.
+    """Attend, in one softmax, to the memory's own keys and to all keys of block `inputs.block`.
 
     With S = M and without `causal`, this is the memory path of algorithm 2. In a loop over blocks, every step would add
-    a gradient of all of `k` and `v`. So `k` and `v` get no gradient here. The gradient of the block's keys and values
-    is returned as the cotangent of `taps` instead; the values of `taps` do not matter. The heads of `k`, `v` and `taps`
-    lie side by side, as the kernel reads them: no step of the loop has to move them.
+    a gradient of all of `tokens`. So `tokens` gets no gradient here. The gradient of the block's keys and values is
+    returned as the cotangent of `taps` instead; the values of `taps` do not matter.
 
     Args:
-      q: (B, M, H, hd) queries of the memory rows, RoPE applied.
-      own_k: (B, S, K, hd) keys of the memory, RoPE applied in the same frame; the last M are those of the rows.
-      own_v: (B, S, K, hd) their values.
-      k: (B, T, K * hd) keys of the tokens of all blocks, RoPE applied in the same frame.
-      v: (B, T, K * hd) their values.
-      block: () int32, number of the block, less than T // C.
-      taps: two arrays (B, C, K * hd) in the dtype of `k`, for keys and values. Their shape sets C.
+      inputs: queries, keys and values; :class:`UpdateInputs` gives the shapes.
       softcap: as in `block_attention`.
       causal: whether rows see themselves and earlier rows only; they see all other keys.
       implementation: as in `block_attention`. The kernel needs whole tiles (:func:`can_update`), S = M and no causal
@@ -75,16 +64,16 @@ def update_attention(
     Returns:
       (B, M, H, hd).
     """
-    inputs = UpdateInputs(q, KV(own_k, own_v), KV(k, v), block, KV(*taps))
-    plain = not causal and own_k.shape[1] == q.shape[1]
-    if plain and wants_kernels(implementation) and can_update(q, taps[0].shape[1], softcap):
+    q, own, taps = inputs.q, inputs.own, inputs.taps
+    plain = not causal and own.k.shape[1] == q.shape[1]
+    if plain and wants_kernels(implementation) and can_update(q, taps.k.shape[1], softcap):
         return _by_kernel(inputs, interpret=implementation == "pallas_interpret")
     keys, values = (
-        _read_block(x, block, tap).reshape(*tap.shape[:2], *own_k.shape[2:])
-        for x, tap in zip(inputs.tokens, inputs.taps, strict=True)
+        _read_block(x, inputs.block, tap).reshape(*tap.shape[:2], *own.k.shape[2:])
+        for x, tap in zip(inputs.tokens, taps, strict=True)
     )
-    own = Part(q, own_k, own_v, causal_rows(q.shape[1], own_k.shape[1]) if causal else None)
-    return multi_part_attention([own, Part(q, keys, values)], softcap=softcap)
+    mask = causal_rows(q.shape[1], own.k.shape[1]) if causal else None
+    return multi_part_attention([Part(q, *own, mask), Part(q, keys, values)], softcap=softcap)
 
 
 def causal_rows(rows: int, keys: int) -> jax.Array:

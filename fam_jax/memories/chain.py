@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fam_jax.kernels import update_attention
+from fam_jax.kernels import KV, UpdateInputs, update_attention
 from fam_jax.layers.decoder_layer import PROJECTIONS, Apply, DecoderLayer, FrozenParam, Linear, apply_linear
 from fam_jax.layers.fsdp import keep_rows
 from fam_jax.layers.rope import Rotation, rotate_tokens
@@ -186,32 +186,24 @@ def _disturb(vectors: jax.Array, noise: jax.Array | None) -> jax.Array:
     return vectors + jax.lax.stop_gradient(size) * noise.astype(vectors.dtype)
 
 
-def _taps(inputs: ChainInputs, attention: ChainAttention) -> tuple[jax.Array, jax.Array]:
+def _taps(inputs: ChainInputs, attention: ChainAttention) -> KV:
     """Return zeros whose cotangents are those of a block's keys and values."""
     batch, _, width = inputs.keys.shape
     tap = jnp.zeros((batch, attention.block_size, width), inputs.keys.dtype)
-    return tap, tap
+    return KV(tap, tap)
 
 
 def _attend_to(
-    inputs: ChainInputs,
-    block: jax.Array,
-    rotation: Rotation,
-    taps: tuple[jax.Array, jax.Array],
-    attention: ChainAttention,
+    inputs: ChainInputs, block: jax.Array, rotation: Rotation, taps: KV, attention: ChainAttention
 ) -> Attend:
+    tokens = KV(inputs.keys, inputs.values)
+
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         extra = k.shape[1] - q.shape[1]
         own = rotation[:, extra:] if extra else rotation
         q, k = (rotate_tokens(x, at, attention.implementation) for x, at in ((q, own), (k, rotation)))
         return update_attention(
-            q,
-            k,
-            v,
-            inputs.keys,
-            inputs.values,
-            block,
-            taps,
+            UpdateInputs(q, KV(k, v), tokens, block, taps),
             softcap=attention.softcap,
             causal=attention.causal,
             implementation=attention.implementation,
@@ -227,9 +219,7 @@ def _scan_forward(
     cast_frozen, cast = _cast((frozen, weights), inputs.keys.dtype)
     tap = _taps(inputs, attention)
 
-    def tapped(
-        rest: Any, vectors: jax.Array, taps: tuple[jax.Array, jax.Array], nudges: dict[str, jax.Array]
-    ) -> tuple[Any, Any]:
+    def tapped(rest: Any, vectors: jax.Array, taps: KV, nudges: dict[str, jax.Array]) -> tuple[Any, Any]:
         """Scan and record the input of every projection.
 
         The nudges are zeros that are added to the projections' outputs: their cotangents are those of the outputs.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, require, setting
-from fam_jax.kernels import block_attention, multi_part_attention
+from fam_jax.kernels import BlockInputs, BlockOptions, block_attention, multi_part_attention
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.layers.rope import rotate, rotate_tokens
 from fam_jax.memories.interface import Tail
@@ -190,18 +190,16 @@ class Longformer(Window[WindowState]):
         queries = divide(q)
         size = model.block_size // step
         none = jnp.zeros((batch * step, ceil_div(queries.shape[1], size), 0, *heads), q.dtype)
-        attended = block_attention(
-            queries,
-            divide(k),
-            divide(v),
-            none,
-            none,
-            None if past_length is None else jnp.repeat(past_length // step, step),
-            None,
+        past = None if past_length is None else jnp.repeat(past_length // step, step)
+        options = BlockOptions(
             block_size=size,
             memory_segments=visible_blocks(self.far.model),
             window=self.window,
             softcap=model.attention_softcap,
+        )
+        attended = block_attention(
+            BlockInputs(queries, divide(k), divide(v), none, none, past),
+            options,
             # The kernels may not take blocks that are d times shorter.
             implementation="auto" if model.attention.startswith("pallas") else model.attention,
         )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, require, setting
-from fam_jax.kernels import block_attention
+from fam_jax.kernels import BlockInputs, BlockOptions, block_attention
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.layers.rope import Rotation, rotate, rotate_tokens
 from fam_jax.memories.interface import Memory, Stream
@@ -150,21 +150,18 @@ class Window(Memory[S]):
         rotated = rotate_tokens(k, frames.tokens, model.attention)
         extra, state = self.extra_of_blocks(layer, rotated, v, state, at)
         keys, values = self.with_past(rotated, v, state, frames)
-        attended = block_attention(
-            rotate_tokens(q, frames.tokens, model.attention),
-            keys,
-            values,
-            extra.keys,
-            extra.values,
-            frames.past_length,
-            extra.existing,
+        queries = rotate_tokens(q, frames.tokens, model.attention)
+        inputs = BlockInputs(
+            queries, keys, values, extra.keys, extra.values, frames.past_length, extra.existing
+        )
+        options = BlockOptions(
             block_size=model.block_size,
             memory_segments=visible_blocks(model),
             window=model.memory.window,
             stop_gradient=model.memory.stop_gradient,
             softcap=model.attention_softcap,
-            implementation=model.attention,
         )
+        attended = block_attention(inputs, options, implementation=model.attention)
         return attended, self._cache_chunk(state, k, v, frames)
 
     def with_past(

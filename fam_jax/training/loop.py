@@ -22,7 +22,7 @@ from fam_jax.checkpoint import (
     saved_steps,
 )
 from fam_jax.config import Config, UserError
-from fam_jax.data.build import make_batches
+from fam_jax.data.build import longest_row, make_batches
 from fam_jax.data.interface import Batch, Batches, BatchSpec
 from fam_jax.data.vocabulary import check_vocabulary_size, task_digest
 from fam_jax.evaluation import evaluate_in_training
@@ -43,6 +43,7 @@ from fam_jax.training.interruption import (
 from fam_jax.training.metrics import MetricsWriter
 from fam_jax.training.optimizer import make_optimizer
 from fam_jax.training.progress import ProgressReport
+from fam_jax.training.room import check_batch_fits, check_state_fits
 from fam_jax.training.start import (
     change_notes,
     check_allowed,
@@ -200,7 +201,12 @@ def _open(
     check_name(folder)
     changing = check_allowed(allow_change, config)
     source = find_fork(fork, folder, config, restore_step) if fork else None
-    trainer, batches, notes = make_trainer(config), _checked_batches(config), list[str]()
+    check_batch_fits(
+        config, longest_row(config.data, block_size=config.model.block_size), jax.process_count()
+    )
+    trainer = make_trainer(config)
+    check_state_fits(trainer.state_shapes, trainer.mesh.local_devices[0])
+    batches, notes = _checked_batches(config), list[str]()
     state = None
     if restore_step is None and source is None and not saved_steps(folder):
         state = trainer.create()  # before the folder is made, so that a missing base leaves no trace

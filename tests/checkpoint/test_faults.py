@@ -19,6 +19,7 @@ from fam_jax.checkpoint import (
     ReadError,
     SaveError,
     load_params,
+    manifest,
     read_config_file,
     steps,
 )
@@ -48,6 +49,13 @@ def test_harmless_damage_is_not_told(run: pathlib.Path, capfd: pytest.CaptureFix
         assert not checkpoints.notes
     assert_same(found, expected | {"step": jnp.int32(17)})
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("dtype", ["2f4", "01", "0\x1b", "\ud800", "nothing", "V", ""])
+def test_a_record_with_a_text_that_is_no_dtype_is_damaged(dtype: str) -> None:
+    entry = {"shape": [5], "dtype": dtype, "checksum": "0"}
+    with pytest.raises(manifest.Damage, match="not as fam_jax writes it"):
+        manifest.unseal(manifest.seal({"params": {"x": entry}}))
 
 
 def test_a_damaged_step_is_set_aside(run: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:

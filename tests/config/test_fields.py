@@ -328,6 +328,17 @@ def test_every_field_of_the_data_belongs_to_a_task() -> None:
     changed(Config(), data={"task": "seqio:a", "imports": ("b",), "sequence_length": 2})
 
 
+@pytest.mark.parametrize("value", [2**31, 10**30, -(2**31)])
+def test_whole_numbers_fit_into_32_bits(value: int) -> None:
+    for values in ({"train": {"steps": value}}, {"data": {"stage_blocks": (2, value)}}):
+        with pytest.raises(ConfigError, match=r"must be at (most|least) \d+, got -?\d+"):
+            changed(Config(), **values)
+    with pytest.raises(ConfigError, match=r"config\.train\.seed: must be between 0 and 4294967295, got"):
+        changed(Config(), train={"seed": 2**32 if value > 0 else value})
+    if value > 0:
+        assert changed(Config(), model={"rope_base": value}).model.rope_base == value
+
+
 def test_limits_themselves_are_allowed() -> None:
     model = {"memory": FamConfig(length=32, window=33, segments=1), "block_size": 32}
     changed(

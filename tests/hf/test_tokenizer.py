@@ -114,6 +114,17 @@ def test_a_damaged_tokenizer_is_rejected(folder, name):
         check_tokenizer(folder / name, 300)
 
 
+def test_a_tokenizer_without_its_unknown_token_is_rejected(folder):
+    """It would fail at the first text with a character that no piece has."""
+    damaged = json.loads((folder / "tokenizer.json").read_text())
+    damaged["model"] |= {"unk_token": "<gone>", "vocab": {"</s>": 0, "a": 1}, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps(damaged | {"pre_tokenizer": None}))
+    with pytest.raises(ConvertError, match="is damaged or not a tokenizer"):
+        check_tokenizer(folder / "tokenizer.json", 300)
+    with pytest.raises(UserError, match="is a damaged one; name another file"):
+        load_vocabulary(str(folder / "tokenizer.json"))
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

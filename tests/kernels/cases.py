@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.config import ceil_div
-from fam_jax.kernels import block_attention
+from fam_jax.kernels import BlockInputs, BlockOptions, block_attention
 
 Arrays = dict[str, np.ndarray]
 # Factor between the small blocks of these cases (multiples of 4) and blocks of the kernels (multiples of 128).
@@ -113,7 +113,9 @@ def attend(case: Case, call: Call, inputs: dict[str, Any], implementation: str) 
     past_length = jnp.asarray(call.past_length) if case.counted else None
     extra_count = jnp.asarray(call.extra_count) if case.extra_counted else None
     return block_attention(
-        *ordered, past_length, extra_count, implementation=implementation, **case.options()
+        BlockInputs(*ordered, past_length, extra_count),
+        BlockOptions(**case.options()),
+        implementation=implementation,
     )
 
 

@@ -14,7 +14,15 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fam_jax.config import MeshConfig
-from fam_jax.kernels import block_attention, rotary, update_attention
+from fam_jax.kernels import (
+    KV,
+    BlockInputs,
+    BlockOptions,
+    UpdateInputs,
+    block_attention,
+    rotary,
+    update_attention,
+)
 from fam_jax.plan import topology_devices
 from fam_jax.sharding import make_mesh, traced_for
 
@@ -58,12 +66,9 @@ def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **op
     def attention_and_gradients(inputs: Any, counts: Any, cotangent: jax.Array) -> Any:
         def attend(*inputs: jax.Array) -> jax.Array:
             return block_attention(
-                *inputs,
-                *counts,
-                block_size=size,
-                memory_segments=segments,
+                BlockInputs(*inputs, *counts),
+                BlockOptions(block_size=size, memory_segments=segments, **options),
                 implementation="pallas",
-                **options,
             )
 
         out, pull = jax.vjp(attend, *inputs)
@@ -84,9 +89,8 @@ def compile_small(topology: str) -> set[str]:
     def update_and_gradients(q: Any, own: Any, tokens: Any, tap: Any, cos: Any, sin: Any) -> Any:
         def attend(q: Any, own: Any, tap: Any) -> jax.Array:
             q = rotary(q, cos, sin, implementation="pallas")
-            return update_attention(
-                q, own, own, tokens, tokens, jnp.int32(1), (tap, tap), implementation="pallas"
-            )
+            inputs = UpdateInputs(q, KV(own, own), KV(tokens, tokens), jnp.int32(1), KV(tap, tap))
+            return update_attention(inputs, implementation="pallas")
 
         out, pull = jax.vjp(attend, q, own, tap)
         return out, pull(out)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fam_jax.config import MeshConfig
-from fam_jax.kernels import rotary, update_attention
+from fam_jax.kernels import KV, UpdateInputs, rotary, update_attention
 from fam_jax.sharding import make_mesh, replicated, traced_for
 from tests.variants import rest_slow
 
@@ -27,10 +27,10 @@ def draw(heads: int, kv_heads: int, head_dim: int = 128) -> dict[str, np.ndarray
 
 
 def attend(arrays: dict[str, Any], block: int, taps: Any, implementation: str, softcap: float = 0.0) -> Any:
-    side_by_side = (arrays[name].reshape(BATCH, -1, taps[0].shape[-1]) for name in ("k", "v"))
-    own = (arrays[name] for name in ("q", "own_k", "own_v"))
-    number = jnp.int32(block)
-    return update_attention(*own, *side_by_side, number, taps, softcap=softcap, implementation=implementation)
+    own = KV(arrays["own_k"], arrays["own_v"])
+    tokens = KV(*(arrays[name].reshape(BATCH, -1, taps.k.shape[-1]) for name in ("k", "v")))
+    inputs = UpdateInputs(arrays["q"], own, tokens, jnp.int32(block), taps)
+    return update_attention(inputs, softcap=softcap, implementation=implementation)
 
 
 def with_gradients(
@@ -46,7 +46,7 @@ def with_gradients(
             return attend(given | own, block, taps, implementation, softcap)
 
         own = {name: given[name] for name in NAMES[:3]}
-        out, pull = jax.vjp(of, own, (tap, tap))
+        out, pull = jax.vjp(of, own, KV(tap, tap))
         return out, pull(weights(out.shape).astype(out.dtype))
 
     out, (own, taps) = call(given, tap)
@@ -171,7 +171,7 @@ def test_devices_share_rows_and_heads(kv_heads: int) -> None:
             }
             return attend(arrays | own | turned, 1, taps, "pallas_interpret")
 
-        out, pull = jax.vjp(of, {name: arrays[name] for name in NAMES[:3]}, (tap, tap))
+        out, pull = jax.vjp(of, {name: arrays[name] for name in NAMES[:3]}, KV(tap, tap))
         return out, pull(weights(out.shape).astype(out.dtype))
 
     got = jax.jit(traced_for(mesh, gradients), in_shardings=replicated(mesh))(arrays, tap)

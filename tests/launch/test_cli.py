@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import pytest
 
 from fam_jax.checkpoint import CheckpointError, SaveError
@@ -79,6 +80,9 @@ def test_config_fields_stand_before_and_behind_the_file_in_one_word_or_two() -> 
         ([*REQUIRED, "--mesh="], "argument --mesh: expected the devices"),
         ([*REQUIRED, "--mesh=0,0,1"], "argument --mesh: config.mesh: data and fsdp are both 0 (automatic)"),
         ([*REQUIRED, "--step=-1"], "argument --step: must be at least 0"),
+        ([*REQUIRED, f"--step={10**30}"], "argument --step: must be at most 2147483647, got 1000"),
+        ([*REQUIRED, "--checkpoint="], "--checkpoint: is empty; give a path, or leave the flag out"),
+        ([*REQUIRED, "--checkpoint", ""], "--checkpoint: is empty"),
     ],
 )
 def test_mistakes_are_user_errors(arguments: list[str], says: str) -> None:
@@ -170,6 +174,23 @@ def raising(error: BaseException) -> Any:
         (lambda: 7, 7, ""),
         (raising(UserError("two\n  lines")), 2, "error: two lines\n"),
         (raising(KeyboardInterrupt()), 130, "interrupted\n"),
+        (
+            raising(MemoryError("Unable to allocate 8. TiB")),
+            2,
+            "error: out of memory (Unable to allocate 8. TiB); raise config.train.accumulation or config.mesh.fsdp, "
+            "set config.model.remat=full, or use shorter rows\n",
+        ),
+        (
+            raising(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: HBM is full\nmore")),
+            2,
+            "error: out of memory (RESOURCE_EXHAUSTED: HBM is full); raise config.train.accumulation or config.mesh.fsdp, "
+            "set config.model.remat=full, or use shorter rows\n",
+        ),
+        (
+            lambda: pathlib.Path("n" * 300).stat().st_size,
+            2,
+            f"error: '{'n' * 79}...: no file can have such a long name\n",
+        ),
     ],
 )
 def test_how_a_program_ends(main: Any, code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,9 +200,13 @@ def test_how_a_program_ends(main: Any, code: int, says: str, capsys: pytest.Capt
     assert capsys.readouterr().err == says
 
 
-def test_a_bug_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        cli.run(raising(ZeroDivisionError()))
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError(), RuntimeError("x"), OSError(5, "x"), jax.errors.JaxRuntimeError("INTERNAL: x")],
+)
+def test_a_bug_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        cli.run(raising(error))
 
 
 def test_a_closed_pipe_is_no_error() -> None:

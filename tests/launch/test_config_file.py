@@ -88,6 +88,7 @@ MISTAKES = {
     "type": (f"{HEAD}    config.model.num_layers = 'x'\n", "line 4: TypeError: Could not override field 'num_layers'"),
     "import": (f"import nowhere\n{HEAD}", "line 1: ModuleNotFoundError: No module named 'nowhere'"),
     "silent": (f"{HEAD}    raise RuntimeError\n", "line 4: RuntimeError; correct the file"),
+    "exit": (f"{HEAD}    raise SystemExit(0)\n", "line 4: SystemExit: 0; correct the file"),
 }  # fmt: skip
 
 
@@ -129,6 +130,13 @@ def test_files_that_are_no_configs(text: str, argument: str, says: str, tmp_path
     with pytest.raises(ConfigError) as caught:
         load_config(name)
     assert str(caught.value).startswith(f"--config={name}: {says}")
+
+
+def test_a_file_that_is_no_text_has_no_line(tmp_path: pathlib.Path) -> None:
+    (path := tmp_path / "config.py").write_bytes(b"\0\xff\xfe")
+    with pytest.raises(ConfigError) as caught:
+        load_config(f"{path}")
+    assert str(caught.value) == f"{path}: source code string cannot contain null bytes; correct the file"
 
 
 def test_errors_of_a_config_pass_through(tmp_path: pathlib.Path) -> None:

@@ -198,6 +198,29 @@ def test_two_processes_resume_a_run_of_one_on_another_mesh(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["params", "contents"])
+def test_two_processes_set_a_damaged_step_aside(
+    part: str, together: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Both go back to the step before, whether arrays or the record are damaged."""
+    shutil.copytree(together / "run", tmp_path / "run")
+    step = tmp_path / "run" / str(STEPS)
+    file = max((step / "params" / "d").iterdir()) if part == "params" else step / "contents" / "data.json"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    resumed = finish(
+        tmp_path, *TRAIN, *CUBE, f"--config.train.steps={STEPS}", f"--workdir={tmp_path / 'run'}"
+    )
+    lines = [line for line in resumed.errors(0).splitlines() if "is damaged" in line]
+    assert len(lines) == 1, resumed.everything()
+    kept = tmp_path / "run" / f"{STEPS}.damaged"
+    assert lines[0].endswith(f"it is kept as {kept}, and the run goes on from step {HALF}")
+    assert resumed.errors(1) == "" and kept.is_dir()
+    assert_same_run(tmp_path / "run", together / "run")
+
+
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(together: pathlib.Path, tmp_path: pathlib.Path) -> None:
     arguments = ["launch.evaluate", f"--checkpoint={together / 'run'}", "--lengths=2", "--keys=4"]
     started = finish(

@@ -132,6 +132,8 @@ def test_flags_come_from_the_command_line_and_the_environment(
     [
         (["--coordinator=h:1", "--num_processes=2"], "--coordinator, --num_processes and --process_id: give all three"),
         (["--process_id=0"], "--coordinator, --num_processes and --process_id: give all three"),
+        (["--cpu_devices=100000"], "--cpu_devices=100000: must be from 0 to 4096"),
+        (["--heartbeat_timeout=0"], "--heartbeat_timeout=0: must be from 1 to 1000000"),
         (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "--process_id=2: must be from 0 to 1"),
         (["--coordinator=h", "--num_processes=2", "--process_id=0"], "--coordinator=h: expected HOST:PORT"),
         (["--num_processes=two"], "argument --num_processes"),
