@@ -22,7 +22,7 @@ from rich.table import Table
 
 from fam_jax.config import UserError, to_json
 from fam_jax.config.overrides import Override
-from fam_jax.config.strict_json import dump_json
+from fam_jax.config.strict_json import dump_json, parse_json
 from fam_jax.evaluation import read_evaluation
 
 from . import cli
@@ -37,6 +37,7 @@ LABELS = {
 }
 LENGTHS = (1, 2, 4, 9, 18, 36, 72, 130, 260, 520)
 CONFIG = "passkey"
+CLOCK = "seconds.json"
 
 
 class Demo(NamedTuple):
@@ -57,6 +58,24 @@ class Demo(NamedTuple):
         return (Override("config.train.seed", str(self.seed)), *self.overrides)
 
 
+def _check_own(workdir: Path) -> None:
+    """Raise :class:`UserError` unless all that is in a folder comes from a demo."""
+    names = [path.name for path in workdir.iterdir()] if workdir.is_dir() else [workdir.name]
+    if other := [name for name in names if name not in (*VARIANTS, CLOCK, "passkey.json", "passkey.png")]:
+        raise UserError(
+            f"--clean: {workdir} holds {other[0]}, which is not of a demo; delete the folder yourself, or give another "
+            "--workdir"
+        )
+
+
+def _seconds(clock: Path) -> float:
+    """Return what earlier runs of the demo took, or 0 if that is not known."""
+    try:
+        return float(parse_json(clock.read_text()))
+    except (OSError, TypeError, ValueError):
+        return 0.0
+
+
 def run_demo(demo: Demo) -> dict[str, Any]:
     """Train and evaluate the models, as far as that is not done yet, and write the results.
 
@@ -67,9 +86,14 @@ def run_demo(demo: Demo) -> dict[str, Any]:
       UserError: a config field has a mistake, or a command failed.
     """
     todo = {variant: commands(demo, variant) for variant in VARIANTS}
-    demo.workdir.mkdir(parents=True, exist_ok=True)
-    clock = demo.workdir / "seconds.json"
-    before = json.loads(clock.read_text()) if clock.exists() else 0.0
+    try:
+        demo.workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={demo.workdir}: cannot be created ({error.strerror}); give another"
+        ) from error
+    clock = demo.workdir / CLOCK
+    before = _seconds(clock)
     began = time.perf_counter()
     workers = Workers(demo.workers)
     try:
@@ -227,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for variant in VARIANTS:
         wanted_config(demo, variant)  # nothing is deleted if a config field has a mistake
     if arguments.clean and demo.workdir.exists():
+        _check_own(demo.workdir)
         shutil.rmtree(demo.workdir)
     results = run_demo(demo)
     show(results)

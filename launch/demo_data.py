@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fam_jax.config import UserError
-from fam_jax.config.strict_json import dump_json
+from fam_jax.config.strict_json import dump_json, parse_json
 
 from . import cli
 
@@ -106,10 +106,18 @@ def make_demo_data(
     try:
         out.mkdir(parents=True, exist_ok=True)
         record = out / "sources.json"
-        figures: dict[str, dict[str, object]] = json.loads(record.read_text()) if record.is_file() else {}
+        figures = parse_json(record.read_text()) if record.is_file() else {}
+        if not isinstance(figures, dict):
+            raise UserError(
+                f"{record}: is damaged; delete it and the folders beside it, or choose another --out"
+            )
         for name in parts or PARTS:
             if name in figures and (out / name).is_dir() and not fresh:
                 continue
+            if name not in figures and (out / name).exists():
+                raise UserError(
+                    f"--out={out}: holds {name}, which did not come from this program; choose another folder"
+                )
             try:
                 figures[name] = _make(name, out)
             except UserError as error:
@@ -118,7 +126,7 @@ def make_demo_data(
                 print(f"left out: {error}", file=sys.stderr)
                 continue
             record.write_text(dump_json(figures, indent=2) + "\n")
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--out={out}: cannot be written ({error}); choose another folder") from error
     return figures
 

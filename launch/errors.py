@@ -54,4 +54,7 @@ def _line_about(error: BaseException) -> str:
     if not of_device and not isinstance(error, MemoryError):
         return ""
     what = (str(error).splitlines() or [""])[0][:200]
-    return f"out of memory ({what}); raise config.train.accumulation or config.mesh.fsdp, set config.model.remat=full, or use shorter rows"
+    return (
+        f"out of memory ({what}); raise config.train.accumulation or config.mesh.fsdp, set config.model.remat=full, or "
+        "use shorter rows"
+    )

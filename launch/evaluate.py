@@ -47,7 +47,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--list", action=_ListTasks, help="list the tasks, and with --data where their data is, and exit")
     add("--task", metavar="NAME", help="default: that of the run, which is text for seqio tasks")
-    add("--batch_size", type=int, metavar="N", help="examples read together")
+    add("--batch_size", type=cli.at_least(1), metavar="N", help="examples read together")
     add("--out", metavar="FILE.json", help="default: CHECKPOINT/evaluations/STEP/TASK.json")
     probe = (
         "also find out whether, where and how far back the model uses its memory: figures and a page of plots"
@@ -64,14 +64,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "lengths of the filler in front of the key in blocks; each goes with each of --lengths; default: 0"
     )
     add("--before", type=_lengths, metavar="N,N,...", help=before)
-    add("--keys", type=int, metavar="N", help="examples per length")
+    add("--keys", type=cli.at_least(1), metavar="N", help="examples per length")
     add = parser.add_argument_group("the task text").add_argument
     heldout = "files, folders or patterns; default: config.data.heldout_files"
     add("--files", type=cli.paths, default=(), metavar="PATH,...", help=heldout)
     suffixes = "endings of the files that count in a folder; default: config.data.file_suffixes"
     add("--suffixes", type=cli.words, default=(), metavar=".txt,...", help=suffixes)
-    add("--documents", type=int, metavar="N", help="number of documents, drawn at random; 0: all")
-    add("--min_tokens", type=int, metavar="N", help="leave out shorter documents")
+    add("--documents", type=cli.at_least(0), metavar="N", help="number of documents, drawn at random; 0: all")
+    add("--min_tokens", type=cli.at_least(0), metavar="N", help="leave out shorter documents")
     ablations = "read again with the memory zeroed, shuffled or frozen after every block"
     add("--ablations", type=cli.words, metavar="HOW,...", help=ablations)
     return parser.parse_args(argv)
@@ -116,6 +116,27 @@ def _add_flags_of_several_tasks(parser: cli.Parser) -> None:
     add("--lm_eval_chat", action="store_true", help="ask by the tokenizer's chat template")
 
 
+# Flags that only the other way of evaluating reads.
+OF_SEVERAL = (
+    "data", "shots", "limit", "limit_tokens", "question", "items", "seeds", "fresh", "lm_eval_tasks", "lm_eval_chat",
+)  # fmt: skip
+OF_ONE = ("before", "keys", "files", "suffixes", "documents", "min_tokens", "ablations")
+
+
+def _check_meaning(arguments: argparse.Namespace, defaults: argparse.Namespace) -> None:
+    """Raise :class:`UserError` if a flag would be ignored."""
+    several = is_several(arguments)
+    for name in OF_ONE if several else OF_SEVERAL:
+        if getattr(arguments, name) != getattr(defaults, name):
+            kind = "the tasks passkey, algorithmic and text" if several else "--tasks and --suite"
+            raise UserError(f"--{name}: has no meaning here, only for {kind}; leave it out")
+
+
+def is_several(arguments: argparse.Namespace) -> bool:
+    """Return whether the command asks for tasks that `evaluate_tasks` runs."""
+    return bool(arguments.tasks or arguments.suite) or _is_item_task(arguments.task)
+
+
 def _lengths(text: str) -> tuple[int, ...]:
     """Argument type: whole numbers with commas between them, in which k stands for 1024 and m for 1024 * 1024."""
     factors = {"k": 1 << 10, "m": 1 << 20}
@@ -126,7 +147,9 @@ def _lengths(text: str) -> tuple[int, ...]:
 
     try:
         return cli.integers(",".join(map(number, text.split(","))))
-    except argparse.ArgumentTypeError:
+    except argparse.ArgumentTypeError as error:
+        if "at most" in str(error):
+            raise
         raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
 
 
@@ -243,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         list_tasks(arguments)
         return 0
+    _check_meaning(arguments, parse_arguments([f"--checkpoint={arguments.checkpoint}"]))
     processes.join(arguments, stop_together=False)
     import jax
     import rich.console
@@ -251,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     typed = sys.argv[1:] if argv is None else argv
     command = cli.as_typed("python -m launch.evaluate ") + shlex.join(typed)
-    if arguments.tasks or arguments.suite or _is_item_task(arguments.task):
+    if is_several(arguments):
         run_tasks(arguments, command)
         return 0
     given = {field: getattr(arguments, flag) for flag, field in FIELDS.items()}

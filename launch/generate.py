@@ -107,7 +107,8 @@ def _check(found: argparse.Namespace) -> None:
     for flag, place in (("--save-memory", found.save_memory), ("--out", found.out)):
         if place is not None:  # found out now, as reading may take hours
             file = Path(place)
-            writable = not file.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK)
+            is_free = file.is_file() or not file.exists()  # no folder, device or pipe
+            writable = is_free and os.access(file if file.exists() else file.parent, os.W_OK)
             refuse(
                 not writable,
                 f"argument {flag}: {place} cannot be written; give a file in a folder that exists",

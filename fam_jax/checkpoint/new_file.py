@@ -25,6 +25,9 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     unfinished = whole.parent / f".{whole.name}.unfinished"
     if whole.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if os.path.exists(path) and not os.path.isfile(path):  # on this machine, not in a bucket
+        # Renaming the file would put it in the place of the device, such as /dev/null.
+        raise OSError(errno.EINVAL, "it is a device or a pipe")
     try:
         whole.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:

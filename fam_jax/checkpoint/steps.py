@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -137,6 +138,26 @@ class Checkpoints:
             raise
         self._complete = True
 
+    def _wait_together(self) -> None:
+        """Wait as :meth:`wait` does; raise :class:`SaveError` in all processes if it fails in one of them."""
+        failure = None
+        try:
+            self.wait()
+        except SaveError as error:
+            failure = error
+        self._agree(failure)
+
+    def _agree(self, failure: SaveError | None) -> None:
+        """Raise the failure of this process, or one for that of another process; all processes have to call it."""
+        failed = failure is not None
+        if jax.process_count() > 1:
+            failed = bool(multihost_utils.process_allgather(np.array(failed)).any())
+        if failure is not None:
+            raise failure
+        if failed:
+            self._lost = SaveError(f"{self.folder}: another process could not save step {self._saving}")
+            raise self._lost
+
     def _wait_for_orbax(self) -> None:
         response, self._response = self._response, None
         try:
@@ -169,9 +190,9 @@ class Checkpoints:
     ) -> None:
         """Save a step. Return when the arrays are copied; they may be donated then.
 
-        The first save returns when the step is complete, and a part of it was read back. A process on its own saves
-        again what could not be saved, after each of :data:`PAUSES`. If the failure shows only after this method has
-        returned, the next call takes the place of the lost step.
+        The first save returns when the step is complete, and a part of it was read back. What could not be saved is
+        saved again after each of :data:`PAUSES`, by all processes of a job if one of them failed. If the failure shows
+        only after this method has returned, the next call takes the place of the lost step.
 
         If :meth:`restore` went back to a step before the latest, delete the steps after it first.
 
@@ -183,14 +204,12 @@ class Checkpoints:
           wait: return only when the step is complete on disk.
 
         Raises:
-          SaveError: the step could not be saved; in a job of several processes, the one before it.
+          SaveError: the step could not be saved.
           CheckpointError: `step` is not above the latest, or what was saved cannot be read back.
         """
         try:
-            self.wait()
+            self._wait_together()
         except SaveError as error:
-            if jax.process_count() > 1:
-                raise
             logging.warning("%s; saving step %d now", error, step)
             self._open_again()
             self._saving, wait = None, True
@@ -217,15 +236,19 @@ class Checkpoints:
 
     def _store(self, step: int, parts: dict[str, PyTree], *, wait: bool) -> None:
         """Save the parts of a step; try again if that fails."""
-        pauses = [*PAUSES] if jax.process_count() == 1 else []
+        pauses = [*PAUSES]
         while True:
             try:
-                self._complete = False
-                with self._writing():
-                    # Without force Orbax may skip the save and only return None.
-                    self._response = self._steps.save_checkpointables_async(step, parts, force=True)
+                self._complete, failure = False, None
+                try:
+                    with self._writing():
+                        # Without force Orbax may skip the save and only return None.
+                        self._response = self._steps.save_checkpointables_async(step, parts, force=True)
+                except SaveError as error:
+                    failure = error
+                self._agree(failure)
                 if wait:
-                    self.wait()
+                    self._wait_together()
                 return
             except SaveError as error:
                 self._lost = error

@@ -68,7 +68,7 @@ def setting(
       above: the value must be larger than this.
       choices: allowed words; for a tuple, those of each entry.
       effect: what changes with the field; by default the effect of its group.
-      tasks: the data tasks that use the field; by default all.
+      tasks: the tasks, of the data or of evaluation, that use the field; by default all.
     """
     constraint = Constraint(doc, minimum, maximum, below, above, choices, effect, tasks)
     return dataclasses.field(default=default, metadata={"constraint": constraint})

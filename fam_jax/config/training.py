@@ -169,20 +169,33 @@ class EvaluateConfig:
         default=(4, 9, 18, 36),
         doc="PassKey and algorithmic tasks: lengths in blocks, as in data.stage_blocks.",
         minimum=1,
+        tasks=("passkey", "algorithmic"),
     )
     before_blocks: tuple[int, ...] = setting(
-        default=(0,), doc="PassKey: lengths of the filler in front of the key, in blocks.", minimum=0
+        default=(0,),
+        doc="PassKey: lengths of the filler in front of the key, in blocks.",
+        minimum=0,
+        tasks=("passkey",),
     )
-    keys: int = setting(default=64, doc="PassKey and algorithmic tasks: examples per length.", minimum=1)
+    keys: int = setting(
+        default=64,
+        doc="PassKey and algorithmic tasks: examples per length.",
+        minimum=1,
+        tasks=("passkey", "algorithmic"),
+    )
     # Text and seqio.
     documents: int = setting(
-        default=0, doc="Text: number of held-out documents, drawn by seed; 0: all.", minimum=0
+        default=0,
+        doc="Text: number of held-out documents, drawn by seed; 0: all.",
+        minimum=0,
+        tasks=("text",),
     )
-    min_tokens: int = setting(default=0, doc="Text: leave out shorter documents.", minimum=0)
+    min_tokens: int = setting(default=0, doc="Text: leave out shorter documents.", minimum=0, tasks=("text",))
     ablations: tuple[str, ...] = setting(
         default=(),
         doc="Text: measure the loss again with the memory zeroed, shuffled or frozen.",
         choices=ABLATIONS,
+        tasks=("text",),
     )
     # All.
     batch_size: int = setting(default=64, doc="Examples read together.", minimum=1)

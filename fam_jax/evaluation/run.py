@@ -2,14 +2,15 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from fam_jax.checkpoint import read_config
-from fam_jax.config import Config, MeshConfig, UserError, resolve
+from fam_jax.config import Config, ConfigError, EvaluateConfig, MeshConfig, UserError, resolve
 from fam_jax.config.data import SEQIO
+from fam_jax.config.fields import constraint_of
 from fam_jax.data.vocabulary import check_vocabulary_size
 from fam_jax.evaluation.documents import Documents
 from fam_jax.evaluation.probes import find_probe
@@ -66,6 +67,7 @@ def evaluate(
     """
     name = task or default_task(resolve(read_config(checkpoint)).data)
     check_probes(name, probes)
+    _check_meaning(name, settings, files=files, suffixes=suffixes)
     if out is not None and jax.process_index() == 0:
         check_output(os.path.expanduser(out), name, probes)
     mesh = mesh or MeshConfig()
@@ -83,6 +85,25 @@ def evaluate(
     if jax.process_index() == 0:
         found.write(os.fspath(checkpoint))
     return found
+
+
+def _check_meaning(task: str, settings: Mapping[str, Any], **places: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` if a setting, or a place of documents, has no meaning for a task.
+
+    A task that is not of this package may use any of them.
+    """
+    users = {field.name: constraint_of(field).tasks for field in dataclasses.fields(EvaluateConfig)}
+    if not any(task in tasks for tasks in users.values()):
+        return
+    for name, tasks in users.items():
+        if name in settings and tasks and task not in tasks:
+            raise ConfigError(
+                f"config.evaluate.{name}: has no meaning for the task {task}, only for {' and '.join(tasks)}; "
+                "leave it out"
+            )
+    for name, given in places.items():
+        if given and task != "text":
+            raise ConfigError(f"{name}: have no meaning for the task {task}, only for text; leave them out")
 
 
 def evaluate_in_training(

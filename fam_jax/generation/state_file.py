@@ -5,7 +5,6 @@ state means, a fingerprint of the model's parameters, how many tokens each strea
 file, computed with zeros in place of the checksum itself.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,6 +20,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
+from fam_jax.checkpoint.new_file import new_file
 from fam_jax.config import ModelConfig, UserError, fields_with_effect
 from fam_jax.config.format1 import former_array_name, upgrade_array_name, upgrade_model
 from fam_jax.config.strict_json import dump_json, parse_json
@@ -274,15 +274,11 @@ def _by_name(state: StreamState) -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    # Opened as any file is, so that its mode follows the umask.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with unfinished.open("wb") as file:
+        os.stat(path.parent)  # a folder that is missing may be a mistake
+        with new_file(path) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         raise StateFileError(f"{path}: cannot be written ({error.strerror}); give another path") from error

@@ -4,6 +4,7 @@ import errno
 import os
 import pathlib
 import shutil
+import subprocess
 import threading
 import time
 import types
@@ -24,6 +25,8 @@ from fam_jax.checkpoint import (
     steps,
 )
 from tests.checkpoint.states import CONFIG, assert_same, make_state, mesh_of, open_run, structs
+from tests.launch.group import PATIENCE, free_port
+from tests.launch.running import ROOT, command, environment
 
 WRITE = "orbax.checkpoint._src.metadata.array_metadata_store.Store.write"
 
@@ -187,6 +190,33 @@ def test_a_save_that_failed_is_made_again(
         assert checkpoints.all_steps() == [10, 20, 30, 40 if wait else 41]
         assert_same(checkpoints.restore(None, structs(state))[0], state)
         assert not checkpoints.notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("faults", "saved"),
+    [((1, 1), [1, 3, 4]), ((1, 0), [1, 3, 4]), ((0, 1), [1, 3, 4]), ((99, 99), [1]), ((0, 99), [1])],
+    ids=["both", "first", "second", "both for good", "second for good"],
+)
+def test_two_processes_save_again_together(
+    faults: tuple[int, int], saved: list[int], tmp_path: pathlib.Path
+) -> None:
+    """Whichever process fails, all of them try again, or all of them end."""
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [*command("tests.checkpoint.two_savers"), str(index), str(port), str(tmp_path / "run"), str(count)],
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True,
+        )
+        for index, count in enumerate(faults)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=PATIENCE)[0].splitlines()[-1] for process in started]
+    is_lost = 99 in faults
+    assert printed == ["SaveError" if is_lost else str(saved)] * 2
+    assert [process.returncode for process in started] == [75 if is_lost else 0] * 2
+    for step in saved:
+        assert load_params(tmp_path / "run", step=step)[0]["x"].tolist() == [step] * 8
+    assert load_params(tmp_path / "run")[2] == saved[-1]
 
 
 def test_saving_a_step_twice_makes_sure_of_it(run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

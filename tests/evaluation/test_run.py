@@ -208,6 +208,18 @@ def test_the_task_of_a_run_is_that_of_its_data() -> None:
         ({"batchsize": 3}, r"config.evaluate.batchsize: no such field; did you mean batch_size\?"),
         ({"batch_size": 0}, "config.evaluate.batch_size: must be at least 1, got 0"),
         ({"batch_size": "3"}, "config.evaluate.batch_size: expected int, got '3'"),
+        (
+            {"min_tokens": 3},
+            "config.evaluate.min_tokens: has no meaning for the task passkey, only for text; leave",
+        ),
+        (
+            {"task": "algorithmic", "before_blocks": (1,)},
+            "has no meaning for the task algorithmic, only for passkey",
+        ),
+        (
+            {"suffixes": [".md"]},
+            "suffixes: have no meaning for the task passkey, only for text; leave them out",
+        ),
         ({"task": "text"}, "config.data.heldout_files: names no files"),
         ({"task": "text", "files": ["missing"]}, "missing: no such file or folder"),
     ],

@@ -177,14 +177,14 @@ def raising(error: BaseException) -> Any:
         (
             raising(MemoryError("Unable to allocate 8. TiB")),
             2,
-            "error: out of memory (Unable to allocate 8. TiB); raise config.train.accumulation or config.mesh.fsdp, "
-            "set config.model.remat=full, or use shorter rows\n",
+            "error: out of memory (Unable to allocate 8. TiB); raise config.train.accumulation or "
+            "config.mesh.fsdp, set config.model.remat=full, or use shorter rows\n",
         ),
         (
             raising(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: HBM is full\nmore")),
             2,
-            "error: out of memory (RESOURCE_EXHAUSTED: HBM is full); raise config.train.accumulation or config.mesh.fsdp, "
-            "set config.model.remat=full, or use shorter rows\n",
+            "error: out of memory (RESOURCE_EXHAUSTED: HBM is full); raise config.train.accumulation or "
+            "config.mesh.fsdp, set config.model.remat=full, or use shorter rows\n",
         ),
         (
             lambda: pathlib.Path("n" * 300).stat().st_size,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fam_jax.config import ConfigError
+from fam_jax.config import ConfigError, UserError
 from fam_jax.config.overrides import Override
 from fam_jax.evaluation import Evaluation
 from launch import demo
@@ -115,6 +115,29 @@ def test_a_mistake_deletes_nothing(tmp_path: pathlib.Path) -> None:
     ):
         demo.main([f"--workdir={tmp_path}", "--clean", "--config.model.num_layer=4"])
     assert (tmp_path / "kept").exists()
+
+
+def test_clean_deletes_no_folder_of_somebody_else(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    for place in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(UserError, match=r"--clean: .* holds thesis\.tex, which is not of a demo"):
+            demo.main([f"--workdir={place}", "--clean"])
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_place_that_cannot_be_a_folder(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(UserError, match=r"--workdir=.*: cannot be created \(.*\); give another"):
+            demo.main([f"--workdir={place}"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"x"'])
+def test_a_damaged_clock_is_no_reason_to_fail(content: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "seconds.json").write_text(content)
+    assert demo._seconds(tmp_path / "seconds.json") == 0.0
+    (tmp_path / "seconds.json").write_text("2.5")
+    assert demo._seconds(tmp_path / "seconds.json") == 2.5
 
 
 @pytest.mark.parametrize(

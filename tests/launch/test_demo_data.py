@@ -79,6 +79,20 @@ def test_mistakes(tmp_path: pathlib.Path) -> None:
         make_demo_data(tmp_path / "file")
 
 
+@pytest.mark.usefixtures("parts")
+def test_a_folder_of_somebody_else_is_kept(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "mine.txt").touch()
+    for fresh in (False, True):
+        for names in ([], ["books"]):
+            with pytest.raises(UserError, match="holds books, which did not come from this program"):
+                make_demo_data(tmp_path, names, fresh=fresh)
+    assert (tmp_path / "books" / "mine.txt").exists()
+    (tmp_path / "sources.json").write_text("[]")
+    with pytest.raises(UserError, match=r"sources\.json: is damaged; delete it"):
+        make_demo_data(tmp_path)
+
+
 def test_a_command_that_fails_is_one_line(tmp_path: pathlib.Path) -> None:
     with pytest.raises(
         UserError, match=r"books: no-such-program cannot be run \(No such file or directory\)"
