@@ -183,7 +183,7 @@ def list_tasks(arguments: argparse.Namespace) -> None:
             print(f"{name:20}task of lm-evaluation-harness, which finds its data itself")
             continue
         if name in TASKS or name in DOCUMENTS:
-            print(f"{name:20}{TASKS[name].doc if name in TASKS else DOCUMENTS[name][1]}")
+            print(f"{name:20}{TASKS[name].doc if name in TASKS else DOCUMENTS[name][-1]}")
             continue
         task = ITEM_TASKS[name]
         ways = "makes its own text" if task.synthetic else how_to_prepare(next(iter(task.sources.values())))

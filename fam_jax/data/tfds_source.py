@@ -187,7 +187,9 @@ class InOrder(Shuffled):
 def tfds_source(
     name: str, split: str, vocabulary: seqio.Vocabulary, seed: int, field: str, *, shuffle: bool = True
 ) -> Source:
-    """Return the documents of a prepared TFDS dataset: its feature "text", or its only text feature.
+    """Return the documents of a prepared TFDS dataset.
+
+    They are its feature "text", its only text feature, or the only one that ends in "_text", as book_text of pg19.
 
     Those in TFRecord and ArrayRecord files are read by number, others in order only.
 
@@ -236,13 +238,17 @@ def _text_feature(builder: Any, name: str, field: str) -> str:
     import tensorflow_datasets as tfds
 
     texts = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
-    text = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
-    if text is None:
-        raise ConfigError(
-            f"{field}: {name} has no feature text, and its text features are {', '.join(texts) or 'none'}; "
-            "register a seqio task that chooses one"
-        )
-    return text
+    for found in (
+        ["text"] if "text" in texts else [],
+        texts,
+        [key for key in texts if key.endswith("_text")],
+    ):
+        if len(found) == 1:
+            return found[0]
+    raise ConfigError(
+        f"{field}: {name} has no feature text, and its text features are {', '.join(texts) or 'none'}; "
+        "register a seqio task that chooses one"
+    )
 
 
 def _streamed(

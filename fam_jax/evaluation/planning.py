@@ -15,11 +15,15 @@ from fam_jax.generation.tokenize import encode_pieces
 SUITES = (*dict.fromkeys(task.suite for task in ITEM_TASKS.values()), "perplexity", "passkey")
 # Suites of tasks that are measured as a whole.
 _MEASURED = {"perplexity": "text", "passkey": "passkey"}
-# Tasks that measure the documents of a folder of --data as the task "text" does: endings of files, and the line for
-# --list.
+# Tasks that measure documents as the task "text" does, those of a folder of --data or of a TFDS dataset: endings of
+# files, the dataset if there is one, and the line for --list.
 DOCUMENTS = {
-    "pg19": ((".txt",), "PG-19: next-token accuracy and loss on books, by position"),
-    "isabelle": ((".thy",), "Isabelle: next-token accuracy and loss on theories, by position"),
+    "pg19": (
+        (".txt",),
+        "tfds:pg19:validation",
+        "PG-19: next-token accuracy and loss on the 50 books of its validation split, by position",
+    ),
+    "isabelle": ((".thy",), "", "Isabelle: next-token accuracy and loss on theories, by position"),
 }
 PUBLISHED_SHOTS = "gpt3"
 # Places of a question.
@@ -70,7 +74,7 @@ class Plan:
 
     # Tasks of items.
     runs: list[Run]
-    # Tasks that are measured as a whole, with the folder of their documents if they have one.
+    # Tasks that are measured as a whole, with the folder or the TFDS dataset of their documents if they have one.
     measured: dict[str, str | None]
     # Tasks of lm-evaluation-harness.
     harness: list[HarnessRun]
@@ -117,7 +121,7 @@ def availability(names: Sequence[str], data: Data) -> Iterator[tuple[str, str, s
             yield name, "task of lm-evaluation-harness", "finds its data itself"
             continue
         if name in DOCUMENTS:
-            yield name, DOCUMENTS[name][1], data.folder(name) or f"missing: {_missing(name)}"
+            yield name, DOCUMENTS[name][-1], documents_of(name, data) or f"missing: {_missing(name)}"
             continue
         if name not in ITEM_TASKS:
             yield name, TASKS[name].doc, "needs no data of --data"
@@ -180,11 +184,11 @@ def make_plan(names: Sequence[str], how: HowToRun, data: Data) -> Plan:
 
 
 def _add_to_plan(plan: Plan, name: str, how: HowToRun, data: Data) -> None:
-    if name in DOCUMENTS and data.folder(name) is None:
+    if name in DOCUMENTS and documents_of(name, data) is None:
         plan.skipped[name] = f"task {name}: its data is not on disk; {_missing(name)}"
         return
     if name not in ITEM_TASKS:
-        plan.measured[name] = data.folder(name) if name in DOCUMENTS else None
+        plan.measured[name] = documents_of(name, data) if name in DOCUMENTS else None
         return
     task = ITEM_TASKS[name]
     for number, shots in _shots(task, how.shots).items():
@@ -199,7 +203,14 @@ def _add_to_plan(plan: Plan, name: str, how: HowToRun, data: Data) -> None:
 
 def _missing(name: str) -> str:
     """Return what puts documents on disk."""
-    return f"put {', '.join(DOCUMENTS[name][0])} files into the folder {name} of a folder of --data"
+    endings, dataset, _ = DOCUMENTS[name]
+    build = f"run `tfds build {dataset.split(':')[1]}` and use --data=tfds, or " if dataset else ""
+    return f"{build}put {', '.join(endings)} files into the folder {name} of a folder of --data"
+
+
+def documents_of(name: str, data: Data) -> str | None:
+    """Return the folder, or tfds:NAME:SPLIT, with the documents of a task of :data:`DOCUMENTS`; None: there is none."""
+    return data.folder(name) or data.dataset(DOCUMENTS[name][1])
 
 
 def _shots(task: ItemTask, wanted: Sequence[str]) -> dict[str, int]:

@@ -59,6 +59,10 @@ class Data:
         found = (Path(place) / name for place in self._places if place != TFDS)
         return next((str(path) for path in found if path.is_dir()), None)
 
+    def dataset(self, name: str) -> str | None:
+        """Return `name`, tfds:NAME:SPLIT, if "tfds" is among the places and has prepared it; else None."""
+        return name if name and TFDS in self._places and _is_prepared(name) else None
+
     def source(self, task: ItemTask, split: str) -> str:
         """Return where the rows of a split are read from: a path, or tfds:NAME:SPLIT.
 

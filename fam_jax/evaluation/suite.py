@@ -315,7 +315,7 @@ def _measure(
     how: HowToRun,
     on_progress: OnProgress | None,
 ) -> dict[str, Any]:
-    """Return the results of a task that is measured as a whole."""
+    """Return the results of a task that is measured as a whole; `folder` may be tfds:NAME:SPLIT as well."""
     found = journal.find_result(name)
     if found is None:
         if folder is None:

@@ -217,6 +217,7 @@ GPT3: dict[str, list[Row]] = {
         }
     ),
     "winograd": _winograd(),
+    "wsc285": _winograd(),
     "winogrande": _many(
         lambda name, thing, place, n: {
             "sentence": f"{name} gave Zoe the {thing} because _ was leaving the {place}.",

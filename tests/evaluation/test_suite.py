@@ -15,7 +15,7 @@ from fam_jax.evaluation import HowToRun, evaluate_tasks, suite
 from fam_jax.evaluation.item import Answered, Item, Likelihood
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
 from fam_jax.evaluation.journal import Journal
-from fam_jax.evaluation.planning import DOCUMENTS, find_tasks
+from fam_jax.evaluation.planning import DOCUMENTS, availability, find_tasks
 from fam_jax.evaluation.rows import Data, MissingDataError
 from fam_jax.evaluation.summary import fingerprint, limited
 from fam_jax.evaluation.tasks import TASKS
@@ -369,6 +369,37 @@ def test_files_that_are_damaged(tmp_path: pathlib.Path, name: str, content: byte
     (tmp_path / "copa" / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         Data([str(tmp_path)]).rows(ITEM_TASKS["copa"], "test")
+
+
+def test_books_of_a_prepared_tfds_dataset(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """PG-19 has four texts for each book; the book itself is measured."""
+    import tensorflow_datasets as tfds
+
+    names = ("book_id", "book_link", "book_text", "book_title", "publication_date")
+    books = [{key: f"{key} {n} " * (3 if key == "book_text" else 1) for key in names} for n in range(2)]
+    with pytest.raises(
+        UserError, match=r"task pg19: .* run `tfds build pg19` and use --data=tfds, or put \.txt files"
+    ):
+        evaluate_tasks(run, ["pg19"], how=HowToRun(data=("tfds",)), out=tmp_path / "none.json")
+    try:
+        tfds.dataset_builders.store_as_tfds_dataset(
+            "pg19",
+            version="0.1.1",
+            features=tfds.features.FeaturesDict({key: tfds.features.Text() for key in names}),
+            split_datasets={"validation": [*enumerate(books)]},
+            data_dir=str(tmp_path),
+            disable_shuffling=True,
+        )
+        tfds.core.utils.file_utils.add_data_dir(str(tmp_path))
+        ((*_, place),) = availability(["pg19"], Data(["tfds"]))
+        assert place == "tfds:pg19:validation"
+        found = evaluate_tasks(run, ["pg19"], how=HowToRun(data=("tfds",)), out=tmp_path / "out.json")
+    finally:
+        tfds.core.utils.file_utils.clear_registered_data_dirs()
+    assert found.suites["pg19"]["source"] == "tfds:pg19:validation"
+    read = sum(len(book["book_text"]) + 1 for book in books)
+    assert found.suites["pg19"]["details"]["tokens_read"] == read
+    check_results(tmp_path / "out.json")
 
 
 def test_rows_of_a_prepared_tfds_dataset(tmp_path: pathlib.Path) -> None:

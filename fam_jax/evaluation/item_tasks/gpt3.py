@@ -190,16 +190,17 @@ def _task(
     gather: Gather | None = None,
     **fields: Any,
 ) -> ItemTask:
-    """Return a task whose rows TFDS has as `data`, and files as NAME/SPLIT."""
+    """Return a task whose rows TFDS has as `data` (empty: it has none), and files as NAME/SPLIT."""
     own = train == split
 
     def items(request: Request) -> Iterator[Item]:
         shots_from = "test" if own else "train"
         return few_shot_items(request, convert, header=header, gather=gather, shots_from=shots_from)
 
-    sources = {"test": (f"tfds:{data}:{split}", f"{name}/{split}")}
-    if not own:
-        sources["train"] = (f"tfds:{data}:{train}", f"{name}/{train}")
+    splits = {"test": split} if own else {"test": split, "train": train}
+    sources = {
+        role: (*([f"tfds:{data}:{each}"] if data else []), f"{name}/{each}") for role, each in splits.items()
+    }
     told = zip((0, 1, shots), PUBLISHED.get(name, ()), strict=False)
     published = {f"GPT-3 175B, {number} shots": value for number, value in told if value is not None}
     return ItemTask(name, doc, 1, SUITE, sources, items, published_shots=shots, published=published, **fields)
@@ -224,6 +225,10 @@ def _anli(number: int) -> ItemTask:
 
 def _arc(name: str, doc: str, data: str) -> ItemTask:
     return _choose(name, f"ARC, {doc} questions of science", UNCONDITIONAL, 50, data, prompts.arc, **TEST)
+
+
+def _winograd(name: str, doc: str, data: str) -> ItemTask:
+    return _choose(name, doc, PARTIAL, 7, data, prompts.winograd, split="test", train="test")
 
 
 def _race(name: str, schools: str) -> ItemTask:
@@ -281,15 +286,9 @@ TASKS = (
         train="validation",
     ),
     _choose("wic", "WiC, words in context", TOKEN, 32, f"{GLUE}/wic", prompts.wic),
-    _choose(
-        "winograd",
-        "Winograd's schemas",
-        PARTIAL,
-        7,
-        "wsc273",
-        prompts.winograd,
-        split="test",
-        train="test",
+    _winograd("winograd", "Winograd's schemas, the 273 of GPT-3", "wsc273"),
+    _winograd(
+        "wsc285", "Winograd's schemas, all 285 of the collection, with the fields of wsc273 of TFDS", ""
     ),
     _choose(
         "winogrande",
