@@ -131,12 +131,19 @@ class Checkpoints:
         try:
             with self._writing():
                 self._wait_for_orbax()
-                if not self._complete and jax.process_index() == 0:
-                    remember_newest(self.folder, self._saving)
         except SaveError as error:
             self._lost = error
             raise
+        if not self._complete and jax.process_index() == 0:
+            self._record_newest()
         self._complete = True
+
+    def _record_newest(self) -> None:
+        try:
+            remember_newest(self.folder, self._saving)
+        except Exception as error:  # the step itself is saved; buckets raise errors of their own
+            text = "%s: cannot record that step %s is the newest (%s); if its folder is lost, nothing will notice"
+            logging.warning(text, self.folder, self._saving, first_line(error))
 
     def _wait_together(self) -> None:
         """Wait as :meth:`wait` does; raise :class:`SaveError` in all processes if it fails in one of them."""

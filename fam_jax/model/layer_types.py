@@ -7,6 +7,7 @@ window.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -141,16 +142,11 @@ def read_blocks(
         return memories[0].read_blocks(layer, x, state, streams, at[0])
     if all(map(_only_attends, memories)):
         # Put attention alone into the branches: all branches' residuals of the backward pass are kept, used or not.
-        branches = [
-            lambda *args, memory=memory, at=at: memory.attend_blocks(layer, *args, at)
-            for memory, at in zip(cast(Sequence[Window], memories), at, strict=True)
-        ]
+        windows = cast(Sequence[Window], memories)
+        branches = _branches([memory.attend_blocks for memory in windows], layer, at)
         attended, state = jax.lax.switch(which, branches, *layer.project(x), state)
         return layer.finish(attended, x), state, streams
-    whole = [
-        lambda *args, memory=memory, at=at: memory.read_blocks(layer, *args, at)
-        for memory, at in zip(memories, at, strict=True)
-    ]
+    whole = _branches([memory.read_blocks for memory in memories], layer, at)
     return jax.lax.switch(which, whole, x, state, streams)
 
 
@@ -166,18 +162,22 @@ def read_piece(
     if len(memories) == 1:
         return memories[0].read_piece(layer, x, state, at[0])
     if all(map(_only_attends, memories)):
-        branches = [
-            lambda *args, memory=memory, at=at: memory.attend_piece(layer, *args, at)
-            for memory, at in zip(memories, at, strict=True)
-        ]
+        branches = _branches([memory.attend_piece for memory in memories], layer, at)
         q, k, v = layer.project(x)
         attended, tail = jax.lax.switch(which, _with_one_tail(branches, q, k, v, state), q, k, v, state)
         return layer.finish(attended, x), tail
-    whole = [
-        lambda *args, memory=memory, at=at: memory.read_piece(layer, *args, at)
-        for memory, at in zip(memories, at, strict=True)
-    ]
+    whole = _branches([memory.read_piece for memory in memories], layer, at)
     return jax.lax.switch(which, _with_one_tail(whole, x, state), x, state)
+
+
+def _branches(
+    methods: Sequence[Callable[..., Any]], layer: DecoderLayer, at: Sequence[Any]
+) -> list[Callable[..., Any]]:
+    """Return functions of arrays alone: each method, with the layer before the arrays and its own `at` behind them."""
+    return [
+        lambda *arrays, method=method, own=own: method(layer, *arrays, own)
+        for method, own in zip(methods, at, strict=True)
+    ]
 
 
 def _with_one_tail(branches: Sequence[Callable[..., Any]], *args: Any) -> list[Callable[..., Any]]:
@@ -227,11 +227,8 @@ def inspect_block(
     state: Any,
 ) -> tuple[jax.Array, Tail, Attention]:
     """Read a block through a layer of type `which` () and watch it: see :func:`fam_jax.memories.inspection`."""
-    inspecting: list[Callable[..., Any]] = [
-        lambda x, state, memory=memory, at=at: inspection.inspect_block(memory, layer, x, state, at)
-        for memory, at in zip(memories, at, strict=True)
-    ]
-    branches = _with_one_tail(inspecting, x, state)
+    inspecting = [functools.partial(inspection.inspect_block, memory) for memory in memories]
+    branches = _with_one_tail(_branches(inspecting, layer, at), x, state)
     # Layers that have no memory see no keys of one; the results of all types need one shape.
     seen = max(jax.eval_shape(branch, x, state)[2].memory.shape[-1] for branch in branches)
 

@@ -5,6 +5,7 @@ they can be written.
 """
 
 import contextlib
+import errno
 import itertools
 import math
 import os
@@ -20,6 +21,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from fam_jax.checkpoint.new_file import new_file
+from fam_jax.config import UserError
 from fam_jax.config.strict_json import dump_json, parse_json
 from fam_jax.training.bucket_sync import Mirror
 
@@ -31,6 +33,18 @@ ANY = Exception
 MAX_WAITING = 10_000
 
 
+# Numbers of errors that stay until the user does something.
+MISTAKES = {
+    errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP,
+}  # fmt: skip
+
+
+class MetricsError(UserError):
+    """The metrics of a run cannot be written now. The same command may work later."""
+
+    exit_code = 75
+
+
 class MetricsWriter:
     """Write `metrics.jsonl` and TensorBoard event files to a run's folder; a context manager."""
 
@@ -38,8 +52,18 @@ class MetricsWriter:
         """Open the files, and drop the lines that an interrupted run wrote after `resume_step`.
 
         Raises:
-          OSError: the files cannot be written now.
+          UserError: a file cannot be written.
         """
+        try:
+            self._begin(workdir, resume_step)
+        except OSError as error:
+            kind = UserError if error.errno in MISTAKES else MetricsError
+            raise kind(
+                f"{workdir}: metrics.jsonl or tensorboard cannot be written ({error.strerror or error}); remove what "
+                "is in their place, check disk space and permissions, or give another workdir"
+            ) from error
+
+    def _begin(self, workdir: epath.Path, resume_step: int) -> None:
         self._mirror = Mirror(workdir)
         self._uploaded_at = time.monotonic()
         self._failing: set[str] = set()

@@ -130,6 +130,22 @@ def test_a_step_whose_folder_is_gone_is_noticed(run: pathlib.Path, caplog: pytes
     assert "step 15 was saved here" in caplog.text
 
 
+def test_a_step_is_saved_even_if_nothing_can_record_that(
+    run: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (run / "newest_step.json").unlink()
+    (run / "newest_step.json").mkdir()
+    state = make_state(mesh_of(1, 1))
+    with open_run(run) as checkpoints:
+        checkpoints.save(30, state, {}, wait=True)
+        checkpoints.save(40, state, {})
+    assert load_params(run)[2] == 40
+    told = [
+        record.getMessage() for record in caplog.records if "cannot record that step" in record.getMessage()
+    ]
+    assert len(told) == 2 and "step 30 is the newest (" in told[0]
+
+
 def failing(times: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Let the next saves fail; return the pauses that will be made between attempts."""
     pauses: list[float] = []

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
+from fam_jax.config import UserError
 from fam_jax.training import metrics
 from fam_jax.training.metrics import MetricsWriter
 
@@ -81,6 +82,29 @@ def test_what_waits_for_a_disk_has_a_limit(tmp_path: pathlib.Path, monkeypatch: 
             writer.write(step, {"loss": 1.0})
         limit_size(-1)
     assert steps_of(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_what_is_in_the_place_of_metrics_is_told(name: str, tmp_path: pathlib.Path) -> None:
+    place = tmp_path / name
+    place.mkdir() if name.endswith("jsonl") else place.touch()
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl or tensorboard cannot be written \(.+\); remove"
+    ) as caught:
+        MetricsWriter(epath.Path(tmp_path), resume_step=0)
+    assert caught.value.exit_code == 2
+
+
+def test_a_full_disk_at_the_start_is_no_mistake(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics, "EventsWriter", full)
+    with pytest.raises(metrics.MetricsError, match="No space left") as caught:
+        MetricsWriter(epath.Path(tmp_path), resume_step=0)
+    assert caught.value.exit_code == 75
 
 
 def test_a_bucket_that_fails_stops_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
