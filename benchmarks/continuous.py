@@ -28,7 +28,7 @@ from benchmarks.record import write_record
 from fam_jax.config import UserError
 from fam_jax.evaluation import read_evaluation
 from fam_jax.evaluation.paired import difference_per_token
-from launch.cli import ArgumentParser
+from launch.cli import ArgumentParser, at_least
 from launch.errors import user_errors
 from launch.workers import ONE_CORE
 
@@ -219,10 +219,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder with train/ and heldout/")
     parser.add_argument("--workdir", type=Path, default=Path("runs/continuous"))
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each on one core")
+    parser.add_argument("--seeds", type=at_least(1), default=FULL.seeds, help=f"default: {FULL.seeds}")
     parser.add_argument("--quick", action="store_true", help="two steps each, to check that everything runs")
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args(argv)
-    settings = QUICK if arguments.quick else FULL
+    settings = QUICK if arguments.quick else dataclasses.replace(FULL, seeds=arguments.seeds)
     place: Path = arguments.workdir
     place.mkdir(parents=True, exist_ok=True)
     work = [(arm, seed) for seed in range(settings.seeds) for arm in ARMS]

@@ -12,11 +12,16 @@ USER_ERROR = UserError.exit_code
 # What shells report for a program that wrote to a closed pipe, and for one that Ctrl-C ended.
 PIPE_CLOSED = 141
 INTERRUPTED = 130
+# What is wrong with a path, by the number of the error.
+PATHS = {
+    errno.ENAMETOOLONG: "no file can have such a long name",
+    errno.ELOOP: "is a link that leads to itself",
+}
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a UserError into one line on stderr and its exit code, and an allocation that failed as well.
+    """Turn a UserError into one line on stderr and its exit code, and so memory that ran out, and impossible paths.
 
     Exit as shells expect after Ctrl-C or a closed pipe.
 
@@ -42,13 +47,13 @@ def user_errors() -> Iterator[None]:
 
 
 def _line_about(error: BaseException) -> str:
-    """Return a line about an allocation that failed, in Python or on a device, or a name too long; else nothing."""
+    """Return a line about an impossible path, or about memory that ran out, in Python or on a device; else nothing."""
     if isinstance(error, OSError):
-        return (
-            f"{error.filename!r:.80}...: no file can have such a long name"
-            if error.errno == errno.ENAMETOOLONG
-            else ""
-        )
+        path = f"{error.filename!r}"
+        shown = path if len(path) <= 80 else f"{path[:80]}..."
+        return f"{shown}: {PATHS[error.errno]}" if error.errno in PATHS else ""
+    if str(error).startswith("Symlink loop from "):  # of pathlib
+        return f"{str(error).removeprefix('Symlink loop from ')}: {PATHS[errno.ELOOP]}"
     # By name: importing JAX takes seconds, and an error of JAX can be raised only where it was imported.
     of_device = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
     if not of_device and not isinstance(error, MemoryError):

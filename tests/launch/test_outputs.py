@@ -20,9 +20,9 @@ def test_an_output_that_cannot_be_written(name: str, tmp_path: pathlib.Path) -> 
     program, arguments = PROGRAMS[name]
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
-    for out in (tmp_path, tmp_path / "file" / "out", tmp_path / "pipe", "/dev/null"):
+    for out in (tmp_path, tmp_path / "file" / "out", tmp_path / "pipe"):
         with pytest.raises(UserError, match=r"cannot be written \(.*\); give another --out") as caught:
             program.main([*arguments, f"--out={out}"])
         assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
-    assert (tmp_path / "pipe").is_fifo() and pathlib.Path("/dev/null").is_char_device()
+    assert (tmp_path / "pipe").is_fifo()
