@@ -41,8 +41,6 @@ JOB_KEY = "jobset.sigs.k8s.io/job-key"
 CPU_PART, MEMORY_PART = 0.9, 0.75
 EPHEMERAL_STORAGE = "20Gi"
 
-# Kubernetes stores counts in 32 bits.
-LARGEST_COUNT = 2**31 - 1
 LABEL = "[a-z]([-a-z0-9]*[a-z0-9])?"
 LONGEST_NAME, LONGEST_XPK_NAME = 63, 40
 
@@ -104,10 +102,6 @@ def check(job: Job) -> None:
     if not re.fullmatch(r"\S+", job.image):
         raise UserError(
             f"--image={job.image}: is no image; give one such as REGION-docker.pkg.dev/PROJECT/REPO/fam_jax"
-        )
-    if job.restarts > LARGEST_COUNT:
-        raise UserError(
-            f"--restarts={job.restarts}: Kubernetes counts to {LARGEST_COUNT}; give a smaller number"
         )
     if job.num_slices > 1 and job.tpu.hosts == 1:
         raise UserError(

@@ -70,7 +70,7 @@ def test_the_list_of_tasks(capsys: pytest.CaptureFixture[str], tmp_path: pathlib
     assert evaluate.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*TASKS, *DOCUMENTS, *ITEM_TASKS]
-    docs = [task.doc for task in TASKS.values()] + [doc for _, doc in DOCUMENTS.values()]
+    docs = [task.doc for task in TASKS.values()] + [doc for *_, doc in DOCUMENTS.values()]
     for line, doc in zip(lines, [*docs, *(task.doc for task in ITEM_TASKS.values())], strict=True):
         assert doc in line
     write_rows(tmp_path, "copa", "validation", GPT3["copa"])

@@ -91,7 +91,7 @@ def test_evaluation_of_a_checkpoint(workdir: pathlib.Path, capsys: pytest.Captur
         (["--files=configs", "--suffixes=.cfg"], "has no files that end in .cfg; set --suffixes"),
         (["--ablations=zero"], "config.evaluate.ablations: expected one of zeroed, shuffled, frozen"),
         (["--min_tokens=1000"], "no held-out document has 1000 tokens"),
-        (["--documents=-1"], "config.evaluate.documents: must be at least 0"),
+        (["--documents=-1"], "argument --documents: must be at least 0, got -1"),
         (
             ["--task=texts"],
             "task 'texts': is unknown; did you mean text? choose one of passkey, algorithmic, text, ",

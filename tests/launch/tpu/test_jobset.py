@@ -358,7 +358,7 @@ def test_the_longest_name(capsys: pytest.CaptureFixture[str]) -> None:
         (["--account=My_Account", *TRAIN], "--account=My_Account: Kubernetes does not accept it"),
         (["--image=", *TRAIN], "--image=: is no image"),
         (["--restarts=-3", *TRAIN], "argument --restarts: must be at least 0, got -3"),
-        (["--restarts=2147483648", *TRAIN], "--restarts=2147483648: Kubernetes counts to 2147483647"),
+        (["--restarts=2147483648", *TRAIN], "argument --restarts: must be at most 2147483647, got"),
         (["--restarts=x", *TRAIN], "argument --restarts: expected a whole number, got 'x'"),
         (["--num_slices=0", *TRAIN], "argument --num_slices: must be at least 1, got 0"),
         (["--num_slices=2", "--slice=v5e:2x4", *TRAIN], "--num_slices=2: a slice v5e:2x4 is a single host"),
