@@ -79,7 +79,7 @@ MISTAKES = {
                 f"--load-memory={LONG} --question=a", "--prompt=a --save-memory={folder}",
                 "--prompt=a --save-memory={file}/x", "--prompt=a --save-memory=/proc/x",
                 "--prompt=a --save-memory={pipe}", "--batch={folder} --out={new}",
-                "--batch={deep} --out={new}", "--batch={lines} --out={folder}", "--batch={lines} --out={pipe}",
+                "--batch={lines} --out={folder}", "--batch={lines} --out={pipe}",
                 "--batch={lines}", "--out={new} --prompt=a", "--prompt=a --temperature=nan",
                 "--prompt=a --temperature=-1", "--prompt=a --temperature=1e309", f"--prompt=a --top-k={HUGE}",
                 "--prompt=a --top-p=2", "--prompt=a --max-tokens=-1", f"--prompt=a --seed={HUGE}",
@@ -168,7 +168,6 @@ def tree(folder: pathlib.Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "line"), CASES, ids=[f"{program} {line}"[:90] for program, line in CASES]
 )
