@@ -26,6 +26,8 @@ from typing import IO, Any
 
 from fam_jax.config import UserError
 
+from .errors import INTERRUPTED
+
 # Exit code if another process of the job died, or never came.
 WORKER_LOST = 3
 # Exit codes with which all processes of a job leave together.
@@ -111,6 +113,24 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UserError(f"--coordinator={flags.coordinator}: expected HOST:PORT of process 0")
 
 
+@contextlib.contextmanager
+def _leaving_at_interrupt() -> Iterator[None]:
+    """End the process at once if Ctrl-C comes during an import: extension modules turn it into other errors."""
+
+    def leave(*_: Any) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(INTERRUPTED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def join(flags: argparse.Namespace, *, stop_together: bool) -> None:
     """Make this process part of its job, if it has one. Call it before anything asks JAX for devices.
 
@@ -129,7 +149,8 @@ def join(flags: argparse.Namespace, *, stop_together: bool) -> None:
     shared = flags.distributed is not False and (explicit or _has_libtpu(flags)) and not _joined
     if shared and os.environ.pop(CHILD, None) is None:
         sys.exit(supervise())
-    import jax  # the parent does without
+    with _leaving_at_interrupt():
+        import jax  # the parent does without
 
     if flags.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", flags.compilation_cache)
