@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -145,17 +145,13 @@ class Checkpoints:
             text = "%s: cannot record that step %s is the newest (%s); if its folder is lost, nothing will notice"
             logging.warning(text, self.folder, self._saving, first_line(error))
 
-    def _wait_together(self) -> None:
-        """Wait as :meth:`wait` does; raise :class:`SaveError` in all processes if it fails in one of them."""
+    def _together(self, action: Callable[[], None]) -> None:
+        """Run an action in all processes; raise :class:`SaveError` in all of them if it fails in one."""
         failure = None
         try:
-            self.wait()
+            action()
         except SaveError as error:
             failure = error
-        self._agree(failure)
-
-    def _agree(self, failure: SaveError | None) -> None:
-        """Raise the failure of this process, or one for that of another process; all processes have to call it."""
         failed = failure is not None
         if jax.process_count() > 1:
             failed = bool(multihost_utils.process_allgather(np.array(failed)).any())
@@ -215,7 +211,7 @@ class Checkpoints:
           CheckpointError: `step` is not above the latest, or what was saved cannot be read back.
         """
         try:
-            self._wait_together()
+            self._together(self.wait)
         except SaveError as error:
             logging.warning("%s; saving step %d now", error, step)
             self._open_again()
@@ -246,16 +242,9 @@ class Checkpoints:
         pauses = [*PAUSES]
         while True:
             try:
-                self._complete, failure = False, None
-                try:
-                    with self._writing():
-                        # Without force Orbax may skip the save and only return None.
-                        self._response = self._steps.save_checkpointables_async(step, parts, force=True)
-                except SaveError as error:
-                    failure = error
-                self._agree(failure)
+                self._together(functools.partial(self._begin_save, step, parts))
                 if wait:
-                    self._wait_together()
+                    self._together(self.wait)
                 return
             except SaveError as error:
                 self._lost = error
@@ -265,6 +254,12 @@ class Checkpoints:
             time.sleep(pauses.pop(0))
             self._open_again()
             wait = True
+
+    def _begin_save(self, step: int, parts: dict[str, PyTree]) -> None:
+        self._complete = False
+        with self._writing():
+            # Without force Orbax may skip the save and only return None.
+            self._response = self._steps.save_checkpointables_async(step, parts, force=True)
 
     def _open_again(self) -> None:
         """Forget a failed save."""
