@@ -72,22 +72,21 @@ def compare_attention(work: Workload, size: int, seconds: float) -> dict[str, An
     """Compare implementations of block attention with gradients, on random activations."""
     model = with_blocks(work.model, size)
     heads, kv_heads = (model.num_heads, model.head_dim), (model.num_kv_heads, model.head_dim)
-    blocks, past = work.length // size, model.memory_segments * size
+    blocks = work.length // size
     keys = jax.random.split(jax.random.key(work.seed), 5)
     shapes = (
         (work.batch, work.length, *heads),
-        *[(work.batch, past + work.length, *kv_heads)] * 2,
+        *[(work.batch, work.length, *kv_heads)] * 2,
         *[(work.batch, blocks, model.memory.extra_keys, *kv_heads)] * 2,
     )
     arrays = tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-    past_length = jnp.zeros(work.batch, jnp.int32)
     extra_count = jnp.full((work.batch, blocks), model.memory.extra_keys)
 
     def step(implementation: str) -> Callable[..., Any]:
         def loss(
             q: jax.Array, k: jax.Array, v: jax.Array, extra_k: jax.Array, extra_v: jax.Array
         ) -> jax.Array:
-            inputs = BlockInputs(q, k, v, extra_k, extra_v, past_length, extra_count)
+            inputs = BlockInputs(q, k, v, extra_k, extra_v, extra_count=extra_count)
             options = BlockOptions(size, model.memory_segments)
             out = block_attention(inputs, options, implementation=implementation)
             return jnp.vdot(out, out)

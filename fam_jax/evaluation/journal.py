@@ -92,6 +92,17 @@ class Journal:
                     f"{self._path}: cannot be written ({error.strerror}); give another --out"
                 ) from error
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Return all lines behind the head, as JSON values."""
+        return [*self._lines.values()]
+
+    @classmethod
+    def of(cls, lines: Iterable[dict[str, Any]]) -> "Journal":
+        """Return a journal that keeps its answers in memory and begins with lines of another one."""
+        journal = cls(None, {})
+        journal._put([*lines])
+        return journal
+
     def find(self, task: str, item: Item) -> Answered | None:
         """Return the answer to an item, if there is one."""
         line = self._lines.get((task, item.id))

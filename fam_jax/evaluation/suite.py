@@ -4,6 +4,7 @@ Tasks of items (`fam_jax.evaluation.item_tasks`) are answered item by item. Ever
 is known, so the same call goes on where a killed one stopped. Tasks of `fam_jax.evaluation.tasks` are run as a whole.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -34,6 +35,7 @@ from fam_jax.evaluation.planning import BEFORE, DOCUMENTS, HowToRun, Plan, Run, 
 from fam_jax.evaluation.record import FOLDER, provenance
 from fam_jax.evaluation.rows import Data, MissingDataError
 from fam_jax.evaluation.run import ALL_TOO_LONG, make_setting, prepare
+from fam_jax.evaluation.sharing import check_alike, from_first
 from fam_jax.evaluation.summary import fingerprint, limited, result_table, summarize
 from fam_jax.evaluation.task import OnProgress
 from fam_jax.evaluation.tasks import find_task
@@ -97,6 +99,9 @@ def evaluate_tasks(
 
     Answers go to OUT.items.jsonl beside the results. The same call goes on with the items that have none.
 
+    In a job of several processes, call it in all of them, with the same data. All get the results, and the first one
+    writes them.
+
     Args:
       checkpoint: workdir of a training run.
       tasks: names of tasks and suites; NAME:LANGUAGE for one language of a task that has several, lm_eval:NAME for a
@@ -113,27 +118,53 @@ def evaluate_tasks(
 
     Raises:
       UserError: a task is unknown, none of them has its data on disk, the checkpoint cannot be read, the results cannot
-        be written, answers of another evaluation are in their place, or another process writes them.
+        be written, answers of another evaluation are in their place, another process writes them, or the processes of a
+        job have different data.
     """
-    if jax.process_count() > 1:
-        raise UserError("--tasks, --suite: run in one process; start it on one host")
     how = how or HowToRun()
     data = Data(how.data)
     plan = make_plan([*dict.fromkeys(tasks)], how, data)
     if out is not None:
-        check_output_file(os.path.expanduser(out))
+        from_first(functools.partial(check_output_file, os.path.expanduser(out)))
     model, step = _load(checkpoint, step, mesh or MeshConfig(), settings, imports)
     path = Path(_default_path(checkpoint, step, tasks) if out is None else os.path.expanduser(out))
-    check_output_file(path)
+    from_first(functools.partial(check_output_file, path))
     runs = _with_items(plan.runs, plan.skipped, how, data, model)
     head = _head(checkpoint, step, model, runs, how) | _measured_head(plan.measured, model.config)
     head |= harness_head(plan.harness, chat=how.lm_eval_chat)
-    with WriterLock(epath.Path(path.parent), path.name):
-        journal = Journal(path.with_suffix(".items.jsonl"), head, fresh=fresh)
+    check_alike({**head, "checkpoint": ""})  # its place may differ
+    with contextlib.ExitStack() as until_end:
+        journal = _open_journal(path, head, fresh, until_end)
         found = _run_all(plan, runs, model, journal, how, on_progress)
         results = SuiteResults(os.fspath(path), step, found, plan.skipped)
-        _write(results, provenance(model.config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
+        if jax.process_index() == 0:
+            _write(results, provenance(model.config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
     return results
+
+
+def _open_journal(
+    results: Path, head: Mapping[str, Any], fresh: bool, until_end: contextlib.ExitStack
+) -> Journal:
+    """Return the journal beside the file of results; that of the first process is on disk, the others' in memory.
+
+    Args:
+      results: the file of results, which is locked.
+      head: of the journal.
+      fresh: whether to begin again.
+      until_end: ends the lock.
+
+    Raises:
+      UserError: the journal cannot be written, or does not fit. All processes raise it.
+    """
+    opened: list[Journal] = []
+
+    def open_first() -> list[dict[str, Any]]:
+        until_end.enter_context(WriterLock(epath.Path(results.parent), results.name))
+        opened.append(Journal(results.with_suffix(".items.jsonl"), head, fresh=fresh))
+        return opened[0].lines()
+
+    lines = from_first(open_first)
+    return opened[0] if opened else Journal.of(lines)
 
 
 def _run_all(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fam_jax.config import ceil_div
+from fam_jax.kernels.pallas.blocks import KV
 
 
 class BlockInputs(NamedTuple):
@@ -19,12 +20,13 @@ class BlockInputs(NamedTuple):
 
     Attributes:
       q: (B, T, H, hd) queries, RoPE applied.
-      k: (B, P + T, K, hd) keys, RoPE applied in the same frame: P past slots, oldest first, then the queries' own
-        tokens. P is a multiple of C and at most m * C. It is 0 if nothing was read before, as in training; the fastest
-        kernels need P = 0. K divides H.
-      v: (B, P + T, K, hd) values.
+      k: (B, T, K, hd) keys, RoPE applied in the same frame. K divides H.
+      v: (B, T, K, hd) values.
       extra_k: (B, N, S, K, hd) extra keys of each block, RoPE applied in the same frame. S = 0 gives plain BSWA.
       extra_v: (B, N, S, K, hd) extra values.
+      past: (B, P, K, hd) keys, RoPE applied in the same frame, and values of P slots for tokens before these, oldest
+        first. P is a multiple of C and at most m * C; the fastest kernels need all m * C. None means P = 0: nothing
+        was read before.
       past_length: (B,) int32, how many of the P past slots are filled, counted from the end; a multiple of C. None
         means all.
       extra_count: (B, N) int32, how many of the S extra keys exist, counted from the start. None means all.
@@ -35,13 +37,14 @@ class BlockInputs(NamedTuple):
     v: jax.Array
     extra_k: jax.Array
     extra_v: jax.Array
+    past: KV | None = None
     past_length: Any = None
     extra_count: Any = None
 
     @property
     def past_slots(self) -> int:
         """P."""
-        return self.k.shape[1] - self.q.shape[1]
+        return self.past.k.shape[1] if self.past else 0
 
 
 class BlockOptions(NamedTuple):
@@ -69,10 +72,14 @@ def check_shapes(inputs: BlockInputs, options: BlockOptions) -> None:
     length, past = q.shape[1], inputs.past_slots
     blocks = ceil_div(length, options.block_size)
     room = options.memory_segments * options.block_size
-    if past % options.block_size or not 0 <= past <= room or k.shape != v.shape:
+    if k.shape != v.shape or k.shape[1] != length:
+        raise ValueError(f"k {k.shape} and v {v.shape} do not match q {q.shape}; both need {length} tokens")
+    if inputs.past and (
+        past % options.block_size or past > room or any(x.shape != _with_tokens(k, past) for x in inputs.past)
+    ):
         raise ValueError(
-            f"k {k.shape} and v {v.shape} do not match q {q.shape}; both need {length} tokens after at most "
-            f"{options.memory_segments} whole blocks of {options.block_size} past slots"
+            f"past keys {inputs.past.k.shape} and values {inputs.past.v.shape} do not match k {k.shape}; both need at "
+            f"most {options.memory_segments} whole blocks of {options.block_size} past slots"
         )
     if extra_k.shape[1] != blocks or extra_k.shape != extra_v.shape:
         raise ValueError(
@@ -86,6 +93,11 @@ def check_shapes(inputs: BlockInputs, options: BlockOptions) -> None:
         )
 
 
+def _with_tokens(x: jax.Array, tokens: int) -> tuple[int, ...]:
+    """Return the shape of x (B, T, K, hd) with another T."""
+    return (x.shape[0], tokens, *x.shape[2:])
+
+
 def fill_counts(inputs: BlockInputs) -> BlockInputs:
     """Return `inputs` with `past_length` and `extra_count` as arrays where they are None."""
     past_length, extra_count = inputs.past_length, inputs.extra_count
@@ -96,8 +108,14 @@ def fill_counts(inputs: BlockInputs) -> BlockInputs:
     return inputs._replace(past_length=past_length, extra_count=extra_count)
 
 
-def fill_past(inputs: BlockInputs, options: BlockOptions) -> BlockInputs:
-    """Return `inputs` with all m * C past slots (the added ones empty) and both counts as arrays."""
+def join_past(inputs: BlockInputs, options: BlockOptions) -> BlockInputs:
+    """Return `inputs` with m * C past slots in front of k and v (those that were missing empty), and both counts."""
     missing = options.memory_segments * options.block_size - inputs.past_slots
-    k, v = (jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0))) for x in (inputs.k, inputs.v))
-    return fill_counts(inputs)._replace(k=k, v=v)
+
+    def join(past: jax.Array | None, x: jax.Array) -> jax.Array:
+        joined = x if past is None else jnp.concatenate([past, x], axis=1)
+        return jnp.pad(joined, ((0, 0), (missing, 0), (0, 0), (0, 0)))
+
+    past = inputs.past or KV(None, None)
+    k, v = join(past.k, inputs.k), join(past.v, inputs.v)
+    return fill_counts(inputs)._replace(k=k, v=v, past=None)

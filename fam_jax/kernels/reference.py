@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from fam_jax.kernels.arguments import BlockInputs, BlockOptions, fill_past
+from fam_jax.kernels.arguments import BlockInputs, BlockOptions, join_past
 from fam_jax.kernels.multi_part_attention import accumulation_dtype, soft_cap
 
 
 def reference_block_attention(inputs: BlockInputs, options: BlockOptions) -> jax.Array:
     """Compute :func:`fam_jax.kernels.block_attention` by its definition."""
-    q, k, v, extra_k, extra_v, past_length, extra_count = fill_past(inputs, options)
+    q, k, v, extra_k, extra_v, _, past_length, extra_count = join_past(inputs, options)
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     dtype = accumulation_dtype(q.dtype)

@@ -7,7 +7,7 @@ would take too much memory, groups of blocks run one after the other and are rec
 import jax
 import jax.numpy as jnp
 
-from fam_jax.kernels.arguments import BlockInputs, BlockOptions, fill_past
+from fam_jax.kernels.arguments import BlockInputs, BlockOptions, join_past
 from fam_jax.kernels.multi_part_attention import accumulation_dtype, soft_cap
 
 # Limit on the bytes of scores that exist at one time, per call.
@@ -16,7 +16,7 @@ SCORE_BYTES = 256 * 2**20
 
 def xla_block_attention(inputs: BlockInputs, options: BlockOptions) -> jax.Array:
     """Compute :func:`fam_jax.kernels.block_attention` in XLA operations."""
-    q, k, v, extra_k, extra_v, past_length, extra_count = fill_past(inputs, options)
+    q, k, v, extra_k, extra_v, _, past_length, extra_count = join_past(inputs, options)
     batch, length, heads, head_dim = q.shape
     size, segments, kv_heads = options.block_size, options.memory_segments, k.shape[2]
     blocks = extra_k.shape[1]
@@ -66,7 +66,7 @@ def _attend(inputs: BlockInputs, start: jax.Array | int, options: BlockOptions) 
     Returns:
       (B, N, C, K, G, hd).
     """
-    q, k, v, extra_k, extra_v, past_length, extra_count = inputs
+    q, k, v, extra_k, extra_v, _, past_length, extra_count = inputs
     segments, blocks = options.memory_segments, q.shape[1]
     dtype = accumulation_dtype(q.dtype)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, require, setting
-from fam_jax.kernels import BlockInputs, BlockOptions, block_attention, multi_part_attention
+from fam_jax.kernels import KV, BlockInputs, BlockOptions, block_attention, multi_part_attention
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.layers.rope import rotate, rotate_tokens
 from fam_jax.memories.interface import Tail
@@ -170,15 +170,15 @@ class Longformer(Window[WindowState]):
             return attended, after
         model, frames = self.model, at.dilated
         rotated = rotate_tokens(k, frames.tokens, model.attention)
-        keys, values = (self._for_dilated(x) for x in self.far.with_past(rotated, v, state, frames))
+        own, past = jax.tree.map(self._for_dilated, (KV(rotated, v), self.far.past_keys(state, frames)))
         queries = rotate_tokens(q[:, :, -self.dilated_heads :], frames.tokens, model.attention)
-        dilated = self._attend_dilated(queries, keys, values, frames.past_length)
+        dilated = self._attend_dilated(queries, own, past, frames.past_length)
         return self._joined(attended, dilated), after
 
     def _attend_dilated(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, past_length: jax.Array | None
+        self, q: jax.Array, own: KV, past: KV | None, past_length: jax.Array | None
     ) -> jax.Array:
-        """Attend with queries (B, T, heads, hd) to every d-th of the keys (B, P + T, heads, hd)."""
+        """Attend with queries (B, T, heads, hd) to every d-th of the keys (B, T, heads, hd) and (B, P, heads, hd)."""
         model, step = self.model, self.dilation
         batch, length, *heads = q.shape
 
@@ -190,7 +190,7 @@ class Longformer(Window[WindowState]):
         queries = divide(q)
         size = model.block_size // step
         none = jnp.zeros((batch * step, ceil_div(queries.shape[1], size), 0, *heads), q.dtype)
-        past = None if past_length is None else jnp.repeat(past_length // step, step)
+        filled = None if past_length is None else jnp.repeat(past_length // step, step)
         options = BlockOptions(
             block_size=size,
             memory_segments=visible_blocks(self.far.model),
@@ -198,7 +198,7 @@ class Longformer(Window[WindowState]):
             softcap=model.attention_softcap,
         )
         attended = block_attention(
-            BlockInputs(queries, divide(k), divide(v), none, none, past),
+            BlockInputs(queries, *map(divide, own), none, none, jax.tree.map(divide, past), filled),
             options,
             # The kernels may not take blocks that are d times shorter.
             implementation="auto" if model.attention.startswith("pallas") else model.attention,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.config import MemoryConfig, ModelConfig, ceil_div, group, require, setting
-from fam_jax.kernels import BlockInputs, BlockOptions, block_attention
+from fam_jax.kernels import KV, BlockInputs, BlockOptions, block_attention
 from fam_jax.layers.decoder_layer import DecoderLayer
 from fam_jax.layers.rope import Rotation, rotate, rotate_tokens
 from fam_jax.memories.interface import Memory, Stream
@@ -83,7 +83,7 @@ class ChunkFrames(NamedTuple):
 
     # (B or 1, T, 1, hd/2)
     tokens: Rotation
-    # (B or 1, visible past blocks, 1, 1, hd/2), from each block's own frame.
+    # (B or 1, tokens of the visible past blocks, 1, hd/2), from each block's own frame.
     past: Rotation
     # (C, 1, hd/2), in the block's own frame.
     own_tokens: Rotation
@@ -117,7 +117,9 @@ class Window(Memory[S]):
         shift = jnp.zeros(1, jnp.int32) if position.offset is None else position.offset
         return ChunkFrames(
             tokens=rope.at(shift[:, None] + np.arange(length)),
-            past=rope.at(shift[:, None] + size * np.arange(-seen, 0))[:, :, None],
+            past=rope.at(shift[:, None] + size * np.arange(-seen, 0)).map(
+                lambda x: jnp.repeat(x, size, axis=1)
+            ),
             own_tokens=rope.static(np.arange(size)),
             past_length=jnp.minimum(position.blocks, seen) * size if seen else None,
         )
@@ -149,10 +151,16 @@ class Window(Memory[S]):
         frames = self.window_frames(at)
         rotated = rotate_tokens(k, frames.tokens, model.attention)
         extra, state = self.extra_of_blocks(layer, rotated, v, state, at)
-        keys, values = self.with_past(rotated, v, state, frames)
         queries = rotate_tokens(q, frames.tokens, model.attention)
         inputs = BlockInputs(
-            queries, keys, values, extra.keys, extra.values, frames.past_length, extra.existing
+            queries,
+            rotated,
+            v,
+            extra.keys,
+            extra.values,
+            self.past_keys(state, frames),
+            frames.past_length,
+            extra.existing,
         )
         options = BlockOptions(
             block_size=model.block_size,
@@ -164,14 +172,13 @@ class Window(Memory[S]):
         attended = block_attention(inputs, options, implementation=model.attention)
         return attended, self._cache_chunk(state, k, v, frames)
 
-    def with_past(
-        self, k: jax.Array, v: jax.Array, state: S, frames: ChunkFrames
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return the rotated keys and the values (B, T, K, hd) of a chunk after those of the visible past blocks."""
+    def past_keys(self, state: S, frames: ChunkFrames) -> KV | None:
+        """Return the rotated keys and the values (B, P, K, hd) of the visible past blocks; None if there are none."""
         unseen = max(state.keys.shape[1] - visible_blocks(self.model), 0)
-        past_k = rotate(state.keys[:, unseen:], frames.past).reshape(k.shape[0], -1, *k.shape[2:])
-        past_v = state.values[:, unseen:].reshape(past_k.shape)
-        return jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
+        keys, values = (_tokens_of(x[:, unseen:]) for x in (state.keys, state.values))
+        if not keys.shape[1]:
+            return None
+        return KV(rotate_tokens(keys, frames.past, self.model.attention), values)
 
     def from_blocks(self, position: Position, length: int) -> Rotation:
         """Return the rotation (B or 1, N, 1, 1, hd/2) from the frame of each block into that of the chunk."""
@@ -203,6 +210,7 @@ class Window(Memory[S]):
         """Cache the last m complete blocks and the unfinished one of unrotated k and v (B, T, K, hd)."""
         batch, length, *heads = k.shape
         size, segments = self.model.block_size, self.model.memory_segments
+        own = frames.own_tokens
         full = length // size
         kept = min(full, segments)  # complete blocks of this chunk that stay visible
         recent, rest = slice((full - kept) * size, full * size), slice(full * size, length)
@@ -217,14 +225,21 @@ class Window(Memory[S]):
         def unfinished(fresh: jax.Array) -> jax.Array:
             return jnp.pad(fresh, ((0, 0), (0, size - fresh.shape[1]), (0, 0), (0, 0)))
 
-        blocked_k = rotate(k[:, recent].reshape(batch, kept, size, *heads), frames.own_tokens)
+        blocked_k = rotate_tokens(
+            k[:, recent], own.map(lambda x: jnp.tile(x, (kept, 1, 1))[None]), self.model.attention
+        )
         return dataclasses.replace(
             state,
-            keys=complete(state.keys, blocked_k),
+            keys=complete(state.keys, blocked_k.reshape(batch, kept, size, *heads)),
             values=complete(state.values, v[:, recent].reshape(batch, kept, size, *heads)),
-            block_keys=unfinished(rotate(k[:, rest], frames.own_tokens[: length - full * size])),
+            block_keys=unfinished(rotate(k[:, rest], own[: length - full * size])),
             block_values=unfinished(v[:, rest]),
         )
+
+
+def _tokens_of(blocks: jax.Array) -> jax.Array:
+    """Return (B, m, C, K, hd) as (B, m * C, K, hd)."""
+    return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
 
 
 class FullAttention(Window[WindowState]):

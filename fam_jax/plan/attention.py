@@ -61,7 +61,7 @@ class Problem:
     missing: int = 0
     # Distance in tokens from which keys are hidden; 0 sets no limit.
     window: int = 0
-    # Blocks of past slots before the tokens: 0 or m
+    # Blocks of past slots: 0 or m. They get no gradient, as in training
     cached: int = 0
 
     @property
@@ -229,11 +229,12 @@ def compile_kernel(problem: Problem, which: str, tiles: Tiles) -> Any:
         shape = call.layout.shape(1, rows, heads)
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated(mesh))
 
-    cached = geometry.cached * geometry.block_size
-    q, k = array(tokens, geometry.heads), array(cached + tokens, geometry.kv_heads)
+    q, k = array(tokens, geometry.heads), array(tokens, geometry.kv_heads)
+    past = array(geometry.cached * geometry.block_size, geometry.kv_heads)
     past_length = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=replicated(mesh))
     extra = array(problem.blocks * geometry.extra_slots, geometry.kv_heads)
-    views = Views(q, KV(k, k), KV(extra, extra) if problem.extra else None)
+    extras = KV(extra, extra) if problem.extra else None
+    views = Views(q, KV(k, k), extras, KV(past, past) if geometry.cached else None)
     if which == "forward":
         return compile_on(mesh, functools.partial(resident.forward, call), past_length, views)
     logsum = jax.ShapeDtypeStruct((1, geometry.heads, 1, tokens), jnp.float32, sharding=replicated(mesh))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax.config import ceil_div
-from fam_jax.kernels import BlockInputs, BlockOptions, block_attention
+from fam_jax.kernels import KV, BlockInputs, BlockOptions, block_attention
 
 Arrays = dict[str, np.ndarray]
 # Factor between the small blocks of these cases (multiples of 4) and blocks of the kernels (multiples of 128).
@@ -79,7 +79,7 @@ class Case:
 class Call(NamedTuple):
     """The arguments of a case in float64, and a cotangent."""
 
-    # q, k, v, extra_k, extra_v
+    # q, k, v, extra_k, extra_v. Past slots stand in front of k and v.
     inputs: Arrays
     # (B,)
     past_length: np.ndarray
@@ -109,11 +109,13 @@ def draw(case: Case, seed: int = 0) -> Call:
 
 def attend(case: Case, call: Call, inputs: dict[str, Any], implementation: str) -> jax.Array:
     """Return the attention under test."""
-    ordered = (inputs[name] for name in ("q", "k", "v", "extra_k", "extra_v"))
+    past_slots = case.past_slots
+    k, v = (inputs[name][:, past_slots:] for name in "kv")
+    past = KV(*(inputs[name][:, :past_slots] for name in "kv")) if past_slots else None
     past_length = jnp.asarray(call.past_length) if case.counted else None
     extra_count = jnp.asarray(call.extra_count) if case.extra_counted else None
     return block_attention(
-        BlockInputs(*ordered, past_length, extra_count),
+        BlockInputs(inputs["q"], k, v, inputs["extra_k"], inputs["extra_v"], past, past_length, extra_count),
         BlockOptions(**case.options()),
         implementation=implementation,
     )

@@ -54,17 +54,17 @@ def compile_shape(topology: str, name: str, fsdp: int = 1, tensor: int = 1, **op
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     tokens = int(length * size)
-    keys = past * size + tokens
     inputs = (
         array(batch, tokens, heads, head_dim),
-        *[array(batch, keys, kv_heads, head_dim)] * 2,
+        *[array(batch, tokens, kv_heads, head_dim)] * 2,
         *[array(batch, blocks, extra, kv_heads, head_dim)] * 2,
+        KV(*[array(batch, past * size, kv_heads, head_dim)] * 2) if past else None,
     )
     past_length = array(batch, dtype=jnp.int32) if past else None
     counts = (past_length, array(batch, blocks, dtype=jnp.int32) if "prefill" in name else None)
 
     def attention_and_gradients(inputs: Any, counts: Any, cotangent: jax.Array) -> Any:
-        def attend(*inputs: jax.Array) -> jax.Array:
+        def attend(*inputs: Any) -> jax.Array:
             return block_attention(
                 BlockInputs(*inputs, *counts),
                 BlockOptions(block_size=size, memory_segments=segments, **options),

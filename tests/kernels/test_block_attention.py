@@ -5,7 +5,9 @@ largest value. The error of a gradient is a few roundings of the sum of its abso
 """
 
 import dataclasses
+import functools
 import re
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,7 +17,16 @@ import numpy as np
 import pytest
 
 from fam_jax.config import ceil_div
-from fam_jax.kernels import IMPLEMENTATIONS, Part, multi_part_attention, xla
+from fam_jax.kernels import (
+    IMPLEMENTATIONS,
+    KV,
+    BlockInputs,
+    BlockOptions,
+    Part,
+    block_attention,
+    multi_part_attention,
+    xla,
+)
 from tests.kernels.cases import Case, attend, check, draw
 from tests.variants import rest_slow
 
@@ -269,9 +280,9 @@ def test_auto_is_xla_without_a_tpu() -> None:
     ("case", "implementation", "message"),
     [
         (Case(), "splash", "unknown attention implementation"),
-        (Case(memory_segments=1), "auto", "past slots"),
-        (Case(block_size=3), "auto", "past slots"),
-        (Case(block_size=8), "auto", "extra keys"),
+        (Case(memory_segments=1, slots=2), "auto", "at most 1 whole blocks of 4 past slots"),
+        (Case(slots=1), "auto", "both need 12 tokens"),
+        (Case(block_size=8, slots=1), "auto", "extra keys"),
         (Case(), "pallas", "multiple of 128, but it is 4"),
         (Case(), "pallas_interpret", "multiple of 128, but it is 4"),
     ],
@@ -288,6 +299,39 @@ def test_wrong_extra_keys_are_rejected() -> None:
     inputs["extra_k"] = inputs["extra_k"][:, :1]
     with pytest.raises(ValueError, match="extra keys"):
         attend(Case(length=8), call, inputs, "auto")
+
+
+def test_past_slots_are_whole_blocks() -> None:
+    q, past = jnp.zeros((1, 8, 1, 4)), jnp.zeros((1, 6, 1, 4))
+    none = jnp.zeros((1, 2, 0, 1, 4))
+    with pytest.raises(ValueError, match="at most 2 whole blocks of 4 past slots"):
+        block_attention(BlockInputs(q, q, q, none, none, KV(past, past)), BlockOptions(4, 2))
+    past = jnp.zeros((1, 4, 2, 4))
+    with pytest.raises(ValueError, match=r"past keys \(1, 4, 2, 4\)"):
+        block_attention(BlockInputs(q, q, q, none, none, KV(past, past)), BlockOptions(4, 2))
+
+
+@pytest.mark.parametrize("case", ["continued", "room for part of the past"])
+def test_a_past_without_gradient_gets_none(case: str) -> None:
+    """If nobody asks for the gradients of past slots, the kernels skip them, and all others stay the same."""
+    wide = ALL_CASES[case].wider()
+    call = draw(wide)
+    inputs, past_slots = single(call.inputs), wide.past_slots
+
+    def loss(inputs: Any, fixed: bool) -> jax.Array:
+        if fixed:
+            inputs = dict(inputs)
+            for name in "kv":
+                past = jax.lax.stop_gradient(inputs[name][:, :past_slots])
+                inputs[name] = jnp.concatenate([past, inputs[name][:, past_slots:]], axis=1)
+        return jnp.vdot(attend(wide, call, inputs, "pallas_interpret"), jnp.float32(call.cotangent))
+
+    free, fixed = (jax.grad(functools.partial(loss, fixed=fixed))(inputs) for fixed in (False, True))
+    for name in "kv":
+        assert np.abs(free[name][:, :past_slots]).max() > 0
+        np.testing.assert_array_equal(fixed[name][:, :past_slots], 0)
+        free[name] = free[name].at[:, :past_slots].set(0)
+    jax.tree.map(np.testing.assert_array_equal, fixed, free)
 
 
 def test_kernels_need_a_tpu() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
@@ -75,7 +75,7 @@ def pallas_block_attention(
     )
     rows, heads, kv_heads = division(inputs.q.shape[0], inputs.q.shape[2], inputs.k.shape[2])
     queries, keys, extra = P(rows, None, heads), P(rows, None, kv_heads), P(rows, None, None, kv_heads)
-    specs = BlockInputs._make([queries, keys, keys, extra, extra, P(rows), P(rows)])
+    specs = BlockInputs._make([queries, keys, keys, extra, extra, keys, P(rows), P(rows)])
     return over_mesh(attend, inputs, specs, queries)
 
 
@@ -108,8 +108,9 @@ def _for_cores(inputs: BlockInputs, chip: str) -> BlockInputs:
     odd = inputs.q.shape[0] * kv_heads % 2 == 1
     if CORES.get(chip, 1) != 2 or not odd or heads // kv_heads % 2:
         return inputs
-    names = ("k", "v", "extra_k", "extra_v")
-    return inputs._replace(**{name: jnp.repeat(getattr(inputs, name), 2, axis=-2) for name in names})
+    names = ("k", "v", "extra_k", "extra_v", "past")
+    twice = functools.partial(jnp.repeat, repeats=2, axis=-2)
+    return inputs._replace(**{name: jax.tree.map(twice, getattr(inputs, name)) for name in names})
 
 
 def _geometry(inputs: BlockInputs, options: BlockOptions, static: bool) -> Geometry:
@@ -141,49 +142,56 @@ def _pad(inputs: BlockInputs, tokens: int, extra: int) -> BlockInputs:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call: KernelCall, inputs: BlockInputs) -> jax.Array:
-    return _forward(call, inputs)[0]
+    return call.layout.unview(_results(call, inputs).out)
 
 
-def _forward(call: KernelCall, inputs: BlockInputs) -> tuple[jax.Array, tuple[BlockInputs, Results]]:
-    """Compute attention of padded inputs; also return the residuals of its derivative."""
+def _forward(call: KernelCall, primals: BlockInputs) -> tuple[jax.Array, Any]:
+    """Compute attention of padded inputs; also return the residuals of its derivative.
+
+    Args:
+      call: static settings.
+      primals: the inputs. Each array is a `CustomVJPPrimal`, which says whether anybody asks for its gradient.
+    """
+    inputs: BlockInputs = jax.tree.map(lambda x: x.value, primals)
+    wanted = any(x.perturbed for x in jax.tree.leaves(primals.past)) and not call.geometry.stop_gradient
+    call = dataclasses.replace(call, geometry=dataclasses.replace(call.geometry, past_gradient=wanted))
+    results = _results(call, inputs)
+    return call.layout.unview(results.out), (call, inputs, results)
+
+
+def _results(call: KernelCall, inputs: BlockInputs) -> Results:
     views, counts = _views(call, inputs), Counts(inputs.past_length, inputs.extra_count)
     if call.tiles.resident_forward:
         results = resident.forward(call, inputs.past_length, views)
     else:
         results = streamed.forward(call, counts, _with_past(call, views))
     # Rematerialization policies keep results by name. Without the name the kernel would run twice.
-    results = Results(*(checkpoint_name(x, "block_attention") for x in results))
-    return call.layout.unview(results.out), (inputs, results)
+    return Results(*(checkpoint_name(x, "block_attention") for x in results))
 
 
-def _backward(
-    call: KernelCall, residuals: tuple[BlockInputs, Results], d_out: jax.Array
-) -> tuple[BlockInputs]:
-    inputs, results = residuals
+def _backward(_: KernelCall, residuals: Any, d_out: Any) -> tuple[BlockInputs]:
+    call, inputs, results = residuals
+    if isinstance(d_out, SymbolicZero):
+        d_out = jnp.zeros(d_out.shape, d_out.dtype)
     views, counts = _views(call, inputs), Counts(inputs.past_length, inputs.extra_count)
     d_view = call.layout.view(d_out)
     if call.tiles.resident_backward:
         gradients = resident_backward.backward(call, inputs.past_length, views, results, d_view)
     else:
-        gradients = streamed_backward.backward(call, counts, _with_past(call, views), results, d_view)
-    unview, length = call.layout.unview, inputs.k.shape[1]
+        joined = streamed_backward.backward(call, counts, _with_past(call, views), results, d_view)
+        gradients = _without_past(call, joined, inputs.past_slots)
+    unview = call.layout.unview
     extra = (inputs.extra_k, inputs.extra_v)
     if gradients.extra:
         d_extra = [unview(x).reshape(like.shape) for x, like in zip(gradients.extra, extra, strict=True)]
     else:
         d_extra = [jnp.zeros_like(x) for x in extra]
-    no_gradient = (np.zeros(x.shape, jax.dtypes.float0) for x in (inputs.past_length, inputs.extra_count))
-    d_tokens = (_with_slots(unview(x), length) for x in gradients.tokens)
-    return (BlockInputs(unview(gradients.q), *d_tokens, *d_extra, *no_gradient),)
+    d_past = KV(*map(unview, gradients.past)) if gradients.past else None
+    # None stands for zeros, also where the inputs have arrays.
+    return (BlockInputs(unview(gradients.q), *map(unview, gradients.tokens), *d_extra, d_past, None, None),)
 
 
-_attend.defvjp(_forward, _backward)
-
-
-def _with_slots(gradient: jax.Array, length: int) -> jax.Array:
-    """Return the gradient (B, *, K, hd) of `length` past and new tokens: the last ones, or zeros before fewer."""
-    missing = length - gradient.shape[1]
-    return jnp.pad(gradient, ((0, 0), (missing, 0), (0, 0), (0, 0))) if missing > 0 else gradient[:, -length:]
+_attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _views(call: KernelCall, inputs: BlockInputs) -> Views:
@@ -194,14 +202,29 @@ def _views(call: KernelCall, inputs: BlockInputs) -> Views:
         return view(x.reshape(x.shape[0], -1, *x.shape[3:]))
 
     extra = KV(flat(inputs.extra_k), flat(inputs.extra_v)) if call.geometry.extra_slots else None
-    return Views(view(inputs.q), KV(view(inputs.k), view(inputs.v)), extra)
+    past = KV(*map(view, inputs.past)) if inputs.past else None
+    return Views(view(inputs.q), KV(view(inputs.k), view(inputs.v)), extra, past)
 
 
 def _with_past(call: KernelCall, views: Views) -> Views:
     """Return views whose keys and values start with all m * C past slots, as the streamed kernels read them."""
     geometry, axis = call.geometry, call.layout.token_axis
-    missing = (geometry.segments + geometry.blocks) * geometry.block_size - views.tokens.k.shape[axis]
-    if not missing:
-        return views
+    tokens = views.tokens
+    if views.past:
+        pairs = zip(views.past, tokens, strict=True)
+        tokens = KV(*(jnp.concatenate(pair, axis=axis) for pair in pairs))
+    missing = (geometry.segments + geometry.blocks) * geometry.block_size - tokens.k.shape[axis]
     head = [(missing, 0) if i == axis else (0, 0) for i in range(views.q.ndim)]
-    return views._replace(tokens=KV(*(jnp.pad(x, head) for x in views.tokens)))
+    return views._replace(tokens=KV(*(jnp.pad(x, head) for x in tokens)), past=None)
+
+
+def _without_past(call: KernelCall, gradients: Views, past_slots: int) -> Views:
+    """Return gradients of :func:`_with_past` as those of the views that it got, with so many past slots."""
+    geometry, axis = call.geometry, call.layout.token_axis
+    own = geometry.segments * geometry.block_size
+
+    def part(begin: int, end: int) -> KV:
+        return KV(*(jax.lax.slice_in_dim(x, begin, end, axis=axis) for x in gradients.tokens))
+
+    past = part(own - past_slots, own) if past_slots else None
+    return gradients._replace(tokens=part(own, own + geometry.tokens), past=past)

@@ -24,10 +24,12 @@ class Views(NamedTuple):
 
     # Like (B, T, H, hd)
     q: Any
-    # Like (B, P + T, K, hd)
+    # Like (B, T, K, hd)
     tokens: KV
     # Like (B, N * S, K, hd); None if there are no extra keys
     extra: KV | None
+    # Like (B, P, K, hd); None if there are no past slots, and as the gradients of slots that get none
+    past: KV | None = None
 
 
 class Results(NamedTuple):
@@ -61,6 +63,7 @@ class QuerySide(NamedTuple):
         return cls(queries, queries, stats, stats)
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
     """Static settings of one call of block attention, for all its kernels."""

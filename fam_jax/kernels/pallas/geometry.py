@@ -39,8 +39,10 @@ class Geometry:
     stop_gradient: bool
     # Tokens that the last block lacks; only the resident kernels take other values than 0.
     missing: int = 0
-    # Blocks of past slots that stand before the tokens for the resident kernels: 0 or m
+    # Blocks of past slots that the resident kernels read: 0 or m
     cached: int = 0
+    # Whether the past slots get gradients
+    past_gradient: bool = False
 
     @property
     def group(self) -> int:

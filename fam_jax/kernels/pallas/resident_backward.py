@@ -3,7 +3,8 @@
 As in the forward kernel, a grid step takes one block of queries with all keys that they see. Scores have their keys
 along the rows, which makes statistics of queries row vectors. The gradients of a block of keys are complete when its
 last reader, m blocks later, is done; until then they wait in a ring of m + 1 blocks of fast memory. After the last
-block of queries, m further steps empty the ring. Cached blocks pass through the ring like the others.
+block of queries, m further steps empty the ring. Cached blocks pass through the ring like the others if they get
+gradients; if not, as in training, where no gradient leaves the step, that saves two of five products.
 """
 
 import functools
@@ -25,7 +26,7 @@ from fam_jax.kernels.pallas.call import (
     write_gradients,
 )
 from fam_jax.kernels.pallas.geometry import HIDDEN, Geometry, Span, extra_mask, sight, token_mask
-from fam_jax.kernels.pallas.resident import Window
+from fam_jax.kernels.pallas.resident import Tile, Window
 
 
 class _Scratch(NamedTuple):
@@ -56,10 +57,7 @@ class _Scratch(NamedTuple):
 def backward(
     call: KernelCall, past_length: jax.Array, views: Views, results: Results, d_out: jax.Array
 ) -> Views:
-    """Return the gradients of `views`, from the results of the forward kernel and the cotangent of its output.
-
-    With stop-gradient, cached keys get none, and the result lacks their gradients.
-    """
+    """Return the gradients of `views`, from the results of the forward kernel and the cotangent of its output."""
     geometry, layout = call.geometry, call.layout
     size, group, blocks, waiting = geometry.block_size, geometry.group, geometry.blocks, _waiting(geometry)
 
@@ -73,14 +71,15 @@ def backward(
 
     queries, stats = layout.spec(size, query_index), row_spec(size, query_index)
     window = Window.specs(call, block)
-    first = _first_finished(geometry)
-    finished = layout.spec(size, lambda b, k, n, g: (b, k, jnp.maximum(n - first, 0)))
+    finished = layout.spec(size, lambda b, k, n, g: (b, k, jnp.maximum(n - waiting, 0)))
+    finished_past = layout.spec(size, lambda b, k, n, g: (b, k, jnp.minimum(n, waiting - 1)))
+    past = KV(finished_past, finished_past) if geometry.past_gradient else None
     ring = scratch((waiting + 1) * size, geometry.head_dim)
     extra = scratch(geometry.extra_slots, geometry.head_dim)
     grid = pl.GridSpec(
         grid=(d_out.shape[0], geometry.kv_heads, blocks + waiting, group),
         in_specs=[queries, queries, Results(queries, stats), window],
-        out_specs=[Views(queries, KV(finished, finished), window.extra)],
+        out_specs=[Views(queries, KV(finished, finished), window.extra, past)],
         scratch_shapes=[
             _Scratch(
                 q=scratch(size, geometry.head_dim),
@@ -90,10 +89,7 @@ def backward(
             )
         ],
     )
-    shapes = shapes_like(views)
-    if geometry.stop_gradient:
-        own = layout.shape(d_out.shape[0], geometry.tokens, geometry.kv_heads)
-        shapes = shapes._replace(tokens=KV(*(jax.ShapeDtypeStruct(own, x.dtype) for x in views.tokens)))
+    shapes = shapes_like(views if geometry.past_gradient else views._replace(past=None))
     kernel = call.kernel(_kernel, "block_attention_backward", 2, grid, [shapes])
     (gradients,) = kernel(views.q, d_out, results, Window.of(views, past_length, geometry))
     return gradients
@@ -102,11 +98,6 @@ def backward(
 def _waiting(geometry: Geometry) -> int:
     """Return how many blocks of queries pass until the gradients of a block of keys are complete."""
     return 0 if geometry.stop_gradient else geometry.segments
-
-
-def _first_finished(geometry: Geometry) -> int:
-    """Return the step that completes the first block of keys, which is a cached one if there are any."""
-    return 0 if geometry.cached else _waiting(geometry)
 
 
 def _kernel(
@@ -132,7 +123,7 @@ def _kernel(
     def _() -> None:
         sums.begin_keys(rows_from(ring(n), size))
 
-    if geometry.cached and waiting:
+    if geometry.past_gradient:
         # The first step begins the gradients of all cached blocks.
         pl.when((n == 0) & (g == 0))(sums.ring.reset)
 
@@ -141,14 +132,15 @@ def _kernel(
         sums.begin_queries(d_out, results.out)
 
     def read_extra(tokens: int) -> None:
-        keys = KV(window.keys(None, size), window.values(None, size))
+        keys = KV(window.keys(Tile(None), size), window.values(Tile(None), size))
         _accumulate(sums.extra, ..., _tile(keys, side, sums.q, _all_queries(tokens, call), geometry))
 
-    def read_block(back: int, tokens: int) -> None:
-        wanted = back == 0 or not geometry.stop_gradient
+    def read_block(back: int, cached: bool, tokens: int) -> None:
+        wanted = geometry.past_gradient if cached else back == 0 or not geometry.stop_gradient
         for span in Span(-back * size, size if back else tokens).split(call.tiles.back_keys):
-            keys = KV(window.keys(span, size), window.values(span, size))
-            readers, exists = _readers(span, tokens, call), window.exists(span, geometry)
+            tile = Tile(span, cached)
+            keys = KV(window.keys(tile, size), window.values(tile, size))
+            readers, exists = _readers(span, tokens, call), window.exists(tile, geometry)
             found = _tile(keys, side, sums.q, readers, geometry, wanted=wanted, exists=exists)
             if wanted:
                 start = ring(n + (waiting + 1 - back)) + (span.start + back * size)
@@ -165,17 +157,24 @@ def _kernel(
         if gradients.extra and sums.extra:
             write_gradients(gradients.extra, sums.extra, ..., geometry.scale)
 
-    @pl.when((n >= _first_finished(geometry)) & (g == last))
+    # Block n - m of the keys is complete; its rows in the ring are those of block n + 1.
+    complete = rows_from(ring(n + 1), size)
+
+    @pl.when((n >= waiting) & (g == last))
     def _() -> None:
-        # Block n - m of the keys is complete; its rows in the ring are those of block n + 1.
-        write_gradients(gradients.tokens, sums.ring, rows_from(ring(n + 1), size), geometry.scale)
+        write_gradients(gradients.tokens, sums.ring, complete, geometry.scale)
+
+    @pl.when((n < waiting) & (g == last))
+    def _() -> None:
+        if gradients.past:
+            write_gradients(gradients.past, sums.ring, complete, geometry.scale)
 
 
 def _by_block(
     n: jax.Array,
     geometry: Geometry,
     read_extra: Callable[[int], None] | None,
-    read_block: Callable[[int, int], None],
+    read_block: Callable[[int, bool, int], None],
 ) -> None:
     """Read all keys that the queries of block number `n` see.
 
@@ -186,16 +185,18 @@ def _by_block(
       n: number of the block of queries.
       geometry: sizes of the call.
       read_extra: called with the number of queries; None if there are no extra keys.
-      read_block: called with the distance in blocks from a block of keys to the queries, and the number of queries.
+      read_block: called with the distance in blocks from a block of keys to the queries, whether the block is a cached
+        one, and the number of queries.
     """
     size, whole = geometry.block_size, geometry.whole_blocks
     for first, end, tokens in ((0, whole, size), (whole, geometry.blocks, size - geometry.missing)):
         if first < end and read_extra:
             pl.when((n >= first) & (n < end))(functools.partial(read_extra, tokens))
         for back in range(geometry.segments + 1):
-            begin = max(first, back - geometry.cached)
-            if begin < end:
-                pl.when((n >= begin) & (n < end))(functools.partial(read_block, back, tokens))
+            split = min(max(first, back), end)
+            for begin, stop, cached in ((first, split, True), (split, end, False)):
+                if begin < stop and (geometry.cached or not cached):
+                    pl.when((n >= begin) & (n < stop))(functools.partial(read_block, back, cached, tokens))
 
 
 def _accumulate(sums: Any, rows: Any, gradients: KV) -> None:

@@ -65,7 +65,7 @@ Mask = Callable[[int], jax.Array]
 
 
 def forward(call: KernelCall, counts: Counts, views: Views) -> Results:
-    """Compute attention of whole blocks of queries; the keys in `views` start with all m * C past slots."""
+    """Compute attention of whole blocks of queries; `views.tokens` start with all m * C past slots."""
     geometry, size = call.geometry, call.geometry.block_size
     batch = views.q.shape[0]
     column = scratch(size, 1)

@@ -26,7 +26,10 @@ from fam_jax.kernels.pallas.streamed import Counts, Mask, exists, near, query_gr
 
 
 def backward(call: KernelCall, counts: Counts, views: Views, results: Results, d_out: jax.Array) -> Views:
-    """Return the gradients of `views`, from the results of the forward kernel and the cotangent of its output."""
+    """Return the gradients of `views`, from the results of the forward kernel and the cotangent of its output.
+
+    As in the forward kernel, `views.tokens` start with all m * C past slots.
+    """
     side = QuerySide(views.q, d_out, results.logsum, _delta(call, results.out, d_out))
     return Views(
         _queries(call, counts, side, views),

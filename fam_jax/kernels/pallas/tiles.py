@@ -148,7 +148,8 @@ def forward_bytes(geometry: Geometry, dtype: jnp.dtype) -> int:
     needs 2.8 bytes per score, as measured.
     """
     keys = (geometry.segments + 1) * geometry.block_size + geometry.extra_slots
-    blocks = 2 * (geometry.block_size + keys) * geometry.head_dim * jnp.dtype(dtype).itemsize
+    held = geometry.block_size * (1 + geometry.cached) + keys
+    blocks = 2 * held * geometry.head_dim * jnp.dtype(dtype).itemsize
     return 2 * blocks + 3 * geometry.block_size * keys
 
 
@@ -156,7 +157,8 @@ def backward_bytes(geometry: Geometry, rows: int, keys: int, dtype: jnp.dtype) -
     """Estimate the fast memory of the resident backward kernel: blocks twice, float32 sums, scores of one tile."""
     size, hd = geometry.block_size, geometry.head_dim
     window = geometry.segments + 1
-    blocks = (4 * size + 2 * window * size + 2 * size + 4 * geometry.extra_slots) * hd
+    past = 2 * geometry.cached  # with their gradients
+    blocks = (4 * size + 2 * (window + past) * size + 2 * size + 4 * geometry.extra_slots) * hd
     ring = 1 if geometry.stop_gradient else window
     sums = 4 * hd * (size + 2 * ring * size + 2 * geometry.extra_slots)
     return 2 * blocks * jnp.dtype(dtype).itemsize + sums + 16 * rows * keys
