@@ -106,9 +106,12 @@ def build(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], A
         inputs = [q, k, k, *[side_by_side(batch, blocks, case.extra, case.kv_heads, dim)] * 2]
 
         def attend(*inputs: jax.Array) -> jax.Array:
-            by_head = (x.reshape(*x.shape[:-1], x.shape[-1] // dim, dim) if flat else x for x in inputs)
+            q, k, v, extra_k, extra_v = (
+                x.reshape(*x.shape[:-1], x.shape[-1] // dim, dim) if flat else x for x in inputs
+            )
             options = BlockOptions(case.block_size, case.segments)
-            out = block_attention(BlockInputs(*by_head), options, implementation=case.implementation)
+            arrays = BlockInputs(q, k, v, extra_k, extra_v)
+            out = block_attention(arrays, options, implementation=case.implementation)
             return out.reshape(inputs[0].shape)
 
     if not case.gradient:

@@ -21,8 +21,10 @@ from launch.config_file import load_config
 TOLERANCE = 0.05
 REFERENCE = "fam"
 WINDOW = {"segments": 1}
+# Rows of a memory, for arms that leave it to the task.
+ROWS = "rows of the task"
 # Fields of FAM that all of its variants share, unless they say otherwise.
-FAM = {"kind": "fam", "length": 8, "segments": 0}
+FAM = {"kind": "fam", "length": ROWS, "segments": 0}
 
 
 class Arm(NamedTuple):
@@ -48,6 +50,8 @@ class Task(NamedTuple):
     trained: int
     # What lengths measure.
     length_of: str
+    # Rows of a memory: a quarter of a block, or half of it where a block is eight tokens.
+    rows: int = 8
 
 
 class Experiment(NamedTuple):
@@ -85,13 +89,16 @@ ARMS = {
     "bswa_m4": Arm("BSWA, m = 4", {"kind": "bswa", "segments": 4}),
     "bswa_m1_sg": Arm("BSWA, m = 1, stop-gradient", {"kind": "bswa", "segments": 1, "stop_gradient": True}),
     "transformer_xl": Arm("Transformer-XL, m = 1", {"kind": "transformer_xl", "segments": 1}),
-    "rmt": Arm("RMT", {"kind": "rmt", "length": 8, "segments": 0}),
-    "autocompressor": Arm("AutoCompressors", {"kind": "autocompressor", "length": 8, "segments": 0}),
-    "prmt": Arm("PRMT", {"kind": "prmt", "length": 8, "segments": 0}),
-    "armt": Arm("ARMT", {"kind": "armt", "length": 8, "key_dim": 16, "segments": 0}),
+    "rmt": Arm("RMT", {"kind": "rmt", "length": ROWS, "segments": 0}),
+    "autocompressor": Arm("AutoCompressors", {"kind": "autocompressor", "length": ROWS, "segments": 0}),
+    "prmt": Arm("PRMT", {"kind": "prmt", "length": ROWS, "segments": 0}),
+    "armt": Arm("ARMT", {"kind": "armt", "length": ROWS, "key_dim": 16, "segments": 0}),
     "infini": Arm("Infini-attention, delta", {"kind": "infini", "update": "delta", "segments": 0}),
-    "compressive": Arm("Compressive Transformer", {"kind": "compressive", "positions": "index", **WINDOW}),
-    "block_recurrent": Arm("Block-Recurrent", {"kind": "block_recurrent", "length": 8, **WINDOW}),
+    "compressive": Arm(
+        "Compressive Transformer",
+        {"kind": "compressive", "compressed_rows": ROWS, "positions": "index", **WINDOW},
+    ),
+    "block_recurrent": Arm("Block-Recurrent", {"kind": "block_recurrent", "length": ROWS, **WINDOW}),
     "feedback": Arm("Feedback Transformer", {"kind": "feedback", **WINDOW}),
     "titans_mac": Arm("Titans, MAC", {"kind": "titans_mac", "chunk": 8, "segments": 0}),
     "titans_mag": Arm("Titans, MAG", {"kind": "titans_mag", "chunk": 8, **WINDOW}),
@@ -105,7 +112,7 @@ def _algorithmic(
     name: str, label: str, stages: tuple[int, ...], lengths: tuple[int, ...], length_of: str
 ) -> Task:
     fields = {**ALGORITHMIC, "data.stage_blocks": ",".join(map(str, stages))}
-    return Task(label, f"configs/algorithmic.py:{name}", fields, lengths, stages[-1], length_of)
+    return Task(label, f"configs/algorithmic.py:{name}", fields, lengths, stages[-1], length_of, rows=4)
 
 
 TASKS = {
@@ -197,12 +204,17 @@ EXPERIMENTS = {
 }  # fmt: skip
 
 
+def memory_of(arm: Arm, task: Task) -> dict[str, Any]:
+    """Return the fields of config.model.memory of an arm on a task."""
+    return {name: task.rows if value == ROWS else value for name, value in arm.memory.items()}
+
+
 def config_fields(task: Task, arm: Arm, seed: int, *, ff_dim: int | None = None) -> dict[str, str]:
     """Return the config fields of a training, by path, without "config."."""
     steps = task.fields["train.steps"]
     fields: dict[str, Any] = {
         **task.fields,
-        **{f"model.memory.{name}": value for name, value in arm.memory.items()},
+        **{f"model.memory.{name}": value for name, value in memory_of(arm, task).items()},
         **arm.fields,
         "train.seed": seed,
         "train.checkpoint_every": steps,

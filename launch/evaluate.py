@@ -176,18 +176,18 @@ def list_tasks(arguments: argparse.Namespace) -> None:
     names = (*arguments.tasks, *arguments.suite) or (*TASKS, *DOCUMENTS, *ITEM_TASKS)
     if arguments.data:
         for name, doc, place in availability(find_tasks(names), Data(arguments.data)):
-            print(f"{name:20}{doc}; {place}")
+            print(f"{name:34}{doc}; {place}")
         return
     for name in find_tasks(names):
         if name.startswith(PREFIX):
-            print(f"{name:20}task of lm-evaluation-harness, which finds its data itself")
+            print(f"{name:34}task of lm-evaluation-harness, which finds its data itself")
             continue
         if name in TASKS or name in DOCUMENTS:
-            print(f"{name:20}{TASKS[name].doc if name in TASKS else DOCUMENTS[name][-1]}")
+            print(f"{name:34}{TASKS[name].doc if name in TASKS else DOCUMENTS[name][-1]}")
             continue
         task = ITEM_TASKS[name]
         ways = "makes its own text" if task.synthetic else how_to_prepare(next(iter(task.sources.values())))
-        print(f"{name:20}{task.doc}; {ways}")
+        print(f"{name:34}{task.doc}; {ways}")
 
 
 def _is_item_task(name: str | None) -> bool:

@@ -171,11 +171,13 @@ class Answered:
 class Row:
     """A row of a task's data."""
 
-    # Stable across runs: its number in the split.
+    # Stable across runs: its number in the split, behind the part if there is one.
     id: str
     values: Mapping[str, Any]
     # File and row, for messages.
     where: str
+    # What the * in the name of its file stands for, such as a length; empty: the name has none.
+    part: str = ""
 
     def __getitem__(self, name: str) -> Any:
         """Return a field.
@@ -208,6 +210,8 @@ class Request:
 
     # Rows of a split, by the name that the task gives it, such as "test" or "train".
     rows: Callable[[str], Sequence[Row]]
+    # Text files of a folder of --data, by their names without ending.
+    texts: Callable[[str], Mapping[str, str]] = lambda _: {}
     # Examples that are shown solved before each question.
     shots: int = 0
     seed: int = 0
@@ -239,7 +243,8 @@ class ItemTask:
     version: int
     # Such as "gpt3": what `--suite` runs together.
     suite: str
-    # Where the rows of each split come from, best first: "tfds:NAME:SPLIT", or a file name without ending.
+    # Where the rows of each split come from, best first: "tfds:NAME:SPLIT", or a file name without ending. A * in it
+    # stands for any name; the rows are then those of all such files.
     sources: Mapping[str, tuple[str, ...]]
     items: Callable[[Request], Iterator[Item]]
     # Scores of an answer by name. The results are their means over all items.

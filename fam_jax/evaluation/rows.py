@@ -5,7 +5,7 @@ import gzip
 import importlib
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from fam_jax.data.text_files import JSON, PARQUET, decode_text, parquet_rows
 from fam_jax.evaluation.item import ItemTask, Row
 
 TFDS = "tfds"
+# Stands for any one name in a source, so that its rows come from several files, such as one for each length.
+ANY = "*"
 # Endings of files with rows, in the order in which they are looked for.
 ENDINGS = (".jsonl", ".jsonl.gz", JSON, f"{JSON}.gz", PARQUET)
 
@@ -40,6 +42,24 @@ class Data:
             if place != TFDS and not Path(place).is_dir():
                 raise UserError(f"--data={place}: no such folder; name folders with data, or tfds")
         self._read = functools.lru_cache(maxsize=4)(_read_rows)
+
+    def texts(self, name: str) -> dict[str, str]:
+        """Return the text files of a folder of this name by their names without ending, in the first place with one.
+
+        Raises:
+          MissingDataError: no place has such a folder with .txt files.
+          UserError: a file cannot be read.
+        """
+        folder = Path(self.folder(name) or "")
+        found = {path.stem: path for path in sorted(folder.glob("*.txt"))} if folder.name else {}
+        if not found:
+            raise MissingDataError(f"{name}: is not on disk; put its .txt files into a folder of --data")
+        try:
+            return {stem: decode_text(path.read_bytes(), str(path)) for stem, path in found.items()}
+        except OSError as error:
+            raise UserError(
+                f"{error.filename}: cannot be read ({error.strerror}); correct or replace the file"
+            ) from error
 
     def rows(self, task: ItemTask, split: str) -> list[Row]:
         """Return the rows of a split.
@@ -78,7 +98,7 @@ class Data:
                 elif place != TFDS:
                     for ending in ENDINGS:
                         path = Path(place) / f"{name}{ending}"
-                        if path.is_file():
+                        if path.is_file() or (ANY in name and _files(str(path))):
                             return str(path)
         raise MissingDataError(f"task {task.name}: its data is not on disk; {how_to_prepare(names)}")
 
@@ -86,7 +106,7 @@ class Data:
 def how_to_prepare(names: Sequence[str]) -> str:
     """Return what puts the data of a split on disk."""
     files = [name for name in names if not name.startswith(f"{TFDS}:")]
-    ways = [f"put {files[0]}.jsonl into a folder of --data"] if files else []
+    ways = [f"put {files[0].replace(ANY, 'LENGTH')}.jsonl into a folder of --data"] if files else []
     for name in names:
         if name.startswith(f"{TFDS}:"):
             ways.append(f"run `tfds build {name.split(':')[1]}` and use --data=tfds")
@@ -95,8 +115,36 @@ def how_to_prepare(names: Sequence[str]) -> str:
 
 
 def _read_rows(source: str) -> list[Row]:
-    values = _tfds_rows(source) if source.startswith(f"{TFDS}:") else _file_rows(Path(source))
-    return [Row(str(number), row, f"{source}: row {number + 1}") for number, row in enumerate(values)]
+    if source.startswith(f"{TFDS}:"):
+        return _numbered(_tfds_rows(source), source)
+    if Path(source).is_file():
+        return _numbered(_file_rows(Path(source)), source)
+    rows = []
+    for part, path in _files(source).items():
+        rows += _numbered(_file_rows(path), str(path), part)
+    return rows
+
+
+def _numbered(values: Iterable[Mapping[str, Any]], source: str, part: str = "") -> list[Row]:
+    begin = f"{part}/" if part else ""
+    return [
+        Row(f"{begin}{number}", row, f"{source}: row {number + 1}", part) for number, row in enumerate(values)
+    ]
+
+
+def _files(pattern: str) -> dict[str, Path]:
+    """Return the files of a pattern by what its last * stands for: a name, or the beginning of one."""
+    before, _, after = pattern.rpartition(ANY)
+    folder = Path(before)
+    if not before.endswith("/") or not folder.is_dir():
+        return {}
+    found = {}
+    for entry in sorted(folder.iterdir()):
+        part = entry.name if after.startswith("/") else entry.name.removesuffix(after)
+        path = folder / f"{part}{after}"
+        if part and not part.startswith(".") and path.is_file():
+            found[part] = path
+    return found
 
 
 def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -99,8 +99,7 @@ def evaluate_tasks(
 
     Answers go to OUT.items.jsonl beside the results. The same call goes on with the items that have none.
 
-    In a job of several processes, call it in all of them, with the same data. All get the results, and the first one
-    writes them.
+    In a job of several processes, call it in all of them, with the same data.
 
     Args:
       checkpoint: workdir of a training run.
@@ -117,18 +116,17 @@ def evaluate_tasks(
       **settings: fields of config.evaluate to change, such as `batch_size=8`.
 
     Raises:
-      UserError: a task is unknown, none of them has its data on disk, the checkpoint cannot be read, the results cannot
-        be written, answers of another evaluation are in their place, another process writes them, or the processes of a
-        job have different data.
+      UserError: a task is unknown, none has its data on disk, the checkpoint cannot be read, the results cannot be
+        written, answers of another evaluation are in their place, or the processes of a job have different data.
     """
     how = how or HowToRun()
     data = Data(how.data)
     plan = make_plan([*dict.fromkeys(tasks)], how, data)
     if out is not None:
-        from_first(functools.partial(check_output_file, os.path.expanduser(out)))
+        from_first(lambda: check_output_file(os.path.expanduser(out)))
     model, step = _load(checkpoint, step, mesh or MeshConfig(), settings, imports)
     path = Path(_default_path(checkpoint, step, tasks) if out is None else os.path.expanduser(out))
-    from_first(functools.partial(check_output_file, path))
+    from_first(lambda: check_output_file(path))
     runs = _with_items(plan.runs, plan.skipped, how, data, model)
     head = _head(checkpoint, step, model, runs, how) | _measured_head(plan.measured, model.config)
     head |= harness_head(plan.harness, chat=how.lm_eval_chat)
@@ -228,6 +226,7 @@ def _with_items(
 def _items(run: Run, how: HowToRun, data: Data, model: _Model) -> list[Item]:
     request = Request(
         rows=functools.partial(data.rows, run.task),
+        texts=data.texts,
         shots=run.shots,
         seed=how.seed,
         lengths=how.lengths,

@@ -198,7 +198,9 @@ class Longformer(Window[WindowState]):
             softcap=model.attention_softcap,
         )
         attended = block_attention(
-            BlockInputs(queries, *map(divide, own), none, none, jax.tree.map(divide, past), filled),
+            BlockInputs(
+                queries, divide(own.k), divide(own.v), none, none, jax.tree.map(divide, past), filled
+            ),
             options,
             # The kernels may not take blocks that are d times shorter.
             implementation="auto" if model.attention.startswith("pallas") else model.attention,

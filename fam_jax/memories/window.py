@@ -215,7 +215,12 @@ class Window(Memory[S]):
         kept = min(full, segments)  # complete blocks of this chunk that stay visible
         recent, rest = slice((full - kept) * size, full * size), slice(full * size, length)
 
+        def last_blocks(x: jax.Array) -> jax.Array:
+            # Heads side by side: with an axis of heads, a TPU would copy all tokens to another layout first.
+            return x.reshape(batch, length, -1)[:, recent].reshape(batch, kept * size, *heads)
+
         def complete(cached: jax.Array, fresh: jax.Array) -> jax.Array:
+            fresh = fresh.reshape(batch, kept, size, *heads)
             every = jnp.concatenate([cached, fresh], axis=1)
             # The state of an aligned call may have no room for past blocks.
             missing = max(segments - every.shape[1], 0)
@@ -225,13 +230,11 @@ class Window(Memory[S]):
         def unfinished(fresh: jax.Array) -> jax.Array:
             return jnp.pad(fresh, ((0, 0), (0, size - fresh.shape[1]), (0, 0), (0, 0)))
 
-        blocked_k = rotate_tokens(
-            k[:, recent], own.map(lambda x: jnp.tile(x, (kept, 1, 1))[None]), self.model.attention
-        )
+        in_own_frames = own.map(lambda x: jnp.tile(x, (kept, 1, 1))[None])
         return dataclasses.replace(
             state,
-            keys=complete(state.keys, blocked_k.reshape(batch, kept, size, *heads)),
-            values=complete(state.values, v[:, recent].reshape(batch, kept, size, *heads)),
+            keys=complete(state.keys, rotate_tokens(last_blocks(k), in_own_frames, self.model.attention)),
+            values=complete(state.values, last_blocks(v)),
             block_keys=unfinished(rotate(k[:, rest], own[: length - full * size])),
             block_values=unfinished(v[:, rest]),
         )

@@ -159,6 +159,34 @@ def visible_blocks(model: ModelConfig) -> int:
     return min(model.memory_segments, ceil_div(window - 1, model.block_size))
 
 
+def packed(state: S) -> S:
+    """Return the states of layers, or of one, with past keys and values (..., m * C, K * hd), or their shardings.
+
+    A scan over layers slices and stacks these arrays. The kernels read heads side by side, so with an axis of heads a
+    TPU would copy them to another layout in every layer, forward and backward.
+    """
+
+    def pack(x: Any) -> Any:
+        if isinstance(x, jax.sharding.NamedSharding):
+            *axes, _, _, heads, _ = x.spec
+            return x.update(spec=jax.sharding.PartitionSpec(*axes, None, heads))
+        *rows, blocks, size, heads, head_dim = x.shape
+        return x.reshape(*rows, blocks * size, heads * head_dim)
+
+    return dataclasses.replace(state, keys=pack(state.keys), values=pack(state.values))
+
+
+def unpacked(state: S, model: ModelConfig) -> S:
+    """Return the states of layers, or of one, with past keys and values (..., m, C, K, hd): undo :func:`packed`."""
+    block = (model.block_size, model.num_kv_heads, model.head_dim)
+
+    def unpack(x: jax.Array) -> jax.Array:
+        *rows, tokens, _ = x.shape
+        return x.reshape(*rows, tokens // model.block_size, *block)
+
+    return dataclasses.replace(state, keys=unpack(state.keys), values=unpack(state.values))
+
+
 def with_past_slots(state: S, segments: int) -> S:
     """Return `state` with room for `segments` past blocks, the missing ones empty."""
     missing = segments - state.keys.shape[1]

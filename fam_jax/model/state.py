@@ -13,7 +13,7 @@ import numpy as np
 
 from fam_jax.config import ModelConfig, UserError
 from fam_jax.memories.interface import Memory, ablate_array
-from fam_jax.memories.window_cache import Position, ShownByShape, start_position
+from fam_jax.memories.window_cache import Position, ShownByShape, packed, start_position, unpacked
 from fam_jax.model.layer_types import memory_of
 
 
@@ -163,15 +163,16 @@ def passed_on_by_row(model: ModelConfig, state: StreamState, *, window: bool) ->
         memory only; the stream goes on with an empty window.
 
     Returns:
-      "layers": fields (L, B, ...) by name; "carries_context" (B,); with `window`, "blocks" (B,); "shared" if layers
-      share a state.
+      "layers": fields (L, B, ...) by name; "carries_context" (B,); with `window`, "blocks" (B,), and keys and values
+      of the window (L, B, m * C, K * hd); "shared" if layers share a state.
     """
-    memory = memory_of(model)
+    memory, layers = memory_of(model), state.layers
     names = set(memory.passed_fields)
     if window:
+        layers = packed(layers)
         names |= {"keys", "values", *(() if memory.order == "segment" else memory.learned_fields)}
     found = {
-        "layers": {name: getattr(state.layers, name) for name in sorted(names)},
+        "layers": {name: getattr(layers, name) for name in sorted(names)},
         "carries_context": state.position.carries_context,
     }
     if window:
@@ -187,17 +188,21 @@ def going_on_by_row(model: ModelConfig, passed: dict[str, Any], begins: jax.Arra
       passed: what :func:`passed_on_by_row` returned.
       begins: (B,) bool, rows that begin a new stream instead.
     """
-    fresh = empty_state(model, len(begins), past_slots="blocks" in passed)
+    window = "blocks" in passed
+    fresh = empty_state(model, len(begins), past_slots=window)
+    layers = packed(fresh.layers) if window else fresh.layers
 
     def choose(saved: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(begins.reshape(1, -1, *[1] * (new.ndim - 2)), new, saved.astype(new.dtype))
 
-    own = {name: choose(saved, getattr(fresh.layers, name)) for name, saved in passed["layers"].items()}
+    own = {name: choose(saved, getattr(layers, name)) for name, saved in passed["layers"].items()}
+    layers = dataclasses.replace(layers, **own)
     position = dataclasses.replace(fresh.position, carries_context=passed["carries_context"] & ~begins)
-    if "blocks" in passed:
+    if window:
+        layers = unpacked(layers, model)
         position = dataclasses.replace(position, blocks=jnp.where(begins, 0, passed["blocks"]))
     # An aligned call replaces the shared state in rows that carry no context.
-    return StreamState(dataclasses.replace(fresh.layers, **own), passed.get("shared"), position)
+    return StreamState(layers, passed.get("shared"), position)
 
 
 def ablated(model: ModelConfig, state: StreamState, start: StreamState, how: str) -> StreamState:

@@ -22,7 +22,7 @@ from fam_jax.layers.decoder_layer import (
 from fam_jax.layers.fsdp import embed, gather_layer, keep_rows
 from fam_jax.memories.inspection import Attention, WriteAttention
 from fam_jax.memories.interface import Memory, Stream, choose_rows, write_tail
-from fam_jax.memories.window_cache import with_past_slots
+from fam_jax.memories.window_cache import packed, unpacked, with_past_slots
 from fam_jax.model.layer_types import (
     LayerTypes,
     close_block,
@@ -191,26 +191,28 @@ class Transformer(nnx.Module):
             x, entering, closing = carry
             layer_parameters, layer_state, which, enter_at = xs
             layer = nnx.merge(graphdef, gather_layer(layer_parameters, config))
+            layer_state = unpacked(layer_state, config)
             x = keep_rows(x)
             entered, entering = memory.enter(layer, layer_state, entering, enter_at)
             fixed = {name: getattr(entered, name) for name in memory.fixed_fields}
             layer_state = choose_rows(position.carries_context, layer_state, entered)
             layer_state = dataclasses.replace(layer_state, **fixed)
             x, layer_state, closing = read_blocks(types.memories, at, which, layer, x, layer_state, closing)
-            return (x, entering, closing), layer_state
+            return (x, entering, closing), packed(layer_state)
 
         if config.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         closing = memory.close_stream(self.memory, state.shared, tokens.shape[0])
         closing = jax.tree.map(lambda rows: jnp.broadcast_to(rows, (full, *rows.shape)), closing)
         start = (self._embed(tokens), memory.enter_stream(self.memory, state.shared), closing)
-        per_layer = (parameters, state.layers, jnp.asarray(types.of_layers), types.enter_at())
+        per_layer = (parameters, packed(state.layers), jnp.asarray(types.of_layers), types.enter_at())
         (x, *_), layers = jax.lax.scan(body, start, per_layer)
         after = dataclasses.replace(
             position.after_blocks(full, writes=config.memory.has_state),
             filled=jnp.full_like(position.filled, length % config.block_size),
         )
-        return self.final_norm(x), dataclasses.replace(state, layers=layers, position=after)
+        state = dataclasses.replace(state, layers=unpacked(layers, config), position=after)
+        return self.final_norm(x), state
 
     def _read_in_turn(self, tokens: jax.Array, state: StreamState) -> tuple[jax.Array, StreamState]:
         """Read a chunk block by block, each through all layers, for memories whose top layer feeds the bottom one.

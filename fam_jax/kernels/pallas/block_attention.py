@@ -181,14 +181,16 @@ def _backward(_: KernelCall, residuals: Any, d_out: Any) -> tuple[BlockInputs]:
         joined = streamed_backward.backward(call, counts, _with_past(call, views), results, d_view)
         gradients = _without_past(call, joined, inputs.past_slots)
     unview = call.layout.unview
-    extra = (inputs.extra_k, inputs.extra_v)
+    d_tokens = KV(*map(unview, gradients.tokens))
+    extra = KV(inputs.extra_k, inputs.extra_v)
     if gradients.extra:
-        d_extra = [unview(x).reshape(like.shape) for x, like in zip(gradients.extra, extra, strict=True)]
+        pairs = zip(gradients.extra, extra, strict=True)
+        d_extra = KV(*(unview(x).reshape(like.shape) for x, like in pairs))
     else:
-        d_extra = [jnp.zeros_like(x) for x in extra]
-    d_past = KV(*map(unview, gradients.past)) if gradients.past else None
+        d_extra = jax.tree.map(jnp.zeros_like, extra)
     # None stands for zeros, also where the inputs have arrays.
-    return (BlockInputs(unview(gradients.q), *map(unview, gradients.tokens), *d_extra, d_past, None, None),)
+    d_past = KV(*map(unview, gradients.past)) if gradients.past else None
+    return (BlockInputs(unview(gradients.q), d_tokens.k, d_tokens.v, d_extra.k, d_extra.v, d_past),)
 
 
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)

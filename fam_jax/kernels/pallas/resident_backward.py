@@ -26,7 +26,7 @@ from fam_jax.kernels.pallas.call import (
     write_gradients,
 )
 from fam_jax.kernels.pallas.geometry import HIDDEN, Geometry, Span, extra_mask, sight, token_mask
-from fam_jax.kernels.pallas.resident import Tile, Window
+from fam_jax.kernels.pallas.resident import Window
 
 
 class _Scratch(NamedTuple):
@@ -119,10 +119,7 @@ def _kernel(
         """Return the first row of the ring that belongs to a block of keys."""
         return (block % (waiting + 1)) * size if waiting else 0
 
-    @pl.when(g == 0)
-    def _() -> None:
-        sums.begin_keys(rows_from(ring(n), size))
-
+    pl.when(g == 0)(lambda: sums.begin_keys(rows_from(ring(n), size)))
     if geometry.past_gradient:
         # The first step begins the gradients of all cached blocks.
         pl.when((n == 0) & (g == 0))(sums.ring.reset)
@@ -132,15 +129,15 @@ def _kernel(
         sums.begin_queries(d_out, results.out)
 
     def read_extra(tokens: int) -> None:
-        keys = KV(window.keys(Tile(None), size), window.values(Tile(None), size))
+        keys = KV(window.keys(None, size), window.values(None, size))
         _accumulate(sums.extra, ..., _tile(keys, side, sums.q, _all_queries(tokens, call), geometry))
 
     def read_block(back: int, cached: bool, tokens: int) -> None:
         wanted = geometry.past_gradient if cached else back == 0 or not geometry.stop_gradient
+        seen = window.of_past if cached else window._replace(past_length=None)
         for span in Span(-back * size, size if back else tokens).split(call.tiles.back_keys):
-            tile = Tile(span, cached)
-            keys = KV(window.keys(tile, size), window.values(tile, size))
-            readers, exists = _readers(span, tokens, call), window.exists(tile, geometry)
+            keys = KV(seen.keys(span, size), seen.values(span, size))
+            readers, exists = _readers(span, tokens, call), seen.exists(span, geometry)
             found = _tile(keys, side, sums.q, readers, geometry, wanted=wanted, exists=exists)
             if wanted:
                 start = ring(n + (waiting + 1 - back)) + (span.start + back * size)
@@ -152,22 +149,15 @@ def _kernel(
     def _() -> None:
         gradients.q[...] = (sums.q[...] * geometry.scale).astype(gradients.q.dtype)
 
-    @pl.when((n < blocks) & (g == last))
-    def _() -> None:
-        if gradients.extra and sums.extra:
-            write_gradients(gradients.extra, sums.extra, ..., geometry.scale)
+    if gradients.extra and sums.extra:
+        write_extra = functools.partial(write_gradients, gradients.extra, sums.extra, ..., geometry.scale)
+        pl.when((n < blocks) & (g == last))(write_extra)
 
     # Block n - m of the keys is complete; its rows in the ring are those of block n + 1.
-    complete = rows_from(ring(n + 1), size)
-
-    @pl.when((n >= waiting) & (g == last))
-    def _() -> None:
-        write_gradients(gradients.tokens, sums.ring, complete, geometry.scale)
-
-    @pl.when((n < waiting) & (g == last))
-    def _() -> None:
-        if gradients.past:
-            write_gradients(gradients.past, sums.ring, complete, geometry.scale)
+    complete = (sums.ring, rows_from(ring(n + 1), size), geometry.scale)
+    pl.when((n >= waiting) & (g == last))(functools.partial(write_gradients, gradients.tokens, *complete))
+    if gradients.past:
+        pl.when((n < waiting) & (g == last))(functools.partial(write_gradients, gradients.past, *complete))
 
 
 def _by_block(

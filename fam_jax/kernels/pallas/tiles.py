@@ -148,8 +148,8 @@ def forward_bytes(geometry: Geometry, dtype: jnp.dtype) -> int:
     needs 2.8 bytes per score, as measured.
     """
     keys = (geometry.segments + 1) * geometry.block_size + geometry.extra_slots
-    held = geometry.block_size * (1 + geometry.cached) + keys
-    blocks = 2 * held * geometry.head_dim * jnp.dtype(dtype).itemsize
+    held = geometry.block_size * geometry.cached
+    blocks = 2 * (geometry.block_size + keys + 2 * held) * geometry.head_dim * jnp.dtype(dtype).itemsize
     return 2 * blocks + 3 * geometry.block_size * keys
 
 
