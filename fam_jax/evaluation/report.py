@@ -8,6 +8,7 @@ from typing import Any
 from fam_jax.checkpoint.new_file import output_file
 from fam_jax.config import UserError
 from fam_jax.config.strict_json import parse_json
+from fam_jax.evaluation.item_tasks.gpt3 import MEANS, MEANS_OF_THE_PAPER
 from fam_jax.evaluation.plot import plot_by_fact
 from fam_jax.evaluation.scores import paired_difference
 
@@ -67,7 +68,7 @@ def write_report(
         raise UserError(f"{task}: {what}, so the results do not compare; evaluate again, or give --force")
     place = Path(folder)
     parts = [_runs_table(results), _scores_table(results, tasks, different)]
-    parts += [*_paired(results, tasks), *_published(results, tasks)]
+    parts += [*_means(results), *_paired(results, tasks), *_published(results, tasks)]
     written = []
     for fact, label in PLOTTED.items():
         for task in tasks:
@@ -131,6 +132,29 @@ def _scores_table(results: Mapping[str, Results], tasks: Sequence[str], differen
         chance = "" if known.get("chance") is None else f"{known['chance']:.4f}"
         rows.append([task + mark, known["headline"], *cells, chance, *counts])
     return _table(("task", "score", *results, "chance", "items", "tokens read"), rows)
+
+
+def _means(results: Mapping[str, Results]) -> list[str]:
+    """Return a table of means over the tasks of the paper's tables 2 and 12, if some results have all of them."""
+    found: dict[str, dict[str, float]] = {}
+    for kind, tasks in MEANS.items():
+        for name, each in results.items():
+            values = [each["suites"][task]["value"] for task in tasks if task in each["suites"]]
+            if len(values) == len(tasks):
+                found.setdefault(name, {})[kind] = sum(values) / len(values)
+    if not found:
+        return []
+    for size in ("1B", "8B", "24B"):
+        for number, memory in enumerate(("BSWA", "FAM")):
+            paper = {kind: sizes[size][number] for kind, sizes in MEANS_OF_THE_PAPER.items()}
+            found[f"paper's {memory} {size}"] = paper
+    rows = [
+        [name, *(f"{means[kind]:.4f}" if kind in means else "" for kind in MEANS)]
+        for name, means in found.items()
+    ]
+    counts = [f"{kind} ({len(tasks)} tasks)" for kind, tasks in MEANS.items()]
+    title = "Means over tasks, beside those of the paper (tables 2 and 12), which are of other models:"
+    return [f"{title}\n\n{_table(('results', *counts), rows)}"]
 
 
 def _score(part: Results) -> str:

@@ -29,6 +29,7 @@ from fam_jax.evaluation.answering import Answering, HowToAnswer
 from fam_jax.evaluation.device_use import DeviceUse
 from fam_jax.evaluation.harness_tasks import HarnessRun, harness_head, run_harness
 from fam_jax.evaluation.item import Answered, Item, Request, question_first
+from fam_jax.evaluation.item_tasks.long import of_the_paper
 from fam_jax.evaluation.joining import Joiner
 from fam_jax.evaluation.journal import Journal
 from fam_jax.evaluation.planning import BEFORE, DOCUMENTS, HowToRun, Plan, Run, make_plan, within_tokens
@@ -365,6 +366,7 @@ def _measure(
             "metrics": measured.scalars,
             "details": measured.details,
             "source": folder,
+            "published_of_other_models": of_the_paper(name),
             **use.figures(),
             **_limits(how, over),
         }

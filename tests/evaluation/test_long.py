@@ -150,7 +150,7 @@ def test_the_papers_scores_stand_beside_ours() -> None:
     assert ITEM_TASKS["qasper"].published["paper's FAM 8B, ROUGE-L"] == 0.185
     assert ITEM_TASKS["xlsum:ja"].published["paper's BSWA 24B, all languages"] == 0.247
     for scores in OF_THE_PAPER.values():
-        assert all(bswa < fam for bswa, fam in scores.values())
+        assert all(bswa <= fam for bswa, fam in scores.values())
 
 
 def test_a_question_before_its_document() -> None:

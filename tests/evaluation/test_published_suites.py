@@ -350,7 +350,9 @@ def test_a_model_that_says_the_right_answer_scores_1(name: str) -> None:
     model = model_for(task, items, lambda item, number: -1.0 - (item.kind == CHOOSE and number != item.gold))
     if items[0].kind == GENERATE:
         whole = whole_text(items[0])
-        model = FakeStreamer(lambda *_: 0.0, answer=lambda text: f"{begin}{said}" if text == whole.rstrip() else "")
+        model = FakeStreamer(
+            lambda *_: 0.0, answer=lambda text: f"{begin}{said}" if text == whole.rstrip() else ""
+        )
     found = summarize(task, answered(model))
     assert found["value"] == 1 and found["tokens_read"] == found["tokens_expected"] > 0
 

@@ -8,7 +8,8 @@ import pytest
 
 from fam_jax.config import UserError
 from fam_jax.evaluation.item import Answered
-from fam_jax.evaluation.item_tasks import ITEM_TASKS
+from fam_jax.evaluation.item_tasks import ITEM_TASKS, gpt3
+from fam_jax.evaluation.item_tasks.gpt3 import MEANS
 from fam_jax.evaluation.summary import fingerprint, summarize
 from launch import report
 from tests.evaluation.fake import joiner, request_for
@@ -45,6 +46,29 @@ def test_a_report_of_two_runs(tmp_path: pathlib.Path, capsys: pytest.CaptureFixt
         picture = tmp_path / "out" / f"needle-by-{fact}.png"
         assert picture.read_bytes().startswith(b"\x89PNG") and f"({picture.name})" in text
         assert f"written to {picture}" in capsys.readouterr().out or fact != "length"
+
+
+def test_means_over_the_papers_tasks_stand_beside_its_own(tmp_path: pathlib.Path) -> None:
+    """Only where a file has all tasks of a mean."""
+    assert {*MEANS["ranked"], *MEANS["generated"]} == {task.name for task in gpt3.TASKS}
+    paths = []
+    for name, left_out in (("a", ""), ("b", "boolq")):
+        suites = {
+            task: {"headline": "acc", "value": 0.25 if kind == "ranked" else 0.5}
+            for kind, tasks in MEANS.items()
+            for task in tasks
+            if task != left_out
+        }
+        suites["arc_easy"]["value"] = 0.46
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps({"step": 7, "suites": suites, "skipped": {}}))
+    assert report.main([*map(str, paths), f"--out={tmp_path}/out"]) == 0
+    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+    assert "| results | ranked (21 tasks) | generated (5 tasks) |" in lines
+    assert "| a | 0.2600 | 0.5000 |" in lines and "| b |  | 0.5000 |" in lines
+    assert "| paper's FAM 24B | 0.7850 | 0.6340 |" in lines
+    report.main([results_of(tmp_path, "c", 2), f"--out={tmp_path}/none"])
+    assert "Means over tasks" not in (tmp_path / "none" / "report.md").read_text()
 
 
 def test_other_versions_are_refused_or_marked(tmp_path: pathlib.Path) -> None:

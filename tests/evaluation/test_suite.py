@@ -183,6 +183,7 @@ def test_documents_of_a_folder_are_measured_as_text(
     found = evaluate_tasks(run, ["pg19", "isabelle"], how=how, out=out)
     assert "put .thy files into the folder isabelle of a folder of --data" in found.skipped["isabelle"]
     book = found.suites["pg19"]
+    assert book["published_of_other_models"]["paper's FAM 24B"] == 0.572
     assert (book["headline"], book["details"]["documents"]) == ("next_token_accuracy", 1)
     assert book["value"] == book["metrics"]["next_token_accuracy"]
     assert book["details"]["tokens_read"] == 30 * 7 + 1 and book["metrics"]["loss_by_position/16"] > 0

@@ -1,6 +1,7 @@
 """The whole model computes the same logits, state and gradients with the kernels and with XLA."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -77,3 +78,46 @@ def test_devices_share_rows_and_heads(kv_heads: int) -> None:
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), got, jax.jit(gradients)(inputs)
     )
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Yield the equations of a jaxpr and of all jaxprs in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for part in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_cached_keys_get_gradients_only_if_somebody_asks_for_them(
+    remat: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training, rows that go on start from a state without gradient; the kernel then skips that of its keys.
+
+    This holds through the scan over layers and through rematerialization.
+    """
+    monkeypatch.setattr(
+        "fam_jax.kernels.pallas.block_attention.target_chip", lambda: "TPU v5p"
+    )  # only traced
+    config = variant(**SHAPE, length=16, remat=remat, attention="pallas")
+    params, tokens = params_of(config), jnp.asarray(some_tokens(1, 256))
+    state = empty_state(config, 1)
+
+    def loss(params: Any, state: Any) -> jax.Array:
+        return build(config, params)(tokens, state, aligned=True)[0].sum()
+
+    def results(argnums: Any) -> list[int]:
+        traced = jax.make_jaxpr(jax.grad(loss, argnums=argnums, allow_int=True))(params, state)
+        return [
+            len(each.outvars)
+            for each in equations(traced.jaxpr)
+            if each.primitive.name == "pallas_call" and "block_attention_backward" in str(each.params)
+        ]
+
+    # Queries, keys, values, extra keys and values; and the keys and values of the past.
+    assert results(0) == [5]
+    assert results((0, 1)) == [7]
