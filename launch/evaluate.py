@@ -110,6 +110,10 @@ def _add_flags_of_several_tasks(parser: cli.Parser) -> None:
     add(
         "--fresh", action="store_true", help="forget the answers of a run of the same command that was killed"
     )
+    often = (
+        "save the memory of a document that takes longer to read as often; 0: never (default: %(default)s)"
+    )
+    add("--save_minutes", type=cli.at_least(0), default=10, metavar="N", help=often)
     add = parser.add_argument_group("tasks of lm-evaluation-harness, as lm_eval:TASK").add_argument
     folders = "folders with task files (YAML), besides those of the harness"
     add("--lm_eval_tasks", type=cli.paths, default=(), metavar="DIR,...", help=folders)
@@ -118,7 +122,8 @@ def _add_flags_of_several_tasks(parser: cli.Parser) -> None:
 
 # Flags that only the other way of evaluating reads.
 OF_SEVERAL = (
-    "data", "shots", "limit", "limit_tokens", "question", "items", "seeds", "fresh", "lm_eval_tasks", "lm_eval_chat",
+    "data", "shots", "limit", "limit_tokens", "question", "items", "seeds", "fresh", "save_minutes",
+    "lm_eval_tasks", "lm_eval_chat",
 )  # fmt: skip
 OF_ONE = ("before", "keys", "files", "suffixes", "documents", "min_tokens", "ablations")
 
@@ -224,6 +229,7 @@ def run_tasks(arguments: argparse.Namespace, command: str) -> None:
         question=arguments.question,
         count=arguments.items,
         seeds=arguments.seeds,
+        save_minutes=arguments.save_minutes,
         lm_eval_tasks=arguments.lm_eval_tasks,
         lm_eval_chat=arguments.lm_eval_chat,
         **({} if arguments.lengths is None else {"lengths": arguments.lengths}),

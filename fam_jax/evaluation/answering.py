@@ -16,6 +16,7 @@ import numpy as np
 
 from fam_jax.evaluation.item import CHOOSE, NO_DOCUMENT, Answered, Item, Likelihood
 from fam_jax.evaluation.joining import Joiner, Prefix
+from fam_jax.evaluation.midway import Midway
 from fam_jax.evaluation.reading import Cost, Read, Unread, read_documents
 from fam_jax.generation.endings import Endings, TextWriter
 from fam_jax.generation.sampling import GREEDY, Sampling
@@ -87,9 +88,16 @@ class _Open:
 class Answering:
     """Runs items. `cost` and `longest_document` (tokens) say afterwards what it took."""
 
-    def __init__(self, streamer: Streamer, joiner: Joiner, how: HowToAnswer, end_ids: Sequence[int]):
-        """Take the model, how items are run, and tokens that end a generated text."""
-        self._streamer, self._joiner, self._how = streamer, joiner, how
+    def __init__(
+        self,
+        streamer: Streamer,
+        joiner: Joiner,
+        how: HowToAnswer,
+        end_ids: Sequence[int],
+        midway: Midway | None = None,
+    ):
+        """Take the model, how items are run, tokens that end a generated text, and what saves memories of documents."""
+        self._streamer, self._joiner, self._how, self._midway = streamer, joiner, how, midway
         self._endings = Endings(joiner.vocabulary, end_ids, how.stop)
         self._open: dict[str, _Open] = {}
         self.cost, self.longest_document = Cost(), 0
@@ -131,6 +139,7 @@ class Answering:
             rows=self._how.batch_size,
             chunk_blocks=self._how.chunk_blocks,
             cost=self.cost,
+            midway=self._midway,
         ):
             self.longest_document = max(self.longest_document, read.tokens)
             prompts += self._prompts(items[read.key], read, held.pop(read.key))

@@ -5,13 +5,15 @@ parts, each as a stream of its own that knows nothing of what came before.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fam_jax.config import ceil_div
+from fam_jax.evaluation.reading import call_blocks, rows_to_use
 from fam_jax.evaluation.task import OnProgress, Setting
+from fam_jax.generation.compiled import row_ways
 from fam_jax.generation.streaming import Streamer
 from fam_jax.model import StreamState, ablated
 
@@ -88,11 +90,14 @@ class DocumentReader:
 
         Args:
           name: of the pass, for the progress.
-          after_block: called after every block, which are then read one at a time.
+          after_block: called after every block, which are then read one at a time. Documents of similar length are then
+            read side by side; otherwise a row whose document has ended takes the next one.
           chunk: most blocks to read at a time; 0: evaluate.chunk_blocks. It sets the speed only, but for rounding.
         """
         examples = self.documents.examples
         chunk = 1 if after_block else chunk or self.setting.evaluate.chunk_blocks
+        if after_block is None:
+            return self._read_refilled(name, chunk)
         total, done = sum(len(each.ids) for each in examples), 0
         by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
         scores: dict[int, Scores] = {}
@@ -110,6 +115,45 @@ class DocumentReader:
             scores |= dict(zip(batch, found, strict=True))
         return [scores[index] for index in range(len(examples))]
 
+    def _read_refilled(self, name: str, chunk: int) -> list[Scores]:
+        """Return the scores of every document, read in rows that take the longest document left when one has ended."""
+        size, examples = self.streamer.config.block_size, self.documents.examples
+        blocks = [max(1, self.blocks(index)) for index in range(len(examples))]
+        count = rows_to_use(blocks, self.rows, row_ways(self.streamer.mesh))
+        waiting = iter(sorted(range(len(examples)), key=lambda index: -blocks[index]))
+        # The document of each row, and the block where it stands. A row that rests reads its last document again.
+        batch, first = [next(waiting) for _ in range(count)], [0] * count
+        busy = {*range(count)}
+        state, fresh = self.streamer.start(count), self.streamer.start(1)
+        parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {index: [] for index in range(len(examples))}
+        done = 0
+        while busy:
+            wanted = call_blocks(min(blocks[batch[row]] - first[row] for row in busy), chunk)
+            lost, right, state = self._measure(batch, first, wanted, state)
+            for row in sorted(busy):
+                index = batch[row]
+                real = slice(0, max(0, len(examples[index].ids) - first[row] * size))
+                parts[index].append((lost[row, real], right[row, real]))
+                done += len(parts[index][-1][0])
+                first[row] += wanted
+                if first[row] < blocks[index]:
+                    continue
+                _check_all_read(state.select([row]), blocks[index] * size, [index], examples, parts)
+                following = next(waiting, None)
+                if following is None:
+                    busy.remove(row)
+                    first[row] = 0
+                    continue
+                batch[row], first[row] = following, 0
+                state = state.replace_row(row, fresh)
+            if self.on_progress is not None:
+                self.on_progress(name, done, sum(len(each.ids) for each in examples))
+        return [self._scores(index, parts[index]) for index in range(len(examples))]
+
+    def _scores(self, index: int, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Scores:
+        nats, right = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return Scores(nats, right, self.documents.examples[index].weights > 0)
+
     def _read_batch(
         self,
         batch: Sequence[int],
@@ -121,23 +165,18 @@ class DocumentReader:
         lengths = np.array([len(each.ids) for each in examples])
         blocks = ceil_div(int(lengths.max()), size)
         state = start = self.streamer.start(len(batch))
-        nats: list[list[np.ndarray]] = [[] for _ in batch]
-        correct: list[list[np.ndarray]] = [[] for _ in batch]
+        parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {index: [] for index in batch}
         for first, count in _chunks(blocks, chunk):
             begin, end = first * size, (first + count) * size
             lost, right, state = self._measure(batch, [first] * len(batch), count, state)
             if after_block:
                 state = after_block(state, start, first + count, batch)
-            for row, length in enumerate(lengths):
+            for row, (index, length) in enumerate(zip(batch, lengths, strict=True)):
                 real = slice(0, max(0, int(length) - begin))
-                nats[row].append(lost[row, real])
-                correct[row].append(right[row, real])
+                parts[index].append((lost[row, real], right[row, real]))
             report(end)
-        _check_all_read(state, blocks * size, lengths, [sum(map(len, parts)) for parts in nats])
-        return [
-            Scores(np.concatenate(nats[row]), np.concatenate(correct[row]), example.weights > 0)
-            for row, example in enumerate(examples)
-        ]
+        _check_all_read(state, blocks * size, batch, self.documents.examples, parts)
+        return [self._scores(index, parts[index]) for index in batch]
 
     def read_excerpts(self, name: str, excerpts: Sequence[Excerpt]) -> list[Scores]:
         """Return the scores of every document, in order; only tokens that an excerpt scores are counted.
@@ -214,10 +253,19 @@ def _chunks(blocks: int, chunk: int) -> Iterator[tuple[int, int]]:
         first += chunk
 
 
-def _check_all_read(state: StreamState, tokens: int, lengths: np.ndarray, scored: list[int]) -> None:
+def _check_all_read(
+    state: StreamState,
+    tokens: int,
+    batch: Sequence[int],
+    examples: "Sequence[Example]",
+    parts: Mapping[int, Sequence[tuple[np.ndarray, np.ndarray]]],
+) -> None:
+    """Check that the rows of a state have read so many tokens, and that all tokens of their documents have scores."""
+    lengths = [len(examples[index].ids) for index in batch]
+    scored = [sum(len(nats) for nats, _ in parts[index]) for index in batch]
     read = state.tokens_read
-    if (read != tokens).any() or scored != lengths.tolist():
+    if (read != tokens).any() or scored != lengths:
         raise RuntimeError(
-            f"the model read {read.tolist()} and scored {scored} tokens of documents with {lengths.tolist()}; the "
-            "results would be misleading"
+            f"the model read {read.tolist()} and scored {scored} tokens of documents with {lengths}; the results "
+            "would be misleading"
         )

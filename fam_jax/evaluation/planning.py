@@ -53,6 +53,8 @@ class HowToRun:
     # For tasks of lm-evaluation-harness: folders with task files, and whether to ask by the chat template.
     lm_eval_tasks: tuple[str, ...] = ()
     lm_eval_chat: bool = False
+    # Results do not depend on it: the memory of a document that takes longer to read is saved as often. 0: never.
+    save_minutes: float = 10.0
 
 
 @dataclasses.dataclass

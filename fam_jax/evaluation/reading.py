@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fam_jax.evaluation.midway import Midway
+from fam_jax.generation.compiled import row_ways
 from fam_jax.generation.streaming import Streamer
 from fam_jax.model import StreamState
 
@@ -53,14 +55,27 @@ class _Row:
     done: int = 0
 
 
-def rows_to_use(sizes: Sequence[int], most: int) -> int:
-    """Return how many rows documents of these sizes can keep busy: the longest alone takes as long as its size."""
+def rows_to_use(sizes: Sequence[int], most: int, ways: int = 1) -> int:
+    """Return how many rows documents of these sizes can keep busy: the longest alone takes as long as its size.
+
+    Args:
+      sizes: of the documents.
+      most: largest number of rows.
+      ways: devices that the rows are divided over, if they divide the rows; if not, each computes all rows.
+    """
     longest = max(sizes, default=0)
-    return max(1, min(most, sum(sizes) // longest)) if longest else 1
+    count = max(1, min(most, sum(sizes) // longest)) if longest else 1
+    return max(ways, count // ways * ways) if ways <= most else count
 
 
 def read_documents(
-    streamer: Streamer, documents: Sequence[Unread], *, rows: int, chunk_blocks: int, cost: Cost | None = None
+    streamer: Streamer,
+    documents: Sequence[Unread],
+    *,
+    rows: int,
+    chunk_blocks: int,
+    cost: Cost | None = None,
+    midway: Midway | None = None,
 ) -> Iterator[Read]:
     """Read documents, the longest first, and yield each as soon as its whole blocks are read.
 
@@ -72,10 +87,12 @@ def read_documents(
       rows: most documents to read at one time.
       chunk_blocks: most blocks of each row to read at one time.
       cost: counts tokens that were needed and paid for.
+      midway: has the memories of documents that were begun before, and saves those of long ones. They are read first.
     """
     size, cost = streamer.config.block_size, cost or Cost()
-    waiting = iter(sorted(documents, key=lambda each: -each.size))
-    count = rows_to_use([each.size for each in documents], rows)
+    begun = midway.begun() if midway else {}
+    waiting = iter(sorted(documents, key=lambda each: (each.key not in begun, -each.size)))
+    count = rows_to_use([each.size for each in documents], rows, row_ways(streamer.mesh))
     busy: dict[int, _Row] = {}
     state, fresh = None, None
 
@@ -85,7 +102,10 @@ def read_documents(
             ids = document.load()
             blocks = max(0, len(ids) - 1) // size  # a token stays, so that what follows is never empty
             if blocks:
-                busy[row] = _Row(document.key, ids, blocks)
+                done = begun[document.key][0] if document.key in begun else 0
+                if done >= blocks:  # of another text
+                    done, _ = 0, begun.pop(document.key)
+                busy[row] = _Row(document.key, ids, blocks, done)
                 return
             yield Read(document.key, None, ids, len(ids))
 
@@ -93,9 +113,12 @@ def read_documents(
         yield from fill(number)
     if busy:
         state, fresh = streamer.start(count), streamer.start(1)
+        for number, row in busy.items():
+            if row.key in begun:
+                state = state.replace_row(number, begun.pop(row.key)[1])
     while busy:
         assert state is not None and fresh is not None
-        blocks = _call_blocks(min(row.blocks - row.done for row in busy.values()), chunk_blocks)
+        blocks = call_blocks(min(row.blocks - row.done for row in busy.values()), chunk_blocks)
         tokens = np.zeros((count, blocks * size), np.int32)
         for number, row in busy.items():
             tokens[number] = row.ids[row.done * size :][: blocks * size]
@@ -108,10 +131,13 @@ def read_documents(
             yield Read(row.key, state.select([number]), row.ids[row.blocks * size :], len(row.ids))
             yield from fill(number)
             if number in busy:
-                state = state.replace_row(number, fresh)
+                _, memory = begun.pop(busy[number].key, (0, fresh))
+                state = state.replace_row(number, memory)
+        if midway:
+            midway.offer({number: (row.key, row.done) for number, row in busy.items()}, state)
 
 
-def _call_blocks(left: int, chunk: int) -> int:
+def call_blocks(left: int, chunk: int) -> int:
     """Return the blocks of the next call: the chunk, or a quarter of it and so on, as every size is compiled."""
     while chunk > left:
         chunk = max(chunk // 4, 1)

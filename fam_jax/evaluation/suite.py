@@ -32,6 +32,7 @@ from fam_jax.evaluation.item import Answered, Item, Request, question_first
 from fam_jax.evaluation.item_tasks.long import of_the_paper
 from fam_jax.evaluation.joining import Joiner
 from fam_jax.evaluation.journal import Journal
+from fam_jax.evaluation.midway import Midway, forget
 from fam_jax.evaluation.planning import BEFORE, DOCUMENTS, HowToRun, Plan, Run, make_plan, within_tokens
 from fam_jax.evaluation.record import FOLDER, provenance
 from fam_jax.evaluation.rows import Data, MissingDataError
@@ -134,7 +135,7 @@ def evaluate_tasks(
     check_alike({**head, "checkpoint": ""})  # its place may differ
     with contextlib.ExitStack() as until_end:
         journal = _open_journal(path, head, fresh, until_end)
-        found = _run_all(plan, runs, model, journal, how, on_progress)
+        found = _run_all(plan, runs, model, journal, path, how, on_progress)
         results = SuiteResults(os.fspath(path), step, found, plan.skipped)
         if jax.process_index() == 0:
             _write(results, provenance(model.config, command) | {"checkpoint": os.fspath(checkpoint)}, how)
@@ -159,6 +160,8 @@ def _open_journal(
 
     def open_first() -> list[dict[str, Any]]:
         until_end.enter_context(WriterLock(epath.Path(results.parent), results.name))
+        if fresh:
+            forget(results)
         opened.append(Journal(results.with_suffix(".items.jsonl"), head, fresh=fresh))
         return opened[0].lines()
 
@@ -171,13 +174,16 @@ def _run_all(
     runs: Sequence[Run],
     model: _Model,
     journal: Journal,
+    path: Path,
     how: HowToRun,
     on_progress: OnProgress | None,
 ) -> dict[str, dict[str, Any]]:
     """Return the results of all tasks by name; those without a document to measure go to `plan.skipped`."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
-        found[run.key] = _answer(run, model, journal, on_progress) | _limits(how, run.over_limit)
+        name = f"{run.key} {fingerprint(run.items)}"
+        midway = Midway(path, name, model.streamer, how.save_minutes) if jax.process_count() == 1 else None
+        found[run.key] = _answer(run, model, journal, midway, on_progress) | _limits(how, run.over_limit)
     for name, folder in plan.measured.items():
         try:
             found[name] = _measure(name, folder, model, journal, how, on_progress)
@@ -296,12 +302,14 @@ def _measured_head(measured: Mapping[str, str | None], config: Config) -> dict[s
     return json.loads(dump_json({"measured": {**own, **data, "sources": sources}}))
 
 
-def _answer(run: Run, model: _Model, journal: Journal, on_progress: OnProgress | None) -> dict[str, Any]:
+def _answer(
+    run: Run, model: _Model, journal: Journal, midway: Midway | None, on_progress: OnProgress | None
+) -> dict[str, Any]:
     """Answer the items of a task that have no answer, and return its results."""
     eos, evaluate = model.joiner.vocabulary.eos_id, model.config.evaluate
     stops = {*model.ends} | ({eos} if eos is not None and eos >= 0 else set())
     how = HowToAnswer(evaluate.batch_size, evaluate.chunk_blocks, run.task.max_tokens, run.task.stop)
-    answering, use = Answering(model.streamer, model.joiner, how, sorted(stops)), DeviceUse()
+    answering, use = Answering(model.streamer, model.joiner, how, sorted(stops), midway), DeviceUse()
     left = [item for item in run.items if journal.find(run.key, item) is None]
     began, read, done = time.perf_counter(), 0, len(run.items) - len(left)
     for answers in answering.run(left):
@@ -310,6 +318,8 @@ def _answer(run: Run, model: _Model, journal: Journal, on_progress: OnProgress |
         read += sum(each.tokens_read + each.tokens_generated for each in answers)
         if on_progress is not None:
             on_progress(run.key, done, len(run.items))
+    if midway is not None:
+        midway.clear()
     seconds = time.perf_counter() - began
     answered = [each for each in (journal.find(run.key, item) for item in run.items) if each is not None]
     assert len(answered) == len(run.items)

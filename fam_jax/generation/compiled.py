@@ -94,8 +94,12 @@ def mesh_of(params: Params) -> Mesh | None:
 
 def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Return the sharding of arrays (B, ...): over the batch axes if they divide the rows, else replicated."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    return batch_sharding(mesh) if rows % ways == 0 else replicated(mesh)
+    return batch_sharding(mesh) if rows % row_ways(mesh) == 0 else replicated(mesh)
+
+
+def row_ways(mesh: Mesh | None) -> int:
+    """Return the number of parts that a mesh divides the rows of a batch into."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def state_sharding(mesh: Mesh, model: ModelConfig, rows: int) -> StreamState:

@@ -13,6 +13,7 @@ from fam_jax.data.interface import Example
 from fam_jax.evaluation.task import Measured, OnProgress, Setting
 from fam_jax.evaluation.text import Documents, document_tables, measure_documents
 from fam_jax.generation.streaming import Streamer
+from tests.evaluation.fake import FakeStreamer
 from tests.generation.tiny import CONFIG, forward, texts
 from tests.model.tiny import params_of, variant
 
@@ -60,6 +61,18 @@ def direct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Any]:
     return run()
+
+
+def test_documents_of_uneven_lengths_cost_little_padding() -> None:
+    """Lengths as those of books, in 16 rows: at most 1.1 tokens are paid for each that is needed."""
+    random = np.random.default_rng(0)
+    lengths = [*map(int, np.exp(random.normal(7, 0.8, 50)))]
+    streamer = FakeStreamer(lambda *_: 0.0, block_size=16)
+    documents = Documents([example(np.full(n, 2, np.int32)) for n in lengths], None, START)
+    setting = Setting(CONFIG, DataConfig(), EvaluateConfig(batch_size=16, chunk_blocks=8))
+    found = measure_documents(streamer, documents, setting).details  # type: ignore[arg-type]
+    assert found["tokens_read"] == sum(lengths) and found["next_token_accuracy"] == 1
+    assert sum(streamer.calls) <= 1.1 * sum(lengths)
 
 
 def test_totals_are_those_of_whole_passes(plain: dict[str, Any]) -> None:
