@@ -160,7 +160,7 @@ def test_a_document_goes_on_from_any_block(tmp_path: pathlib.Path) -> None:
 
     whole = read(None)
     read(
-        Midway(tmp_path / "out.json", "a", streamer, 1e-9), stop=1
+        Midway(tmp_path / "out.json", "a", streamer, 1e-9), stop=0
     )  # the middle one is complete, the long one is not
     midway = Midway(tmp_path / "out.json", "a", streamer, 1e-9)
     assert {key: count for key, (count, _) in midway.begun().items()} == {"long": 5, "middle": 5}
