@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import drift, generation, memories, passkey, training
+from benchmarks import drift, evaluation, generation, memories, passkey, training
 from benchmarks.arithmetic import count_flops
 from benchmarks.naive import naive_hidden
 from benchmarks.timing import LEAST_ROUNDS, Times, interleave
@@ -315,3 +315,17 @@ def test_memories_are_timed_beside_fam(capsys: pytest.CaptureFixture[str]) -> No
     assert "BSWA, m = 1" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         memories.main(["--arms=no_such"])
+
+
+def test_the_evaluation_of_documents_is_compared_with_reading_them(tmp_path: pathlib.Path) -> None:
+    evaluation.main(["--quick", f"--json={tmp_path}/found.json"])
+    record = json.loads((tmp_path / "found.json").read_text())
+    found = record["results"]
+    assert record["command"].startswith("python -m benchmarks.evaluation --quick")
+    for name, seeds in found["padding"].items():
+        assert all(1 <= each["refilled"] < min(1.1, each["sorted"]) for each in seeds), name
+    # The bytes that exist do not depend on the length of documents.
+    assert len({*found["memory"].values()}) == 1 and len(found["memory"]) == 2
+    tokens = found["throughput"]["tokens"]
+    # Questions are long beside documents of 50 tokens.
+    assert 1 <= tokens["evaluate"] / tokens["read"] < 2 and found["throughput"]["ratio"]["median"] > 0

@@ -14,11 +14,15 @@ from fam_jax.evaluation.item import Answered, Encoded, Item, ItemTask
 from fam_jax.evaluation.item_tasks import ITEM_TASKS
 from fam_jax.evaluation.item_tasks.synthetic import TASKS
 from fam_jax.evaluation.joining import Joiner
-from fam_jax.evaluation.summary import summarize
+from fam_jax.evaluation.summary import fingerprint, summarize
 from tests.evaluation.fake import FakeStreamer, joiner, request_for, whole_text
 from tests.evaluation.test_joining import KINDS, vocabulary
 
 NAMES = [task.name for task in TASKS]
+# What needles in real text are hidden in.
+BOOK = "\n".join(
+    f"{n} men saw the sea, and said: it is wide.\n\n" for n in ("Two", "Three", "Four", "Five", "Six")
+)
 GO = r"(?:went to|journeyed to|travelled to|moved to|went back to)"
 TAKE = r"(?:grabbed|took|got|picked up)"
 DROP = r"(?:dropped|put down|left|discarded)"
@@ -26,6 +30,7 @@ GIVE = r"(?:gave|handed|passed)"
 
 
 def items_of(task: ItemTask, own: Joiner, length: int, count: int, **fields: Any) -> list[Item]:
+    fields = {"texts": {"books": {"one": BOOK}}.__getitem__, **fields}
     return [*task.items(request_for(joiner=own, lengths=(length,), count=count, **fields))]
 
 
@@ -47,6 +52,21 @@ def test_prompts_have_exactly_the_length(name: str, kind: str) -> None:
         assert head is not None and text.endswith(item.context.rstrip()[-20:])
         whole = own.encode("." + " " + text[head.start() :])[len(own.encode(".")) :]
         assert ids[-len(whole) :] == whole
+
+
+def test_needles_in_real_text() -> None:
+    """From a random line on; other text makes other items."""
+    task = ITEM_TASKS["needle:text"]
+    items = items_of(task, joiner(), 900, 6)
+    texts = [whole_text(item) for item in items]
+    assert all("men saw the sea, and said: it is wide. " in text for text in texts)
+    begins = {text.partition("Memorize them. ")[2].split()[0] for text in texts}
+    assert len(begins) > 2
+    other = items_of(task, joiner(), 900, 6, texts=lambda _: {"one": BOOK + "Seven men.\n"})
+    assert fingerprint(items) != fingerprint(other)
+    assert [item.references for item in items] == [item.references for item in other]
+    with pytest.raises(UserError, match=r"books: its \.txt files are empty"):
+        items_of(task, joiner(), 900, 1, texts=lambda _: {"one": " \n"})
 
 
 def places_of(text: str) -> tuple[dict[str, str], dict[str, list[str]]]:

@@ -1,10 +1,14 @@
 """Questions on made-up text of exact lengths: `fam_jax.data.synthetic` as tasks of items."""
 
 import functools
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
+from fam_jax.config import UserError
 from fam_jax.data.synthetic import TASKS as MAKERS
 from fam_jax.data.synthetic import Make, Sample
 from fam_jax.data.synthetic.fitting import STOP, fit
@@ -13,6 +17,8 @@ from fam_jax.evaluation.item import GENERATE, Answered, Document, Encoded, Item,
 from fam_jax.evaluation.joining import Joiner
 
 SUITE = "synthetic"
+# The folder with the text around needles.
+BOOKS = "books"
 VERSION = 1
 DOCS = {
     "needle": "number of a key in filler",
@@ -22,6 +28,7 @@ DOCS = {
     "needle:needles": "number of a key among those of other keys",
     "needle:absent": "control: number of a key that is not in the text",
     "needle:near": "control: number of a key right before the question",
+    "needle:text": "number of a key in real text, the .txt files of the folder books of a folder of --data",
     "tracking": "variables that are assigned to each other",
     "words": "the most common words of a list",
     "facts:qa1": "where a person is",
@@ -38,8 +45,14 @@ DOCS = {
 BY_SHARE = ("needle", "tracking", "words")
 
 
-def synthetic_items(request: Request, *, name: str, make: Make) -> Iterator[Item]:
+def synthetic_items(request: Request, *, name: str, make: Make, around: str = "") -> Iterator[Item]:
     """Yield `request.count` items of each length and seed, whose prompts have exactly that many tokens.
+
+    Args:
+      request: what to make.
+      name: of the task.
+      make: makes a sample of it.
+      around: changes with the text that samples are hidden in, if it is not their own.
 
     Raises:
       UserError: a length is too short for the task.
@@ -62,7 +75,7 @@ def synthetic_items(request: Request, *, name: str, make: Make) -> Iterator[Item
                     back = len(found.ids) + found.rest - found.first
                     facts["depth"] = round(found.first / max(1, len(found.ids)), 4)
                     facts["blocks_back"] = back // request.block_size
-                text = f"{sample.question} {sample.answers}"
+                text = f"{sample.question} {sample.answers}{around}"
                 document = Document(
                     "/".join(map(str, key)),
                     text,
@@ -77,6 +90,27 @@ def synthetic_items(request: Request, *, name: str, make: Make) -> Iterator[Item
                     references=sample.answers,
                     facts=facts,
                 )
+
+
+def text_needle_items(request: Request) -> Iterator[Item]:
+    """Yield the items of `needle` with the lines of books around, from a random line on.
+
+    Raises:
+      MissingDataError: there are no books.
+      UserError: a length is too short, or the books are empty.
+    """
+    texts = request.texts(BOOKS)
+    lines = [line.strip() for name in sorted(texts) for line in texts[name].split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f"{BOOKS}: its .txt files are empty; give others")
+
+    def make(random: np.random.Generator, depth: float) -> Sample:
+        begin = int(random.integers(len(lines)))
+        sample = MAKERS["needle"](random, depth)
+        return sample._replace(filler=lambda number: lines[(begin + number) % len(lines)])
+
+    digest = hashlib.blake2b("\n".join(lines).encode(errors="surrogatepass"), digest_size=8).hexdigest()
+    yield from synthetic_items(request, name="needle:text", make=make, around=f" in {digest}")
 
 
 def _sample(make: Make, key: tuple[Any, ...]) -> Sample:
@@ -109,7 +143,7 @@ def synthetic_values(answered: Answered) -> dict[str, float]:
     }
 
 
-def _task(name: str, make: Make) -> ItemTask:
+def _task(name: str, items: Callable[[Request], Iterator[Item]]) -> ItemTask:
     share = name.partition(":")[0] in BY_SHARE
     return ItemTask(
         name,
@@ -117,11 +151,14 @@ def _task(name: str, make: Make) -> ItemTask:
         VERSION,
         SUITE,
         {},
-        functools.partial(synthetic_items, name=name, make=make),
+        items,
         synthetic_values,
         "recall" if share else "exact",
         max_tokens=128,
     )
 
 
-TASKS = tuple(_task(name, make) for name, make in MAKERS.items())
+TASKS = (
+    *(_task(name, functools.partial(synthetic_items, name=name, make=make)) for name, make in MAKERS.items()),
+    _task("needle:text", text_needle_items),
+)
