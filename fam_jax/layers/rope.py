@@ -113,6 +113,10 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     return turn(x, rotation.cos, rotation.sin)
 
 
-def rotate_tokens(x: jax.Array, rotation: Rotation, implementation: str) -> jax.Array:
-    """Rotate many tokens x (B, T, heads, hd) by (B or 1, T, 1, hd / 2), with a kernel if there is one."""
-    return rotary(x, rotation.cos, rotation.sin, implementation=implementation)
+def rotate_tokens(x: jax.Array, rotation: Rotation, implementation: str, *, begin: int = 0) -> jax.Array:
+    """Rotate T tokens of x (B, *, heads, hd), from `begin` on, by (B or 1, T, 1, hd / 2), with a kernel if one can.
+
+    Returns:
+      (B, T, heads, hd).
+    """
+    return rotary(x, rotation.cos, rotation.sin, begin=begin, implementation=implementation)

@@ -214,10 +214,8 @@ class Window(Memory[S]):
         full = length // size
         kept = min(full, segments)  # complete blocks of this chunk that stay visible
         recent, rest = slice((full - kept) * size, full * size), slice(full * size, length)
-
-        def last_blocks(x: jax.Array) -> jax.Array:
-            # Heads side by side: with an axis of heads, a TPU would copy all tokens to another layout first.
-            return x.reshape(batch, length, -1)[:, recent].reshape(batch, kept * size, *heads)
+        # Heads side by side: with an axis of heads, a TPU would copy all tokens to another layout first.
+        recent_v = v.reshape(batch, length, -1)[:, recent].reshape(batch, kept * size, *heads)
 
         def complete(cached: jax.Array, fresh: jax.Array) -> jax.Array:
             fresh = fresh.reshape(batch, kept, size, *heads)
@@ -231,10 +229,11 @@ class Window(Memory[S]):
             return jnp.pad(fresh, ((0, 0), (0, size - fresh.shape[1]), (0, 0), (0, 0)))
 
         in_own_frames = own.map(lambda x: jnp.tile(x, (kept, 1, 1))[None])
+        recent_k = rotate_tokens(k, in_own_frames, self.model.attention, begin=recent.start)
         return dataclasses.replace(
             state,
-            keys=complete(state.keys, rotate_tokens(last_blocks(k), in_own_frames, self.model.attention)),
-            values=complete(state.values, last_blocks(v)),
+            keys=complete(state.keys, recent_k),
+            values=complete(state.values, recent_v),
             block_keys=unfinished(rotate(k[:, rest], own[: length - full * size])),
             block_values=unfinished(v[:, rest]),
         )

@@ -29,8 +29,9 @@ SHAPE = {"block_size": 128, "head_dim": 8, "num_heads": 2, "num_kv_heads": 1, "s
         pytest.param({"length": 3}, marks=pytest.mark.slow),
         pytest.param({"previous_blocks": 2, "stop_gradient": True}, marks=pytest.mark.slow),
         {"length": 16, "head_dim": 128},
+        {"length": 16, "head_dim": 128, "segments": 0},
     ],
-    ids=["padded FAM", "two FAMs, stop-gradient", "all kernels"],
+    ids=["padded FAM", "two FAMs, stop-gradient", "all kernels", "all kernels, no past blocks"],
 )
 def test_kernels_and_xla_agree(changes: dict[str, Any], past_slots: bool) -> None:
     tokens = jnp.asarray(some_tokens(1, 304))

@@ -155,6 +155,31 @@ def test_rotary_kernel(rows: int, length: int) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("begin", "length", "total"),
+    [(256, 272, 600), (16, 16, 48), (64, 272, 400), (0, 0, 32)],
+    ids=["whole tiles before", "a short part", "no whole tiles before", "no tokens"],
+)
+def test_part_of_the_tokens_is_rotated_where_it_stands(begin: int, length: int, total: int) -> None:
+    """Forward and backward: as if the part were cut out first."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(2, total, 1, 128)), jnp.float32)
+    angles = rng.uniform(0, 6, size=(1, length, 1, 64))
+    cos, sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    cotangent = jnp.asarray(rng.normal(size=(2, length, 1, 128)), jnp.float32)
+
+    def part(x: jax.Array) -> jax.Array:
+        return rotary(x, cos, sin, begin=begin, implementation="pallas_interpret")
+
+    def cut(x: jax.Array) -> jax.Array:
+        return rotary(x[:, begin : begin + length], cos, sin, implementation="xla")
+
+    (got, pull), (want, pull_cut) = jax.vjp(part, x), jax.vjp(cut, x)
+    assert got.shape == (2, length, 1, 128)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(pull(cotangent)[0], pull_cut(cotangent)[0], rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("kv_heads", rest_slow([1, 2], [1]))
 def test_devices_share_rows_and_heads(kv_heads: int) -> None:
     """On a mesh (fsdp 2, tensor 2) each device computes its part, and gradients of shared arrays are summed."""
