@@ -9,11 +9,13 @@ evaluates each by generation from a streamed state, and writes OUT/FIGURE.json a
 see the same batches and have the same number of parameters, within 5 %.
 
 Experiments share trainings, which go below the workdir. Run the same command again to resume what was interrupted:
-finished trainings are used again, and --finished makes the results of those alone. The same trainings run on an
+finished trainings are used again, and --finished makes the results of those alone. So are trainings of another
+machine, by the results that were recorded there: --recorded=docs/results/laboratory. The same trainings run on an
 accelerator if JAX finds one and --workers is 1.
 """
 
 import concurrent.futures
+import json
 import shlex
 import statistics
 import sys
@@ -33,11 +35,13 @@ from benchmarks.experiments import (
     config_fields,
     config_of,
     matched,
+    memory_of,
     parameters_of,
     state_floats,
 )
 from benchmarks.record import write_record
 from fam_jax.config import UserError
+from fam_jax.config.strict_json import dump_json, parse_json
 from fam_jax.evaluation import read_evaluation
 from fam_jax.evaluation.record import evaluation_path
 from fam_jax.evaluation.tasks import default_task
@@ -93,13 +97,62 @@ def trainings_of(experiment: Experiment, seeds: Iterable[int], *, quick: bool) -
     return found
 
 
-def run(place: Path, trainings: Sequence[Training], workers: int) -> list[str]:
+class Recorded:
+    """Results that earlier runs wrote, by training."""
+
+    def __init__(self, folder: Path | None):
+        """Read all files of a folder; None: there are none.
+
+        Raises:
+          UserError: the folder does not exist, or a file in it is damaged.
+        """
+        self._entries: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+        if folder is None:
+            return
+        if not folder.is_dir():
+            raise UserError(f"--recorded={folder}: no such folder; name one with results of this program")
+        for path in sorted(folder.glob("*.json")):
+            try:
+                record = parse_json(path.read_bytes())
+                if record["benchmark"] != "reproduce":
+                    continue
+                for task, arms in record["results"].items():
+                    for arm, entry in arms.items():
+                        told = (record["settings"]["tasks"][task], entry)
+                        self._entries.setdefault((task, arm), []).append(told)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{path}: is no file of results; remove it, or name another --recorded"
+                ) from error
+
+    def find(self, training: Training) -> dict[str, Any] | None:
+        """Return the entry of a file that has the training's seed and its settings; None: there is none."""
+        task = TASKS[training.task]
+        wanted = {name: getattr(task, name) for name in ("config", "fields", "lengths")}
+        for of_task, entry in self._entries.get((training.task, training.arm), ()):
+            same_task = json.loads(dump_json(wanted)) == {name: of_task[name] for name in wanted}
+            same_model = str(entry["ff_dim"]) == training.fields["model.ff_dim"] and entry[
+                "memory"
+            ] == memory_of(ARMS[training.arm], task)
+            if same_task and same_model and str(training.seed) in entry["seeds"]:
+                return entry
+        return None
+
+
+def run(
+    place: Path, trainings: Sequence[Training], workers: int, recorded: Recorded | None = None
+) -> list[str]:
     """Make the trainings whose results do not exist, as many at a time as there are workers.
 
     Returns:
       A line for each training that failed.
     """
-    todo = [training for training in trainings if not training.result(place).exists()]
+    recorded = recorded or Recorded(None)
+    todo = [
+        training
+        for training in trainings
+        if not training.result(place).exists() and not recorded.find(training)
+    ]
     if not todo:
         return []
     print(f"{len(todo)} of {len(trainings)} trainings to do", flush=True)
@@ -127,8 +180,10 @@ def run(place: Path, trainings: Sequence[Training], workers: int) -> list[str]:
     return failed
 
 
-def collect(place: Path, experiment: Experiment, trainings: Sequence[Training]) -> dict[str, Any]:
-    """Return the results of the trainings that are finished, by task and arm.
+def collect(
+    place: Path, experiment: Experiment, trainings: Sequence[Training], recorded: Recorded | None = None
+) -> dict[str, Any]:
+    """Return the results of the trainings that are finished, or recorded, by task and arm.
 
     Raises:
       UserError: a result was made with another config.
@@ -136,24 +191,29 @@ def collect(place: Path, experiment: Experiment, trainings: Sequence[Training]) 
     results: dict[str, Any] = {task: {} for task in experiment.tasks}
     for training in trainings:
         path = training.result(place)
-        if not path.exists():
+        told = None if path.exists() or recorded is None else recorded.find(training)
+        if not path.exists() and told is None:
             continue
         task, arm = TASKS[training.task], ARMS[training.arm]
-        found = read_evaluation(path)
         wanted = config_of(task, training.fields)
-        if found.config["model"]["ff_dim"] != wanted.model.ff_dim or found.step != wanted.train.steps:
-            raise UserError(f"{path}: was made with other settings; remove {training.folder(place)}")
         entry = results[training.task].setdefault(
             training.arm,
             {
                 "label": arm.label,
-                "memory": dict(arm.memory),
+                "memory": memory_of(arm, task),
                 "ff_dim": wanted.model.ff_dim,
                 "parameters": parameters_of(wanted.model),
                 "state_floats": state_floats(wanted.model),
                 "seeds": {},
             },
         )
+        if told is not None:
+            entry["seeds"][str(training.seed)] = told["seeds"][str(training.seed)]
+            entry |= {"command": told["command"], "versions": told["versions"]}
+            continue
+        found = read_evaluation(path)
+        if found.config["model"]["ff_dim"] != wanted.model.ff_dim or found.step != wanted.train.steps:
+            raise UserError(f"{path}: was made with other settings; remove {training.folder(place)}")
         entry["seeds"][str(training.seed)] = {
             length: row[METRIC] for length, row in found.details["groups"].items()
         }
@@ -212,6 +272,8 @@ def main(argv: Sequence[str]) -> None:
     add("--workers", type=at_least(1), default=2, metavar="N", help="trainings side by side; default: 2")
     add("--workdir", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="default: %(default)s")
     add("--out", type=Path, metavar="DIR", help="folder of the results; default: the workdir")
+    told = "folder of earlier results, which count as finished trainings if their settings are the same"
+    add("--recorded", type=Path, metavar="DIR", help=told)
     add("--finished", action="store_true", help="train nothing: use the trainings that are finished")
     add("--quick", action="store_true", help="two steps each, to check that everything runs")
     arguments = parser.parse_args(argv)
@@ -219,13 +281,14 @@ def main(argv: Sequence[str]) -> None:
         list_experiments(len(arguments.seeds))
         return
     place: Path = arguments.workdir / "quick" if arguments.quick else arguments.workdir
+    recorded = Recorded(None if arguments.quick else arguments.recorded)
     failed: list[str] = []
     for name in [arguments.figure] if arguments.figure else EXPERIMENTS:
         experiment = EXPERIMENTS[name]
         trainings = trainings_of(experiment, arguments.seeds, quick=arguments.quick)
         if not arguments.finished:
-            failed += run(place, trainings, arguments.workers)
-        results = collect(place, experiment, trainings)
+            failed += run(place, trainings, arguments.workers, recorded)
+        results = collect(place, experiment, trainings, recorded)
         if not any(results.values()):
             continue
         show(experiment, results)

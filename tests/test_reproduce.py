@@ -11,6 +11,7 @@ from benchmarks.experiments import (
     ARMS,
     EXPERIMENTS,
     REFERENCE,
+    ROWS,
     TASKS,
     TOLERANCE,
     config_fields,
@@ -30,6 +31,16 @@ def test_experiments_name_what_exists() -> None:
         assert len({ARMS[name].label for name in experiment.arms}) == len(experiment.arms)
     assert {arm.memory["kind"] for arm in ARMS.values()} <= {*memory_kinds()}
     assert {*ARMS} == {name for experiment in EXPERIMENTS.values() for name in experiment.arms}
+
+
+def test_every_training_has_a_valid_config() -> None:
+    """Rows of memories are those of the task, whose blocks may be short."""
+    for experiment in EXPERIMENTS.values():
+        for task in experiment.tasks:
+            for name in experiment.arms:
+                memory = config_of(TASKS[task], config_fields(TASKS[task], ARMS[name], 0)).model.memory
+                if ARMS[name].memory.get("length") == ROWS:
+                    assert getattr(memory, "length") == TASKS[task].rows  # noqa: B009
 
 
 def check_parameters(task: str, arms: tuple[str, ...]) -> None:
@@ -106,6 +117,37 @@ def test_results_of_finished_trainings(tmp_path: Path, capsys: pytest.CaptureFix
     assert record["settings"]["tasks"]["passkey"]["trained"] == 8
     assert (tmp_path / "out" / "8.png").read_bytes().startswith(b"\x89PNG")
     assert "Transformer-XL, m = 1" in capsys.readouterr().out
+
+
+def test_recorded_results_count_as_finished_trainings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, there = EXPERIMENTS["8"], tmp_path / "there"
+    trainings = reproduce.trainings_of(experiment, (0, 1), quick=False)
+    for training, share in zip(trainings[:2], (0.5, 0.25), strict=True):
+        finish(there, training, share)
+    reproduce.main(["--figure=8", "--finished", f"--workdir={there}"])
+    (there / "other.json").write_text('{"benchmark": "speed"}')
+    here, ran = tmp_path / "here", []
+    finish(here, trainings[2], 1.0)
+    monkeypatch.setattr(reproduce.Workers, "run", lambda self, name, commands: ran.append(name))
+    recorded = f"--recorded={there}"
+    reproduce.main(["--figure=8", "--seeds=0,1", f"--workdir={here}", recorded])
+    assert ran == ["transformer_xl_1"]
+    found = json.loads((here / "8.json").read_text())["results"]["passkey"]
+    assert found["bswa_m1"]["mean"]["8"] == 0.75 and found["transformer_xl"]["mean"]["8"] == 0.25
+    assert "launch.train" in found["transformer_xl"]["command"]
+
+    # Of another model: it does not count.
+    record = json.loads((there / "8.json").read_text())
+    record["results"]["passkey"]["transformer_xl"]["ff_dim"] += 8
+    (there / "8.json").write_text(json.dumps(record))
+    assert reproduce.Recorded(there).find(trainings[0]) and not reproduce.Recorded(there).find(trainings[1])
+    (there / "8.json").write_text("{")
+    with pytest.raises(UserError, match=r"8\.json: is no file of results"):
+        reproduce.Recorded(there)
+    with pytest.raises(UserError, match="no such folder"):
+        reproduce.Recorded(tmp_path / "none")
 
 
 def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
