@@ -105,7 +105,8 @@ ARMS = {
 }
 
 STAGED = {"data.advance_accuracy": 0.0, "data.min_filler_blocks": 0, "data.late_keys": 0.0}
-ALGORITHMIC = {**STAGED, "data.max_stage_steps": 400, "train.steps": 2000, "train.batch_size": 32}
+# With 32 rows, every memory names one of the values that it has seen and never learns which: a row has one answer.
+ALGORITHMIC = {**STAGED, "data.max_stage_steps": 400, "train.steps": 1200, "train.batch_size": 128}
 
 
 def _algorithmic(
@@ -132,10 +133,8 @@ TASKS = {
         8,
         "filler",
     ),
-    "remember": _algorithmic("remember", "associative remember", (1, 2, 4, 8), (1, 2, 4, 8), "pairs"),
-    "rewrite": _algorithmic(
-        "rewrite", "associative rewrite", (1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64), "pairs"
-    ),
+    "remember": _algorithmic("remember", "associative remember", (1, 2, 4), (1, 2, 4, 8), "pairs"),
+    "rewrite": _algorithmic("rewrite", "associative rewrite", (1, 2, 4), (1, 2, 4, 8, 16, 32, 64), "pairs"),
     "copy": _algorithmic("copy", "copy", (1, 2, 3), (1, 2, 3, 4), "list"),
     "reverse": _algorithmic("reverse", "reverse", (1, 2, 3), (1, 2, 3, 4), "list"),
 }
