@@ -106,7 +106,7 @@ ARMS = {
 
 STAGED = {"data.advance_accuracy": 0.0, "data.min_filler_blocks": 0, "data.late_keys": 0.0}
 # With 32 rows, every memory names one of the values that it has seen and never learns which: a row has one answer.
-ALGORITHMIC = {**STAGED, "data.max_stage_steps": 400, "train.steps": 1200, "train.batch_size": 128}
+ALGORITHMIC = {**STAGED, "data.max_stage_steps": 1500, "train.steps": 4500, "train.batch_size": 256}
 
 
 def _algorithmic(

@@ -54,7 +54,7 @@ def get_config(arg: str = "remember") -> ConfigDict:
         prompt_weight=0.0,
     )
     # A row has one answer: with 32 rows, models learn to name one of the values, and not which.
-    config.train.update(steps=2000, batch_size=128)
+    config.train.update(steps=2000, batch_size=256)
     config.evaluate.update(filler_blocks=(1, 2, 4, 8))
     if "smoke" in words:
         config.model.update(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, ff_dim=32)

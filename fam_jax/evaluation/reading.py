@@ -5,7 +5,7 @@ little more than the documents themselves. Nothing is truncated.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -118,14 +118,7 @@ def read_documents(
                 state = state.replace_row(number, begun.pop(row.key)[1])
     while busy:
         assert state is not None and fresh is not None
-        blocks = call_blocks(min(row.blocks - row.done for row in busy.values()), chunk_blocks)
-        tokens = np.zeros((count, blocks * size), np.int32)
-        for number, row in busy.items():
-            tokens[number] = row.ids[row.done * size :][: blocks * size]
-            row.done += blocks
-        _, state = streamer.read([*tokens], state, chunk_blocks=blocks)
-        cost.paid += tokens.size
-        cost.needed += len(busy) * blocks * size
+        state = _read_on(streamer, busy, count, chunk_blocks, state, cost)
         for number in [number for number, row in busy.items() if row.done == row.blocks]:
             row = busy.pop(number)
             yield Read(row.key, state.select([number]), row.ids[row.blocks * size :], len(row.ids))
@@ -135,6 +128,22 @@ def read_documents(
                 state = state.replace_row(number, memory)
         if midway:
             midway.offer({number: (row.key, row.done) for number, row in busy.items()}, state)
+
+
+def _read_on(
+    streamer: Streamer, busy: Mapping[int, _Row], count: int, chunk: int, state: StreamState, cost: Cost
+) -> StreamState:
+    """Read as many blocks of every busy row as all of them have left, at most `chunk`; return the state after them."""
+    size = streamer.config.block_size
+    blocks = call_blocks(min(row.blocks - row.done for row in busy.values()), chunk)
+    tokens = np.zeros((count, blocks * size), np.int32)
+    for number, row in busy.items():
+        tokens[number] = row.ids[row.done * size :][: blocks * size]
+        row.done += blocks
+    _, state = streamer.read([*tokens], state, chunk_blocks=blocks)
+    cost.paid += tokens.size
+    cost.needed += len(busy) * blocks * size
+    return state
 
 
 def call_blocks(left: int, chunk: int) -> int:
