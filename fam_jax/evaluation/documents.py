@@ -5,7 +5,7 @@ parts, each as a stream of its own that knows nothing of what came before.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -85,19 +85,17 @@ class DocumentReader:
         """Return the blocks of a document, the last of which may be incomplete."""
         return ceil_div(len(self.documents.examples[document].ids), self.streamer.config.block_size)
 
-    def read(self, name: str, after_block: AfterBlock | None = None, *, chunk: int = 0) -> list[Scores]:
-        """Return the scores of every document, in order.
+    def read_by_block(self, name: str, after_block: AfterBlock | None = None) -> list[Scores]:
+        """Return the scores of every document, in order, read block by block beside others of similar length.
+
+        All such passes run the same program. So what a change after every block makes no difference to stays the same
+        bit for bit.
 
         Args:
           name: of the pass, for the progress.
-          after_block: called after every block, which are then read one at a time. Documents of similar length are then
-            read side by side; otherwise a row whose document has ended takes the next one.
-          chunk: most blocks to read at a time; 0: evaluate.chunk_blocks. It sets the speed only, but for rounding.
+          after_block: called after every block.
         """
         examples = self.documents.examples
-        chunk = 1 if after_block else chunk or self.setting.evaluate.chunk_blocks
-        if after_block is None:
-            return self._read_refilled(name, chunk)
         total, done = sum(len(each.ids) for each in examples), 0
         by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
         scores: dict[int, Scores] = {}
@@ -110,13 +108,21 @@ class DocumentReader:
                 if self.on_progress is not None:
                     self.on_progress(name, done + sum(min(read, n) for n in new), total)
 
-            found = self._read_batch(batch, after_block, chunk, report)
+            found = self._read_batch(batch, after_block, report)
             done += sum(new)
             scores |= dict(zip(batch, found, strict=True))
         return [scores[index] for index in range(len(examples))]
 
-    def _read_refilled(self, name: str, chunk: int) -> list[Scores]:
-        """Return the scores of every document, read in rows that take the longest document left when one has ended."""
+    def read(self, name: str) -> list[Scores]:
+        """Return the scores of every document, in order. A row whose document has ended takes the longest one left.
+
+        Args:
+          name: of the pass, for the progress.
+        """
+        chunk, total = (
+            self.setting.evaluate.chunk_blocks,
+            sum(len(each.ids) for each in self.documents.examples),
+        )
         size, examples = self.streamer.config.block_size, self.documents.examples
         blocks = [max(1, self.blocks(index)) for index in range(len(examples))]
         count = rows_to_use(blocks, self.rows, row_ways(self.streamer.mesh))
@@ -147,7 +153,7 @@ class DocumentReader:
                 batch[row], first[row] = following, 0
                 state = state.replace_row(row, fresh)
             if self.on_progress is not None:
-                self.on_progress(name, done, sum(len(each.ids) for each in examples))
+                self.on_progress(name, done, total)
         return [self._scores(index, parts[index]) for index in range(len(examples))]
 
     def _scores(self, index: int, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Scores:
@@ -158,7 +164,6 @@ class DocumentReader:
         self,
         batch: Sequence[int],
         after_block: AfterBlock | None,
-        chunk: int,
         report: Callable[[int], None],
     ) -> list[Scores]:
         examples, size = [self.documents.examples[index] for index in batch], self.streamer.config.block_size
@@ -166,11 +171,11 @@ class DocumentReader:
         blocks = ceil_div(int(lengths.max()), size)
         state = start = self.streamer.start(len(batch))
         parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {index: [] for index in batch}
-        for first, count in _chunks(blocks, chunk):
-            begin, end = first * size, (first + count) * size
-            lost, right, state = self._measure(batch, [first] * len(batch), count, state)
+        for first in range(blocks):
+            begin, end = first * size, (first + 1) * size
+            lost, right, state = self._measure(batch, [first] * len(batch), 1, state)
             if after_block:
-                state = after_block(state, start, first + count, batch)
+                state = after_block(state, start, first + 1, batch)
             for row, (index, length) in enumerate(zip(batch, lengths, strict=True)):
                 real = slice(0, max(0, int(length) - begin))
                 parts[index].append((lost[row, real], right[row, real]))
@@ -241,16 +246,6 @@ class DocumentReader:
 
     def _start(self, document: int) -> int:
         return self.documents.starts[document] if self.documents.starts else self.documents.start_id
-
-
-def _chunks(blocks: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Yield the first block and the number of blocks of every call. The last calls are shorter, in few sizes."""
-    first = 0
-    while first < blocks:
-        while chunk > blocks - first:
-            chunk = max(chunk // 4, 1)  # few sizes, because each is compiled
-        yield first, chunk
-        first += chunk
 
 
 def _check_all_read(

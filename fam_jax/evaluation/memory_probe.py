@@ -45,7 +45,7 @@ def probe_memory(
     reader = DocumentReader(streamer, documents, setting, report)
     inspected = inspect_documents(reader, report)
     gradients = gradient_reach(reader, report)
-    intact = reader.read("intact", chunk=1)
+    intact = reader.read_by_block("intact")
     scores, skipped = memory_scores(reader, intact)
     model = streamer.config
     return {

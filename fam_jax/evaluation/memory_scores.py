@@ -50,7 +50,7 @@ def memory_scores(reader: DocumentReader, intact: Sequence[Scores]) -> tuple[dic
     else:
         skipped |= {name: "the model has no memory beside its window" for name in WAYS if name != "window"}
     for name, change in changes.items():
-        changed = reader.read(name, change)
+        changed = reader.read_by_block(name, change)
         begins = [_middle(reader, n) if name == "stopped" else 1 for n in range(len(intact))]
         add_comparison(found, name, reader, intact, changed, begins)
     segments = config.memory_segments

@@ -81,7 +81,9 @@ def measure_documents(
     details |= {
         "by_document": [_by_bucket(each) for each in scores],
         "ablations": {
-            name: _ablation(scores, reader.read(name, ablation(streamer, name)), streamer.config.block_size)
+            name: _ablation(
+                scores, reader.read_by_block(name, ablation(streamer, name)), streamer.config.block_size
+            )
             for name in evaluate.ablations
         },
         "block_size": streamer.config.block_size,
