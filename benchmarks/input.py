@@ -20,17 +20,20 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from etils import epath
 
 from benchmarks.record import write_record
 from benchmarks.report import print_table
 from benchmarks.timing import Spread
 from fam_jax.config import DataConfig
 from fam_jax.config.strict_json import dump_json
+from fam_jax.data.bookmarks import Bookmarks
 from fam_jax.data.build import make_batches
 from fam_jax.data.interface import BatchSpec
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.seqio_source import SeqioSource
+from fam_jax.data.sharded_batches import ShardedBatches
 from fam_jax.data.sources import Shuffled, TextSource
 from fam_jax.data.text_vocabulary import train_text_vocabulary
 from fam_jax.data.vocabulary import load_vocabulary
@@ -43,6 +46,7 @@ PIECES = 8000
 SAMPLE = 150
 PROCESSES = (1, 2, 4)
 LAYOUTS = ("packed", "by_row", "continuous")
+SEQIO_LAYOUTS = ("packed", "by_row")
 ONE_BY_ONE = "packed, text by text"
 # Batches of a measurement: four times as many as are made ahead at a time.
 BATCHES = 32
@@ -100,7 +104,12 @@ def prepare(folder: Path, texts: Sequence[str]) -> dict[str, str]:
 def config(vocabulary: str, layout: str, files: str) -> DataConfig:
     """Return the data of a case."""
     return DataConfig(
-        task="text", vocabulary=vocabulary, layout=layout, train_files=(files,), sequence_length=TOKENS
+        task="text",
+        vocabulary=vocabulary,
+        layout=layout,
+        train_files=(files,),
+        sequence_length=TOKENS,
+        seqio_shards=max(PROCESSES),
     )
 
 
@@ -119,8 +128,9 @@ def batches_of(vocabulary: str, case: str, processes: int, files: str) -> Any:
 
 def settle(batches: Any) -> None:
     """Wait until everything that is made ahead is ready."""
-    thread: ThreadPoolExecutor = batches._thread
-    thread.submit(lambda: None).result()
+    for part in batches.parts if isinstance(batches, ShardedBatches) else [batches]:
+        thread: ThreadPoolExecutor = part._thread
+        thread.submit(lambda: None).result()
 
 
 def spent(work: Callable[[], Any]) -> tuple[float, float]:
@@ -151,6 +161,8 @@ def measure_rates(vocabularies: dict[str, str], files: str, rounds: int) -> list
             (case, count): batches_of(vocabulary, case, count, files)
             for case, count in ((ONE_BY_ONE, 1), *itertools.product(LAYOUTS, PROCESSES))
         }
+        for layout, count in itertools.product(SEQIO_LAYOUTS, PROCESSES):
+            cases[f"{layout}, seqio task", count] = streamed(vocabulary, layout, count, None)
         for batches in cases.values():
             deliver(batches)  # fills what is made ahead
         found: dict[Any, list[tuple[float, float]]] = {case: [] for case in cases}
@@ -181,33 +193,40 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(float(median), float(q1), float(q3), len(values))
 
 
-def streamed(vocabulary: str) -> PackedBatches:
-    """Return packed batches of the dataset as a seqio task, which is read and tokenized by seqio."""
-    import tensorflow_datasets as tfds
+def streamed(vocabulary: str, layout: str, processes: int, bookmarks: Path | None) -> Any:
+    """Return the batches of the first process, from the dataset as a seqio task: seqio reads and tokenizes it.
 
-    features = {"targets": seqio.Feature(load_vocabulary(vocabulary))}
-    builder = tfds.builder(DATASET)
-
-    def load(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        return builder.as_dataset(
-            split=split, shuffle_files=shuffle_files, read_config=tfds.ReadConfig(shuffle_seed=seed)
-        )
+    Args:
+      vocabulary: as in :func:`batches_of`.
+      layout: packed or by_row.
+      processes: that share the batch.
+      bookmarks: folder of bookmarks, one for every second of reading; None: there are none.
+    """
 
     def rename(dataset: tf.data.Dataset) -> tf.data.Dataset:
         return dataset.map(lambda example: {"targets": example["text"]})
 
     task = seqio.Task(
         DATASET,
-        source=seqio.FunctionDataSource(load, splits=("train",)),
+        source=seqio.TfdsDataSource(f"{DATASET}:1.0.0", splits=("train",)),
         preprocessors=[rename, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
-        output_features=features,
+        output_features={"targets": seqio.Feature(load_vocabulary(vocabulary))},
     )
-    data = config(vocabulary, "packed", "-")
-    return PackedBatches(data, SeqioSource(task, "train", SEED), BatchSpec(BLOCK, ROWS, SEED))
+    data, spec = config(vocabulary, layout, "-"), BatchSpec(BLOCK, ROWS, SEED, shard=(0, processes))
+
+    def shard(index: int, count: int) -> tuple[SeqioSource, Bookmarks | None]:
+        place = bookmarks / f"{index}-of-{count}" if bookmarks else None
+        marks = Bookmarks(epath.Path(place), DATASET, seconds=1.0) if place else None
+        return SeqioSource(task, "train", SEED, shard=(index, count), bookmarks=marks), marks
+
+    if layout == "by_row":
+        return ShardedBatches(data, shard, spec)
+    source, marks = shard(0, 1)
+    return PackedBatches(data, source, spec, bookmarks=marks)
 
 
 def measure_resumes(
-    vocabularies: dict[str, str], files: str, tokens: int, rounds: int
+    vocabularies: dict[str, str], files: str, tokens: int, rounds: int, scratch: Path
 ) -> list[dict[str, Any]]:
     """Return the seconds from making the batches to the first one, at the start and after a number of tokens."""
     rows = []
@@ -217,7 +236,12 @@ def measure_resumes(
             for kind, source in (("text", files), ("tfds", f"tfds:{DATASET}:train"))
             for layout in LAYOUTS
         }
-        makers["seqio task, packed"] = functools.partial(streamed, vocabulary)
+        for layout in SEQIO_LAYOUTS:
+            place = scratch / name / layout
+            makers[f"seqio task, {layout}"] = functools.partial(streamed, vocabulary, layout, 1, place)
+        makers["seqio task, packed, no bookmarks"] = functools.partial(
+            streamed, vocabulary, "packed", 1, None
+        )
         states = {}
         for case, make in makers.items():
             batches = make()
@@ -300,7 +324,7 @@ def main(argv: Sequence[str]) -> None:
         files = f"{scratch}/texts.jsonl"
         results = {
             "rates": measure_rates(vocabularies, files, rounds),
-            "resumes": measure_resumes(vocabularies, files, tokens, min(rounds, 3)),
+            "resumes": measure_resumes(vocabularies, files, tokens, min(rounds, 3), Path(scratch)),
         }
     show(results)
     settings = {

@@ -61,6 +61,8 @@ def paper_config(
         train_files=("tfds:pg19:train",),
         heldout_files=("tfds:pg19:test",),
         sequence_length=8704,
+        # Each process tokenizes its own rows only.
+        layout="by_row",
         repeat_segment=256,
         repeat_weight=0.1,
     )

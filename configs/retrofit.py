@@ -91,6 +91,7 @@ def retrofit_config(place: str, words: Sequence[str]) -> ConfigDict:
         heldout_files=("tfds:pg19:test",),
         # The paper's row length, which includes the repetition at the end.
         sequence_length=8704,
+        layout="by_row",
         repeat_segment=256,
     )
     config.train.update(
@@ -189,7 +190,6 @@ def _shorten(config: ConfigDict) -> None:
         file_suffixes=(".py",),
         sequence_length=80,
         repeat_segment=0,
-        shuffle_batches=1,
         vocabulary=config.data.vocabulary or "bytes",
     )
     config.train.update(steps=3, batch_size=8, loss_chunk=1024, log_every=1, checkpoint_every=3)

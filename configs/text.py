@@ -47,6 +47,7 @@ def get_config(arg: str = "fam") -> ConfigDict:
         task="text",
         vocabulary="bytes",
         sequence_length=ROW,
+        layout="by_row",
         train_files=("data/train",),
         heldout_files=("data/heldout",),
     )

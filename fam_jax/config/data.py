@@ -113,14 +113,14 @@ class DataConfig:
     layout: str = setting(
         default="packed",
         doc="packed: rows cut from one sequence of all examples, which every process reads. by_row: each row has "
-        "examples of its own, joined, so a process reads those of its rows only. continuous: also, but a row holds one "
-        "example, which goes on in the next batch.",
+        "examples of its own, joined, so a process reads those of its rows only (for seqio tasks, see seqio_shards). "
+        "continuous: also, but a row holds one example, which goes on in the next batch.",
         choices=LAYOUTS,
         tasks=PACKED,
     )
     shuffle_batches: int = setting(
         default=8,
-        doc="Layout packed: rows are shuffled within groups of this many batches.",
+        doc="Layout packed, and by_row of seqio tasks: rows are shuffled within groups of this many batches.",
         minimum=1,
         tasks=PACKED,
     )
@@ -223,6 +223,15 @@ class DataConfig:
     value_letters: int = setting(
         default=1, doc="Letters of a value, one of 16 each.", minimum=1, maximum=8, tasks=(ALGORITHMIC,)
     )
+    # seqio.
+    seqio_shards: int = setting(
+        default=16,
+        doc="Layout by_row of a seqio task: shards of its examples, each for a group of neighboring rows; a process "
+        "reads those of its rows. Use as many as there are processes, or more, but no more than the task has files. "
+        "The number is the greatest common divisor of this and the batch size.",
+        minimum=1,
+        tasks=PACKED,
+    )
 
     def check(self) -> None:
         """Raise :class:`ConfigError` if fields contradict each other or belong to another task."""
@@ -244,7 +253,9 @@ class DataConfig:
                 f"config.data.mixture: expected files and a rate above 0, got {path!r} with {rate}; write FILES=RATE",
             )
         require(
-            self.layout == "packed" or self.shuffle_batches == 8,
+            self.layout == "packed"
+            or self.shuffle_batches == 8
+            or (self.layout == "by_row" and self.task.startswith(f"{SEQIO}:")),
             f"config.data.shuffle_batches: belongs to the layout packed, but data.layout is {self.layout}; "
             "leave it at its default, 8",
         )

@@ -7,6 +7,7 @@ rows, and add a line to :data:`TASKS`. Its config fields and its name go to `fam
 import abc
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from etils import epath
 from fam_jax.config import ConfigError, DataConfig, EvaluateConfig
 from fam_jax.config.data import ALGORITHMIC, INSTRUCTIONS, MIXED, PASSKEY, SEQIO, TEXT
 from fam_jax.data.algorithmic import AlgorithmicCurriculum, algorithmic_stage_tokens
+from fam_jax.data.bookmarks import Bookmarks
 from fam_jax.data.documents import Documents, check_apart, find_files
 from fam_jax.data.instructions import InstructionSource, chat_template
 from fam_jax.data.interface import Batches, BatchSpec, Example, Source
@@ -26,6 +28,7 @@ from fam_jax.data.quiet_seqio import seqio
 from fam_jax.data.records import SUFFIXES, Row, is_rows, read_rows
 from fam_jax.data.row_batches import RowBatches
 from fam_jax.data.seqio_source import SeqioSource, seqio_rows, seqio_source
+from fam_jax.data.sharded_batches import ShardedBatches
 from fam_jax.data.source_mixture import SourceMixture
 from fam_jax.data.sources import Shuffled, TextSource
 from fam_jax.data.tfds_rows import TFDS, tfds_rows
@@ -133,6 +136,8 @@ class PackedTask(DataTask):
     def batches(self, spec: BatchSpec) -> Batches:
         """Return batches of the source in data.layout."""
         source = self.source(spec.seed)
+        if isinstance(source, SeqioSource) and self.data.layout in ("packed", "by_row"):
+            return _seqio_batches(self.data, source, spec)
         if self.data.layout != "packed":
             if not isinstance(source, Shuffled):
                 raise ConfigError(
@@ -279,6 +284,25 @@ def make_batches(data: DataConfig, spec: BatchSpec) -> Batches:
         B.
     """
     return find_task(data).batches(spec)
+
+
+def _seqio_batches(data: DataConfig, source: SeqioSource, spec: BatchSpec) -> Batches:
+    """Return batches of examples that seqio reads, with bookmarks: packed, or with the layout by_row of its shards."""
+
+    def shard(index: int, count: int) -> tuple[SeqioSource, Bookmarks | None]:
+        bookmarks = None
+        if spec.bookmarks:
+            run = hashlib.blake2b(f"{source.fingerprint} {spec.seed}".encode(), digest_size=8).hexdigest()
+            folder = epath.Path(spec.bookmarks) / run / f"{index}-of-{count}"
+            # Of the processes that share a shard, the one with its first row makes them.
+            makes = index * (spec.batch_size // count) in spec.own_rows
+            bookmarks = Bookmarks(folder, source.fingerprint, makes=makes)
+        return dataclasses.replace(source, shard=(index, count), bookmarks=bookmarks), bookmarks
+
+    if data.layout == "by_row":
+        return ShardedBatches(data, shard, spec)
+    packed, bookmarks = shard(0, 1)
+    return PackedBatches(data, packed, spec, bookmarks=bookmarks)
 
 
 def heldout_examples(

@@ -1,7 +1,7 @@
 """The two interfaces of the data code: `Source`, which gives examples, and `Batches`, which gives training batches.
 
-`PackedBatches` makes batches from any source, `RowBatches` from one whose examples are read by number, and
-`MixedBatches` from several batches. `fam_jax.data.build` chooses.
+`PackedBatches` makes batches from any source, `RowBatches` from one whose examples are read by number, `ShardedBatches`
+from shards of a seqio task, and `MixedBatches` from several batches. `fam_jax.data.build` chooses.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -155,6 +155,8 @@ class BatchSpec(NamedTuple):
     # Joins the arrays of all processes along the first axis, in their order; all of them call it together. Layouts
     # whose processes know only their own rows need it for Batches.state. None: there is one process.
     gather: Callable[[np.ndarray], np.ndarray] | None = None
+    # Where examples that can be read in order only have their bookmarks: a folder of the run. None: they have none.
+    bookmarks: str | None = None
 
     @property
     def own_rows(self) -> range:

@@ -10,8 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from fam_jax.config import DataConfig, UserError
+from fam_jax.data.bookmarks import Bookmarks
 from fam_jax.data.interface import Batch, BatchSpec, Source, check_state, new_streams
 from fam_jax.data.randomness import permutation
 from fam_jax.data.rows import Rows, TextBatches, empty_rows
@@ -35,21 +37,41 @@ class PackedBatches(TextBatches):
     reads one group ahead.
     """
 
-    def __init__(self, data: DataConfig, source: Source, spec: BatchSpec):
+    def __init__(
+        self,
+        data: DataConfig,
+        source: Source,
+        spec: BatchSpec,
+        *,
+        rows: range | None = None,
+        bookmarks: Bookmarks | None = None,
+        name: str = "",
+    ):
         """Prepare the batches. The first call of :meth:`next` reads the first examples.
 
         Args:
           data: row length, shuffling, repeated segment.
           source: examples to pack.
           spec: the size of batches, and the seed of shuffling and of the repeated segments.
+          rows: numbers of the rows to keep; None: those of this process.
+          bookmarks: those that the source makes, if it makes any: they are kept for the positions of states.
+          name: of the examples, for an error message; by default the fingerprint of the source.
 
         Raises:
           ConfigError: a row is too short for the segment.
           UserError: the number of processes does not divide B.
         """
         super().__init__(data, source.vocabulary, spec)
-        self.source = source
-        self._start(0, Position())
+        if spec.shard == (0, spec.shard[1]) and spec.shard[1] > 1:
+            logging.warning(
+                "config.data.layout: with packed, each of the %d processes tokenizes the whole batch, with by_row its "
+                "own rows only",
+                spec.shard[1],
+            )
+        self.source, self._bookmarks, self._name = source, bookmarks, name or source.fingerprint
+        if rows is not None:
+            self._own_rows = rows
+        self.start(0, Position())
 
     def next(self) -> Batch:
         """Return this process's rows of the next batch.
@@ -78,9 +100,14 @@ class PackedBatches(TextBatches):
 
         Restoring it reads at most one group of batches again.
         """
-        begun = self._step % self.data.shuffle_batches
-        group = self._group if begun else self._group_end
-        return {"stream": self._identity(), "step": self._step, "group": dataclasses.asdict(group)}
+        return {"stream": self.identity(), "step": self._step, "group": dataclasses.asdict(self.position())}
+
+    def position(self) -> Position:
+        """Return where the group of the next batch begins; keep the last bookmark before it."""
+        group = self._group if self._step % self.data.shuffle_batches else self._group_end
+        if self._bookmarks is not None:
+            self._bookmarks.keep(group.epoch, group.example)
+        return group
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state`.
@@ -88,10 +115,10 @@ class PackedBatches(TextBatches):
         Raises:
           UserError: the state is of another task or version, or of other examples.
         """
-        check_state(state, {"stream", "step", "group"}, self._identity())
-        self._start(state["step"], Position(**state["group"]))
+        check_state(state, {"stream", "step", "group"}, self.identity())
+        self.start(state["step"], Position(**state["group"]))
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Return what the batches after a position depend on."""
         data = self.data
         return self._segments | {
@@ -103,7 +130,8 @@ class PackedBatches(TextBatches):
             "contents": self.source.fingerprint,
         }
 
-    def _start(self, step: int, group: Position) -> None:
+    def start(self, step: int, group: Position) -> None:
+        """Continue with the batch of a step, from the :meth:`position` before it."""
         self._step = step
         # Where the current group begins and ends.
         self._group = self._group_end = group
@@ -114,19 +142,28 @@ class PackedBatches(TextBatches):
         self._ahead: Future[tuple[Rows, Position]] | None = None
 
     def _begin_group(self) -> None:
-        number = self._step // self.data.shuffle_batches
-        ahead = self._ahead or self._thread.submit(self._read_group, number)
-        self._rows, end = ahead.result()
+        self.read_ahead()
+        assert self._ahead is not None
+        self._rows, end = self._ahead.result()
         self._group, self._group_end = self._group_end, end
-        self._ahead = self._thread.submit(self._read_group, number + 1)
+        if self._bookmarks is not None:
+            self._bookmarks.passed(self._group.epoch, self._group.example)
+        self._ahead = None
+        self.read_ahead(1)
 
-    def _read_group(self, number: int) -> tuple[Rows, Position]:
-        """Return this process's rows of a group, and where the group ends."""
+    def read_ahead(self, groups: int = 0) -> None:
+        """Begin to read the group of the next batch, or one behind it, unless a group is being read."""
+        if self._ahead is None:
+            number = self._step // self.data.shuffle_batches + groups
+            self._ahead = self._thread.submit(self._read_group, number, self._cut)
+
+    def _read_group(self, number: int, cut: Iterator[tuple[Rows, Position]]) -> tuple[Rows, Position]:
+        """Return this process's rows of a group, cut one after the other, and where the group ends."""
         batches, size = self.data.shuffle_batches, self.spec.batch_size
         own = empty_rows(batches, len(self._own_rows), self._body)
         # Place in the group of each row, in the order in which rows are cut.
         for place in np.argsort(permutation(batches * size, "rows", self.spec.seed, number)).tolist():
-            rows, end = next(self._cut)
+            rows, end = next(cut)
             batch, row = divmod(place, size)
             if row in self._own_rows:
                 for into, part in zip(own, rows, strict=True):
@@ -152,7 +189,5 @@ class PackedBatches(TextBatches):
                         yield rows, Position(epoch, index, begin)
                         rows, filled = empty_rows(length), 0
             if read == 0:
-                raise UserError(
-                    f"config.data.task: there are no tokens in {self.source.fingerprint}; use other data"
-                )
+                raise UserError(f"config.data.task: there are no tokens in {self._name}; use other data")
             epoch, first, skipped = epoch + 1, 0, 0

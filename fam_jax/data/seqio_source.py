@@ -1,5 +1,6 @@
 """Sources that seqio reads: its tasks and mixtures."""
 
+import copy
 import dataclasses
 import importlib
 import itertools
@@ -7,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from fam_jax.config import ConfigError
+from fam_jax.data.bookmarks import Bookmark, Bookmarks, restore
 from fam_jax.data.interface import Example
 from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.randomness import random_key
@@ -28,9 +31,10 @@ PRETOKENIZED = ("inputs_pretokenized", "targets_pretokenized")
 class SeqioSource:
     """Examples of a seqio task or mixture: inputs, of loss weight 0, then targets, of weight 1 (section 3.1).
 
-    seqio has no access by number: to start at an example, those before it are made and dropped. Those of a task are not
-    tokenized if tokenization is the last step of its preprocessing. Random preprocessing repeats exactly if it takes
-    its seeds from seqio.
+    seqio has no access by number. To start at an example, the last bookmark before it is opened. Examples between the
+    two, or all of the epoch if there is no bookmark, are made and dropped. Those of a task are not tokenized if
+    tokenization is the last step of its preprocessing. Random preprocessing repeats exactly if it takes its seeds from
+    seqio.
     """
 
     # seqio.Task | seqio.Mixture.
@@ -40,6 +44,10 @@ class SeqioSource:
     # True: each epoch has an order of its own, and a mixture is one endless epoch, mixed by its rates. False: examples
     # come in seqio's order, and those of a mixture task by task, each once.
     shuffle: bool = True
+    # (index, count): seqio divides the examples into `count` shards, and this source has one of them.
+    shard: tuple[int, int] = (0, 1)
+    # Where to begin in place of the start of an epoch; None: nowhere.
+    bookmarks: Bookmarks | None = None
 
     @property
     def vocabulary(self) -> seqio.Vocabulary:
@@ -60,25 +68,65 @@ class SeqioSource:
             each = (dataclasses.replace(self, provider=task).epoch(epoch) for task in tasks)
             yield from itertools.islice(itertools.chain.from_iterable(each), first, None)
             return
+        names = [name for name in ("inputs", "targets") if name in self.provider.output_features]
+        iterator, skipped = self._iterator_at(epoch, first)
+        for place in itertools.count(first):
+            if self.bookmarks is not None and self.bookmarks.due():
+                self.bookmarks.add(Bookmark(epoch, place, skipped), iterator)
+            if (example := next(iterator, None)) is None:
+                return
+            parts = [np.asarray(example[name], np.int32) for name in names]
+            weights = np.repeat(np.arange(2 - len(parts), 2), [len(part) for part in parts])
+            text = example.get("targets_pretokenized", b"") if len(parts) == 1 else b""
+            yield Example(np.concatenate(parts), weights.astype(np.float32), len(text))
+
+    def _iterator_at(self, epoch: int, first: int) -> tuple[tf.data.NumpyIterator, int]:
+        """Return an iterator over an epoch from place `first` on, and how many examples its dataset skips."""
+        for mark, state in self.bookmarks.until(epoch, first) if self.bookmarks is not None else ():
+            iterator = self._dataset(epoch, mark.skipped).as_numpy_iterator()
+            try:
+                restore(iterator, state)
+            except (ValueError, OSError) as error:
+                logging.warning(
+                    "%s: a saved place in the data cannot be used (%s); the examples before it are read again",
+                    self.provider.name,
+                    error,
+                )
+                continue
+            for _ in itertools.islice(iterator, first - mark.place):
+                pass
+            return iterator, mark.skipped
+        return self._dataset(epoch, first).as_numpy_iterator(), first
+
+    def _dataset(self, epoch: int, first: int) -> tf.data.Dataset:
+        """Return the examples of an epoch from place `first` on, as seqio makes them."""
+        mixture, (index, count) = isinstance(self.provider, seqio.Mixture), self.shard
         task, last = (self.provider, []) if mixture else _without_tokenization(self.provider)
         seed = random_key("seqio", self.seed, epoch) % 2**31
-        with seqio.map_seed_manager(seed):
+        # Shards have the seed of the order in common, so that each example is in one of them, and nothing else.
+        own = seed if count == 1 else random_key("seqio shard", self.seed, epoch, index) % 2**31
+        if mixture and count > 1:
+            task = _mixed_by(self.provider, own)
+        with seqio.map_seed_manager(own):
             dataset = task.get_dataset(
                 # Longer examples are not truncated.
                 sequence_length=None,
                 split=self.split,
                 shuffle=self.shuffle,
                 seed=seed,
+                shard_info=seqio.ShardInfo(index, count) if count > 1 else None,
                 num_epochs=None if mixture else 1,
             ).skip(first)
         for step in last:
             dataset = step(dataset)
-        names = [name for name in ("inputs", "targets") if name in self.provider.output_features]
-        for example in dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
-            parts = [np.asarray(example[name], np.int32) for name in names]
-            weights = np.repeat(np.arange(2 - len(parts), 2), [len(part) for part in parts])
-            text = example.get("targets_pretokenized", b"") if len(parts) == 1 else b""
-            yield Example(np.concatenate(parts), weights.astype(np.float32), len(text))
+        return dataset.prefetch(tf.data.AUTOTUNE)
+
+
+def _mixed_by(mixture: seqio.Mixture, seed: int) -> seqio.Mixture:
+    """Return a mixture that draws the tasks of its examples by this seed, whatever the seed of their order."""
+    own, sample = copy.copy(mixture), mixture._sample_fn
+    own._sample_fn = lambda datasets, rates, _: sample(datasets, rates, seed)
+    return own
 
 
 def _without_tokenization(task: Any) -> tuple[Any, list[Callable[[tf.data.Dataset], tf.data.Dataset]]]:

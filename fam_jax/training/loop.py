@@ -59,6 +59,9 @@ from fam_jax.training.trace import StepTrace
 # (parameters, step) -> figures by name, for the metrics; called every config.evaluate.every steps.
 Evaluate = Callable[[Any, int], dict[str, Any]]
 
+# Folder of the workdir with places in data that is read in order.
+BOOKMARKS = "bookmarks"
+
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
@@ -206,7 +209,7 @@ def _open(
     )
     trainer = make_trainer(config)
     check_state_fits(trainer.state_shapes, trainer.mesh.local_devices[0])
-    batches, notes = _checked_batches(config), list[str]()
+    batches, notes = _checked_batches(config, folder), list[str]()
     state = None
     if restore_step is None and source is None and not saved_steps(folder):
         state = trainer.create()  # before the folder is made, so that a missing base leaves no trace
@@ -223,7 +226,9 @@ def _open(
             values, position = load_from(checkpoints, restore_step, source, _as_dict(trainer.state_shapes))
             state, before = TrainState(**values), source.config if source else checkpoints.previous_config
             start_over = source is not None or decide_batches(changing)
-            batches, notes = restore_batches(batches, position, lambda: _checked_batches(config), start_over)
+            batches, notes = restore_batches(
+                batches, position, lambda: _checked_batches(config, folder), start_over
+            )
             notes += change_notes(before, config, int(state.step))
             if source:
                 checkpoints.save(source.step, _as_dict(state), batches.state(), wait=True)
@@ -231,7 +236,7 @@ def _open(
         yield trainer, checkpoints, state, batches, [*checkpoints.notes, *notes]
 
 
-def _checked_batches(config: Config) -> Batches:
+def _checked_batches(config: Config, folder: epath.Path) -> Batches:
     spec = BatchSpec(
         block_size=config.model.block_size,
         batch_size=config.train.batch_size,
@@ -239,6 +244,7 @@ def _checked_batches(config: Config) -> Batches:
         shard=(jax.process_index(), jax.process_count()),
         vocab_size=config.model.vocab_size,
         gather=gather_rows if jax.process_count() > 1 else None,
+        bookmarks=str(folder / BOOKMARKS),
     )
     batches = make_batches(config.data, spec)
     check_vocabulary_size(batches.vocabulary, config.model, config.data)

@@ -1,10 +1,15 @@
 """Register seqio tasks to train on. Tests name this module in `data.imports`."""
 
+import os
+
 import numpy as np
 
+from fam_jax.data import bookmarks
 from fam_jax.data.quiet_seqio import seqio, tf
 
 SIZE = 12
+# Processes that a test starts import this module.
+bookmarks.SECONDS = float(os.environ.get("FAM_TEST_BOOKMARK_SECONDS", bookmarks.SECONDS))
 
 
 def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
@@ -45,6 +50,15 @@ def register(name: str, features: dict[str, seqio.Feature], *steps: object) -> N
 register("fam_test_questions", BOTH)
 register("fam_test_noise", BOTH, noise)
 register("fam_test_answers", {"targets": BOTH["targets"]})
+seqio.TaskRegistry.add(
+    "fam_test_cached",  # seqio keeps small datasets whose size it knows in memory
+    source=seqio.FunctionDataSource(
+        examples, splits=("train", "validation"), num_input_examples={"train": SIZE, "validation": SIZE}
+    ),
+    preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    output_features=BOTH,
+)
+seqio.MixtureRegistry.add("fam_test_cached_mixture", [("fam_test_cached", 1.0)])
 register("fam_test_no_targets", {"inputs": BOTH["inputs"]})
 seqio.TaskRegistry.add(
     "fam_test_passkey_ids",

@@ -165,6 +165,39 @@ def test_two_processes_train_on_text_as_one(tmp_path: pathlib.Path) -> None:
     assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
+def test_two_processes_train_on_a_seqio_task_as_one(tmp_path: pathlib.Path) -> None:
+    """Each on its shards. A process alone goes on from the bookmarks of both."""
+
+    def arguments(name: str, steps: int) -> tuple[str, ...]:
+        return (
+            "launch.train", "--config=configs/text.py:smoke", "--config.model.num_layers=1", *CUBE,
+            "--config.model.num_heads=8", "--config.model.num_kv_heads=8", "--config.model.head_dim=2",
+            "--config.data.task=seqio:fam_test_mixture", "--config.data.imports=tests.data.text_seqio_tasks",
+            "--config.data.train_files=", "--config.data.heldout_files=", "--config.data.file_suffixes=.txt",
+            "--config.data.vocabulary=passkey",
+            "--config.data.shuffle_batches=1", "--config.data.seqio_shards=4", "--config.train.batch_size=8",
+            "--config.train.log_every=1", f"--config.train.steps={steps}", "--config.train.checkpoint_every=4",
+            "--config.evaluate.every=0", f"--workdir={tmp_path / name}",
+        )  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAM_TEST_BOOKMARK_SECONDS", "0")
+        finish(tmp_path, *arguments("run", STEPS))
+    kept = [path for path in (tmp_path / "run" / "bookmarks").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in kept} == {f"{index}-of-4" for index in range(4)}
+    config = config_of(tmp_path / "run")
+    loop.train(config, str(tmp_path / "alone"), quiet=True)
+    assert_same_run(tmp_path / "run", tmp_path / "alone", slice(None))
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=STEPS + 2))
+    lines = []
+    for name in ("run", "alone"):
+        loop.train(longer, str(tmp_path / name), quiet=True)
+        lines.append(metrics(tmp_path / name)[STEPS:])
+    assert [line["step"] for line in lines[0]] == [STEPS + 1, STEPS + 2]
+    assert lines[0][-1] == pytest.approx(lines[1][-1], rel=1e-4, abs=1e-5)
+
+
 def first_half(folder: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
     """Return a copy of a run that ends at step HALF."""
     shutil.copytree(folder, to)
