@@ -131,7 +131,7 @@ class PackedTask(DataTask):
 
     @abc.abstractmethod
     def source(self, seed: int) -> Source:
-        """Return the examples to train on; layouts other than packed need a :class:`Shuffled`."""
+        """Return the examples to train on; layouts other than packed need a :class:`Shuffled`, or by_row seqio."""
 
     def batches(self, spec: BatchSpec) -> Batches:
         """Return batches of the source in data.layout."""
@@ -155,7 +155,7 @@ class PackedTask(DataTask):
 class TextTask(PackedTask):
     """Documents of text files or of a prepared TFDS dataset."""
 
-    in_order = "use packed, or prepare the dataset with `tfds build --file_format=array_record`"
+    in_order = "use by_row, or prepare the dataset with `tfds build --file_format=array_record`"
 
     def source(self, seed: int) -> Source:
         """Return the documents of data.train_files, which may share no file with data.heldout_files."""
@@ -211,6 +211,8 @@ class InstructionsTask(PackedTask):
 
 class SeqioTask(PackedTask):
     """A seqio task or mixture that a module of data.imports registers; data.task is seqio:NAME."""
+
+    in_order = "use by_row"
 
     def source(self, seed: int) -> Source:
         """Return the split "train"."""

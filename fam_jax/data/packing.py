@@ -7,16 +7,18 @@ A row continues where another one ended, so every token is used and nothing is p
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
 
 from fam_jax.config import DataConfig, UserError
-from fam_jax.data.bookmarks import Bookmarks
 from fam_jax.data.interface import Batch, BatchSpec, Source, check_state, new_streams
 from fam_jax.data.randomness import permutation
 from fam_jax.data.rows import Rows, TextBatches, empty_rows
+
+if TYPE_CHECKING:
+    from fam_jax.data.bookmarks import Bookmarks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class PackedBatches(TextBatches):
         spec: BatchSpec,
         *,
         rows: range | None = None,
-        bookmarks: Bookmarks | None = None,
+        bookmarks: "Bookmarks | None" = None,
         name: str = "",
     ):
         """Prepare the batches. The first call of :meth:`next` reads the first examples.

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fam_jax.config import DataConfig
-from fam_jax.data.bookmarks import Bookmarks
 from fam_jax.data.interface import Batch, BatchSpec, Source, check_state
 from fam_jax.data.packing import PackedBatches, Position
 from fam_jax.data.randomness import random_key
 
 if TYPE_CHECKING:
+    from fam_jax.data.bookmarks import Bookmarks
     from fam_jax.data.quiet_seqio import seqio
 
-MakeShard = Callable[[int, int], tuple[Source, Bookmarks | None]]
+MakeShard = Callable[[int, int], "tuple[Source, Bookmarks | None]"]
 """Returns one of `count` shards of the examples, for (index, count), with the bookmarks that it makes."""
 
 

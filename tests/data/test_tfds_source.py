@@ -210,11 +210,13 @@ def test_rows_of_their_own(data_dir: pathlib.Path, name: str, layout: str) -> No
 def test_formats_that_are_read_in_order_only(data_dir: pathlib.Path) -> None:
     source = source_of("fam_parquet:train", shuffle=False)
     assert sorted(map(decoded, source.epoch(0))) == TEXTS[:9]
+    batches = batches_of("tfds:fam_parquet:train", layout="by_row", seqio_shards=1)
+    assert len(batches.next()["targets"]) == 4
     with pytest.raises(ConfigError) as caught:
-        batches_of("tfds:fam_parquet:train", layout="by_row")
+        batches_of("tfds:fam_parquet:train", layout="continuous")
     assert str(caught.value) == (
-        "config.data.layout: by_row reads examples by number, but those of tfds:fam_parquet:train can be read in order "
-        "only; use packed, or prepare the dataset with `tfds build --file_format=array_record`"
+        "config.data.layout: continuous reads examples by number, but those of tfds:fam_parquet:train can be read in "
+        "order only; use by_row, or prepare the dataset with `tfds build --file_format=array_record`"
     )
     fields = {
         "task": "seqio:fam_test_answers",
@@ -224,7 +226,7 @@ def test_formats_that_are_read_in_order_only(data_dir: pathlib.Path) -> None:
     data = resolve({"data": {**fields, "sequence_length": 64}, "model": {"block_size": 32}}).data
     with pytest.raises(
         ConfigError,
-        match=r"by number, but those of seqio:fam_test_answers can be read in order only; use packed$",
+        match=r"by number, but those of seqio:fam_test_answers can be read in order only; use by_row$",
     ):
         build.make_batches(data, BatchSpec(32, 4, 5))
 

@@ -66,6 +66,7 @@ class NaiveMemory:
         self.own, self.config = own, config
         starts = [own[f"start_{n}"] for n in range(1, config.depth + 1)]
         self.weights = [[w[:, h].copy() for w in starts] for h in range(config.heads)]
+        self.step_size = config.step_size or 0.08 / np.sqrt(starts[0].shape[0])
         self.momentum = [[0 * w for w in head] for head in self.weights]
         self.border = self.weights
         self.written = 0
@@ -82,7 +83,7 @@ class NaiveMemory:
         if self.written % self.config.chunk == 0:
             self.border = self.weights
         self.written += 1
-        theta = self.config.step_size * self.rate("step", x)
+        theta = self.step_size * self.rate("step", x)
         eta = self.rate("momentum", x) if self.config.momentum else np.zeros(self.config.heads)
         alpha = self.rate("forgetting", x) if self.config.forgetting else np.zeros(self.config.heads)
         for h, (kh, vh) in enumerate(zip(self.heads(k, unit=True), self.heads(v), strict=True)):
@@ -337,6 +338,22 @@ def test_without_the_memory_a_window_is_left(memory: Any, change: Any) -> None:
     np.testing.assert_allclose(found, expected, **EXACT)
     untouched, _ = without_memory(memory, lambda own: None)
     assert np.abs(untouched - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [TitansGateConfig, TitansLayerConfig, TitansContextConfig])
+def test_the_default_step_does_not_diverge(kind: Any) -> None:
+    """On a text that repeats itself, like the filler of PassKey. Much larger steps do."""
+
+    def weights(**fields: Any) -> float:
+        sizes = {"model_dim": 64, "num_heads": 4, "head_dim": 16, "num_kv_heads": 4, "block_size": 32}
+        model = model_of(kind(segments=0, chunk=8, **fields), **sizes)
+        built = Transformer(model, rngs=nnx.Rngs(0))
+        text = jnp.tile(jnp.arange(8), 48)[None] % model.vocab_size
+        _, state = jax.jit(lambda ids: built.hidden(ids, built.init_state(1)))(text)
+        return float(jnp.abs(state.layers.memory_weights).max())
+
+    assert 0 < weights() < 10
+    assert not 0 < weights(step_size=0.5) < 1e6
 
 
 @pytest.mark.parametrize("memory", [VARIANTS["mag"], VARIANTS["mac"]], ids=["mag", "mac"])
