@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ DIGEST = 16
 PREFIX = "fam_jax_bookmarks_"
 # Files in which TensorFlow saves "state".
 STATE_FILES = ("state.index", "state.data-00000-of-00001")
+# Policy of tf.data for functions with a state that cannot be saved: an error.
+FAIL = 2
 
 
 class Bookmark(NamedTuple):
@@ -48,21 +50,36 @@ class Bookmark(NamedTuple):
         return "-".join(map(str, self))
 
 
-def _saved(iterator: tf.data.NumpyIterator) -> bytes:
-    """Return the state of an iterator.
+def check_savable(dataset: tf.data.Dataset) -> None:
+    """Check that all of the state of a dataset's iterators can be saved.
 
     Raises:
-      tf.errors.OpError: a part of it cannot be saved, such as the state of a Python function. (The iterator's own
-        method `save` would leave out what it cannot save.)
+      ValueError: a function of the dataset may have a state that cannot.
     """
+    try:
+        variant = tf.data.experimental.to_variant(dataset)
+        tf.raw_ops.DatasetToGraphV2(input_dataset=variant, external_state_policy=FAIL)
+    except tf.errors.OpError as error:
+        raise ValueError(reason_of(error)) from error
+
+
+def saved_state(iterator: tf.data.NumpyIterator) -> bytes:
+    """Return the state of an iterator over a :func:`savable` dataset, in a tenth of the time of its method `save`."""
     with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
         tf.train.Checkpoint(iterator=iterator).write(f"{folder}/state")
         parts = [Path(folder, name).read_bytes() for name in STATE_FILES]
     return len(parts[0]).to_bytes(8, "little") + b"".join(parts)
 
 
+def savable(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Return the dataset, with iterators whose state is saved without that of Python functions and random numbers."""
+    options = tf.data.Options()
+    options.experimental_external_state_policy = tf.data.experimental.ExternalStatePolicy.IGNORE
+    return dataset.with_options(options)
+
+
 def restore(iterator: tf.data.NumpyIterator, state: bytes) -> None:
-    """Continue with the state of an iterator over such a dataset.
+    """Continue from a :func:`saved_state` of an iterator over such a dataset.
 
     Raises:
       ValueError: the state is of another dataset, or of another version of TensorFlow.
@@ -74,7 +91,12 @@ def restore(iterator: tf.data.NumpyIterator, state: bytes) -> None:
         try:
             tf.train.Checkpoint(iterator=iterator).read(f"{folder}/state").assert_consumed()
         except (tf.errors.OpError, AssertionError) as error:
-            raise ValueError(str(error).partition("\n")[0]) from error
+            raise ValueError(reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return what TensorFlow says in an error, without the place."""
+    return str(error).partition("\n")[0].rpartition("}} ")[2].partition(" [Op:")[0]
 
 
 class Bookmarks:
@@ -101,6 +123,8 @@ class Bookmarks:
         self._last = time.monotonic()
         # Whether bookmarks are made, and whether the folder can be written.
         self._works = self._kept = makes
+        # Whether all of the state can be saved, as far as that is known.
+        self._checked = False
         self._temporary: Path | None = None
         # The reading thread adds bookmarks while the main thread keeps and drops them.
         self._lock = threading.Lock()
@@ -109,15 +133,28 @@ class Bookmarks:
         """Return whether it is time for another bookmark."""
         return self._works and time.monotonic() - self._last >= self._seconds
 
-    def add(self, bookmark: Bookmark, iterator: tf.data.NumpyIterator) -> None:
-        """Save the state of an iterator; warn once if TensorFlow cannot save it."""
+    def add(
+        self, bookmark: Bookmark, iterator: tf.data.NumpyIterator, parts: Iterable[tf.data.Dataset]
+    ) -> None:
+        """Save the state of an iterator; warn once if TensorFlow cannot save it.
+
+        Args:
+          bookmark: where the iterator is.
+          iterator: over examples.
+          parts: datasets that together have all functions of the iterator's dataset that may have a state; looked at
+            before the first bookmark only.
+        """
         try:
-            state = _saved(iterator)
+            if not self._checked:
+                for part in parts:
+                    check_savable(part)
+                self._checked = True
+            state = saved_state(iterator)
             digest = hashlib.blake2b(state, digest_size=DIGEST).digest()
             with self._lock:
                 self._path_of(bookmark).write_bytes(digest + state)
                 self._made.append(bookmark)
-        except (tf.errors.OpError, OSError) as error:
+        except (ValueError, tf.errors.OpError, OSError) as error:
             self._give_up(error)
         self._last = time.monotonic()
 
@@ -178,7 +215,7 @@ class Bookmarks:
     def _give_up(self, error: Exception) -> None:
         """Make no more bookmarks."""
         self._works = False
-        reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+        reason = error.strerror if isinstance(error, OSError) else reason_of(error)
         logging.warning(
             "%s: the place in the data cannot be saved (%s), so a resumed run reads the examples of its epoch again; "
             "docs/data.md says which preprocessing can be saved",

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from fam_jax.config import ConfigError
-from fam_jax.data.bookmarks import Bookmark, Bookmarks, restore
+from fam_jax.data.bookmarks import Bookmark, Bookmarks, restore, savable
 from fam_jax.data.interface import Example
 from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.randomness import random_key
@@ -72,7 +72,7 @@ class SeqioSource:
         iterator, skipped = self._iterator_at(epoch, first)
         for place in itertools.count(first):
             if self.bookmarks is not None and self.bookmarks.due():
-                self.bookmarks.add(Bookmark(epoch, place, skipped), iterator)
+                self.bookmarks.add(Bookmark(epoch, place, skipped), iterator, self._untokenized())
             if (example := next(iterator, None)) is None:
                 return
             parts = [np.asarray(example[name], np.int32) for name in names]
@@ -98,6 +98,15 @@ class SeqioSource:
             return iterator, mark.skipped
         return self._dataset(epoch, first).as_numpy_iterator(), first
 
+    def _untokenized(self) -> Iterator[tf.data.Dataset]:
+        """Yield the datasets of all tasks, before tokenization, which has no state though it may call Python."""
+        mixture = isinstance(self.provider, seqio.Mixture)
+        for task in self.provider.tasks if mixture else [self.provider]:
+            if self.split in task.splits:
+                yield _without_tokenization(task)[0].get_dataset(
+                    None, self.split, shuffle=self.shuffle, seed=0
+                )
+
     def _dataset(self, epoch: int, first: int) -> tf.data.Dataset:
         """Return the examples of an epoch from place `first` on, as seqio makes them."""
         mixture, (index, count) = isinstance(self.provider, seqio.Mixture), self.shard
@@ -119,7 +128,7 @@ class SeqioSource:
             ).skip(first)
         for step in last:
             dataset = step(dataset)
-        return dataset.prefetch(tf.data.AUTOTUNE)
+        return savable(dataset.prefetch(tf.data.AUTOTUNE))
 
 
 def _mixed_by(mixture: seqio.Mixture, seed: int) -> seqio.Mixture:

@@ -1,11 +1,13 @@
 """Batches of seqio's shards, and bookmarks: the same examples on any processes and after any interruption."""
 
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from etils import epath
 
 from fam_jax.config import ConfigError, DataConfig, UserError, resolve
@@ -17,6 +19,7 @@ from fam_jax.data.quiet_seqio import seqio, tf
 from fam_jax.data.randomness import random_key
 from fam_jax.data.seqio_source import SeqioSource
 from fam_jax.data.sharded_batches import ShardedBatches
+from fam_jax.data.vocabulary import load_vocabulary
 
 TASKS = ("fam_test_questions", "fam_test_noise", "fam_test_mixture")
 ROWS = 4
@@ -255,7 +258,7 @@ def _flip(path: pathlib.Path) -> None:
 def _of_another_program(path: pathlib.Path) -> None:
     other = Bookmarks(epath.Path(path.parent / "other"), "other")
     mark = Bookmark.of_file(epath.Path(path))
-    other.add(mark, tf.data.Dataset.range(9).batch(2).as_numpy_iterator())
+    other.add(mark, tf.data.Dataset.range(9).batch(2).as_numpy_iterator(), [])
     other.keep(mark.epoch, mark.place)
     (path.parent / "other" / path.name).replace(path)
 
@@ -347,6 +350,34 @@ def test_a_task_whose_place_cannot_be_saved(tmp_path: pathlib.Path, caplog: pyte
     resumed.restore(state)
     for wanted in expected:
         assert_equal(resumed.next(), wanted)
+
+
+@pytest.mark.usefixtures("often")
+def test_vocabularies_that_call_python_have_no_state(tmp_path: pathlib.Path) -> None:
+    """Such as those of a tokenizer.json; also in a mixture."""
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(["question answer xxx"], 300, special_tokens=["<end>"], show_progress=False)
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    vocabulary = load_vocabulary(str(tmp_path / "tokenizer.json"))
+    make(data_of("fam_test_questions"))
+    feature = seqio.Feature(vocabulary, add_eos=True)
+    task = seqio.get_mixture_or_task("fam_test_noise").replace(
+        name="fam_test_python_vocabulary", output_features={"inputs": feature, "targets": feature}
+    )
+    mixture = seqio.Mixture("fam_test_python_mixture", [(task, 1.0)])
+    for provider in (task, mixture):
+        folder = epath.Path(tmp_path / provider.name)
+
+        def source(folder: epath.Path = folder, provider: Any = provider) -> SeqioSource:
+            return SeqioSource(provider, "train", 3, bookmarks=Bookmarks(folder, "of a test"))
+
+        reading = source()
+        whole = [tuple(example.ids) for example in itertools.islice(reading.epoch(0), 11)]
+        assert reading.bookmarks is not None
+        reading.bookmarks.keep(0, 7)
+        assert [mark.place for mark, _ in reading.bookmarks.until(0, 7)] == [5]
+        assert [tuple(example.ids) for example in itertools.islice(source().epoch(0, 7), 4)] == whole[7:]
 
 
 @pytest.mark.usefixtures("often")
