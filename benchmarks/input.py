@@ -237,7 +237,7 @@ def measure_resumes(
             for layout in LAYOUTS
         }
         for layout in SEQIO_LAYOUTS:
-            place = scratch / name / layout
+            place = scratch / "bookmarks" / name / layout
             makers[f"seqio task, {layout}"] = functools.partial(streamed, vocabulary, layout, 1, place)
         makers["seqio task, packed, no bookmarks"] = functools.partial(
             streamed, vocabulary, "packed", 1, None
@@ -289,7 +289,7 @@ def show(results: dict[str, Any]) -> None:
                 row["processes"],
                 *(thousands(row[key]) for key in ("per_cpu_s", "per_wall_s")),
             ]
-            for row in results["rates"]
+            for row in results.get("rates", [])
         ],
     )
     columns = ("start_wall_s", "resume_wall_s", "start_cpu_s", "resume_cpu_s")
@@ -298,7 +298,7 @@ def show(results: dict[str, Any]) -> None:
         ("vocabulary", "source", "tokens", *(name.replace("_", " ") for name in columns)),
         [
             [row["vocabulary"], row["source"], row["tokens"], *(str(row[name]) for name in columns)]
-            for row in results["resumes"]
+            for row in results.get("resumes", [])
         ],
     )
 
@@ -314,6 +314,7 @@ def main(argv: Sequence[str]) -> None:
     parser = ArgumentParser(prog="benchmarks.input", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each case (default: 5)")
     parser.add_argument("--tokens", type=int, default=5_000_000, help="tokens read before a resume")
+    parser.add_argument("--part", choices=("rates", "resumes"), help="one part of the measurement")
     parser.add_argument("--quick", action="store_true", help="use little text, as a test")
     parser.add_argument("--json", type=Path, default=Path("runs/bench/input.json"))
     arguments = parser.parse_args(argv)
@@ -322,10 +323,11 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         vocabularies = prepare(Path(scratch), texts)
         files = f"{scratch}/texts.jsonl"
-        results = {
-            "rates": measure_rates(vocabularies, files, rounds),
-            "resumes": measure_resumes(vocabularies, files, tokens, min(rounds, 3), Path(scratch)),
-        }
+        results: dict[str, Any] = {}
+        if arguments.part != "resumes":
+            results["rates"] = measure_rates(vocabularies, files, rounds)
+        if arguments.part != "rates":
+            results["resumes"] = measure_resumes(vocabularies, files, tokens, min(rounds, 3), Path(scratch))
     show(results)
     settings = {
         "rows": ROWS,

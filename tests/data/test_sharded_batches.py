@@ -21,7 +21,7 @@ from fam_jax.data.seqio_source import SeqioSource
 from fam_jax.data.sharded_batches import ShardedBatches
 from fam_jax.data.vocabulary import load_vocabulary
 
-TASKS = ("fam_test_questions", "fam_test_noise", "fam_test_mixture")
+TASKS = ("fam_test_many", "fam_test_many_noise", "fam_test_many_mixture")
 ROWS = 4
 # Examples between two bookmarks.
 OFTEN = 5
@@ -101,12 +101,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(
     ("name", "shards", "processes"),
     [
-        ("fam_test_questions", 1, 2),
-        ("fam_test_questions", 2, 4),
+        ("fam_test_many", 1, 2),
+        ("fam_test_many", 2, 4),
         ("fam_test_questions", 6, 2),
-        ("fam_test_noise", 2, 2),
-        ("fam_test_noise", 16, 1),
-        ("fam_test_mixture", 2, 2),
+        ("fam_test_many_noise", 2, 2),
+        ("fam_test_many_noise", 16, 1),
+        ("fam_test_many_mixture", 2, 2),
     ],
 )
 def test_batches_do_not_depend_on_the_processes_or_interruptions(
@@ -130,7 +130,7 @@ def test_batches_do_not_depend_on_the_processes_or_interruptions(
 
 
 def test_a_process_reads_the_shards_of_its_rows_only(opened: list[tuple[int, int]]) -> None:
-    part = make(data_of("fam_test_questions"), index=1, count=2)
+    part = make(data_of("fam_test_many"), index=1, count=2)
     for _ in range(3):
         assert len(part.next()["targets"]) == ROWS // 2
     assert {shard for shard, _ in opened} == {1}
@@ -138,7 +138,7 @@ def test_a_process_reads_the_shards_of_its_rows_only(opened: list[tuple[int, int
 
 def test_rows_are_those_of_packed_batches_of_a_shard() -> None:
     """Each group of rows is what the shard alone gives, with seeds of its own."""
-    data = data_of("fam_test_questions", repeat_segment=4, sequence_length=48)
+    data = data_of("fam_test_many", repeat_segment=4, sequence_length=48)
     batches, share = make(data), ROWS // 2
     alone = []
     for index in range(2):
@@ -167,16 +167,16 @@ def test_shards_have_every_example_once_in_an_epoch(count: int) -> None:
 
 def test_shards_of_a_mixture_draw_its_tasks_by_themselves() -> None:
     def drawn(index: int) -> list[bool]:
-        provider = seqio.get_mixture_or_task("fam_test_mixture")
+        provider = seqio.get_mixture_or_task("fam_test_many_mixture")
         examples = SeqioSource(provider, "train", 3, shard=(index, 4)).epoch(0)
         # Only the answers of fam_test_noise end with a digit.
         return [next(examples).ids[-2] < 0x40 for _ in range(200)]
 
-    make(data_of("fam_test_mixture"))
+    make(data_of("fam_test_many_mixture"))
     one, other = drawn(0), drawn(1)
     assert one != other and np.mean([*one, *other]) == pytest.approx(0.75, abs=0.1)
     # seqio's own object is as it was.
-    assert seqio.get_mixture_or_task("fam_test_mixture")._sample_fn is not None
+    assert seqio.get_mixture_or_task("fam_test_many_mixture")._sample_fn is not None
     assert drawn(0) == one
 
 
@@ -184,10 +184,10 @@ def test_shards_of_a_mixture_draw_its_tasks_by_themselves() -> None:
     ("name", "layout", "processes"),
     [
         ("fam_test_questions", "packed", 1),
-        ("fam_test_noise", "by_row", 2),
-        ("fam_test_mixture", "packed", 2),
+        ("fam_test_many_noise", "by_row", 2),
+        ("fam_test_many_mixture", "packed", 2),
         ("fam_test_cached_mixture", "packed", 1),
-        ("fam_test_mixture", "by_row", 1),
+        ("fam_test_many_mixture", "by_row", 1),
     ],
 )
 @pytest.mark.usefixtures("often")
@@ -231,7 +231,7 @@ def _positions(state: dict[str, Any]) -> list[list[int]]:
 @pytest.mark.usefixtures("often")
 def test_bookmarks_of_a_resumed_run_are_good_too(tmp_path: pathlib.Path) -> None:
     """Their datasets skip what an earlier bookmark stood for."""
-    data = data_of("fam_test_mixture")
+    data = data_of("fam_test_many_mixture")
     whole = make(data)
     expected = [whole.next() for _ in range(10)]
     step, state = 0, None
@@ -274,7 +274,7 @@ def test_damaged_bookmarks_cost_time_only(
     tmp_path: pathlib.Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    data = data_of("fam_test_noise")
+    data = data_of("fam_test_many_noise")
     batches = make(data, folder=tmp_path)
     for _ in range(4):
         batches.next()
@@ -296,7 +296,7 @@ def test_damaged_bookmarks_cost_time_only(
 @pytest.mark.usefixtures("often")
 def test_the_folder_holds_the_last_bookmarks_of_the_run(tmp_path: pathlib.Path) -> None:
     """Going back to an earlier step removes those behind it, which would else look newer."""
-    data = data_of("fam_test_mixture", layout="packed")
+    data = data_of("fam_test_many_mixture", layout="packed")
     batches, states = make(data, folder=tmp_path), []
 
     def kept() -> list[Bookmark]:
@@ -318,7 +318,9 @@ def test_the_folder_holds_the_last_bookmarks_of_the_run(tmp_path: pathlib.Path) 
     batches.next()
     batches.state()
     assert all(mark.place <= ends[back + 1] for mark in kept())
-    assert {mark.place for mark in kept()} >= {place for place in places[-KEPT:] if place <= ends[back + 1]}
+    # One may have been added, and the oldest removed for it.
+    earlier = [place for place in places[-KEPT:] if place <= ends[back + 1]]
+    assert {mark.place for mark in kept()} >= {*earlier[1:]} and len(kept()) <= KEPT
 
 
 @pytest.mark.usefixtures("often")
@@ -360,9 +362,9 @@ def test_vocabularies_that_call_python_have_no_state(tmp_path: pathlib.Path) -> 
     made.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     vocabulary = load_vocabulary(str(tmp_path / "tokenizer.json"))
-    make(data_of("fam_test_questions"))
+    make(data_of("fam_test_many"))
     feature = seqio.Feature(vocabulary, add_eos=True)
-    task = seqio.get_mixture_or_task("fam_test_noise").replace(
+    task = seqio.get_mixture_or_task("fam_test_many_noise").replace(
         name="fam_test_python_vocabulary", output_features={"inputs": feature, "targets": feature}
     )
     mixture = seqio.Mixture("fam_test_python_mixture", [(task, 1.0)])
@@ -385,7 +387,7 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_run(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    batches = make(data_of("fam_test_questions", seqio_shards=1), folder=tmp_path / "file")
+    batches = make(data_of("fam_test_many", seqio_shards=1), folder=tmp_path / "file")
     with caplog.at_level("WARNING", logger="absl"):
         for _ in range(3):
             batches.next()
@@ -394,13 +396,13 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_run(
 
 
 def test_one_process_makes_the_bookmarks_of_a_shard(tmp_path: pathlib.Path) -> None:
-    data = data_of("fam_test_questions", seqio_shards=2)
+    data = data_of("fam_test_many", seqio_shards=2)
     works = [make(data, index=i, count=4, folder=tmp_path)._first._bookmarks._works for i in range(4)]
     assert works == [True, False, True, False]
 
 
 def test_packed_batches_of_several_processes_say_what_they_cost(caplog: pytest.LogCaptureFixture) -> None:
-    data = data_of("fam_test_questions", layout="packed")
+    data = data_of("fam_test_many", layout="packed")
     with caplog.at_level("WARNING", logger="absl"):
         make(data)
         make(data, index=1, count=2)
@@ -411,16 +413,16 @@ def test_packed_batches_of_several_processes_say_what_they_cost(caplog: pytest.L
 
 
 def test_states_of_other_batches_are_rejected() -> None:
-    data = data_of("fam_test_questions")
+    data = data_of("fam_test_many")
     state = make(data).state()
     with pytest.raises(ValueError, match="pass `gather`"):
         make(data, count=2).state()
     for other, says in (
-        (make(data_of("fam_test_noise")), "contents was fam_test_questions:train"),
-        (make(data_of("fam_test_questions", seqio_shards=1)), "shards was 2 when it was saved and is 1 now"),
+        (make(data_of("fam_test_many_noise")), "contents was fam_test_many:train"),
+        (make(data_of("fam_test_many", seqio_shards=1)), "shards was 2 when it was saved and is 1 now"),
         (make(data, batch_size=2), "batch_size was 4"),
         (make(data, seed=4), "seed was 3"),
-        (make(data_of("fam_test_questions", layout="packed")), "must have the fields group, step, stream"),
+        (make(data_of("fam_test_many", layout="packed")), "must have the fields group, step, stream"),
     ):
         with pytest.raises(Exception, match=says):
             other.restore(state)
@@ -428,12 +430,12 @@ def test_states_of_other_batches_are_rejected() -> None:
 
 def test_mistakes() -> None:
     with pytest.raises(ConfigError, match=r"^config\.data\.layout: continuous reads examples by number"):
-        make(data_of("fam_test_questions", layout="continuous", shuffle_batches=8, sequence_length=64))
+        make(data_of("fam_test_many", layout="continuous", shuffle_batches=8, sequence_length=64))
     with pytest.raises(ConfigError, match="shuffle_batches: belongs to the layout packed"):
-        data_of("fam_test_questions", layout="continuous", sequence_length=64)
+        data_of("fam_test_many", layout="continuous", sequence_length=64)
     with pytest.raises(UserError, match=r"no tokens in shard 1 of 2 of fam_test_passkey_ids"):
         make(data_of("fam_test_passkey_ids", sequence_length=4)).next()
 
 
 def test_sharded_batches_are_what_by_row_gives() -> None:
-    assert isinstance(make(data_of("fam_test_questions")), ShardedBatches)
+    assert isinstance(make(data_of("fam_test_many")), ShardedBatches)

@@ -1,5 +1,6 @@
 """Register seqio tasks to train on. Tests name this module in `data.imports`."""
 
+import functools
 import os
 
 import numpy as np
@@ -7,18 +8,18 @@ import numpy as np
 from fam_jax.data import bookmarks
 from fam_jax.data.quiet_seqio import seqio, tf
 
-SIZE = 12
+SIZE, MANY = 12, 240
 # Processes that a test starts import this module.
 bookmarks.SECONDS = float(os.environ.get("FAM_TEST_BOOKMARK_SECONDS", bookmarks.SECONDS))
 
 
-def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+def examples(split: str, shuffle_files: bool, seed: int | None = None, count: int = SIZE) -> tf.data.Dataset:
     del shuffle_files, seed
     first = {"train": 0, "validation": 100}[split]
     return tf.data.Dataset.from_tensor_slices(
         {
-            "inputs": [f"question {first + i}?" for i in range(SIZE)],
-            "targets": [f"answer {'x' * i}" for i in range(SIZE)],
+            "inputs": [f"question {first + i}?" for i in range(count)],
+            "targets": [f"answer {'x' * (i % SIZE)}" for i in range(count)],
         }
     )
 
@@ -38,10 +39,13 @@ BOTH = {
 }
 
 
-def register(name: str, features: dict[str, seqio.Feature], *steps: object) -> None:
+def register(name: str, features: dict[str, seqio.Feature], *steps: object, count: int = SIZE) -> None:
+    source = seqio.FunctionDataSource(
+        functools.partial(examples, count=count), splits=("train", "validation")
+    )
     seqio.TaskRegistry.add(
         name,
-        source=SOURCE,
+        source=source,
         preprocessors=[*steps, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
         output_features=features,
     )
@@ -49,6 +53,9 @@ def register(name: str, features: dict[str, seqio.Feature], *steps: object) -> N
 
 register("fam_test_questions", BOTH)
 register("fam_test_noise", BOTH, noise)
+# A test that reads them makes few of the datasets that seqio makes in each epoch.
+register("fam_test_many", BOTH, count=MANY)
+register("fam_test_many_noise", BOTH, noise, count=MANY)
 register("fam_test_answers", {"targets": BOTH["targets"]})
 seqio.TaskRegistry.add(
     "fam_test_cached",  # seqio keeps small datasets whose size it knows in memory
@@ -75,6 +82,7 @@ seqio.TaskRegistry.add(
     preprocessors=[],
     output_features={"targets": seqio.Feature(seqio.PassThroughVocabulary(3), dtype=tf.float32)},
 )
+seqio.MixtureRegistry.add("fam_test_many_mixture", [("fam_test_many", 1.0), ("fam_test_many_noise", 3.0)])
 seqio.MixtureRegistry.add("fam_test_mixture", [("fam_test_questions", 1.0), ("fam_test_noise", 3.0)])
 
 

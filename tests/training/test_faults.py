@@ -94,7 +94,7 @@ def test_files_that_change_under_a_run_end_it_with_a_checkpoint(
     def change_then_begin(batches: PackedBatches) -> None:
         if batches._step == 6:
             file.write_bytes(bytes(len(content)))
-            batches._start(6, batches._group_end)  # nothing is read ahead
+            batches.start(6, batches._group_end)  # nothing is read ahead
         begin_group(batches)
 
     with monkeypatch.context() as patch:
