@@ -20,15 +20,14 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from etils import epath
 
 from benchmarks.record import write_record
 from benchmarks.report import print_table
 from benchmarks.timing import Spread
 from fam_jax.config import DataConfig
 from fam_jax.config.strict_json import dump_json
-from fam_jax.data.bookmarks import Bookmarks
-from fam_jax.data.build import make_batches
+from fam_jax.data import bookmarks as bookmarks_module
+from fam_jax.data.build import make_batches, seqio_batches
 from fam_jax.data.interface import BatchSpec
 from fam_jax.data.packing import PackedBatches
 from fam_jax.data.quiet_seqio import seqio, tf
@@ -212,17 +211,11 @@ def streamed(vocabulary: str, layout: str, processes: int, bookmarks: Path | Non
         preprocessors=[rename, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
         output_features={"targets": seqio.Feature(load_vocabulary(vocabulary))},
     )
-    data, spec = config(vocabulary, layout, "-"), BatchSpec(BLOCK, ROWS, SEED, shard=(0, processes))
-
-    def shard(index: int, count: int) -> tuple[SeqioSource, Bookmarks | None]:
-        place = bookmarks / f"{index}-of-{count}" if bookmarks else None
-        marks = Bookmarks(epath.Path(place), DATASET, seconds=1.0) if place else None
-        return SeqioSource(task, "train", SEED, shard=(index, count), bookmarks=marks), marks
-
-    if layout == "by_row":
-        return ShardedBatches(data, shard, spec)
-    source, marks = shard(0, 1)
-    return PackedBatches(data, source, spec, bookmarks=marks)
+    # The default, 10 seconds, is more than the tokens here take to be read.
+    bookmarks_module.SECONDS = 1.0
+    place = str(bookmarks) if bookmarks else None
+    spec = BatchSpec(BLOCK, ROWS, SEED, shard=(0, processes), bookmarks=place)
+    return seqio_batches(config(vocabulary, layout, "-"), SeqioSource(task, "train", SEED), spec)
 
 
 def measure_resumes(

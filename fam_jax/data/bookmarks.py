@@ -108,17 +108,15 @@ class Bookmarks:
     again from an earlier bookmark or from the start of the epoch.
     """
 
-    def __init__(self, folder: epath.Path, name: str, *, makes: bool = True, seconds: float | None = None):
+    def __init__(self, folder: epath.Path, name: str, *, makes: bool = True):
         """Prepare to make bookmarks. Nothing is written yet.
 
         Args:
           folder: where bookmarks outlive the process.
           name: of the examples, for warnings.
           makes: False: use those that another process makes.
-          seconds: between two bookmarks; None: :data:`SECONDS`.
         """
         self._folder, self._name = folder, name
-        self._seconds = SECONDS if seconds is None else seconds
         self._made: list[Bookmark] = []
         self._last = time.monotonic()
         # Whether bookmarks are made, and whether the folder can be written.
@@ -131,7 +129,7 @@ class Bookmarks:
 
     def due(self) -> bool:
         """Return whether it is time for another bookmark."""
-        return self._works and time.monotonic() - self._last >= self._seconds
+        return self._works and time.monotonic() - self._last >= SECONDS
 
     def add(
         self, bookmark: Bookmark, iterator: tf.data.NumpyIterator, parts: Iterable[tf.data.Dataset]

@@ -137,7 +137,7 @@ class PackedTask(DataTask):
         """Return batches of the source in data.layout."""
         source = self.source(spec.seed)
         if isinstance(source, SeqioSource) and self.data.layout in ("packed", "by_row"):
-            return _seqio_batches(self.data, source, spec)
+            return seqio_batches(self.data, source, spec)
         if self.data.layout != "packed":
             if not isinstance(source, Shuffled):
                 raise ConfigError(
@@ -288,10 +288,10 @@ def make_batches(data: DataConfig, spec: BatchSpec) -> Batches:
     return find_task(data).batches(spec)
 
 
-def _seqio_batches(data: DataConfig, source: SeqioSource, spec: BatchSpec) -> Batches:
+def seqio_batches(data: DataConfig, source: SeqioSource, spec: BatchSpec) -> Batches:
     """Return batches of examples that seqio reads, with bookmarks: packed, or with the layout by_row of its shards."""
 
-    def shard(index: int, count: int) -> tuple[SeqioSource, Bookmarks | None]:
+    def shard(index: int, count: int) -> SeqioSource:
         bookmarks = None
         if spec.bookmarks:
             run = hashlib.blake2b(f"{source.fingerprint} {spec.seed}".encode(), digest_size=8).hexdigest()
@@ -299,12 +299,12 @@ def _seqio_batches(data: DataConfig, source: SeqioSource, spec: BatchSpec) -> Ba
             # Of the processes that share a shard, the one with its first row makes them.
             makes = index * (spec.batch_size // count) in spec.own_rows
             bookmarks = Bookmarks(folder, source.fingerprint, makes=makes)
-        return dataclasses.replace(source, shard=(index, count), bookmarks=bookmarks), bookmarks
+        return dataclasses.replace(source, shard=(index, count), bookmarks=bookmarks)
 
     if data.layout == "by_row":
         return ShardedBatches(data, shard, spec)
-    packed, bookmarks = shard(0, 1)
-    return PackedBatches(data, packed, spec, bookmarks=bookmarks)
+    packed = shard(0, 1)
+    return PackedBatches(data, packed, spec, bookmarks=packed.bookmarks)
 
 
 def heldout_examples(

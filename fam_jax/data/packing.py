@@ -64,11 +64,12 @@ class PackedBatches(TextBatches):
           UserError: the number of processes does not divide B.
         """
         super().__init__(data, source.vocabulary, spec)
-        if spec.shard == (0, spec.shard[1]) and spec.shard[1] > 1:
+        index, processes = spec.shard
+        if index == 0 and processes > 1:
             logging.warning(
                 "config.data.layout: with packed, each of the %d processes tokenizes the whole batch, with by_row its "
                 "own rows only",
-                spec.shard[1],
+                processes,
             )
         self.source, self._bookmarks, self._name = source, bookmarks, name or source.fingerprint
         if rows is not None:

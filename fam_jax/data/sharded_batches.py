@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fam_jax.config import DataConfig
-from fam_jax.data.interface import Batch, BatchSpec, Source, check_state
+from fam_jax.data.interface import Batch, BatchSpec, check_state
 from fam_jax.data.packing import PackedBatches, Position
 from fam_jax.data.randomness import random_key
 
 if TYPE_CHECKING:
-    from fam_jax.data.bookmarks import Bookmarks
     from fam_jax.data.quiet_seqio import seqio
+    from fam_jax.data.seqio_source import SeqioSource
 
-MakeShard = Callable[[int, int], "tuple[Source, Bookmarks | None]"]
-"""Returns one of `count` shards of the examples, for (index, count), with the bookmarks that it makes."""
+MakeShard = Callable[[int, int], "SeqioSource"]
+"""Returns one of `count` shards of the examples, for (index, count)."""
 
 
 class ShardedBatches:
@@ -50,15 +50,16 @@ class ShardedBatches:
         self._rows: dict[int, int] = {}
         self._parts: dict[int, PackedBatches] = {}
         for index in range(own.start // share, (own.stop - 1) // share + 1):
-            source, bookmarks = make_shard(index, self.shards)
+            source = make_shard(index, self.shards)
             part = spec._replace(batch_size=share, seed=self._seed_of(index), shard=(0, 1), gather=None)
             rows = range(max(own.start - index * share, 0), min(own.stop - index * share, share))
             self._rows[index] = len(rows)
             name = f"shard {index} of {self.shards} of {source.fingerprint} (config.data.seqio_shards)"
-            self._parts[index] = PackedBatches(data, source, part, rows=rows, bookmarks=bookmarks, name=name)
+            self._parts[index] = PackedBatches(
+                data, source, part, rows=rows, bookmarks=source.bookmarks, name=name
+            )
         self._first = next(iter(self._parts.values()))
-        # Its shards begin to read together.
-        self._step = self._begun = 0
+        self._step = 0
 
     def _seed_of(self, index: int) -> int:
         """Return the seed of a shard's shuffling and repeated segments."""
@@ -85,9 +86,8 @@ class ShardedBatches:
         Raises:
           UserError: a shard has no tokens or cannot be read, or a text has a token beyond the model's vocabulary.
         """
-        if self._step == self._begun:
-            for part in self._parts.values():
-                part.read_ahead()
+        for part in self._parts.values():  # all of them read at the same time
+            part.read_ahead()
         batches = [part.next() for part in self._parts.values()]
         self._step += 1
         return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
@@ -136,7 +136,7 @@ class ShardedBatches:
           UserError: the state is of another task, layout or version, or of other examples, another B or other shards.
         """
         check_state(state, {"stream", "step", "shards"}, self._identity())
-        self._step = self._begun = state["step"]
+        self._step = state["step"]
         for index, part in self._parts.items():
             part.start(self._step, Position(*state["shards"][index]))
 

@@ -21,7 +21,6 @@ from fam_jax.data.seqio_source import SeqioSource
 from fam_jax.data.sharded_batches import ShardedBatches
 from fam_jax.data.vocabulary import load_vocabulary
 
-TASKS = ("fam_test_many", "fam_test_many_noise", "fam_test_many_mixture")
 ROWS = 4
 # Examples between two bookmarks.
 OFTEN = 5
@@ -169,7 +168,7 @@ def test_shards_of_a_mixture_draw_its_tasks_by_themselves() -> None:
     def drawn(index: int) -> list[bool]:
         provider = seqio.get_mixture_or_task("fam_test_many_mixture")
         examples = SeqioSource(provider, "train", 3, shard=(index, 4)).epoch(0)
-        # Only the answers of fam_test_noise end with a digit.
+        # Only the answers of fam_test_many_noise end with a digit.
         return [next(examples).ids[-2] < 0x40 for _ in range(200)]
 
     make(data_of("fam_test_many_mixture"))
